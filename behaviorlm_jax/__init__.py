@@ -1,0 +1,1 @@
+"""Behavior logs in, a language-model adapter that predicts behaviors out."""

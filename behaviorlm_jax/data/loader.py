@@ -1,0 +1,96 @@
+"""The Grain pipeline: a plan in, batches out, and the step is its only state.
+
+    MapDataset.source(plan).map(assemble).batch(rows) -> prefetching iterator
+
+A host reads only its own rows of each global batch. A batch is a dict of numpy
+arrays, B rows, L = train.length, A = the plan's answer capacity:
+
+  tokens, segments, positions: int32 [B, L]; segment 0 is padding
+  answer_positions: int32 [B, A], where the hidden state that predicts stands
+  answer_tokens: int32 [B, A]; answer_weights: float32 [B, A], 0 is padding
+"""
+
+import grain
+import numpy as np
+
+from behaviorlm_jax.data import plan as plan_lib
+
+
+class Assembler:
+  """Turns a plan's row into arrays."""
+
+  def __init__(self, prompts, conversations, length, answers):
+    self.prompts = prompts
+    self.conversations = conversations
+    self.length = length
+    self.answers = answers
+
+  def __call__(self, row):
+    arrays = {
+        'tokens': np.zeros(self.length, np.int32),
+        'segments': np.zeros(self.length, np.int32),
+        'positions': np.zeros(self.length, np.int32),
+        'answer_positions': np.zeros(self.answers, np.int32),
+        'answer_tokens': np.zeros(self.answers, np.int32),
+        'answer_weights': np.zeros(self.answers, np.float32),
+    }
+    begin = filled = 0
+    for number, segment in enumerate(row, start=1):
+      tokens, where, weights = self._segment(segment)
+      end = begin + len(tokens)
+      arrays['tokens'][begin:end] = tokens
+      arrays['segments'][begin:end] = number
+      arrays['positions'][begin:end] = np.arange(len(tokens))
+      answers = slice(filled, filled + len(where))
+      arrays['answer_positions'][answers] = begin + where - 1
+      arrays['answer_tokens'][answers] = tokens[where]
+      arrays['answer_weights'][answers] = weights
+      begin, filled = end, filled + len(where)
+    return arrays
+
+  def _segment(self, segment):
+    """Tokens, the indices of its answer tokens, and their weights."""
+    if segment['kind'] == plan_lib.CONVERSATION:
+      conversation = self.conversations[segment['start']]
+      where = np.flatnonzero(conversation.answers)
+      return conversation.tokens, where, np.ones(len(where), np.float32)
+    start = segment['start']
+    tokens, spans = self.prompts.window(start, segment['stop'])
+    where, weights = [], []
+    for target, weight in zip(segment['targets'], segment['weights'],
+                              strict=True):
+      begin, end = spans[target - start]
+      where.append(np.arange(begin, end))
+      weights.append(np.full(end - begin, weight, np.float32))
+    return tokens, np.concatenate(where), np.concatenate(weights)
+
+
+class _HostRows:
+  """Random access to one host's rows, step after step."""
+
+  def __init__(self, rows, batch, host, hosts):
+    assert batch % hosts == 0, (batch, hosts)
+    self._rows, self._batch = rows, batch
+    self._local, self._offset = batch // hosts, host * (batch // hosts)
+
+  def __len__(self):
+    return len(self._rows) // self._batch * self._local
+
+  def __getitem__(self, index):
+    step, row = divmod(int(index), self._local)
+    return self._rows[step * self._batch + self._offset + row]
+
+
+def batches(plan, assemble, batch, step=0, host=0, hosts=1, threads=1):
+  """An iterator over this host's batches, from `step` (0 is the first) on.
+
+  The iterator ends with the plan; its state is the step alone.
+  """
+  source = _HostRows(plan.rows, batch, host, hosts)
+  dataset = grain.MapDataset.source(source).map(assemble)
+  dataset = dataset.batch(batch // hosts, drop_remainder=True)
+  options = grain.ReadOptions(num_threads=threads,
+                              prefetch_buffer_size=2 * threads)
+  iterator = iter(dataset.to_iter_dataset(options))
+  grain.experimental.set_next_index(iterator, step)
+  return iterator

@@ -1,0 +1,174 @@
+"""Events as text: a prompt is a log, and asking is the same log cut short.
+
+    <chat header with an instruction, and a profile if asked for>
+    Tue 14:14 Coffee Shop
+    Tue 18:02 (Home) Gym / Fitness Center
+    Wed 08:55                                <- the question ends here
+
+An answer is a blank, the name and the line's end; training, scoring and
+prediction use the same tokens for it. The place of an event belongs to the
+question like its time: both are known when the question is asked.
+
+Lines are concatenations of pieces that are tokenized once and cached. The cuts
+lie where byte-level BPE cannot merge across (before a blank that starts a word
+and after a line's end), so the pieces are exactly the tokens of the whole text;
+a test holds them to that.
+"""
+
+import functools
+
+from absl import logging
+import numpy as np
+
+from behaviorlm_jax.data import conversations
+from behaviorlm_jax.errors import InputError
+
+WEEKDAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
+DAY = 86_400
+_PROFILE = 'Most frequent so far:\n'
+_MARK = '\x07content\x07'
+
+
+def time_text(seconds, weekday):
+  """'Tue 14:14' of local seconds since 1970-01-01, which was a Thursday."""
+  minute = int(seconds) % DAY // 60
+  clock = f'{minute // 60:02d}:{minute % 60:02d}'
+  return f'{WEEKDAYS[(int(seconds) // DAY + 3) % 7]} {clock}' if weekday else (
+      clock)
+
+
+def answer_text(name):
+  """What stands after the time (and place): ' Coffee Shop\\n'."""
+  return f' {name}\n'
+
+
+class Prompts:
+  """Token ids of questions and windows over one event table."""
+
+  def __init__(self, events, tokenizer, data):
+    """`data`: the config's section; `tokenizer`: a transformers tokenizer."""
+    self.events = events
+    self.tokenizer = tokenizer
+    self.data = data
+    if tokenizer.chat_template is None:
+      logging.warning('model.address: the tokenizer has no chat template; '
+                      'using the plain format "User: ... Assistant: ...".')
+      tokenizer.chat_template = conversations.PLAIN_TEMPLATE
+    self.names = [self.encode(answer_text(b.name)) for b in events.behaviors]
+    self._times, self._places = {}, {}
+    self._before, self._after = self._template()
+
+  def encode(self, text):
+    """Token ids int32 [n] of `text`, with nothing added."""
+    ids = self.tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(ids, np.int32)
+
+  def _template(self):
+    text = self.tokenizer.apply_chat_template(
+        [{'role': 'user', 'content': _MARK}], tokenize=False,
+        add_generation_prompt=True)
+    if text.count(_MARK) != 1:
+      raise InputError('model.address: the chat template does not show a '
+                       'user message exactly once; give it another template.')
+    before, after = text.split(_MARK)
+    instruction = self.data.instruction.strip()
+    return self.encode(before), self.encode(instruction + after)
+
+  @functools.cached_property
+  def labels(self):
+    """Answer tokens of every candidate behavior, by id."""
+    return self.names[:self.events.known]
+
+  def _time(self, code):
+    if code not in self._times:  # At most 10,080: the minutes of a week.
+      self._times[code] = self.encode(time_text(code * 60, self.data.weekday))
+    return self._times[code]
+
+  def _time_code(self, positions):
+    """Minutes since the week's start: what a line shows of the time."""
+    return self.events.time[positions] // 60 % (7 * DAY // 60)
+
+  def _place(self, place):
+    if place < 0:
+      return np.zeros(0, np.int32)
+    if place not in self._places:
+      self._places[place] = self.encode(f' ({self.events.places[place]})')
+    return self._places[place]
+
+  def cut_line(self, position):
+    """Pieces of the line of `position` up to where the answer starts."""
+    return [self._time(int(self._time_code(position))),
+            self._place(int(self.events.place[position]))]
+
+  def header(self, start):
+    """Tokens of the header of a window whose first event is `start`.
+
+    The profile counts only the user's events before `start`, so it can tell
+    nothing of any target.
+    """
+    pieces = [self._before]
+    if self.data.profile:
+      past = self.events.behavior[self.events.first[start]:start]
+      counts = np.bincount(past, minlength=len(self.names))
+      top = np.argsort(-counts, kind='stable')[:self.data.profile]
+      top = [b for b in top if counts[b]]
+      if top:
+        pieces.append(self._profile_title)
+        pieces.extend(self.names[b] for b in top)
+    return np.concatenate([*pieces, self._after])
+
+  @functools.cached_property
+  def _profile_title(self):
+    return self.encode(_PROFILE)
+
+  def question_start(self, position):
+    """First event that the question about `position` shows."""
+    return max(int(self.events.first[position]),
+               int(position) - self.data.history)
+
+  def question(self, position):
+    """Tokens int32 [n] that ask for the behavior of `position`."""
+    start = self.question_start(position)
+    pieces = [self.header(start)]
+    for i in range(start, position):
+      pieces += [*self.cut_line(i), self.names[self.events.behavior[i]]]
+    return np.concatenate([*pieces, *self.cut_line(position)])
+
+  def window(self, start, stop):
+    """Tokens of events [start, stop) and where each answer lies in them.
+
+    Returns:
+      tokens int32 [n]; spans int64 [stop - start, 2], begin and end of each
+      event's answer tokens.
+    """
+    pieces, spans = [self.header(start)], []
+    length = len(pieces[0])
+    for i in range(start, stop):
+      cut = self.cut_line(i)
+      name = self.names[self.events.behavior[i]]
+      begin = length + sum(map(len, cut))
+      length = begin + len(name)
+      spans.append((begin, length))
+      pieces += [*cut, name]
+    return np.concatenate(pieces), np.asarray(spans)
+
+  @functools.cached_property
+  def line_ends(self):
+    """int64 [n + 1]: tokens of all lines before each event, for lengths."""
+    codes, inverse = np.unique(self._time_code(slice(None)),
+                               return_inverse=True)
+    lengths = np.array([len(self._time(int(c))) for c in codes])[inverse]
+    lengths += self.answer_lengths[self.events.behavior]
+    places, inverse = np.unique(self.events.place, return_inverse=True)
+    lengths += np.array([len(self._place(int(p))) for p in places])[inverse]
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+  @functools.cached_property
+  def answer_lengths(self):
+    """int64 [behaviors]: tokens of each behavior's answer."""
+    return np.array([len(name) for name in self.names])
+
+  def window_length(self, start, stop):
+    """Number of tokens of `window(start, stop)`."""
+    lines = self.line_ends[stop] - self.line_ends[start]
+    return int(lines) + len(self.header(start))

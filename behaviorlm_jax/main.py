@@ -1,0 +1,51 @@
+"""Flags only: python -m behaviorlm_jax.main --config=FILE --workdir=DIR."""
+
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.train import preemption
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
+_ABLATIONS = flags.DEFINE_multi_string(
+    'ablation', [], f'Repeatable: {", ".join(config_lib.ABLATIONS)}.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def _fail(sentence):
+  print(f'error: {sentence}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _parse(argv):
+  """Turns ml_collections' tracebacks for wrong flags into one sentence."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    _fail(config_lib.explain_flag_error(argv, error))
+
+
+def main(argv):
+  logging.set_verbosity(logging.INFO)
+  if len(argv) > 1:
+    _fail(f'{argv[1]!r} is not a flag; every option starts with --.')
+  preemption.install()
+  try:
+    stages.run(config_lib.ablate(_CONFIG.value, _ABLATIONS.value),
+               _WORKDIR.value)
+  except InputError as error:
+    _fail(str(error))
+  except preemption.Preempted as stop:
+    print(stop, file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=_parse)

@@ -1,0 +1,1 @@
+"""The language model: families, weights in, decoder, LoRA, adapter out."""

@@ -1,0 +1,251 @@
+"""Decoder families as tables: dimensions, presets and parameter names.
+
+A family is described here once, and import, export and compilation read the
+same tables. Our parameters keep the Hugging Face layout ([out, in], rotary
+halves not interleaved); those of the layers are stacked along a leading axis,
+so one of our parameters `layers.*` is one Hugging Face tensor per layer.
+"""
+
+import dataclasses
+
+from behaviorlm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretching of the rotary frequencies to longer contexts."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Dimensions of one Llama-family decoder; hashable, so a jit constant."""
+
+  vocab: int
+  layers: int
+  embed: int
+  mlp: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  rope_theta: float
+  norm_eps: float
+  tied: bool  # the output head is the embedding
+  rope_scaling: RopeScaling | None = None
+  max_length: int = 8192
+
+
+# Ours -> Hugging Face; '{}' stands for the layer.
+LLAMA_NAMES = {
+  'embed': 'model.embed_tokens.weight',
+  'layers.attention_norm': 'model.layers.{}.input_layernorm.weight',
+  'layers.q_proj': 'model.layers.{}.self_attn.q_proj.weight',
+  'layers.k_proj': 'model.layers.{}.self_attn.k_proj.weight',
+  'layers.v_proj': 'model.layers.{}.self_attn.v_proj.weight',
+  'layers.o_proj': 'model.layers.{}.self_attn.o_proj.weight',
+  'layers.mlp_norm': 'model.layers.{}.post_attention_layernorm.weight',
+  'layers.gate_proj': 'model.layers.{}.mlp.gate_proj.weight',
+  'layers.up_proj': 'model.layers.{}.mlp.up_proj.weight',
+  'layers.down_proj': 'model.layers.{}.mlp.down_proj.weight',
+  'final_norm': 'model.norm.weight',
+  'head': 'lm_head.weight',  # absent when tied
+}
+
+_LLAMA_3 = dict(rope_theta=5e5, norm_eps=1e-5, max_length=131072)
+
+PRESETS = {
+  'tiny': DecoderConfig(
+    vocab=384, layers=2, embed=64, mlp=128, heads=4, kv_heads=2, head_dim=16,
+    rope_theta=1e4, norm_eps=1e-5, tied=True,
+  ),
+  'smollm2-135m': DecoderConfig(
+    vocab=49152, layers=30, embed=576, mlp=1536, heads=9, kv_heads=3,
+    head_dim=64, rope_theta=1e5, norm_eps=1e-5, tied=True,
+  ),
+  'llama-3.2-1b': DecoderConfig(
+    vocab=128256, layers=16, embed=2048, mlp=8192, heads=32, kv_heads=8,
+    head_dim=64, tied=True, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+    **_LLAMA_3,
+  ),
+  'llama-3.1-8b': DecoderConfig(
+    vocab=128256, layers=32, embed=4096, mlp=14336, heads=32, kv_heads=8,
+    head_dim=128, tied=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    **_LLAMA_3,
+  ),
+  'llama-3.1-70b': DecoderConfig(
+    vocab=128256, layers=80, embed=8192, mlp=28672, heads=64, kv_heads=8,
+    head_dim=128, tied=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    **_LLAMA_3,
+  ),
+}
+
+
+def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """Our parameter -> its shape; `layers.*` begin with the layer axis."""
+  queries = config.heads * config.head_dim
+  keys = config.kv_heads * config.head_dim
+  per_layer = {
+    'attention_norm': (config.embed,),
+    'q_proj': (queries, config.embed),
+    'k_proj': (keys, config.embed),
+    'v_proj': (keys, config.embed),
+    'o_proj': (config.embed, queries),
+    'mlp_norm': (config.embed,),
+    'gate_proj': (config.mlp, config.embed),
+    'up_proj': (config.mlp, config.embed),
+    'down_proj': (config.embed, config.mlp),
+  }
+  table = {'embed': (config.vocab, config.embed)}
+  for name, shape in per_layer.items():
+    table[f'layers.{name}'] = (config.layers, *shape)
+  table['final_norm'] = (config.embed,)
+  if not config.tied:
+    table['head'] = (config.vocab, config.embed)
+  return table
+
+
+def hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """Hugging Face tensor -> its shape, one entry per layer."""
+  table = {}
+  for name, shape in shapes(config).items():
+    if name.startswith('layers.'):
+      for layer in range(config.layers):
+        table[LLAMA_NAMES[name].format(layer)] = shape[1:]
+    else:
+      table[LLAMA_NAMES[name]] = shape
+  return table
+
+
+def from_hf(config: dict, where: str) -> DecoderConfig:
+  """Reads a Hugging Face `config.json`; refuses what we do not implement.
+
+  Args:
+    config: the parsed file. transformers 5 keeps the rotary settings in
+      `rope_parameters`, older versions in `rope_theta` and `rope_scaling`.
+    where: what to call the file in error messages.
+  """
+  _refuse_unsupported(config, where)
+  heads = _size(config, 'num_attention_heads', where)
+  kv_heads = _size(config, 'num_key_value_heads', where, heads)
+  embed = _size(config, 'hidden_size', where)
+  head_dim = _size(config, 'head_dim', where, embed // heads)
+  if heads % kv_heads or head_dim % 2:
+    raise InputError(
+      f'model.address: {where} has {heads} query heads for {kv_heads} '
+      f'key-value heads of width {head_dim}; the first must be a multiple of '
+      'the second and the width even.'
+    )
+  rope = dict(config.get('rope_scaling') or {})
+  rope |= config.get('rope_parameters') or {}
+  theta = rope.get('rope_theta', config.get('rope_theta')) or 1e4
+  return DecoderConfig(
+    vocab=_size(config, 'vocab_size', where),
+    layers=_size(config, 'num_hidden_layers', where),
+    embed=embed,
+    mlp=_size(config, 'intermediate_size', where),
+    heads=heads,
+    kv_heads=kv_heads,
+    head_dim=head_dim,
+    rope_theta=float(theta),
+    norm_eps=float(config.get('rms_norm_eps', 1e-6)),
+    tied=bool(config.get('tie_word_embeddings', False)),
+    rope_scaling=_scaling(rope, where),
+    max_length=_size(config, 'max_position_embeddings', where, 2048),
+  )
+
+
+def _refuse_unsupported(config: dict, where: str) -> None:
+  kind = config.get('model_type')
+  if kind != 'llama':
+    raise InputError(
+      f'model.address: {where} has model_type {kind!r}; supported is '
+      "'llama' (SmolLM2, Llama 2 and 3)."
+    )
+  supported = {
+    'attention_bias': (False,),
+    'mlp_bias': (False,),
+    'hidden_act': ('silu',),
+    'partial_rotary_factor': (1.0,),
+    'quantization_config': (),
+  }
+  config = config | (config.get('rope_parameters') or {})
+  for key, values in supported.items():
+    value = config.get(key)
+    if value is not None and value not in values:
+      only = f'{values[0]!r}' if values else 'its absence'
+      raise InputError(
+        f'model.address: {where} has {key}={value!r}; only {only} is '
+        'supported, choose another model.'
+      )
+
+
+def _size(config: dict, key: str, where: str, default: int = 0) -> int:
+  value = config.get(key)
+  value = default if value is None else value
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    given = config.get(key)
+    found = f'lacks {key}' if given is None else f'has {key}={given!r}'
+    raise InputError(
+      f'model.address: {where} {found}; a positive integer is needed.'
+    )
+  return value
+
+
+def _scaling(rope: dict, where: str) -> RopeScaling | None:
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind == 'default':
+    return None
+  if kind != 'llama3':
+    raise InputError(
+      f'model.address: {where} has rotary type {kind!r}; supported are '
+      "'default' and 'llama3'."
+    )
+  keys = ('factor', 'low_freq_factor', 'high_freq_factor')
+  missing = {*keys, 'original_max_position_embeddings'} - set(rope)
+  if missing:
+    raise InputError(
+      f'model.address: {where} lacks {", ".join(sorted(missing))} in its '
+      "'llama3' rotary settings; add them."
+    )
+  return RopeScaling(
+    *(float(rope[key]) for key in keys),
+    int(rope['original_max_position_embeddings']),
+  )
+
+
+def to_hf(config: DecoderConfig) -> dict:
+  """The `config.json` of a `LlamaForCausalLM` with these dimensions.
+
+  The rotary settings stand under their older names, which transformers 4 and
+  5 both read.
+  """
+  scaling = config.rope_scaling
+  return {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'vocab_size': config.vocab,
+    'num_hidden_layers': config.layers,
+    'hidden_size': config.embed,
+    'intermediate_size': config.mlp,
+    'num_attention_heads': config.heads,
+    'num_key_value_heads': config.kv_heads,
+    'head_dim': config.head_dim,
+    'hidden_act': 'silu',
+    'attention_bias': False,
+    'mlp_bias': False,
+    'rms_norm_eps': config.norm_eps,
+    'tie_word_embeddings': config.tied,
+    'max_position_embeddings': config.max_length,
+    'rope_theta': config.rope_theta,
+    'rope_scaling': scaling and {
+      'rope_type': 'llama3',
+      'factor': scaling.factor,
+      'low_freq_factor': scaling.low_freq_factor,
+      'high_freq_factor': scaling.high_freq_factor,
+      'original_max_position_embeddings': scaling.original_length,
+    },
+  }

@@ -1,0 +1,109 @@
+"""LoRA: initialisation as PEFT's, and the PEFT folder in both directions.
+
+An adapter is `{projection: {'a': [layers, R, in], 'b': [layers, out, R]}}` in
+float32, the stacked form of PEFT's `lora_A.weight` and `lora_B.weight`. B
+starts at zero, so step 0 is exactly the base model.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import decoder
+from behaviorlm_jax.model import families
+
+
+def shapes(config, rank, targets):
+  """{projection: {'a': shape, 'b': shape}} for the chosen projections."""
+  unknown = sorted(set(targets) - set(decoder.PROJECTIONS))
+  if unknown or not targets:
+    raise InputError(
+        f'lora.targets: {unknown or "the empty list"} is not a choice of '
+        f'projections; choose from {", ".join(decoder.PROJECTIONS)}.'
+    )
+  kernels = families.shapes(config)
+  result = {}
+  for name in targets:
+    layers, out, into = kernels[f'layers.{name}']
+    result[name] = {'a': (layers, rank, into), 'b': (layers, out, rank)}
+  return result
+
+
+def init(config, rank, targets, key):
+  """A fresh adapter.
+
+  A is uniform in +-1/sqrt(in): PEFT's kaiming_uniform_(a=sqrt(5)) has the
+  bound sqrt(6 / ((1 + 5) * in)). B is zero.
+  """
+  adapter = {}
+  for name, shape in sorted(shapes(config, rank, targets).items()):
+    key, draw = jax.random.split(key)
+    bound = shape['a'][-1] ** -0.5
+    a = jax.random.uniform(draw, shape['a'], jnp.float32, -bound, bound)
+    adapter[name] = {'a': a, 'b': jnp.zeros(shape['b'], jnp.float32)}
+  return adapter
+
+
+def attach(config, params, adapter, alpha, remat='none'):
+  """The decoder with base weights `params` and `adapter` (None: bare)."""
+  if adapter is None:
+    return decoder.Decoder(config, params, remat=remat)
+  rank = next(iter(adapter.values()))['a'].shape[1]
+  pairs = {name: (ab['a'], ab['b']) for name, ab in adapter.items()}
+  return decoder.Decoder(config, params, pairs, alpha / rank, remat)
+
+
+def _module(name, layer):
+  """PEFT's path of one projection, from the same table as the import."""
+  hf = families.LLAMA_NAMES[f'layers.{name}'].format(layer)
+  return 'base_model.model.' + hf.removesuffix('.weight')
+
+
+def export(folder, adapter, alpha, base_address):
+  """Writes `adapter` as a PEFT folder."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  tensors = {}
+  for name, ab in adapter.items():
+    for side, matrix in (('lora_A', ab['a']), ('lora_B', ab['b'])):
+      for layer, one in enumerate(np.asarray(matrix, np.float32)):
+        key = f'{_module(name, layer)}.{side}.weight'
+        tensors[key] = np.ascontiguousarray(one)
+  safetensors_numpy.save_file(
+      tensors, folder / 'adapter_model.safetensors', {'format': 'pt'}
+  )
+  settings = {
+      'peft_type': 'LORA',
+      'task_type': 'CAUSAL_LM',
+      'base_model_name_or_path': str(base_address),
+      'r': next(iter(adapter.values()))['a'].shape[1],
+      'lora_alpha': alpha,
+      'lora_dropout': 0.0,
+      'bias': 'none',
+      'init_lora_weights': True,
+      'target_modules': sorted(adapter),
+  }
+  (folder / 'adapter_config.json').write_text(json.dumps(settings, indent=2))
+
+
+def load(folder):
+  """Reads a PEFT folder: the adapter (numpy, float32) and its alpha."""
+  folder = pathlib.Path(folder)
+  settings = json.loads((folder / 'adapter_config.json').read_text())
+  tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
+  adapter = {}
+  for name in settings['target_modules']:
+    sides = {}
+    for short, side in (('a', 'lora_A'), ('b', 'lora_B')):
+      layers, layer = [], 0
+      while (key := f'{_module(name, layer)}.{side}.weight') in tensors:
+        layers.append(tensors[key].astype(np.float32))
+        layer += 1
+      sides[short] = np.stack(layers)
+    adapter[name] = sides
+  return adapter, settings['lora_alpha']

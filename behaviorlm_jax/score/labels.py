@@ -1,0 +1,178 @@
+"""The label tree: exact log-probabilities of every behavior, in one pass.
+
+All answers (name and line end, as tokens) form one tree whose root is the end
+of the prompt. The prompt runs once and leaves its keys and values; then every
+inner node of the tree is a query that sees the prompt and its own ancestors.
+A node's hidden state gives the log-probability of each of its children, and a
+behavior's score is the sum along its path:
+
+  s(y) = sum_t log p(y_t | x, y_<t)
+
+Leaves are never run: nothing follows them. Long lists are cut into chunks of
+names, each with a tree of its own, over the same keys and values.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.train import preemption
+from behaviorlm_jax.train import sharding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tree:
+  """A token tree over some answers.
+
+  Node 0 is the root (the prompt's last token, which is not run again); nodes
+  1..N are inner nodes. Edges lead from a node to a token.
+  """
+  tokens: np.ndarray  # int32 [N], of nodes 1..N.
+  depths: np.ndarray  # int32 [N], 1 for children of the root.
+  ancestors: np.ndarray  # bool [N, N], [i, j]: node j + 1 is i + 1 or above it.
+  edge_nodes: np.ndarray  # int32 [E], node that predicts the edge's token.
+  edge_tokens: np.ndarray  # int32 [E].
+  paths: np.ndarray  # int32 [Y, T], edges of each answer; E: none.
+
+
+def build(answers):
+  """The Tree of a list of token sequences.
+
+  Raises:
+    InputError: two answers are equal, or one is the beginning of another.
+  """
+  nodes, edges = {(): 0}, {}
+  for answer in map(tuple, answers):
+    for i in range(len(answer)):
+      if i:
+        nodes.setdefault(answer[:i], len(nodes))
+      edges.setdefault(answer[:i + 1], len(edges))
+  whole = set(map(tuple, answers))
+  if len(whole) < len(answers) or whole & set(nodes):
+    raise InputError('data.events: two behavior names have the same tokens, or '
+                     'one begins with all of another; rename one of them.')
+  inner = [prefix for prefix in nodes if prefix]
+  ancestors = np.zeros((len(inner), len(inner)), bool)
+  for i, prefix in enumerate(inner):
+    for depth in range(1, len(prefix) + 1):
+      ancestors[i, nodes[prefix[:depth]] - 1] = True
+  paths = np.full((len(answers), max(map(len, answers))), len(edges), np.int32)
+  for y, answer in enumerate(map(tuple, answers)):
+    for i in range(len(answer)):
+      paths[y, i] = edges[answer[:i + 1]]
+  return Tree(
+      np.array([p[-1] for p in inner], np.int32),
+      np.array([len(p) for p in inner], np.int32), ancestors,
+      np.array([nodes[p[:-1]] for p in edges], np.int32),
+      np.array([p[-1] for p in edges], np.int32), paths)
+
+
+def prefill(model, tokens, lengths):
+  """Runs prompts int32 [B, P] padded on the right; lengths int32 [B].
+
+  Returns the hidden state after each prompt [B, D] and the keys and values.
+  """
+  batch, width = tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+  mask = jnp.tril(jnp.ones((width, width), bool))
+  mask = jnp.broadcast_to(mask, (batch, 1, width, width))
+  hidden, cache = model(tokens, positions, mask, keep_cache=True)
+  last = hidden[jnp.arange(batch), lengths - 1]
+  return last, cache
+
+
+def tree_scores(model, tree, last, cache, lengths):
+  """Log-probabilities float32 [B, Y] of a tree's answers after prompts."""
+  batch, width = last.shape[0], cache[0].shape[2]
+  nodes = len(tree.tokens)
+  hidden = last[:, None]
+  if nodes:
+    tokens = jnp.broadcast_to(jnp.asarray(tree.tokens), (batch, nodes))
+    positions = lengths[:, None] + tree.depths - 1
+    prompt = jnp.arange(width) < lengths[:, None]
+    mask = jnp.concatenate([
+        jnp.broadcast_to(prompt[:, None, None], (batch, 1, nodes, width)),
+        jnp.broadcast_to(tree.ancestors, (batch, 1, nodes, nodes)),
+    ], axis=-1)
+    below, _ = model(tokens, positions, mask, memory=cache)
+    hidden = jnp.concatenate([hidden, below], axis=1)
+  edges = jax.lax.map(lambda h: _edge_scores(model, tree, h), hidden)
+  edges = jnp.pad(edges, ((0, 0), (0, 1)))  # The edge that paths pad with.
+  return edges[:, tree.paths].sum(axis=-1)
+
+
+def _edge_scores(model, tree, hidden):
+  """Of one prompt: hidden [1 + N, D] to log p float32 [E] of every edge."""
+  logits = model.logits(hidden)
+  scores = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  return scores[tree.edge_nodes, tree.edge_tokens]
+
+
+class Scorer:
+  """Scores prompts in padded batches with one compilation per prompt width."""
+
+  WIDTH = 64  # Prompts are padded to a multiple of this many tokens.
+
+  def __init__(self, attach, params, labels, score, mesh):
+    """`labels`: answer tokens by behavior; `score`: the config's section."""
+    self.mesh, self.params, self.batch = mesh, params, score.batch
+    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    self.batch = -(-self.batch // rows) * rows
+    step = score.names_per_pass
+    trees = [build(labels[i:i + step]) for i in range(0, len(labels), step)]
+    build(labels)  # Clashes across chunks.
+
+    def run(adapter, params, tokens, lengths):
+      model = attach(params, adapter)
+      last, cache = prefill(model, tokens, lengths)
+      parts = [tree_scores(model, tree, last, cache, lengths)
+               for tree in trees]
+      return jnp.concatenate(parts, axis=1)
+
+    self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+  def __call__(self, adapter, prompts, progress=lambda n: None):
+    """float32 [n, Y]: log s(y) of every behavior after each prompt.
+
+    Args:
+      adapter: LoRA weights or None for the base model.
+      prompts: list of int32 arrays.
+      progress: called with the number of prompts of each finished batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results = [None] * len(prompts)
+    for begin in range(0, len(order), self.batch):
+      preemption.check()
+      chosen = order[begin:begin + self.batch]
+      scores = self._batch(adapter, [prompts[i] for i in chosen])
+      for i, row in zip(chosen, scores, strict=False):
+        results[i] = row
+      progress(len(chosen))
+    return np.stack(results)
+
+  def _batch(self, adapter, prompts):
+    width = -(-len(prompts[-1]) // self.WIDTH) * self.WIDTH
+    tokens = np.zeros((self.batch, width), np.int32)
+    lengths = np.ones(self.batch, np.int32)
+    for row, prompt in enumerate(prompts):
+      tokens[row, :len(prompt)] = prompt
+      lengths[row] = len(prompt)
+    placed = sharding.put_same(self.mesh, {'t': tokens, 'n': lengths})
+    return np.asarray(self._run(adapter, self.params, placed['t'],
+                                placed['n']))
+
+
+def log_softmax(scores):
+  """log p(y | x) over the closed list, of s [n, Y]."""
+  scores = np.asarray(scores, np.float64)
+  top = scores.max(axis=1, keepdims=True)
+  return scores - top - np.log(np.exp(scores - top).sum(axis=1, keepdims=True))
+
+
+def best(scores, k=5):
+  """Ids int64 [n, min(k, Y)] by falling score; equals by id."""
+  return np.argsort(-scores, axis=1, kind='stable')[:, :k]
+

@@ -1,0 +1,191 @@
+"""The plots of the report: arrays in, one PNG file out.
+
+Drawn with matplotlib's Agg canvas through the object interface, so no global
+state and no display is touched. Colours are Okabe and Ito's, which colour-
+blind readers can tell apart; groups differ by marker or hatch as well.
+Behavior names are shown as they are: never read as mathematical text.
+"""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DPI = 130
+COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
+MARKERS = {'anchor': 'o', 'tail': '^'}
+HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
+MOST_NAMES = 40  # behaviors whose names still fit below an axis
+LONGEST_NAME = 24
+
+
+def stage_bars(path, labels, series):
+  """Bars side by side per stage.
+
+  Args:
+    labels: names of the stages, left to right.
+    series: {(group, legend text): values, one per stage}.
+  """
+  figure, (axes,) = _figure(1, width=2.2 + 1.6 * len(labels), height=4.2)
+  width = 0.8 / len(series)
+  for index, ((group, text), values) in enumerate(series.items()):
+    x = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
+    bars = axes.bar(
+        x, values, width * 0.92, label=text, color=COLOURS[group],
+        hatch=HATCHES[group], edgecolor='white', linewidth=0)
+    axes.bar_label(bars, fmt='%.3f', fontsize=7, padding=1)
+  axes.set_xticks(range(len(labels)), labels)
+  axes.set_ylabel('score on the test split (fraction)')
+  axes.margins(y=0.12)
+  _legend(figure, axes)
+  _save(figure, path)
+
+
+def f1_against_frequency(path, panels, train_count, anchor):
+  """One marker per behavior, one panel per stage.
+
+  Args:
+    panels: {stage name: F1 float[Y]}.
+    train_count: int[Y], training events; 0 is drawn at 0.5.
+    anchor: bool[Y].
+  """
+  figure, row = _figure(len(panels), width=1 + 4.5 * len(panels), height=4.2)
+  count = np.maximum(np.asarray(train_count, float), 0.5)
+  for axes, (name, f1) in zip(row, panels.items(), strict=True):
+    means = []
+    for group, members in (('anchor', anchor), ('tail', ~anchor)):
+      if not members.any():
+        continue
+      axes.scatter(
+          count[members], f1[members], s=26, alpha=0.75, linewidth=0,
+          marker=MARKERS[group], color=COLOURS[group], label=group)
+      means.append(f'{group} {f1[members].mean():.3f}')
+    axes.set(xscale='log', ylim=(-0.04, 1.04))
+    axes.set_title(f'{name}: mean F1 ' + ', '.join(means), fontsize=10)
+    axes.set_xlabel('training events of the behavior (log scale)')
+  row[0].set_ylabel('F1 of the behavior (fraction)')
+  _legend(figure, row[0])
+  _save(figure, path)
+
+
+def difficulty_histogram(path, scores, groups):
+  """Share of each group's candidates by difficulty.
+
+  Args:
+    scores: float[n], difficulty of each scored sample.
+    groups: str[n], 'anchor' or 'tail'.
+  """
+  figure, (axes,) = _figure(1, width=6.5, height=4)
+  finite = np.isfinite(scores)
+  scores, groups = np.asarray(scores)[finite], np.asarray(groups)[finite]
+  edges = np.histogram_bin_edges(scores, 30)
+  for group, style in (('anchor', '-'), ('tail', '--')):
+    values = scores[groups == group]
+    if not len(values):
+      continue
+    share = np.histogram(values, edges)[0] / len(values)
+    axes.stairs(
+        share, edges, color=COLOURS[group], linewidth=1.8, linestyle=style,
+        label=f'{group}: {len(values):,} samples, mean {values.mean():.3f}')
+  axes.set_xlabel('difficulty of the sample')
+  axes.set_ylabel('share of the group')
+  _legend(figure, axes)
+  _save(figure, path)
+
+
+def drawn_targets(path, panels, names, anchor):
+  """Targets per behavior in the plan of each stage, most frequent first.
+
+  Args:
+    panels: {stage name: int[Y], targets per behavior}.
+    names: str[Y], already sorted by training frequency, as all arrays here.
+    anchor: bool[Y].
+  """
+  named = len(names) <= MOST_NAMES
+  figure, rows = _figure(
+      len(panels), width=9, height=2.4 * len(panels) + 1.4 + 0.9 * named,
+      stacked=True)
+  x = np.arange(1, len(names) + 1)
+  for axes, (stage, counts) in zip(rows, panels.items(), strict=True):
+    for group, members in (('anchor', anchor), ('tail', ~anchor)):
+      axes.bar(
+          x[members], counts[members], 0.85, color=COLOURS[group],
+          hatch=HATCHES[group] if named else '', edgecolor='white',
+          linewidth=0, label=group)
+    axes.set_title(f'{stage}: {counts.sum():,} targets')
+    axes.set_ylabel('targets in the plan')
+    axes.set_xlim(0.2, len(names) + 0.8)
+  if named:
+    rows[-1].set_xticks(
+        x, [_short(name) for name in names], rotation=55, ha='right',
+        rotation_mode='anchor', fontsize=8, parse_math=False)
+  else:
+    rows[-1].set_xlabel('rank of the behavior by training frequency')
+  _legend(figure, rows[0])
+  _save(figure, path)
+
+
+def loss_curves(path, panels):
+  """Training and validation loss by step, one panel per stage.
+
+  Args:
+    panels: {stage name: (steps, loss, validation steps, validation loss)}.
+  """
+  figure, row = _figure(len(panels), width=1 + 4.5 * len(panels), height=3.8)
+  for axes, (name, curves) in zip(row, panels.items(), strict=True):
+    steps, loss, val_steps, val_loss = (np.asarray(c, float) for c in curves)
+    axes.plot(
+        steps, loss, color=COLOURS['anchor'], alpha=0.35, linewidth=0.9,
+        label='training')
+    axes.plot(
+        steps, _running_mean(loss), color=COLOURS['anchor'], linewidth=1.8,
+        label='training, mean over 5 % of the steps')
+    axes.plot(
+        val_steps, val_loss, color=COLOURS['tail'], linestyle='--',
+        marker='s', markersize=4, label='validation')
+    axes.set(title=name, xlabel='step')
+  row[0].set_ylabel('loss per answer token (nats)')
+  _legend(figure, row[0])
+  _save(figure, path)
+
+
+def _running_mean(values):
+  """Mean of the last 5 % of all values at each step; fewer at the start."""
+  window = max(1, len(values) // 20)
+  total = np.concatenate([[0.0], np.cumsum(values)])
+  stop = np.arange(1, len(values) + 1)
+  start = np.maximum(stop - window, 0)
+  return (total[stop] - total[start]) / (stop - start)
+
+
+def _short(name):
+  if len(name) <= LONGEST_NAME:
+    return name
+  return name[:LONGEST_NAME - 1] + '…'
+
+
+def _figure(panels, width, height, stacked=False):
+  """A figure with `panels` axes in a row (sharing y) or stacked (sharing x)."""
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasAgg(figure)
+  if stacked:
+    grid = figure.subplots(panels, 1, sharex=True, squeeze=False)
+  else:
+    grid = figure.subplots(1, panels, sharey=True, squeeze=False)
+  for axes in grid.flat:
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', color='#dddddd', linewidth=0.6)
+    axes.set_axisbelow(True)
+  return figure, list(grid.flat)
+
+
+def _legend(figure, axes):
+  """A legend above the axes, where it cannot cover anything."""
+  handles, texts = axes.get_legend_handles_labels()
+  figure.legend(
+      handles, texts, loc='outside upper center', ncols=max(len(texts), 1),
+      frameon=False, fontsize=9)
+
+
+def _save(figure, path):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=DPI)

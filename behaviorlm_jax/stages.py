@@ -1,0 +1,402 @@
+"""The whole story on one page: log -> A-Tuning -> difficulty -> B-Tuning.
+
+    events -> base scores, baselines
+           -> stage a: plan of anchors and conversations -> train -> evaluate
+           -> stage b: candidates -> difficulty -> balanced plan -> train ->
+              evaluate
+           -> report
+
+Each arrow is a file in the work directory. What is finished is not done again,
+so the same command resumes a run wherever it ended.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from behaviorlm_jax import addresses
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import conversations
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import loader
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import weights
+from behaviorlm_jax.score import difficulty
+from behaviorlm_jax.score import evaluation
+from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import report
+from behaviorlm_jax.train import checkpoints as checkpoints_lib
+from behaviorlm_jax.train import loop
+from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train import step as step_lib
+
+FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
+# What every stage of one work directory must share.
+SHARED = ('data', 'model', 'lora', 'seed')
+
+
+@dataclasses.dataclass
+class Run:
+  """What the stages of one call have in common."""
+  config: object
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  base: weights.Base
+  prompts: prompts_lib.Prompts
+  conversations: list
+  attach: object  # (params, adapter) -> Decoder
+  params: dict  # Base weights in model.dtype.
+  scorer: labels.Scorer
+
+  @property
+  def events(self):
+    return self.prompts.events
+
+
+def run(config, workdir):
+  """Runs the config's stages in `workdir` and writes the report."""
+  config_lib.check(config)
+  workdir = pathlib.Path(workdir)
+  check_workdir(config, workdir)
+  mesh = sharding.make_mesh(config.mesh, config.train.batch)
+  this = _open(config, workdir, mesh)
+  evaluate_base(this)
+  for stage in config.stages:
+    run_stage(this, stage)
+  report.write(workdir, 'BehaviorLM: ' + _log_name(config),
+               this.base.tokenizer.decode)
+  logging.info('report: %s', workdir / 'report.md')
+
+
+def _log_name(config):
+  return pathlib.PurePosixPath(config.data.events).name
+
+
+def _open(config, workdir, mesh):
+  """Events, base model and scorer; every input is checked on the way."""
+  events = open_events(config, workdir)
+  base = weights.open_base(config.model.address)
+  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
+  talks = []
+  if (config.plan.conversation_share
+      or config.plan.balanced_conversation_share):
+    path = conversations.DEFAULT
+    if config.data.conversations:
+      path = addresses.resolve(config.data.conversations, 'data.conversations')
+    talks = conversations.read(path, base.tokenizer, config.train.length)
+  lora.shapes(base.config, config.lora.rank, config.lora.targets)
+  place = sharding.placer(mesh)
+  params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
+  scored = params
+  if config.score.dtype != config.model.dtype:
+    scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
+  attach = step_lib.attacher(base.config, config)
+  scorer = labels.Scorer(attach, scored, prompts.labels, config.score, mesh)
+  return Run(config, workdir, mesh, base, prompts, talks, attach, params,
+             scorer)
+
+
+def open_events(config, workdir):
+  """The event table of this work directory, prepared at the first call."""
+  folder = workdir / 'events'
+  if not folder.exists():
+    if not config.data.events:
+      raise InputError('data.events is empty; give --config.data.events=LOG.')
+    path = addresses.resolve(config.data.events, 'data.events')
+    workdir.mkdir(parents=True, exist_ok=True)
+    events_lib.prepare(config.data, path, folder, config.seed)
+  return events_lib.open_events(folder)
+
+
+def as_dict(config):
+  """The config as plain JSON values, without what a call may vary."""
+  values = json.loads(config.to_json_best_effort())
+  del values['stages']
+  return values
+
+
+def _differences(mine, theirs, prefix=''):
+  """'field (theirs, now mine)' of every field that differs."""
+  found = []
+  for key in sorted(set(mine) | set(theirs)):
+    one, other = mine.get(key), theirs.get(key)
+    if isinstance(one, dict) and isinstance(other, dict):
+      found += _differences(one, other, f'{prefix}{key}.')
+    elif one != other:
+      found.append(f'{prefix}{key} ({other!r}, now {one!r})')
+  return found
+
+
+def check_workdir(config, workdir):
+  """Refuses a work directory whose stages another config made."""
+  mine = as_dict(config)
+  ran = {FOLDERS[stage] for stage in config.stages}
+  for folder in ('base', 'a_tuning', 'b_tuning'):
+    path = workdir / folder / 'config.json'
+    if not path.exists():
+      continue
+    theirs = json.loads(path.read_text())
+    keys = SHARED
+    if folder == 'base':
+      keys = (*SHARED, 'eval', 'score')
+    elif folder in ran:
+      keys = tuple(mine)
+    found = _differences({k: mine[k] for k in keys},
+                         {k: theirs.get(k) for k in keys})
+    if found:
+      raise InputError(
+          f'{path} was written by another config: {", ".join(found)}; use '
+          'another --workdir or the old values.')
+  if config.stages[0] == 'b' and 'no_anchor_stage' not in config.ablations:
+    stage_a_adapter(config, workdir)
+
+
+def stage_a_adapter(config, workdir):
+  """The adapter folder that stage b starts from."""
+  root = pathlib.Path(config.init_from or workdir)
+  for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
+    if (folder / 'adapter_config.json').exists():
+      return folder
+  where = 'init_from' if config.init_from else '--workdir'
+  raise InputError(
+      f'stage b starts from stage a, but {root} ({where}) holds no finished '
+      'a_tuning/adapter; run stage a there, or give --config.init_from=DIR.')
+
+
+def evaluate_base(this):
+  """The untuned model and the free baselines, once per work directory."""
+  folder = this.workdir / 'base'
+  folder.mkdir(exist_ok=True)
+  evaluation.write_json(folder / 'config.json', as_dict(this.config))
+  samples = evaluation.test_samples(this.events, this.config)
+  path = this.workdir / 'baselines.json'
+  if not path.exists():
+    evaluation.write_baselines(path, this.events, samples,
+                               this.config.data.history)
+  evaluate(this, folder, None, samples)
+
+
+def evaluate(this, folder, adapter, samples):
+  """Writes predictions and evaluation of one arm, unless they stand there."""
+  if (folder / 'evaluation.json').exists():
+    return
+  scores, questions = score(this, adapter, samples, f'{folder.name}: evaluate')
+  evaluation.write(folder, this.prompts, samples, questions, scores)
+
+
+def score(this, adapter, samples, what):
+  """s(y) float32 [n, Y] of samples, and their questions."""
+  questions = [this.prompts.question(p) for p in samples]
+  with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
+    return this.scorer(adapter, questions, bar.update), questions
+
+
+def run_stage(this, stage):
+  """Plans, trains, exports and evaluates one stage."""
+  folder = this.workdir / FOLDERS[stage]
+  folder.mkdir(exist_ok=True)
+  if (folder / 'evaluation.json').exists():
+    logging.info('%s is finished.', folder)
+    return
+  evaluation.write_json(folder / 'config.json', as_dict(this.config))
+  config = this.config
+  if stage == 'one':  # As many steps as both stages together.
+    config = config.copy_and_resolve_references()
+    config.train.steps = 2 * config.train.steps
+  adapter = first_adapter(this, stage)
+  plan, plan_hash = make_plan(this, config, stage, folder, adapter)
+  adapter = train(this, config, stage, folder, plan, plan_hash, adapter)
+  lora.export(folder / 'adapter', adapter, config.lora.alpha,
+              this.base.folder or this.base.address)
+  evaluation.write_labels(folder / 'labels.json', this.prompts)
+  evaluate(this, folder, adapter,
+           evaluation.test_samples(this.events, config))
+
+
+def first_adapter(this, stage):
+  """Where training starts: a fresh adapter, or for stage b that of stage a."""
+  config = this.config
+  if stage == 'b' and 'no_anchor_stage' not in config.ablations:
+    folder = stage_a_adapter(config, this.workdir)
+    adapter, alpha = lora.load(folder)
+    found = jax.tree.map(np.shape, adapter)
+    wanted = lora.shapes(this.base.config, config.lora.rank,
+                         config.lora.targets)
+    if found != wanted or alpha != config.lora.alpha:
+      raise InputError(
+          f'{folder} holds an adapter with other lora.rank, lora.alpha, '
+          'lora.targets or for another model than this config; use the config '
+          'of stage a.')
+    return adapter
+  key = jax.random.key(config.seed)
+  return lora.init(this.base.config, config.lora.rank, config.lora.targets, key)
+
+
+def fingerprint(this, stage, adapter, sections, config):
+  """SHA-256 of what decides an artifact of a stage."""
+  digest = hashlib.sha256()
+  values = as_dict(config)
+  chosen = {name: values[name] for name in sections}
+  parts = (stage, this.events.fingerprint, this.base.fingerprint,
+           json.dumps(chosen, sort_keys=True))
+  for part in parts:
+    digest.update(part.encode())
+  for name in sorted(adapter):
+    for side in ('a', 'b'):
+      digest.update(np.asarray(adapter[name][side]).tobytes())
+  return digest.hexdigest()
+
+
+def make_plan(this, config, stage, folder, adapter):
+  """The stage's plan and its hash; read if it stands there already."""
+  path = folder / 'plan.parquet'
+  sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
+  made_from = fingerprint(this, stage, adapter, sections, config)
+  if path.exists():
+    plan = plan_lib.load(path, made_from)
+    return plan, plan_lib.content_hash(plan)
+  rng = np.random.default_rng([config.seed, ord(stage[0])])
+  stream = segments(this, config, stage, 'train', rng, adapter, folder)
+  plan = plan_lib.take(stream, config, config.train.steps, made_from)
+  return plan, plan_lib.save(path, plan, config.train.batch)
+
+
+def segments(this, config, stage, split, rng, adapter=None, folder=None):
+  """The endless stream of segments of a stage, for training or validation."""
+  windows = plan_lib.Windows(this.prompts, config)
+  plan = config.plan
+  if stage == 'b':
+    share = plan.balanced_conversation_share
+    if split == 'train':
+      subset = choose_subset(this, config, adapter, folder)
+    else:
+      subset = {b: s for b, s in by_behavior(this, config, split).items()}
+    stream_of = (plan_lib.natural if plan.budget == 'natural'
+                 else plan_lib.balanced)
+    neighbours = None
+    if plan.neighbours:
+      neighbours = plan_lib.neighbour_weights(this.events, config)
+    stream = stream_of(windows, subset, rng, neighbours)
+  else:
+    share = plan.conversation_share
+    only_anchors = stage == 'a' and plan.content == 'anchors'
+    samples = plan_lib.eligible(this.events, split, plan.min_context,
+                                only_anchors)
+    stream = plan_lib.tile(windows, samples, rng)
+  if split == 'train':
+    stream = plan_lib.mix(stream, this.conversations, share, rng)
+  return stream
+
+
+def by_behavior(this, config, split):
+  """{behavior: positions of its samples in a split}."""
+  samples = plan_lib.eligible(this.events, split, config.plan.min_context)
+  behavior = this.events.behavior[samples]
+  return {int(b): samples[behavior == b] for b in np.unique(behavior)}
+
+
+def choose_subset(this, config, adapter, folder):
+  """Stage b's subset: candidates, their difficulty, the weighted draw."""
+  draw = lambda salt: np.random.default_rng([config.seed, ord('b'), salt])
+  pools = plan_lib.candidates(this.events, config, draw(0))
+  scores = None
+  if config.difficulty.score != 'random':
+    scores = score_difficulty(this, config, adapter, folder, pools)
+  return plan_lib.choose_subset(pools, scores, this.events, config, draw(1))
+
+
+def score_difficulty(this, config, adapter, folder, pools):
+  """{sample: difficulty} under the model that stage b starts from."""
+  path = folder / 'difficulty.parquet'
+  made_from = fingerprint(this, 'difficulty', adapter,
+                          ('data', 'difficulty', 'seed', 'score'), config)
+  if not path.exists():
+    samples = np.concatenate(list(pools.values()))
+    scores, _ = score(this, adapter, samples, f'{folder.name}: difficulty')
+    values = difficulty.nll(scores, this.events.behavior[samples])
+    difficulty.write(path, this.events, samples, values, made_from)
+  return difficulty.read(path, made_from)
+
+
+def train(this, config, stage, folder, plan, plan_hash, adapter):
+  """Trains (or resumes) a stage; returns the best checkpoint's adapter."""
+  optimizer, schedule = step_lib.make_optimizer(config.train)
+  shapes = jax.tree.map(np.shape, adapter)
+  places = step_lib.state_shardings(this.mesh, shapes, optimizer)
+  state = step_lib.init_state(adapter, optimizer, places)
+  saved = checkpoints_lib.Checkpoints(
+      folder / 'checkpoints', config.checkpoint.keep, plan_hash)
+  state = saved.restore_latest(state)
+  assemble = loader.Assembler(this.prompts, this.conversations,
+                              config.train.length, plan.answers)
+  show_example(this, assemble, plan)
+  batches = loader.batches(
+      plan, assemble, config.train.batch, int(state['step']),
+      jax.process_index(), jax.process_count(), config.train.workers)
+  step_fn = step_lib.make_step(this.attach, optimizer, schedule,
+                               config.train.accumulate, places, this.mesh)
+  state = loop.run(
+      folder, config, state, step_fn, this.params,
+      (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
+      validator(this, config, stage))
+  best = saved.best_step(config.checkpoint.best_by != 'last')
+  logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
+  adapter = saved.restore_adapter(best, state)
+  saved.close()
+  return adapter
+
+
+def show_example(this, assemble, plan):
+  """Logs one decoded row, what it teaches in brackets."""
+  row = assemble(plan.rows[0])
+  learned = set(row['answer_positions'][row['answer_weights'] > 0] + 1)
+  text = ''
+  for i in range(int((row['segments'] > 0).sum())):
+    token = this.base.tokenizer.decode([row['tokens'][i]])
+    text += f'[{token}]' if i in learned else token
+  logging.info('a row, the learned tokens in brackets:\n%s', text)
+
+
+def validator(this, config, stage):
+  """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
+  rng = np.random.default_rng([config.seed, ord(stage[0]), ord('v')])
+  steps = -(-config.eval.validation_rows // config.train.batch)
+  try:
+    stream = segments(this, config, stage, 'validation', rng)
+    plan = plan_lib.take(stream, config, steps, '')
+  except InputError:
+    logging.warning('the validation split has no sample for stage %s; the last '
+                    'checkpoint will be taken for the best.', stage)
+    return lambda adapter: {}
+  assemble = loader.Assembler(this.prompts, this.conversations,
+                              config.train.length, plan.answers)
+  sums = step_lib.make_validation(this.attach, this.mesh)
+  samples = evaluation.draw_samples(this.events, 'validation',
+                                    config.eval.validation_samples, config)
+
+  def validate(adapter):
+    loss = weight = 0.0
+    for batch in loader.batches(plan, assemble, config.train.batch, 0,
+                                jax.process_index(), jax.process_count()):
+      batch = sharding.put_rows(this.mesh, batch)
+      one, w = sums(adapter, this.params, batch)
+      loss, weight = loss + float(one), weight + float(w)
+    result = {'val_loss': loss / weight, 'score': -loss / weight}
+    if config.checkpoint.best_by == 'f1_macro':
+      scores, _ = score(this, adapter, samples, 'validate')
+      summary = evaluation.summarize(this.events, samples, scores)
+      result['val_f1_macro'] = summary['all']['f1_macro']
+      result['score'] = result['val_f1_macro']
+    return result
+
+  return validate

@@ -1,0 +1,1 @@
+"""Sharding, the jitted LoRA step, the loop and its checkpoints."""

@@ -1,0 +1,93 @@
+"""Orbax checkpoints of one stage: adapter, optimizer, step and plan hash.
+
+Kept are the latest few, to resume from, and the best by the validation score,
+to hand on. Only finished steps count (Orbax renames a complete folder into
+place); one that cannot be read any more is skipped with a warning.
+"""
+
+from absl import logging
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from behaviorlm_jax.errors import InputError
+
+
+class Checkpoints:
+  """The `checkpoints/` folder of a stage."""
+
+  def __init__(self, folder, keep, plan_hash):
+    self.plan_hash = plan_hash
+    policy = checkpoint_managers.AnyPreservationPolicy([
+        checkpoint_managers.LatestN(n=keep),
+        checkpoint_managers.BestN(get_metric_fn=lambda m: m['score'], n=1,
+                                  keep_checkpoints_without_metrics=False),
+    ])
+    self._manager = ocp.CheckpointManager(
+        folder.absolute(),
+        options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+        item_names=('state', 'facts'))
+
+  def save(self, state, score=None):
+    """Starts to write `state`; higher `score` is better, None: not scored."""
+    metrics = None if score is None else {'score': float(score)}
+    self._manager.save(
+        int(state['step']),
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            facts=ocp.args.JsonSave({'plan_hash': self.plan_hash})),
+        metrics=metrics, force=True)
+
+  def latest_step(self):
+    """The last finished step, or 0."""
+    return self._manager.latest_step() or 0
+
+  def restore_latest(self, state):
+    """`state`, or the newest readable checkpoint in its shape and place."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        restored = self._restore(step, abstract)
+      except InputError:
+        raise
+      except (OSError, KeyError, ValueError) as error:
+        logging.warning('checkpoint %d cannot be read (%s); trying the one '
+                        'before.', step, str(error).split('\n')[0])
+        self._manager.delete(step)
+        continue
+      return restored
+    return state
+
+  def _restore(self, step, abstract):
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract),
+        facts=ocp.args.JsonRestore()))
+    found = restored['facts']['plan_hash']
+    if found != self.plan_hash:
+      raise InputError(
+          f'{self._manager.directory}/{step} belongs to another plan (hash '
+          f'{found[:12]}, now {self.plan_hash[:12]}); use another --workdir.')
+    return restored['state']
+
+  def best_step(self, by_score):
+    """The step whose score is highest (last of equals), or the last one."""
+    self.wait()
+    metrics = {step: self._manager.metrics(step)
+               for step in self._manager.all_steps()}
+    scored = {step: m['score'] for step, m in metrics.items() if m}
+    if by_score and scored:
+      return max(scored, key=lambda step: (scored[step], step))
+    return self._manager.latest_step()
+
+  def restore_adapter(self, step, state):
+    """The adapter of a finished step."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return self._restore(step, abstract)['adapter']
+
+  def wait(self):
+    """Returns when everything that was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    self.wait()
+    self._manager.close()

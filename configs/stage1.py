@@ -1,0 +1,13 @@
+"""A-Tuning on your own log: anchors, with conversations mixed in.
+
+  python -m behaviorlm_jax.main --config=configs/stage1.py --workdir=runs/mine \
+    --config.data.events=events.csv
+"""
+
+from behaviorlm_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.stages = ('a',)
+  return config

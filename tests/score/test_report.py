@@ -1,0 +1,260 @@
+"""The report from synthetic work directories: what is there, and only that."""
+
+import datetime
+import json
+import types
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behaviorlm_jax.score import metrics, report
+
+PLAN = pa.schema({'step': pa.int32(), 'row': pa.int32(), 'segments': pa.list_(
+    pa.struct({
+        'kind': pa.string(), 'start': pa.int64(), 'stop': pa.int64(),
+        'targets': pa.list_(pa.int64()), 'weights': pa.list_(pa.float32()),
+        'length': pa.int32()}))})
+BASELINES = ('user_frequent', 'hour_frequent', 'recent_counts', 'markov')
+
+
+class Work:
+  """A work directory of a run that never was; `add_*` writes its files."""
+
+  def __init__(self, folder, count=20, n=120, seed=0):
+    self.folder, self.rng = folder, np.random.default_rng(seed)
+    share = 1 / np.arange(1, count + 1) ** 1.3
+    share /= share.sum()
+    self.anchor = share > 0.05
+    self.names = [f'Behavior {i} of the log' for i in range(count)]
+    self.names[1:3] = [
+        'Bar | Pub $x_1$', 'A very <b>long</b> name: ' + 'x' * 40]
+    self.true = self.rng.choice(count, n, p=share)
+    self.true[: count // 2] = np.arange(count // 2)
+    self.behavior = self.rng.choice(count, 3000, p=share)
+    counts = np.bincount(self.behavior, minlength=count)
+    behaviors = [
+        {'name': name, 'count': int(c) + 5, 'train_count': int(c),
+         'share': c / 3000, 'group': 'anchor' if a else 'tail'}
+        for name, c, a in zip(self.names, counts, self.anchor, strict=True)]
+    unseen = {'name': 'only at the end', 'count': 2, 'train_count': 0,
+              'share': 0.0, 'group': 'unseen'}
+    self.events = types.SimpleNamespace(
+        behavior=self.behavior, behaviors=[
+            types.SimpleNamespace(**row) for row in [*behaviors, unseen]])
+    self.json('events/behaviors.json', [*behaviors, unseen])
+    self.json('events/summary.json', {
+        'rows': 3105, 'rejected': 3, 'events': 3100, 'users': 40,
+        'events_per_split': {'train': 2600, 'validation': 250, 'test': 250},
+        'warnings': ['1 behavior occurs only in the test split']})
+
+  def json(self, name, value):
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+  def ranked(self, skill):
+    """Ids, best first; the truth gets a start of `skill`."""
+    score = self.rng.random((len(self.true), len(self.names)))
+    score[np.arange(len(self.true)), self.true] += skill
+    return np.argsort(-score, 1)[:, :5]
+
+  def add_baselines(self):
+    self.json('baselines.json', {
+        name: metrics.evaluate(
+            self.true, self.ranked(0.1 * i), self.anchor)
+        for i, name in enumerate(BASELINES)})
+
+  def add_predictions(self, stage, skill):
+    ranked, n = self.ranked(skill), len(self.true)
+    self.json(f'{stage}/evaluation.json', metrics.evaluate(
+        self.true, ranked, self.anchor))
+    names = np.array(self.names)
+    start = datetime.datetime(2012, 4, 3, 18, 5)
+    pq.write_table(pa.table({
+        'sample': np.arange(n) * 7, 'user': [f'u{i // 4}' for i in range(n)],
+        'time': pa.array([start + datetime.timedelta(hours=i)
+                          for i in range(n)], pa.timestamp('s')),
+        'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
+        'behavior': names[self.true], 'predicted': names[ranked[:, 0]],
+        'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
+        'top5': names[ranked].tolist(),
+        'top5_log_prob': [np.log([.5, .2, .1, .05, .01]).tolist()] * n,
+        'prompt_tokens': pa.array([[i, 7] for i in range(n)],
+                                  pa.list_(pa.int32())),
+        'in_context': self.rng.random(n) < 0.6,
+    }), self.folder / stage / 'predictions.parquet')
+
+  def add_training(self, stage, ablations=()):
+    self.json(f'{stage}/config.json', {
+        'train': {'steps': 60, 'batch': 8, 'length': 512,
+                  'learning_rate': 0.002}, 'seed': 11,
+        'ablations': list(ablations)})
+    rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()}
+            for i in range(60)]
+    for row in rows[9::10]:
+      row['val_loss'] = row['loss'] + 0.3
+    (self.folder / stage / 'metrics.jsonl').write_text(
+        ''.join(json.dumps(row) + '\n' for row in rows))
+    self.add_plan(stage, 50)
+
+  def add_plan(self, stage, rows):
+    """Each row: a window with four targets and a conversation without."""
+    allowed = np.arange(3000)
+    if stage == 'a_tuning':
+      allowed = allowed[self.anchor[self.behavior]]
+    self.drawn = self.rng.choice(allowed, (rows, 4))
+    pq.write_table(pa.Table.from_pylist([
+        {'step': i // 2, 'row': i % 2, 'segments': [
+            {'kind': 'window', 'start': 0, 'stop': 32, 'length': 400,
+             'targets': targets, 'weights': [1.0] * 4},
+            {'kind': 'conversation', 'start': 3, 'stop': 4, 'length': 100,
+             'targets': [5, 6], 'weights': [1.0, 1.0]}]}
+        for i, targets in enumerate(self.drawn.tolist())], PLAN),
+        self.folder / stage / 'plan.parquet')
+
+  def add_difficulty(self):
+    score = self.rng.gamma(3, 1, 400)
+    ids = self.rng.choice(len(self.names), 400)
+    score[self.anchor[ids]] *= 0.5
+    pq.write_table(pa.table({
+        'sample': np.arange(400), 'behavior': np.array(self.names)[ids],
+        'group': np.where(self.anchor[ids], 'anchor', 'tail'),
+        'score': score}), self.folder / 'b_tuning/difficulty.parquet')
+
+
+def whole(folder, **options):
+  work = Work(folder, **options)
+  work.add_baselines()
+  for stage, skill in (('base', 0.1), ('a_tuning', 0.5), ('b_tuning', 0.6)):
+    work.add_predictions(stage, skill)
+    if stage != 'base':
+      work.add_training(stage)
+  work.add_difficulty()
+  return work
+
+
+def decode(tokens):
+  return '\n'.join([f'line {i}' for i in range(9)] + [f'of {tokens[0]}'])
+
+
+def write_report(work, **options):
+  """Writes the report of a Work and returns its text."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, 'open_events', lambda folder: work.events)
+    report.write(work.folder, 'A run', **options)
+  return (work.folder / 'report.md').read_text(encoding='utf-8')
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+  """A whole run with its report; tests only read it."""
+  work = whole(tmp_path_factory.mktemp('work'))
+  return types.SimpleNamespace(
+      folder=work.folder, work=work, text=write_report(work, decode=decode))
+
+
+def row_of(text, head, name):
+  """Cells of row `name` in the first table whose header starts with `head`."""
+  lines = text[text.index(f'| {head} |'):].split('\n\n')[0].splitlines()
+  return next([cell.strip() for cell in line.strip('| ').split(' | ')]
+              for line in lines if line.startswith(f'| {name} |'))
+
+
+def test_whole_run_shows_every_section_and_plot(done):
+  text = done.text
+  images = sorted(path.name for path in (done.folder / 'report').iterdir())
+  assert images == [
+      'difficulty.png', 'f1.png', 'loss.png', 'stages.png', 'targets.png']
+  for name in images:
+    assert f'(report/{name})' in text
+    assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
+  assert text.startswith('# A run\n')
+  assert text.count('\n### ') == 10
+  assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
+  assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
+  assert '| B-Tuning | 60 | 8 | 512 | 0.002 | 11 | none |' in text
+
+
+def test_tables_hold_the_numbers_of_the_files(done):
+  text = done.text
+  scores = json.loads((done.folder / 'b_tuning/evaluation.json').read_text())
+  assert row_of(text, 'all behaviors', 'B-Tuning')[1:] == [
+      f'{scores["all"][key]:.3f}' for key in (
+          'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted',
+          'f1_macro')]
+  group = row_of(text, 'by group', 'B-Tuning')
+  assert group[5] == str(scores['tail']['n'])
+  assert group[8] == f'{scores["tail"]["f1_macro"]:.3f}'
+  table = pq.read_table(done.folder / 'b_tuning/predictions.parquet')
+  inside = [r for r in table.to_pylist() if r['in_context']]
+  want = np.mean([r['behavior'] == r['predicted'] for r in inside])
+  assert row_of(text, 'stage', 'B-Tuning')[1:3] == [
+      str(len(inside)), f'{want:.3f}']
+
+
+def test_summary_names_stages_baseline_and_intervals(done):
+  text = done.text.split('\n\n')[1]
+  scores = [json.loads((done.folder / stage / 'evaluation.json').read_text())
+            for stage in report.STAGES]
+  tail = ' → '.join(f'{s["tail"]["f1_macro"]:.3f}' for s in scores)
+  assert f'Tail macro-F1: {tail} (best free baseline' in text
+  assert '3,100 events of 40 users' in text and 'n = 120' in text
+  change = scores[2]['tail']['f1_macro'] - scores[1]['tail']['f1_macro']
+  assert f'from A-Tuning to B-Tuning: {change:+.3f}, 95 % interval' in text
+
+
+def test_absent_stages_leave_no_rows(tmp_path):
+  work = Work(tmp_path)
+  work.add_predictions('a_tuning', 0.5)
+  text = write_report(work)
+  assert 'A-Tuning' in text
+  assert 'B-Tuning' not in text and 'untuned' not in text
+  assert not (tmp_path / 'report/difficulty.png').exists()
+
+
+def test_a_directory_with_events_alone_still_reports(tmp_path):
+  text = write_report(Work(tmp_path))
+  headings = [line for line in text.splitlines() if line.startswith('## ')]
+  assert headings == ['## Data', '## Files and configuration']
+
+
+def test_one_stage_run_is_named_so(tmp_path):
+  work = Work(tmp_path)
+  work.add_predictions('b_tuning', 0.5)
+  work.add_training('b_tuning', ['one_stage'])
+  text = write_report(work)
+  assert '| one stage | 60 |' in text and 'B-Tuning' not in text
+
+
+def test_names_of_the_log_cannot_break_the_page(done):
+  assert 'Bar \\| Pub' in done.text
+  assert '<b>' not in done.text.replace('\\<b>', '')
+  assert report.cell('a\n# b') == 'a # b'
+
+
+def test_decoded_prompt_shows_its_last_six_lines(done):
+  assert done.text.count('    line 4\n    line 5\n') == 10
+  assert 'line 3' not in done.text
+
+
+def test_plan_targets_leave_conversations_out(tmp_path):
+  work = Work(tmp_path)
+  (tmp_path / 'a_tuning').mkdir()
+  work.add_plan('a_tuning', 6)
+  targets = report.plan_targets(tmp_path / 'a_tuning/plan.parquet')
+  assert targets.tolist() == work.drawn.ravel().tolist()
+
+
+def test_examples_mix_groups_and_outcomes():
+  groups = np.array(['anchor'] * 900 + ['tail'] * 100)
+  right = np.arange(1000) % 10 == 0
+  chosen = report.pick(groups, right)
+  kinds = {(groups[i], bool(right[i])) for i in chosen}
+  assert len(set(chosen.tolist())) == 10 and len(kinds) == 4
+  np.testing.assert_array_equal(chosen, report.pick(groups, right))
+
+
+def test_writing_again_gives_the_same_page(done):
+  assert write_report(done.work, decode=decode) == done.text
