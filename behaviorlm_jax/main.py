@@ -32,8 +32,14 @@ def _parse(argv):
     _fail(config_lib.explain_flag_error(argv, error))
 
 
+def _readable_log(record):
+  # Orbax reports every file it writes; its warnings are wanted.
+  return record.levelno > 20 or 'orbax' not in record.pathname
+
+
 def main(argv):
   logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_readable_log)
   if len(argv) > 1:
     _fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()

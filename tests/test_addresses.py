@@ -60,7 +60,7 @@ def test_a_cached_file_without_its_record_is_fetched_again(index):
   path = addresses.resolve(ADDRESS, 'data.events')
   path.with_name('ecom.csv.origin.json').unlink()
   (index / WHEEL).unlink()
-  with pytest.raises(InputError, match='pip could not fetch toy-logs==1.0'):
+  with pytest.raises(InputError, match=r'pip could not fetch toy-logs==1.0'):
     addresses.resolve(ADDRESS, 'data.events')
 
 
@@ -85,7 +85,8 @@ def test_the_table_of_checksums_is_used(index, monkeypatch):
 
 def test_a_missing_member_names_close_ones(index, tmp_path):
   address = 'pypi://toy-logs==1.0/toy_logs/dataset/ecom.csv'
-  with pytest.raises(InputError, match='data.events.*toy_logs/data/ecom.csv'):
+  close = r'data.events.*toy_logs/data/ecom.csv'
+  with pytest.raises(InputError, match=close):
     addresses.resolve(address, 'data.events')
   assert files_in(tmp_path / 'cache') == []
 
@@ -133,11 +134,11 @@ def test_a_malformed_address_is_refused(address):
 
 def test_local_paths_pass_and_absent_ones_stop(tmp_path):
   assert addresses.resolve(str(tmp_path), 'data.events') == tmp_path
-  with pytest.raises(InputError, match='data.events.*does not exist'):
+  with pytest.raises(InputError, match=r'data.events.*does not exist'):
     addresses.resolve(str(tmp_path / 'absent.csv'), 'data.events')
   with pytest.raises(InputError, match='does not exist'):
     addresses.resolve('', 'data.events')
-  with pytest.raises(InputError, match='s3://.*not supported'):
+  with pytest.raises(InputError, match=r's3://.*not supported'):
     addresses.resolve('s3://bucket/log.csv', 'data.events')
 
 

@@ -35,7 +35,8 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from behaviorlm_jax.data import splits
-from behaviorlm_jax.data.splits import SPLITS, Behavior
+from behaviorlm_jax.data.splits import Behavior
+from behaviorlm_jax.data.splits import SPLITS
 from behaviorlm_jax.errors import InputError
 
 _FIELDS = ('user', 'time', 'behavior', 'place', 'group')
@@ -70,7 +71,7 @@ _ABSORB = """
              WHEN who IS NULL THEN 'no user'
              WHEN moment IS NULL THEN 'no time'
              WHEN instant IS NULL THEN
-               'time ''' || left(moment, 40) || ''' is not a date-time'
+               'time ''' || left(clean(moment), 40) || ''' is not a date-time'
              WHEN team IS NULL AND $grouped THEN 'no group' END) AS why,
            CASE WHEN why IS NOT NULL THEN rtrim(text, chr(10) || chr(13)) END
     FROM (SELECT line, nullif(clean("user"), '') AS who,
@@ -155,8 +156,13 @@ def _absorb(con, data, path) -> bool:
   parameters = {'grouped': columns[-1] is not None}
   name = path.name.lower()
   if name.endswith('.parquet'):
-    source = _parquet(con, path, columns)
-    con.execute(_ABSORB.format(source=f'({source})'), parameters)
+    source = _parquet(path, columns)
+    try:
+      con.execute(_ABSORB.format(source=f'({source})'), parameters)
+    except duckdb.Error as error:
+      reason = ' '.join(str(error).split())
+      raise InputError(f'{path} cannot be read to its end: {reason}'
+                       ) from error
     return parameters['grouped']
   suffix = pathlib.Path(name.removesuffix('.gz')).suffix
   chunks = _batches(path, columns, suffix)
@@ -179,7 +185,7 @@ def _check_columns(path, columns, present):
           + ', '.join(map(repr, near or list(present)[:20])))
 
 
-def _parquet(con, path, columns) -> str:
+def _parquet(path, columns) -> str:
   """A query for the mapped columns of a Parquet file, all as text."""
   try:
     schema = pq.read_schema(path)
@@ -191,9 +197,9 @@ def _parquet(con, path, columns) -> str:
   for field, column in zip(_FIELDS, columns, strict=True):
     value = 'NULL' if column is None else '"' + column.replace('"', '""') + '"'
     zone = column and getattr(schema.field(column).type, 'tz', None)
-    if zone:  # stored as UTC; the wall clock is the one of the column's zone
-      value += f" AT TIME ZONE '{zone}'"
-    texts.append(f'CAST({value} AS VARCHAR) AS "{field}"')
+    if zone:
+      value = _wall_clock(value, zone)
+    texts.append(f'CAST(({value}) AS VARCHAR) AS "{field}"')
   # DuckDB takes the path for a glob pattern.
   literal = re.sub(r'([*?[])', r'[\1]', str(path)).replace("'", "''")
   return (
@@ -201,6 +207,16 @@ def _parquet(con, path, columns) -> str:
       'AS text FROM (SELECT file_row_number + 1 AS line, '
       f"{', '.join(texts)} FROM read_parquet('{literal}', "
       'file_row_number = true))')
+
+
+def _wall_clock(value: str, zone: str) -> str:
+  """SQL for a Parquet time, stored as UTC, on the clock of its column."""
+  offset = re.fullmatch(r'([+-])(\d\d):(\d\d)', zone)
+  if not offset:
+    return f"{value} AT TIME ZONE '{zone}'"
+  sign, hours, minutes = offset.groups()
+  return (f"{value} AT TIME ZONE 'UTC' "
+          f"{sign} INTERVAL {int(hours) * 60 + int(minutes)} MINUTE")
 
 
 def _batches(path, columns, suffix):

@@ -7,6 +7,7 @@ so one of our parameters `layers.*` is one Hugging Face tensor per layer.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from behaviorlm_jax.errors import InputError
 
@@ -108,16 +109,20 @@ def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   return table
 
 
-def hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """Hugging Face tensor -> its shape, one entry per layer."""
-  table = {}
+def hf_shapes(
+  config: DecoderConfig,
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """Yields every Hugging Face tensor and its shape.
+
+  One by one: a damaged file may claim a billion layers, and whoever looks for
+  them stops at the first that is missing.
+  """
   for name, shape in shapes(config).items():
     if name.startswith('layers.'):
       for layer in range(config.layers):
-        table[LLAMA_NAMES[name].format(layer)] = shape[1:]
+        yield LLAMA_NAMES[name].format(layer), shape[1:]
     else:
-      table[LLAMA_NAMES[name]] = shape
-  return table
+      yield LLAMA_NAMES[name], shape
 
 
 def from_hf(config: dict, where: str) -> DecoderConfig:

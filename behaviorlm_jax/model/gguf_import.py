@@ -26,7 +26,10 @@ import gguf.quants
 import numpy as np
 import tokenizers
 from absl import logging
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import processors
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
@@ -313,10 +316,10 @@ def _hf_name(name: str) -> str | None:
   if name in _GLOBAL_NAMES:
     return families.LLAMA_NAMES[_GLOBAL_NAMES[name]]
   parts = name.split('.')
-  if len(parts) == 4 and parts[0] == 'blk' and parts[3] == 'weight':
-    if parts[2] in _LAYER_NAMES:
-      ours = families.LLAMA_NAMES[_LAYER_NAMES[parts[2]]]
-      return ours.format(int(parts[1]))
+  block = len(parts) == 4 and parts[0] == 'blk' and parts[1].isdecimal()
+  if block and parts[3] == 'weight' and parts[2] in _LAYER_NAMES:
+    ours = families.LLAMA_NAMES[_LAYER_NAMES[parts[2]]]
+    return ours.format(int(parts[1]))
   return None
 
 
@@ -324,10 +327,8 @@ def _write_weights(
   target: Path, config: families.DecoderConfig, tensors: dict, path: Path
 ) -> None:
   """Writes a float32 safetensors file, one tensor in memory at a time."""
-  shapes = families.hf_shapes(config)
-  sources = {_hf_name(name): tensor for name, tensor in tensors.items()
-             if name != _ROPE_FACTORS}
-  _check_tensors(shapes, sources, tensors, path)
+  sources = _sources(config, tensors, path)
+  shapes = dict(families.hf_shapes(config))
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for name, shape in shapes.items():
     start, end = end, end + 4 * math.prod(shape)
@@ -349,17 +350,16 @@ def _write_weights(
     os.fsync(out.fileno())
 
 
-def _check_tensors(
-  shapes: dict, sources: dict, tensors: dict, path: Path
-) -> None:
-  """Every expected tensor, in its shape, and none that we would ignore."""
-  for name in tensors:
-    if name != _ROPE_FACTORS and _hf_name(name) not in shapes:
-      raise InputError(
-        f'model.address: {path} holds the tensor {name}, which is not part '
-        'of a Llama decoder; choose another model.'
-      )
-  for name, shape in shapes.items():
+def _sources(
+  config: families.DecoderConfig, tensors: dict, path: Path
+) -> dict[str, gguf.ReaderTensor]:
+  """Hugging Face name -> tensor: all that are needed, in their shapes, and
+  none in the file that we would ignore."""
+  sources = {_hf_name(name): tensor for name, tensor in tensors.items()
+             if name != _ROPE_FACTORS}
+  needed = set()
+  for name, shape in families.hf_shapes(config):
+    needed.add(name)
     # GGUF counts dimensions from the fastest one.
     found = name in sources and tuple(map(int, sources[name].shape[::-1]))
     if found != shape:
@@ -367,6 +367,13 @@ def _check_tensors(
         f'model.address: {path} has {found or "no tensor"} where {name} of '
         f'shape {shape} is needed; fetch the file again.'
       )
+  for name in sources.keys() - needed:
+    extra = [key for key in tensors if _hf_name(key) == name]
+    raise InputError(
+      f'model.address: {path} holds the tensor {extra[0]}, which is not part '
+      'of a Llama decoder; choose another model.'
+    )
+  return sources
 
 
 # Tokenizer.

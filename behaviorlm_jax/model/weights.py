@@ -21,12 +21,15 @@ import numpy as np
 import safetensors
 import tokenizers
 from absl import logging
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families, gguf_import
+from behaviorlm_jax.model import families
+from behaviorlm_jax.model import gguf_import
 
 _FIELD = 'model.address'
 _WEIGHTS = 'model.safetensors'
@@ -331,8 +334,9 @@ def _check_shapes(
   config: families.DecoderConfig, stored: dict[str, _Stored], folder: Path
 ) -> None:
   """Every tensor of the family in its shape, and none that we would drop."""
-  expected = families.hf_shapes(config)
-  for name, shape in expected.items():
+  expected = set()
+  for name, shape in families.hf_shapes(config):
+    expected.add(name)
     found = stored.get(name)
     if found is None or found.shape != shape:
       raise InputError(
@@ -351,7 +355,7 @@ def _check_shapes(
         f'{_FIELD}: {name} takes {found.size} bytes of {found.file} where '
         f'its shape {shape} needs {needed}; fetch the file again.'
       )
-  for name in stored.keys() - expected.keys():
+  for name in stored.keys() - expected:
     if not name.endswith(_IGNORED):
       raise InputError(
         f'{_FIELD}: {stored[name].file} holds {name}, which is not part of a '

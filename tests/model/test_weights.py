@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families, weights
+from behaviorlm_jax.model import families
+from behaviorlm_jax.model import weights
 
 SCALING = {
   'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
