@@ -3,20 +3,17 @@
 What a straight copy would get wrong, and this module undoes:
 - llama.cpp interleaves the rotary halves of the q and k rows of Llama models.
   The wrong order still gives plausible text, so tests compare exact weights.
-- llama.cpp's pre-tokenizer is a name (`tokenizer.ggml.pre`), not a rule: the
-  rules stand here, and an unknown name is refused rather than guessed.
 - A tied head has no tensor of its own.
 - Llama 3's rope scaling arrives as a tensor of factors; it is accepted only
   when known parameters reproduce it.
 
-A file is measured against its own header before anything is read, since the
-reader of the `gguf` package fails on truncated files with numpy's errors.
+`gguf_header` checks that a file is whole before anything else is read of it,
+`gguf_tokenizer` makes its tokenizer.
 """
 
 import dataclasses
 import json
 import math
-import mmap
 import os
 import struct
 from pathlib import Path
@@ -24,15 +21,11 @@ from pathlib import Path
 import gguf
 import gguf.quants
 import numpy as np
-import tokenizers
-from absl import logging
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import processors
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
+from behaviorlm_jax.model import gguf_header
+from behaviorlm_jax.model import gguf_tokenizer
 
 _GLOBAL_NAMES = {
   'token_embd.weight': 'embed',
@@ -52,31 +45,20 @@ _LAYER_NAMES = {
 }
 _ROPE_FACTORS = 'rope_freqs.weight'
 
-# Sizes in bytes of GGUF's scalar types; 8 is a string and 9 an array.
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_CONTROL, _USER_DEFINED = 3, 4  # token types
-
-# The split of Llama 3's own tokenizer.json.
-_LLAMA_3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-
-
 def convert(path: Path, folder: Path) -> None:
   """Writes config, float32 weights and tokenizer of `path` into `folder`."""
-  _check_complete(path)
+  gguf_header.check_complete(path)
   try:
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError) as error:
-    raise _corrupt(path, error) from error
+    raise gguf_header.corrupt(path, error) from error
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, tensors, path)
-  tokenizer = _tokenizer(fields, path)
+  tokenizer = gguf_tokenizer.build(fields, path)
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / 'tokenizer.json'))
-  _write_json(folder / 'tokenizer_config.json', _tokenizer_config(fields))
+  _write_json(folder / 'tokenizer_config.json', gguf_tokenizer.config(fields))
   if template := fields.get('tokenizer.chat_template'):
     (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
   hf_config = families.to_hf(config) | {'dtype': 'float32'}
@@ -88,122 +70,6 @@ def convert(path: Path, folder: Path) -> None:
 
 def _write_json(path: Path, content: dict) -> None:
   path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-
-
-def _corrupt(path: Path, reason: object) -> InputError:
-  return InputError(
-    f'model.address: {path} is not a readable GGUF file ({reason}); fetch it '
-    'again.'
-  )
-
-
-# Header: the end of the last tensor, against the size of the file.
-
-
-class _Header:
-  """A cursor over the bytes of a GGUF header; `struct.error` at their end."""
-
-  def __init__(self, data: mmap.mmap):
-    self.data = data
-    self.at = 0
-
-  def take(self, form: str) -> int:
-    (value,) = struct.unpack_from('<' + form, self.data, self.at)
-    self.at += struct.calcsize('<' + form)
-    return value
-
-  def string(self) -> bytes:
-    length = self.take('Q')
-    self._advance(length)
-    return self.data[self.at - length : self.at]
-
-  def _advance(self, length: int) -> None:
-    if length > len(self.data) - self.at:
-      raise struct.error(f'{length} bytes are needed at {self.at}')
-    self.at += length
-
-  def value(self) -> int | None:
-    """Skips one typed value; returns it when it is a 32-bit count."""
-    kind = self.take('I')
-    if kind == 4:
-      return self.take('I')
-    self._skip(kind)
-    return None
-
-  def _skip(self, kind: int) -> None:
-    if kind in _SCALARS:
-      self._advance(_SCALARS[kind])
-    elif kind == 8:
-      self.string()
-    elif kind == 9:
-      item, count = self.take('I'), self.take('Q')
-      if item in _SCALARS:
-        self._advance(_SCALARS[item] * count)
-        return
-      for _ in range(count):
-        self._skip(item)
-    else:
-      raise struct.error(f'unknown value type {kind}')
-
-
-def _check_complete(path: Path) -> None:
-  size = path.stat().st_size
-  with open(path, 'rb') as file:
-    if file.read(4) != b'GGUF':
-      raise _corrupt(path, "it does not begin with 'GGUF'")
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      try:
-        needed = _end_of_tensors(_Header(data), path)
-      except struct.error as error:
-        reason = f'its header goes beyond its {size} bytes: {error}'
-        raise _corrupt(path, reason) from error
-  if needed > size:
-    raise InputError(
-      f'model.address: {path} is truncated: it has {size} bytes but its '
-      f'header needs {needed}; fetch it again.'
-    )
-
-
-def _end_of_tensors(header: _Header, path: Path) -> int:
-  """Reads the header up to its end; returns where the last tensor ends."""
-  header.at = 4
-  version = header.take('I')
-  if version not in (2, 3):
-    raise _corrupt(path, f'version {version}, where 2 and 3 are supported')
-  tensors, values = header.take('Q'), header.take('Q')
-  alignment = gguf.GGUF_DEFAULT_ALIGNMENT
-  for _ in range(values):
-    key, value = header.string(), header.value()
-    if key == b'general.alignment' and value:
-      alignment = value
-  end = 0
-  for _ in range(tensors):
-    name = header.string()
-    shape = [header.take('Q') for _ in range(header.take('I'))]
-    kind, offset = header.take('I'), header.take('Q')
-    end = max(end, offset + _n_bytes(shape, kind, name, path))
-  start = math.ceil(header.at / alignment) * alignment
-  return start + end
-
-
-def _n_bytes(shape: list[int], kind: int, name: bytes, path: Path) -> int:
-  try:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-  except ValueError as error:
-    raise _unsupported(path, repr(name)[2:-1], f'type {kind}') from error
-  return math.prod(shape) // block * size
-
-
-def _unsupported(path: Path, name: str, kind: str) -> InputError:
-  return InputError(
-    f'model.address: the tensor {name} of {path} has the unsupported '
-    f'quantisation {kind}; choose another file, such as Q8_0 or Q4_K_M.'
-  )
-
-
-def _under(fields: dict, prefix: str) -> dict:
-  return {key.removeprefix(prefix): value for key, value in fields.items()
-          if key.startswith(prefix)}
 
 
 # Dimensions.
@@ -218,7 +84,7 @@ def _config(fields: dict, tensors: dict, path: Path) -> families.DecoderConfig:
       f'{" with experts" if kind == "llama" else ""}; supported is a dense '
       "'llama'."
     )
-  get = _under(fields, 'llama.').get
+  get = gguf_header.under(fields, 'llama.').get
   if 'token_embd.weight' not in tensors:
     raise InputError(
       f'model.address: {path} lacks the tensor token_embd.weight; choose a '
@@ -307,7 +173,7 @@ def _dequantized(tensor: gguf.ReaderTensor, path: Path) -> np.ndarray:
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
   except NotImplementedError as error:
     kind = tensor.tensor_type.name
-    raise _unsupported(path, tensor.name, kind) from error
+    raise gguf_header.unsupported(path, tensor.name, kind) from error
   return np.asarray(values, np.float32)
 
 
@@ -374,99 +240,3 @@ def _sources(
       'of a Llama decoder; choose another model.'
     )
   return sources
-
-
-# Tokenizer.
-
-
-def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
-  byte_level = pre_tokenizers.ByteLevel
-  if name == 'smollm':
-    # Digits first: the blank before a number is a token of its own.
-    return pre_tokenizers.Sequence([
-      pre_tokenizers.Digits(individual_digits=True),
-      byte_level(add_prefix_space=False, use_regex=True),
-    ])
-  if name == 'llama-bpe':
-    split = tokenizers.Regex(_LLAMA_3_SPLIT)
-    return pre_tokenizers.Sequence([
-      pre_tokenizers.Split(split, behavior='isolated'),
-      byte_level(add_prefix_space=False, use_regex=False),
-    ])
-  if name in ('gpt-2', 'default'):
-    if name == 'default':
-      logging.warning('%s names no pre-tokenizer; that of GPT-2 is used.', path)
-    return byte_level(add_prefix_space=False, use_regex=True)
-  raise InputError(
-    f'model.address: {path} has the pre-tokenizer {name!r}; supported are '
-    "'smollm', 'llama-bpe', 'gpt-2' and 'default'."
-  )
-
-
-def _tokenizer(fields: dict, path: Path) -> tokenizers.Tokenizer:
-  """Byte-level BPE; control and user-defined tokens encode as one id."""
-  get = _under(fields, 'tokenizer.ggml.').get
-  if get('model') != 'gpt2' or not get('tokens') or get('merges') is None:
-    raise InputError(
-      f'model.address: {path} has a tokenizer of the kind {get("model")!r}; '
-      "supported is 'gpt2' (byte-level BPE) with its tokens and merges."
-    )
-  tokens, pre = get('tokens'), get('pre') or 'default'
-  vocab = {token: index for index, token in enumerate(tokens)}
-  merges = [_merge(merge, vocab, path) for merge in get('merges')]
-  # Llama 3 takes a whole piece that is in the vocabulary without merging.
-  bpe = models.BPE(vocab, merges, ignore_merges=pre == 'llama-bpe')
-  tokenizer = tokenizers.Tokenizer(bpe)
-  tokenizer.pre_tokenizer = _pre_tokenizer(pre, path)
-  tokenizer.decoder = decoders.ByteLevel()
-  types = get('token_type') or [1] * len(tokens)
-  for token, kind in zip(tokens, types, strict=False):
-    if kind in (_CONTROL, _USER_DEFINED):
-      special = kind == _CONTROL
-      added = tokenizers.AddedToken(token, special=special, normalized=False)
-      (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(
-        [added]
-      )
-  _add_bos(tokenizer, fields, pre == 'llama-bpe')
-  return tokenizer
-
-
-def _merge(merge: str, vocab: dict, path: Path) -> tuple[str, str]:
-  left, _, right = merge.partition(' ')
-  if not {left, right, left + right} <= vocab.keys():
-    raise _corrupt(path, f'its merge {merge!r} is not made of its tokens')
-  return left, right
-
-
-def _special(fields: dict, name: str) -> str | None:
-  tokens = fields['tokenizer.ggml.tokens']
-  index = fields.get(f'tokenizer.ggml.{name}_token_id')
-  return tokens[index] if index is not None and index < len(tokens) else None
-
-
-def _add_bos(
-  tokenizer: tokenizers.Tokenizer, fields: dict, usual: bool
-) -> None:
-  """Lets every text begin with the begin token, where the model wants that."""
-  bos = _special(fields, 'bos')
-  wanted = fields.get('tokenizer.ggml.add_bos_token')
-  if bos is not None and (usual if wanted is None else wanted):
-    tokenizer.post_processor = processors.TemplateProcessing(
-      single=f'{bos} $A',
-      pair=f'{bos} $A {bos}:1 $B:1',
-      special_tokens=[(bos, tokenizer.token_to_id(bos))],
-    )
-
-
-def _tokenizer_config(fields: dict) -> dict:
-  """Names of the special tokens, as transformers reads them."""
-  config = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'clean_up_tokenization_spaces': False,
-    'model_max_length': fields.get('llama.context_length'),
-  }
-  names = {'bos': 'bos', 'eos': 'eos', 'unknown': 'unk', 'padding': 'pad'}
-  for theirs, name in names.items():
-    if token := _special(fields, theirs):
-      config[f'{name}_token'] = token
-  return config

@@ -8,17 +8,13 @@ more of a file is read than the slices that are asked for.
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
-import struct
 import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import tokenizers
 from absl import logging
 from tokenizers import decoders
@@ -30,19 +26,14 @@ from behaviorlm_jax import addresses
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
 from behaviorlm_jax.model import gguf_import
+from behaviorlm_jax.model import safetensors_files
 
 _FIELD = 'model.address'
-_WEIGHTS = 'model.safetensors'
-_INDEX = 'model.safetensors.index.json'
 _DESCRIPTIONS = (
   'config.json', 'tokenizer.json', 'tokenizer_config.json',
   'chat_template.jinja',
 )
-_DTYPES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}  # bytes per element
 _CONVERTER = 1  # raise it when gguf_import writes something else
-
-# Hugging Face tensors that carry nothing: recomputed, or the tied head again.
-_IGNORED = ('rotary_emb.inv_freq', 'lm_head.weight')
 
 _CHATML = (
   "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
@@ -94,7 +85,9 @@ def read_params(base: Base, dtype, place: Place | None = None) -> dict:
   """
   dtype = np.dtype(dtype)
   place = place or _read_all
-  tensor = _random_tensor if base.folder is None else _Files(base).tensor
+  tensor = _random_tensor
+  if base.folder is not None:
+    tensor = safetensors_files.Files(base.folder, base.config).tensor
   result = {}
   for name, shape in families.shapes(base.config).items():
     read = _reader(tensor, name, shape, dtype)
@@ -208,9 +201,8 @@ def _folder_base(address: str, folder: Path) -> Base:
         'layout of Hugging Face.'
       )
   where = folder / 'config.json'
-  config = families.from_hf(_read_json(where), str(where))
-  stored = _stored(folder)
-  _check_shapes(config, stored, folder)
+  config = families.from_hf(safetensors_files.read_json(where), str(where))
+  stored = safetensors_files.stored_tensors(folder, config)
   return Base(
     config, _load_tokenizer(folder, config), address, folder,
     _fingerprint(folder, {item.file for item in stored.values()}),
@@ -222,7 +214,7 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerFast:
   """Reads tokenizer.json as it stands: AutoTokenizer would rebuild that of a
   Llama with a pre-tokenizer of its own."""
-  if 'model' not in _read_json(folder / 'tokenizer.json'):
+  if 'model' not in safetensors_files.read_json(folder / 'tokenizer.json'):
     raise InputError(
       f'{_FIELD}: {folder / "tokenizer.json"} describes no tokenizer; fetch '
       'it again.'
@@ -234,133 +226,6 @@ def _load_tokenizer(
       f'the model {config.vocab}; use the tokenizer of this model.'
     )
   return tokenizer
-
-
-def _read_json(path: Path) -> dict:
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise InputError(
-      f'{_FIELD}: {path} is not JSON ({error}); fetch it again.'
-    ) from error
-  if not isinstance(content, dict):
-    raise InputError(
-      f'{_FIELD}: {path} holds {type(content).__name__}, not an object; fetch '
-      'it again.'
-    )
-  return content
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-  """Where a tensor lies, from the header of its file."""
-
-  file: Path
-  dtype: str
-  shape: tuple[int, ...]
-  size: int  # bytes
-
-
-def _stored(folder: Path) -> dict[str, _Stored]:
-  """Every tensor of the folder, from headers that fit their files."""
-  if (folder / _WEIGHTS).is_file():
-    return _read_header(folder / _WEIGHTS)
-  if not (folder / _INDEX).is_file():
-    raise InputError(
-      f'{_FIELD}: the folder {folder} has neither {_WEIGHTS} nor {_INDEX}; '
-      'give a folder with safetensors weights.'
-    )
-  places = _read_json(folder / _INDEX).get('weight_map')
-  if not isinstance(places, dict) or not all(
-    isinstance(name, str) for name in places.values()
-  ):
-    raise InputError(
-      f'{_FIELD}: {folder / _INDEX} has no weight_map of tensors to files; '
-      'fetch it again.'
-    )
-  files = {name: folder / name for name in sorted(set(places.values()))}
-  for name, file in files.items():
-    if not file.is_file():
-      raise InputError(
-        f'{_FIELD}: {folder / _INDEX} names {name}, which does not exist; '
-        'fetch that file too.'
-      )
-  headers = {name: _read_header(file) for name, file in files.items()}
-  for tensor, name in places.items():
-    if tensor not in headers[name]:
-      raise InputError(
-        f'{_FIELD}: {folder / _INDEX} says that {tensor} is in {name}, which '
-        'does not hold it; fetch both files again.'
-      )
-  return {tensor: headers[name][tensor] for tensor, name in places.items()}
-
-
-def _read_header(file: Path) -> dict[str, _Stored]:
-  """Parses a safetensors header; checks that header and data fit the file."""
-  size = file.stat().st_size
-  with open(file, 'rb') as stream:
-    prefix = stream.read(8)
-    length = struct.unpack('<Q', prefix)[0] if len(prefix) == 8 else 0
-    if not 0 < length <= size - 8:
-      raise InputError(
-        f'{_FIELD}: {file} is corrupt: its header should take {length} bytes '
-        f'of a file of {size}; fetch it again.'
-      )
-    text = stream.read(length)
-  try:
-    header = json.loads(text)
-    header.pop('__metadata__', None)
-    stored, end = {}, 0
-    for name, item in header.items():
-      first, last = item['data_offsets']
-      shape = tuple(item['shape'])
-      stored[name] = _Stored(file, item['dtype'], shape, last - first)
-      end = max(end, last)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(
-      f'{_FIELD}: {file} is corrupt: its header is not that of a safetensors '
-      f'file ({type(error).__name__}: {error}); fetch it again.'
-    ) from error
-  needed = 8 + length + end
-  if needed != size:
-    raise InputError(
-      f'{_FIELD}: {file} is corrupt or truncated: it has {size} bytes but its '
-      f'header describes {needed}; fetch it again.'
-    )
-  return stored
-
-
-def _check_shapes(
-  config: families.DecoderConfig, stored: dict[str, _Stored], folder: Path
-) -> None:
-  """Every tensor of the family in its shape, and none that we would drop."""
-  expected = set()
-  for name, shape in families.hf_shapes(config):
-    expected.add(name)
-    found = stored.get(name)
-    if found is None or found.shape != shape:
-      raise InputError(
-        f'{_FIELD}: {folder} has {found.shape if found else "no tensor"} '
-        f'where {name} of shape {shape} is needed by its config.json; use '
-        'weights and config of the same model.'
-      )
-    if found.dtype not in _DTYPES:
-      raise InputError(
-        f'{_FIELD}: {name} in {found.file} has type {found.dtype}; supported '
-        f'are {", ".join(_DTYPES)}.'
-      )
-    needed = math.prod(shape) * _DTYPES[found.dtype]
-    if found.size != needed:
-      raise InputError(
-        f'{_FIELD}: {name} takes {found.size} bytes of {found.file} where '
-        f'its shape {shape} needs {needed}; fetch the file again.'
-      )
-  for name in stored.keys() - expected:
-    if not name.endswith(_IGNORED):
-      raise InputError(
-        f'{_FIELD}: {stored[name].file} holds {name}, which is not part of a '
-        'Llama decoder; choose another model.'
-      )
 
 
 def _fingerprint(folder: Path, files: set[Path]) -> str:
@@ -382,26 +247,3 @@ def _fingerprint(folder: Path, files: set[Path]) -> str:
         stream.seek(start)
         digest.update(stream.read(length))
   return digest.hexdigest()
-
-
-class _Files:
-  """Slices of the tensors of a folder, by Hugging Face name."""
-
-  def __init__(self, base: Base):
-    self.stored = _stored(base.folder)
-    self.open = {}
-    _check_shapes(base.config, self.stored, base.folder)
-
-  def tensor(
-    self, name: str, shape: tuple[int, ...], index: Index
-  ) -> np.ndarray:
-    file = self.stored[name].file
-    assert self.stored[name].shape == shape, (name, shape)
-    if file not in self.open:
-      try:
-        self.open[file] = safetensors.safe_open(file, 'np')
-      except safetensors.SafetensorError as error:
-        raise InputError(
-          f'{_FIELD}: {file} is corrupt ({error}); fetch it again.'
-        ) from error
-    return self.open[file].get_slice(name)[index]

@@ -1,4 +1,4 @@
-"""Conversations: exact tokens and masks, odd templates, wrong files.
+"""Conversations: exact tokens and masks, wrong files.
 
 The tokenizer is one of bytes whose ids are the byte values, so an expected
 token list is the text itself.
@@ -11,44 +11,12 @@ import logging
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 
+from behaviorlm_jax.data import chat
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.errors import InputError
 
 START, END, EOS = 256, 257, 258
-CHATML = (
-  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content']"
-  " + '<|im_end|>' + '\\n' }}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def byte_symbols():
-  """GPT-2's printable character for every byte, in the order of the bytes."""
-  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  others = [b for b in range(256) if b not in printable]
-  return [
-    chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)
-  ]
-
-
-def make_tokenizer(template=CHATML, trim_offsets=False, **special):
-  vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  tokenizer.post_processor = tokenizers.processors.ByteLevel(
-    trim_offsets=trim_offsets
-  )
-  tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>', '<eos>'])
-  fast = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, **special
-  )
-  fast.chat_template = template
-  return fast
 
 
 def talk(*contents):
@@ -73,16 +41,16 @@ def said(conversation):
   return conversation.tokens[conversation.answers].tolist()
 
 
-def refused(path, *parts, tokenizer=None):
+def refused(path, tokenizer, *parts):
   with pytest.raises(InputError) as error:
-    conversations.read(path, tokenizer or make_tokenizer(), 100)
+    conversations.read(path, tokenizer, 100)
   message = str(error.value)
   assert '\n' not in message
   for part in (str(path), *parts):
     assert part in message
 
 
-def test_exact_tokens_and_mask_of_two_turns(tmp_path):
+def test_exact_tokens_and_mask_of_two_turns(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('ab', 'cd', 'e', 'f'))
   (read,) = conversations.read(path, make_tokenizer(), 100)
   pieces = [
@@ -101,7 +69,9 @@ def test_exact_tokens_and_mask_of_two_turns(tmp_path):
   assert read.answers.dtype == bool
 
 
-def test_plain_format_closes_answers_with_the_eos_token(tmp_path):
+def test_plain_format_closes_answers_with_the_eos_token(
+  tmp_path, make_tokenizer
+):
   path = write(tmp_path, talk('ab', 'cd'))
   tokenizer = make_tokenizer(None, eos_token='<eos>')
   (read,) = conversations.read(path, tokenizer, 100)
@@ -111,7 +81,9 @@ def test_plain_format_closes_answers_with_the_eos_token(tmp_path):
   assert tokenizer.chat_template is None
 
 
-def test_plain_format_without_eos_closes_answers_with_the_newline(tmp_path):
+def test_plain_format_without_eos_closes_answers_with_the_newline(
+  tmp_path, make_tokenizer
+):
   path = write(tmp_path, talk('ab', 'cd', 'e', 'f'))
   (read,) = conversations.read(path, make_tokenizer(None), 100)
   text = b'User: ab\nAssistant: cd\nUser: e\nAssistant: f\n'
@@ -119,11 +91,13 @@ def test_plain_format_without_eos_closes_answers_with_the_newline(tmp_path):
   assert said(read) == [*b' cd\n f\n']
 
 
-def test_plain_template_set_on_a_tokenizer_reads_the_same(tmp_path):
+def test_plain_template_set_on_a_tokenizer_reads_the_same(
+  tmp_path, make_tokenizer
+):
   path = write(tmp_path, talk('ab', 'cd'))
   none = make_tokenizer(None, eos_token='<eos>', bos_token='<|im_start|>')
   plain = make_tokenizer(
-    conversations.PLAIN_TEMPLATE, eos_token='<eos>', bos_token='<|im_start|>'
+    chat.PLAIN_TEMPLATE, eos_token='<eos>', bos_token='<|im_start|>'
   )
   (a,), (b,) = (conversations.read(path, t, 100) for t in (none, plain))
   assert a.tokens.tolist() == b.tokens.tolist()
@@ -133,7 +107,7 @@ def test_plain_template_set_on_a_tokenizer_reads_the_same(tmp_path):
 
 @pytest.mark.parametrize('trim_offsets', [False, True])
 def test_mask_is_exact_for_blanks_and_characters_of_many_bytes(
-  tmp_path, trim_offsets
+  tmp_path, trim_offsets, make_tokenizer
 ):
   path = write(tmp_path, talk('é 😀', '😀  né \n\n x', '東', '京'))
   tokenizer = make_tokenizer(trim_offsets=trim_offsets)
@@ -142,20 +116,26 @@ def test_mask_is_exact_for_blanks_and_characters_of_many_bytes(
   assert said(read) == [*first, END, *second, END]
 
 
-def test_end_of_turn_is_not_looked_for_inside_the_content(tmp_path):
+def test_end_of_turn_is_not_looked_for_inside_the_content(
+  tmp_path, make_tokenizer
+):
   path = write(tmp_path, talk('a', 'end <|im_end|> im_end'))
   (read,) = conversations.read(path, make_tokenizer(), 100)
   assert said(read) == [*b'end ', END, *b' im_end', END]
 
 
-def test_end_text_and_blanks_around_contents_are_dropped(tmp_path):
+def test_end_text_and_blanks_around_contents_are_dropped(
+  tmp_path, make_tokenizer
+):
   dirty = talk(' ab\n', 'cd <|endoftext|>\n<|endoftext|> ')
   path = write(tmp_path, dirty, talk('ab', 'cd'))
   a, b = conversations.read(path, make_tokenizer(), 100)
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
-def test_empty_answers_are_skipped_and_counted_in_one_warning(tmp_path, caplog):
+def test_empty_answers_are_skipped_and_counted_in_one_warning(
+  tmp_path, caplog, make_tokenizer
+):
   path = write(
     tmp_path, talk('a', '<|endoftext|>'), talk('b', 'c'), talk('d', ' ')
   )
@@ -166,7 +146,9 @@ def test_empty_answers_are_skipped_and_counted_in_one_warning(tmp_path, caplog):
   assert 'of 3 conversations 2 left out (2 with' in record.getMessage()
 
 
-def test_long_ones_are_cut_and_skipped_when_no_answer_is_left(tmp_path, caplog):
+def test_long_ones_are_cut_and_skipped_when_no_answer_is_left(
+  tmp_path, caplog, make_tokenizer
+):
   tokenizer = make_tokenizer()
   # 'assistant' starts at token 9 and its content at token 20.
   path = write(tmp_path, talk('a', 'bcdef'), talk('a' * 9, 'b'))
@@ -179,61 +161,40 @@ def test_long_ones_are_cut_and_skipped_when_no_answer_is_left(tmp_path, caplog):
   assert record.getMessage().endswith('and 1 cut at their end')
 
 
-def test_nothing_left_is_refused(tmp_path):
+def test_nothing_left_is_refused(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a' * 200, 'b'))
-  refused(path, 'of 1 conversations 1 left out', '100')
+  refused(path, make_tokenizer(), 'of 1 conversations 1 left out', '100')
 
 
-def test_a_clean_file_warns_of_nothing(tmp_path, caplog):
+def test_a_clean_file_warns_of_nothing(tmp_path, caplog, make_tokenizer):
   with caplog.at_level(logging.WARNING):
     conversations.read(write(tmp_path, talk('a', 'b')), make_tokenizer(), 100)
   assert not caplog.records
 
 
-def test_what_follows_the_last_answer_is_dropped(tmp_path):
+def test_what_follows_the_last_answer_is_dropped(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'b', 'c'), talk('a', 'b'))
   a, b = conversations.read(path, make_tokenizer(), 100)
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
-def test_a_template_that_rewrites_history_teaches_the_last_answer(tmp_path):
-  thinking = CHATML.replace(
-    " + m['content']",
-    " + ('<think></think>' if loop.last and m['role'] == 'assistant' else '')"
-    " + m['content']",
+def test_a_conversation_that_the_template_refuses_is_an_input_error(
+  tmp_path, make_tokenizer, chatml
+):
+  strict = (
+    '{% if messages|length > 2 %}'
+    "{{ raise_exception('too long a talk') }}{% endif %}" + chatml
   )
-  path = write(tmp_path, talk('a', 'b', 'c', 'd'))
-  (read,) = conversations.read(path, make_tokenizer(thinking), 100)
-  assert said(read) == [*b'<think></think>d', END]
-  assert read.tokens.tolist().count(ord('<')) == 2
+  path = write(tmp_path, talk('a', 'b'), talk('a', 'b', 'c', 'd'))
+  refused(path, make_tokenizer(strict), 'line 2', 'too long a talk')
 
 
-def test_a_final_end_of_text_does_not_hide_earlier_answers(tmp_path):
-  phi = CHATML + '{% if not add_generation_prompt %}<eos>{% endif %}'
-  path = write(tmp_path, talk('a', 'b', 'c', 'd'))
-  (read,) = conversations.read(path, make_tokenizer(phi), 100)
-  assert said(read) == [*b'b', END, *b'd', END]
-  assert read.tokens[-1] == EOS
-
-
-def test_a_template_whose_prompt_is_no_prefix_is_refused(tmp_path):
-  moved = CHATML.replace("'<|im_start|>assistant\\n' }}", "'Say: ' }}")
-  path = write(tmp_path, talk('a', 'b'))
-  refused(path, 'line 1', 'template', tokenizer=make_tokenizer(moved))
-
-
-def test_a_template_without_an_end_of_turn_is_refused(tmp_path):
-  path = write(tmp_path, talk('a', 'b'))
-  with pytest.raises(InputError, match='template .* no end of turn'):
-    conversations.read(
-      path, make_tokenizer("{{ messages[-1]['content'] }}"), 100
-    )
-
-
-def test_system_is_folded_into_the_user_where_the_template_has_none(tmp_path):
+def test_a_system_message_goes_to_the_user_where_the_template_has_none(
+  tmp_path, make_tokenizer, chatml
+):
   strict = (
     "{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('no system') }}{% endif %}" + CHATML
+    "{{ raise_exception('no system') }}{% endif %}" + chatml
   )
   system = {'role': 'system', 'content': 'be brief'}
   path = write(tmp_path, [system, *talk('a', 'b')])
@@ -245,23 +206,7 @@ def test_system_is_folded_into_the_user_where_the_template_has_none(tmp_path):
   assert kept.tokens.tolist()[:16] == [START, *b'system\nbe brief']
 
 
-def test_a_conversation_that_the_template_refuses_is_an_input_error(tmp_path):
-  strict = (
-    '{% if messages|length > 2 %}'
-    "{{ raise_exception('too long a talk') }}{% endif %}" + CHATML
-  )
-  path = write(tmp_path, talk('a', 'b'), talk('a', 'b', 'c', 'd'))
-  refused(path, 'line 2', 'too long a talk', tokenizer=make_tokenizer(strict))
-
-
-def test_templates_see_the_same_day_every_day(tmp_path):
-  dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
-  path = write(tmp_path, talk('a', 'b'))
-  (read,) = conversations.read(path, make_tokenizer(dated), 100)
-  assert read.tokens.tolist()[:11] == [*b'26 Jul 2024']
-
-
-def test_gzip_and_blank_lines_read_the_same(tmp_path):
+def test_gzip_and_blank_lines_read_the_same(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'b'))
   packed = tmp_path / 'talks.jsonl.gz'
   packed.write_bytes(gzip.compress(b'\n' + path.read_bytes() + b'\n'))
@@ -290,29 +235,29 @@ def test_gzip_and_blank_lines_read_the_same(tmp_path):
     ('{"messages": [{"role": "assistant", "content": "a"}]}', 'before any'),
   ],
 )
-def test_wrong_lines_are_named(tmp_path, line, part):
+def test_wrong_lines_are_named(tmp_path, line, part, make_tokenizer):
   path = write(tmp_path, talk('a', 'b'))
   path.write_text(path.read_text() + line + '\n')
-  refused(path, 'line 2', part)
+  refused(path, make_tokenizer(), 'line 2', part)
 
 
-def test_missing_empty_and_broken_files_are_named(tmp_path):
-  refused(tmp_path / 'none.jsonl', 'no such file')
-  refused(tmp_path, 'no such file')
+def test_missing_empty_and_broken_files_are_named(tmp_path, make_tokenizer):
+  refused(tmp_path / 'none.jsonl', make_tokenizer(), 'no such file')
+  refused(tmp_path, make_tokenizer(), 'no such file')
   empty = tmp_path / 'empty.jsonl'
   empty.write_text('\n')
-  refused(empty, 'is empty')
+  refused(empty, make_tokenizer(), 'is empty')
   latin = tmp_path / 'latin.jsonl'
   latin.write_bytes(b'{"messages": "\xe9"}\n')
-  refused(latin, 'UTF-8')
+  refused(latin, make_tokenizer(), 'UTF-8')
   packed = gzip.compress(write(tmp_path, talk('a', 'b')).read_bytes())
   broken = tmp_path / 'broken.jsonl.gz'
   for content in (packed[:-12], b'no gzip'):
     broken.write_bytes(content)
-    refused(broken, 'cannot be read')
+    refused(broken, make_tokenizer(), 'cannot be read')
 
 
-def test_the_default_set_is_large_varied_and_readable(caplog):
+def test_the_default_set_is_large_varied_and_readable(caplog, make_tokenizer):
   lines = conversations.DEFAULT.read_text().splitlines()
   messages = [json.loads(line)['messages'] for line in lines]
   with caplog.at_level(logging.WARNING):

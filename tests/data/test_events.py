@@ -1,15 +1,9 @@
-"""Events: what a log may look like, what is refused, and what comes out."""
+"""Events: what comes out of a log, how it is split, and what is refused."""
 
-import csv
-import datetime
-import gzip
 import json
 import re
 
-import ml_collections
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from behaviorlm_jax.data import events
@@ -19,60 +13,11 @@ from behaviorlm_jax.errors import InputError
 HEADER = 'user,time,behavior'
 
 
-def config(**fields):
-  data = ml_collections.ConfigDict({
-      'columns': {'user': 'user', 'time': 'time', 'behavior': 'behavior',
-                  'place': '', 'group': ''},
-      'collapse_repeats': True, 'max_rejected': .01, 'split': (.8, .1, .1),
-      'anchor_share': .01})
-  for name, value in fields.items():
-    section = data.columns if name in data.columns else data
-    section[name] = value
-  return data
-
-
-def minute(i: int) -> str:
-  start = datetime.datetime(2024, 1, 1)
-  return str(start + datetime.timedelta(minutes=i))[:16]
-
-
-def history(behaviors, user='u'):
-  """CSV lines of one user, a minute apart."""
-  return [f'{user},{minute(i)},{name}' for i, name in enumerate(behaviors)]
-
-
-def prepare(tmp_path, lines, name='log.csv', seed=0, header=HEADER, **fields):
-  path = tmp_path / name
-  path.write_text('\n'.join([header, *lines]) + '\n')
-  folder = tmp_path / 'work' / 'events'
-  summary = events.prepare(config(**fields), str(path), folder, seed)
-  return events.open_events(folder), summary, folder
-
-
-def refuse(tmp_path, lines, *parts, **fields):
-  """The log is refused in one line that has the parts; nothing is left."""
-  with pytest.raises(InputError) as error:
-    prepare(tmp_path, lines, **fields)
-  sentence = str(error.value)
-  for part in parts:
-    assert part in sentence
-  assert '\n' not in sentence
-  assert not list((tmp_path / 'work').glob('*'))
-
-
-def names(log):
-  return [log.behaviors[i].name for i in log.behavior]
-
-
-def rejected(folder):
-  with open(folder / 'rejected.csv', newline='') as file:
-    return list(csv.DictReader(file))
-
-
 # What comes out.
 
 
-def test_events_are_sorted_by_user_and_time_with_ties_in_file_order(tmp_path):
+def test_events_are_sorted_by_user_and_time_with_ties_in_file_order(
+    tmp_path, prepare, names):
   lines = ['b,2024-01-01 10:00,x', 'a,2024-01-02 10:00,z',
            'a,2024-01-01 10:00,y', 'a,2024-01-01 10:00,x',
            'b,2024-01-01 09:00,y']
@@ -88,36 +33,13 @@ def test_events_are_sorted_by_user_and_time_with_ties_in_file_order(tmp_path):
           'place': 'int32', 'split': 'int8', 'first': 'int64'}
 
 
-@pytest.mark.parametrize('text', [
-    '2024-01-01 10:00', '2024-01-01T10:00:00', '2024-01-01 10:00:00.999',
-    '2024-01-01T10:00:00Z', '2024-01-01 10:00:00+05:30', '2024-01-01T10:00-08',
-    '1704103200', '1704103200999'])
-def test_times_keep_the_wall_clock_in_seconds(tmp_path, text):
-  log, _, _ = prepare(tmp_path, [f'u,{text},x', 'u,2024-01-02 00:00,y'],
-                      split=(1, 0, 0))
-  assert log.time[0] == 1704103200
-
-
-@pytest.mark.parametrize('text', [
-    '2024-01-01', '01/02/2024 10:00', '2024-02-30 10:00', '2024-01-01 24:00',
-    '2024-01-01 10:00:61', 'noon', '1704103200.5', '170410320099'])
-def test_other_times_are_malformed(tmp_path, text):
-  _, summary, folder = prepare(
-      tmp_path, [*history('xy'), f'u,{text},x'], max_rejected=.5,
-      split=(1, 0, 0))
-  assert summary['rejected'] == 1
-  assert rejected(folder) == [{
-      'line': '4', 'reason': f"time '{text}' is not a date-time",
-      'text': f'u,{text},x'}]
-
-
-def test_seconds_are_floored_before_1970(tmp_path):
+def test_seconds_are_floored_before_1970(tmp_path, prepare):
   lines = ['u,1969-12-31 23:59:58.5,x', 'u,1969-12-31 23:59:59,y']
   log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
   assert log.time.tolist() == [-2, -1]
 
 
-def test_duplicates_are_dropped_and_repeats_collapsed(tmp_path):
+def test_duplicates_are_dropped_and_repeats_collapsed(tmp_path, prepare, names):
   lines = ['u,2024-01-01 10:00,x', 'u,2024-01-01 10:00,y',
            'u,2024-01-01 10:00,x', 'u,2024-01-01 10:05,y',
            'u,2024-01-01 10:06,z', 'v,2024-01-01 10:07,z']
@@ -128,30 +50,14 @@ def test_duplicates_are_dropped_and_repeats_collapsed(tmp_path):
   assert log.time[1] == log.time[0]
 
 
-def test_repeats_stay_when_asked(tmp_path):
+def test_repeats_stay_when_asked(tmp_path, history, prepare, names):
   log, summary, _ = prepare(tmp_path, history('xxyy'), split=(1, 0, 0),
                             collapse_repeats=False)
   assert names(log) == list('xxyy')
   assert summary['repeats'] == 0
 
 
-def test_names_are_stripped_and_white_space_becomes_one_blank(tmp_path):
-  lines = ['u,2024-01-01 10:00,"  at \n\t the\u00a0 sea "',
-           'u,2024-01-01 10:01,at home', ' u ,2024-01-01 10:02,at the sea']
-  log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
-  assert names(log) == ['at the sea', 'at home', 'at the sea']
-  assert log.users == ['u']
-
-
-def test_quoted_commas_quotes_and_newlines_parse(tmp_path):
-  lines = ['u,2024-01-01 10:00,"eat, drink"', 'u,2024-01-01 10:01,"say ""hi"""',
-           'u,2024-01-01 10:02,"two\nlines"', 'u,2024-01-01 10:03,5" disk']
-  log, summary, _ = prepare(tmp_path, lines, split=(1, 0, 0))
-  assert names(log) == ['eat, drink', 'say "hi"', 'two lines', '5" disk']
-  assert summary['rejected'] == 0
-
-
-def test_places_are_indexed_and_may_be_missing(tmp_path):
+def test_places_are_indexed_and_may_be_missing(tmp_path, prepare):
   lines = ['u,2024-01-01 10:00,x,sea', 'u,2024-01-01 10:01,y,',
            'u,2024-01-01 10:02,x,home']
   log, _, _ = prepare(tmp_path, lines, header=HEADER + ',where',
@@ -160,54 +66,8 @@ def test_places_are_indexed_and_may_be_missing(tmp_path):
   assert log.place.tolist() == [1, -1, 0]
 
 
-def test_all_formats_give_the_same_events(tmp_path):
-  rows = [(u, minute(i * 7 % 50), f'b, {i % 4}', f'p{i % 3}')
-          for u in ('ann', 'bob') for i in range(40)]
-  columns = ('user', 'time', 'behavior', 'place')
-  write_all(tmp_path, rows, columns)
-  prints = {}
-  for path in sorted(tmp_path.glob('log.*')):
-    folder = tmp_path / 'out' / path.name
-    summary = events.prepare(config(place='place'), path, folder, 0)
-    prints[path.name] = summary['fingerprint']
-    assert summary['rows'] == 80
-  assert len(prints) == 8
-  assert len(set(prints.values())) == 1, prints
-
-
-def write_all(folder, rows, columns):
-  """The same rows as CSV, TSV, JSON lines (all also zipped) and Parquet."""
-  for suffix, delimiter in (('csv', ','), ('tsv', '\t')):
-    with open(folder / f'log.{suffix}', 'w', newline='') as file:
-      csv.writer(file, delimiter=delimiter).writerows([columns, *rows])
-  lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
-  for suffix in ('jsonl', 'ndjson'):
-    (folder / f'log.{suffix}').write_text('\n'.join(lines))
-  for suffix in ('csv', 'tsv', 'jsonl'):
-    text = (folder / f'log.{suffix}').read_bytes()
-    (folder / f'log.{suffix}.gz').write_bytes(gzip.compress(text))
-  table = pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
-  times = table['time'].to_numpy().astype('M8[us]')
-  pq.write_table(table.set_column(1, 'time', pa.array(times)),
-                 folder / 'log.parquet')
-
-
-@pytest.mark.parametrize('zone, hours', [
-    (None, 0), ('UTC', 0), ('America/New_York', -5), ('+05:30', 5.5)])
-def test_parquet_times_keep_the_clock_of_their_zone(tmp_path, zone, hours):
-  path = tmp_path / "it's [1].parquet"
-  seconds = np.array([1704103200, 1704103260])
-  pq.write_table(pa.table({
-      'user': [7, 7], 'behavior': ['x', 'y'],
-      'time': pa.array(seconds).cast(pa.timestamp('s')).cast(
-          pa.timestamp('us', tz=zone))}), path)
-  events.prepare(config(split=(1, 0, 0)), path, tmp_path / 'events', 0)
-  log = events.open_events(tmp_path / 'events')
-  assert log.time.tolist() == (seconds + int(hours * 3600)).tolist()
-  assert log.users == ['7']
-
-
-def test_shards_change_neither_events_nor_fingerprint(tmp_path, monkeypatch):
+def test_shards_change_neither_events_nor_fingerprint(
+    tmp_path, monkeypatch, history, prepare):
   lines = history('xyzwxyzwxz') + history('zyx', 'v')
   (tmp_path / 'a').mkdir()
   (tmp_path / 'b').mkdir()
@@ -220,7 +80,7 @@ def test_shards_change_neither_events_nor_fingerprint(tmp_path, monkeypatch):
     np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
 
 
-def test_fingerprint_follows_the_log(tmp_path):
+def test_fingerprint_follows_the_log(tmp_path, history, prepare):
   prints = set()
   for i, text in enumerate(('xyzx', 'xyzy', 'xyzw')):
     (tmp_path / str(i)).mkdir()
@@ -228,7 +88,8 @@ def test_fingerprint_follows_the_log(tmp_path):
   assert len(prints) == 3
 
 
-def test_the_folder_holds_its_files_and_nothing_else(tmp_path):
+def test_the_folder_holds_its_files_and_nothing_else(
+    tmp_path, history, prepare):
   log, summary, folder = prepare(tmp_path, history('xyzwxyzwxz'))
   assert sorted(path.name for path in folder.iterdir()) == [
       'behaviors.json', 'part-00000.arrow', 'places.arrow', 'rejected.csv',
@@ -242,7 +103,7 @@ def test_the_folder_holds_its_files_and_nothing_else(tmp_path):
 # Splits and groups.
 
 
-def test_split_by_time_follows_the_rule(tmp_path):
+def test_split_by_time_follows_the_rule(tmp_path, history, prepare):
   lines = history('abcdefghijk') + history('ab', 'v') + history('abc', 'w')
   log, summary, _ = prepare(tmp_path, lines)
   # n = 11: floor(8.8) train, up to floor(9.9); n = 2: 1, 1; n = 3: 2, 2.
@@ -250,13 +111,13 @@ def test_split_by_time_follows_the_rule(tmp_path):
   assert summary['splits'] == {'train': 11, 'validation': 1, 'test': 4}
 
 
-def test_a_cut_loses_nothing_to_rounding(tmp_path):
+def test_a_cut_loses_nothing_to_rounding(tmp_path, history, prepare):
   assert .29 * 100 < 29
   log, _, _ = prepare(tmp_path, history('ab' * 50), split=(.29, .3, .41))
   assert np.bincount(log.split).tolist() == [29, 30, 41]
 
 
-def test_group_split_keeps_groups_whole(tmp_path):
+def test_group_split_keeps_groups_whole(tmp_path, history, prepare):
   header = HEADER + ',home'
   lines = [line + f',h{u // 2}' for u in range(40)
            for line in history('xyz', f'u{u}')]
@@ -277,7 +138,8 @@ def test_group_split_depends_on_the_seed_alone():
   assert splits.split_groups(groups, 1, (.8, .9)) != one
 
 
-def test_groups_come_from_the_share_of_training_events(tmp_path):
+def test_groups_come_from_the_share_of_training_events(
+    tmp_path, history, prepare):
   # 10 training events: a 4, b 3, c 2, d 1; anchors hold more than 20 %.
   log, summary, folder = prepare(
       tmp_path, history('abacabacdb'), split=(1, 0, 0), anchor_share=.2)
@@ -289,7 +151,8 @@ def test_groups_come_from_the_share_of_training_events(tmp_path):
   assert (summary['anchors'], summary['tails'], log.known) == (2, 2, 4)
 
 
-def test_validation_only_behaviors_are_known_and_test_only_are_not(tmp_path):
+def test_validation_only_behaviors_are_known_and_test_only_are_not(
+    tmp_path, history, prepare, names):
   log, summary, _ = prepare(tmp_path, history('babababa' + 'zx'))
   assert [(b.name, b.group) for b in log.behaviors] == [
       ('a', 'anchor'), ('b', 'anchor'), ('z', 'tail'), ('x', 'unseen')]
@@ -299,12 +162,12 @@ def test_validation_only_behaviors_are_known_and_test_only_are_not(tmp_path):
   assert re.search('only in the test split: 1, ', summary['warnings'][-1])
 
 
-def test_a_log_without_tail_behaviors_warns(tmp_path):
+def test_a_log_without_tail_behaviors_warns(tmp_path, history, prepare):
   _, summary, _ = prepare(tmp_path, history('xyxy'))
   assert summary['warnings'][0].startswith('no tail behavior')
 
 
-def test_test_events_move_no_index_and_no_group(tmp_path):
+def test_test_events_move_no_index_and_no_group(tmp_path, history, prepare):
   # The test split is the last two of each user's twenty events.
   train = 'abacadabacadabacaf'
   logs = []
@@ -324,187 +187,54 @@ def test_test_events_move_no_index_and_no_group(tmp_path):
     np.testing.assert_array_equal(log.behavior[seen], base.behavior[seen])
 
 
-# What is set aside.
-
-
-def test_malformed_rows_are_set_aside_with_their_line(tmp_path):
-  lines = [
-      'u,2024-01-01 10:00,x',  # 2
-      'u,2024-01-01 10:01',  # 3
-      '',  # 4
-      'u,2024-01-01 10:02,"two\nlines"',  # 5, 6
-      ',2024-01-01 10:03,x',  # 7
-      'u,,x',  # 8
-      'u,2024-01-01 10:04,x,extra',  # 9
-      'u,"2024-01-01 10:05,x',  # 10: the quote never ends
-      'u,later,x',  # 11
-      'u,2024-01-01 10:06,y']  # 12
-  log, summary, folder = prepare(tmp_path, lines, max_rejected=.8,
-                                 split=(1, 0, 0))
-  found = rejected(folder)
-  assert [(int(row['line']), row['reason'].split(':')[0]) for row in found] == [
-      (3, '2 fields instead of 3'), (7, 'no user'), (8, 'no time'),
-      (9, '4 fields instead of 3'), (10, 'broken row'),
-      (11, "time 'later' is not a date-time")]
-  assert found[4]['text'] == 'u,"2024-01-01 10:05,x'
-  assert (summary['rows'], summary['rejected']) == (9, 6)
-  assert names(log) == ['x', 'two lines', 'y']
-
-
-def test_lines_stay_right_across_chunks(tmp_path, monkeypatch):
-  monkeypatch.setattr(events, '_LINES', 3)
-  monkeypatch.setattr(events, '_CHUNKS', 2)
-  lines, expected, number = [], [], 2
-  for i in range(60):
-    name = f'"b\n{i}"' if i % 5 == 0 else f'b{i}'
-    if i % 7 == 3:
-      expected.append(number)
-      lines.append(f'u,never,{name}')
-    else:
-      lines.append(f'u,{minute(i)},{name}')
-    number += 1 + name.count('\n')
-  log, _, folder = prepare(tmp_path, lines, max_rejected=1)
-  assert [int(row['line']) for row in rejected(folder)] == expected
-  assert len(log.user) == 60 - len(expected)
-
-
-def test_broken_json_lines_are_set_aside(tmp_path):
-  path = tmp_path / 'log.jsonl'
-  good = [json.dumps({'user': 3, 'time': 1704103200 + i, 'behavior': b})
-          for i, b in enumerate('xyx')]
-  path.write_text('\n'.join([
-      good[0], '{"user": 3, ', '', '[1]', good[1], '{"user": "\\ud800"}',
-      '{"behavior": "x", "time": 5}', good[2]]))
-  folder = tmp_path / 'events'
-  events.prepare(config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
-  assert [(int(row['line']), row['reason'].split(':')[0])
-          for row in rejected(folder)] == [
-              (2, 'broken JSON'), (4, 'not a JSON object'),
-              (6, 'not UTF-8 text'), (7, 'no user')]
-  assert events.open_events(folder).users == ['3']
-
-
-def test_parquet_rows_are_counted_from_one(tmp_path):
-  path = tmp_path / 'log.parquet'
-  pq.write_table(pa.table({
-      'user': ['u', None, 'u'], 'behavior': ['x', 'x', 'y'],
-      'time': [minute(0), minute(1), minute(2)]}), path)
-  folder = tmp_path / 'events'
-  events.prepare(config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
-  assert [(row['line'], row['reason']) for row in rejected(folder)] == [
-      ('2', 'no user')]
-
-
-def test_bytes_that_are_no_text_are_set_aside(tmp_path):
-  path = tmp_path / 'log.csv'
-  path.write_bytes('\n'.join([HEADER, *history('xyx')]).encode()
-                   + b'\nu,2024-01-01 11:00,caf\xe9\n')
-  folder = tmp_path / 'events'
-  events.prepare(config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
-  assert [(row['line'], row['reason']) for row in rejected(folder)] == [
-      ('5', 'not UTF-8 text')]
-
-
 # What is refused.
 
 
-def test_too_many_malformed_rows_name_the_first(tmp_path):
+def test_too_many_malformed_rows_name_the_first(tmp_path, history, refuse):
   lines = [*history('xy' * 24), 'u,noon,x', 'u,night,x']
   refuse(tmp_path, lines, 'log.csv line 50', "time 'noon'", '2 of 50', '4.00%',
          'data.max_rejected = 0.01')
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path, log_config):
   path = tmp_path / 'none.csv'
   with pytest.raises(InputError, match=r'none\.csv does not exist'):
-    events.prepare(config(), path, tmp_path / 'work' / 'events', 0)
+    events.prepare(log_config(), path, tmp_path / 'work' / 'events', 0)
   assert not (tmp_path / 'work').exists()
-
-
-@pytest.mark.parametrize('name, text', [
-    ('log.csv', ''), ('log.csv', HEADER + '\n'), ('log.csv', '\n\n'),
-    ('log.jsonl', ''), ('log.jsonl', '\n\n')])
-def test_an_empty_log_is_refused(tmp_path, name, text):
-  (tmp_path / name).write_text(text)
-  with pytest.raises(InputError, match=f'{name} (is empty|holds no rows)'):
-    events.prepare(config(), tmp_path / name, tmp_path / 'events', 0)
-  assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_an_unknown_format_is_refused(tmp_path):
-  refuse(tmp_path, history('xy'), 'log.xlsx', '.parquet', name='log.xlsx')
-
-
-@pytest.mark.parametrize('name', ['log.csv.gz', 'log.parquet'])
-def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name):
-  refuse(tmp_path, history('xy'), name, name=name)
-
-
-def test_a_torn_zip_is_refused(tmp_path):
-  path = tmp_path / 'log.csv.gz'
-  text = '\n'.join([HEADER, *history('xyzzy' * 50)])
-  path.write_bytes(gzip.compress(text.encode())[:-20])
-  with pytest.raises(InputError, match='cannot be read to its end'):
-    events.prepare(config(), path, tmp_path / 'events', 0)
-  assert [entry.name for entry in tmp_path.iterdir()] == ['log.csv.gz']
-
-
-def test_a_parquet_file_with_broken_pages_is_refused(tmp_path):
-  path = tmp_path / 'log.parquet'
-  rows = [('u', minute(i), f'name {i}') for i in range(200)]
-  pq.write_table(pa.table(dict(zip(
-      ('user', 'time', 'behavior'), zip(*rows, strict=True), strict=True))),
-                 path)
-  content = bytearray(path.read_bytes())
-  content[4:1500] = bytes(1496)  # the footer stays whole
-  path.write_bytes(content)
-  with pytest.raises(InputError, match='cannot be read to its end') as error:
-    events.prepare(config(), path, tmp_path / 'events', 0)
-  assert '\n' not in str(error.value)
-  assert [entry.name for entry in tmp_path.iterdir()] == ['log.parquet']
-
-
-@pytest.mark.parametrize('suffix', ['csv', 'jsonl', 'parquet'])
-def test_a_missing_column_names_the_nearest(tmp_path, suffix):
-  write_all(tmp_path, [('u', minute(0), 'x')], ('user', 'time', 'behaviour'))
-  with pytest.raises(InputError) as error:
-    events.prepare(config(), tmp_path / f'log.{suffix}', tmp_path / 'out', 0)
-  assert "no column 'behavior'" in str(error.value)
-  assert 'data.columns.behavior' in str(error.value)
-  assert "nearest: 'behaviour'" in str(error.value)
 
 
 @pytest.mark.parametrize('name, part', [
     ('', 'is empty'), ('  ', 'is empty'), ('x' * 257, 'has 257 characters')])
-def test_an_unusable_behavior_name_is_refused(tmp_path, name, part):
+def test_an_unusable_behavior_name_is_refused(
+    tmp_path, name, part, history, refuse):
   lines = [*history('xyz'), f'u,2024-01-01 11:00,{name}', 'u,,']
   refuse(tmp_path, lines, 'log.csv line 5', part, max_rejected=.9)
 
 
-def test_the_longest_name_is_allowed(tmp_path):
+def test_the_longest_name_is_allowed(tmp_path, history, prepare, names):
   log, _, _ = prepare(tmp_path, history(['ä' * 256, 'y']), split=(1, 0, 0))
   assert 'ä' * 256 in names(log)
 
 
-def test_a_null_behavior_in_json_is_refused(tmp_path):
+def test_a_null_behavior_in_json_is_refused(tmp_path, log_config):
   path = tmp_path / 'log.jsonl'
   path.write_text('{"user": 1, "time": 5, "behavior": "x"}\n'
                   '{"user": 1, "time": 6, "behavior": null}\n')
   with pytest.raises(InputError, match='line 2: the behavior name is empty'):
-    events.prepare(config(), path, tmp_path / 'events', 0)
+    events.prepare(log_config(), path, tmp_path / 'events', 0)
 
 
-def test_fewer_than_two_behaviors_are_refused(tmp_path):
+def test_fewer_than_two_behaviors_are_refused(tmp_path, history, refuse):
   refuse(tmp_path, history('xxxx'), "1 behavior, 'x'", 'at least 2',
          collapse_repeats=False)
 
 
-def test_a_log_without_training_events_is_refused(tmp_path):
+def test_a_log_without_training_events_is_refused(tmp_path, history, refuse):
   refuse(tmp_path, history('x') + history('y', 'v'), 'none of its 2 events',
          'training')
 
 
-def test_a_user_in_two_groups_is_refused(tmp_path):
+def test_a_user_in_two_groups_is_refused(tmp_path, refuse):
   lines = ['u,2024-01-01 10:00,x,g', 'v,2024-01-01 10:00,x,g',
            'u,2024-01-01 10:01,y,h']
   refuse(tmp_path, lines, 'log.csv line 4', "user 'u'", "'g' and 'h'",
@@ -512,11 +242,11 @@ def test_a_user_in_two_groups_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('split', [(.8, .1), (.8, .3, .1), (1.2, -.1, -.1)])
-def test_a_split_that_is_none_is_refused(tmp_path, split):
+def test_a_split_that_is_none_is_refused(tmp_path, split, history, refuse):
   refuse(tmp_path, history('xy'), 'data.split', split=split)
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path):
+def test_what_a_killed_run_left_is_replaced(tmp_path, history, prepare):
   old = tmp_path / 'work' / 'events.tmp'
   old.mkdir(parents=True)
   (old / 'part-00007.arrow').write_text('half')

@@ -1,7 +1,6 @@
 """Hugging Face folders and random presets: read back equal, or refused."""
 
 import json
-import struct
 import subprocess
 import sys
 
@@ -14,28 +13,6 @@ import transformers
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
 from behaviorlm_jax.model import weights
-
-SCALING = {
-  'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0, 'original_max_position_embeddings': 64,
-}
-
-
-def save(folder, tied=True, **options):
-  """Writes a tiny random Llama with transformers; returns the model."""
-  torch.manual_seed(0)
-  config = transformers.LlamaConfig(
-    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    tie_word_embeddings=tied, max_position_embeddings=128, rms_norm_eps=1e-5,
-    rope_parameters=SCALING | {'rope_theta': 20000.0},
-  )
-  model = transformers.LlamaForCausalLM(config)
-  for parameter in model.parameters():  # norms would otherwise all be ones
-    torch.nn.init.normal_(parameter)
-  model.save_pretrained(folder, **options)
-  weights.open_base('random://tiny').tokenizer.save_pretrained(folder)
-  return model
 
 
 def stacked(model):
@@ -59,8 +36,8 @@ def check_equal(found, expected):
 
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('options', [{}, {'max_shard_size': '20KB'}])
-def test_a_folder_is_read_back_equal(tmp_path, tied, options):
-  model = save(tmp_path, tied, **options)
+def test_a_folder_is_read_back_equal(tmp_path, tied, options, save_llama):
+  model = save_llama(tmp_path, tied, **options)
   assert (tmp_path / 'model.safetensors').exists() == (not options)
   base = weights.open_base(str(tmp_path))
   assert base.config == families.DecoderConfig(
@@ -72,8 +49,8 @@ def test_a_folder_is_read_back_equal(tmp_path, tied, options):
   check_equal(weights.read_params(base, np.float32), stacked(model))
 
 
-def test_bfloat16_files_are_read_in_both_types(tmp_path):
-  model = save(tmp_path)
+def test_bfloat16_files_are_read_in_both_types(tmp_path, save_llama):
+  model = save_llama(tmp_path)
   model.to(torch.bfloat16).save_pretrained(tmp_path)
   base = weights.open_base(str(tmp_path))
   expected = stacked(model)
@@ -86,9 +63,9 @@ def test_bfloat16_files_are_read_in_both_types(tmp_path):
 
 
 @pytest.mark.parametrize('address', ['folder', 'random://tiny'])
-def test_place_reads_any_slice(tmp_path, address):
+def test_place_reads_any_slice(tmp_path, address, save_llama):
   if address == 'folder':
-    save(tmp_path)
+    save_llama(tmp_path)
     address = str(tmp_path)
   base = weights.open_base(address)
   whole = weights.read_params(base, np.float32)
@@ -102,8 +79,10 @@ def test_place_reads_any_slice(tmp_path, address):
     np.testing.assert_array_equal(part, expected)
 
 
-def test_the_fingerprint_follows_weights_config_and_template(tmp_path):
-  save(tmp_path)
+def test_the_fingerprint_follows_weights_config_and_template(
+  tmp_path, save_llama
+):
+  save_llama(tmp_path)
   prints = [weights.open_base(str(tmp_path)).fingerprint]
   assert weights.open_base(str(tmp_path)).fingerprint == prints[0]
   file = tmp_path / 'model.safetensors'
@@ -199,8 +178,8 @@ def test_the_random_chat_template_adds_no_system_message():
   assert text == '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
 
 
-def test_opening_and_reading_need_no_torch(tmp_path):
-  save(tmp_path)
+def test_opening_and_reading_need_no_torch(tmp_path, save_llama):
+  save_llama(tmp_path)
   script = (
     "import sys; sys.modules['torch'] = None\n"
     'import numpy\n'
@@ -218,14 +197,7 @@ def test_opening_and_reading_need_no_torch(tmp_path):
 # Wrong input.
 
 
-def refused(folder, message):
-  with pytest.raises(InputError, match=message) as caught:
-    weights.open_base(str(folder))
-  assert str(caught.value).startswith('model.address: ')
-  assert '\n' not in str(caught.value)
-
-
-def test_addresses_that_name_nothing_are_refused(tmp_path):
+def test_addresses_that_name_nothing_are_refused(tmp_path, refused):
   refused(tmp_path / 'absent', 'does not exist')
   refused('random://huge', "'random://huge' names no preset; .* one of tiny")
   (tmp_path / 'model.bin').write_bytes(b'x')
@@ -234,9 +206,9 @@ def test_addresses_that_name_nothing_are_refused(tmp_path):
 
 @pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
 def test_a_folder_without_or_with_damaged_descriptions_is_refused(
-  tmp_path, name
+  tmp_path, name, refused, save_llama
 ):
-  save(tmp_path)
+  save_llama(tmp_path)
   (tmp_path / name).write_text('{"model_type": ')
   refused(tmp_path, f'{name} is not JSON')
   (tmp_path / name).write_text('[]')
@@ -245,83 +217,10 @@ def test_a_folder_without_or_with_damaged_descriptions_is_refused(
   refused(tmp_path, f'has no {name}')
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
-  save(tmp_path)
-  (tmp_path / 'model.safetensors').unlink()
-  refused(tmp_path, 'has neither model.safetensors nor')
-
-
-def test_a_header_longer_than_its_file_is_refused(tmp_path):
-  save(tmp_path)
-  file = tmp_path / 'model.safetensors'
-  data = file.read_bytes()
-  file.write_bytes(struct.pack('<Q', 10**15) + data[8:])
-  refused(tmp_path, f'1000000000000000 bytes of a file of {len(data)}')
-  file.write_bytes(data[:5])
-  refused(tmp_path, 'of a file of 5')
-  file.write_bytes(data[:100])
-  refused(tmp_path, 'of a file of 100')
-
-
-def test_data_shorter_than_the_header_says_is_refused(tmp_path):
-  save(tmp_path)
-  file = tmp_path / 'model.safetensors'
-  data = file.read_bytes()
-  file.write_bytes(data[:-10])
-  refused(tmp_path, f'has {len(data) - 10} bytes.*describes {len(data)}')
-
-
-def test_a_header_that_is_not_one_is_refused(tmp_path):
-  save(tmp_path)
-  file = tmp_path / 'model.safetensors'
-  for header in (b'{broken', b'[1, 2]', b'{"a": 1}', b'{"a": {"dtype": 1}}',
-                 b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["",""]}}'):
-    file.write_bytes(struct.pack('<Q', len(header)) + header)
-    refused(tmp_path, 'its header is not that of a safetensors file')
-
-
-def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
-  save(tmp_path, max_shard_size='20KB')
-  index = tmp_path / 'model.safetensors.index.json'
-  content = json.loads(index.read_text())
-  places = content['weight_map']
-  name, file = next(iter(places.items()))
-  other = next(place for place in places.values() if place != file)
-  index.write_text(json.dumps({'weight_map': places | {name: other}}))
-  refused(tmp_path, f'says that {name} is in {other}, which does not hold it')
-  index.write_text(json.dumps({'weight_map': [1]}))
-  refused(tmp_path, 'has no weight_map')
-  index.write_text(json.dumps(content))
-  (tmp_path / file).unlink()
-  refused(tmp_path, f'names {file}, which does not exist')
-
-
-def test_weights_of_other_dimensions_are_refused(tmp_path):
-  save(tmp_path)
-  file = tmp_path / 'config.json'
-  config = json.loads(file.read_text())
-  file.write_text(json.dumps(config | {'intermediate_size': 64}))
-  refused(tmp_path, r'has \(48, 32\) where .*gate_proj.* \(64, 32\) is needed')
-  file.write_text(json.dumps(config | {'num_hidden_layers': 4}))
-  refused(tmp_path, r'no tensor where model.layers.3')
-  file.write_text(json.dumps(config | {'num_hidden_layers': 2}))
-  refused(tmp_path, r'holds model.layers.2.*not part of a Llama decoder')
-  file.write_text(json.dumps(config | {'tie_word_embeddings': False}))
-  refused(tmp_path, 'no tensor where lm_head.weight')
-
-
-def test_weights_of_another_type_are_refused(tmp_path):
-  save(tmp_path)
-  file = tmp_path / 'model.safetensors'
-  data = file.read_bytes()
-  file.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
-  refused(tmp_path, 'has type I32; supported are F64, F32, F16, BF16')
-  file.write_bytes(data.replace(b'"F32"', b'"F16"', 1))
-  refused(tmp_path, 'bytes of .* needs')
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-  save(tmp_path)
+def test_a_tokenizer_larger_than_the_model_is_refused(
+  tmp_path, refused, save_llama
+):
+  save_llama(tmp_path)
   tokenizer = weights.open_base('random://tiny').tokenizer
   tokenizer.add_tokens([f'word{i}' for i in range(60)])
   tokenizer.save_pretrained(tmp_path)

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behaviorlm_jax.score import metrics, report
+from behaviorlm_jax.score import metrics
+from behaviorlm_jax.score import report
+from behaviorlm_jax.score import run_files
 
 PLAN = pa.schema({'step': pa.int32(), 'row': pa.int32(), 'segments': pa.list_(
     pa.struct({
@@ -197,7 +199,7 @@ def test_tables_hold_the_numbers_of_the_files(done):
 def test_summary_names_stages_baseline_and_intervals(done):
   text = done.text.split('\n\n')[1]
   scores = [json.loads((done.folder / stage / 'evaluation.json').read_text())
-            for stage in report.STAGES]
+            for stage in run_files.STAGES]
   tail = ' → '.join(f'{s["tail"]["f1_macro"]:.3f}' for s in scores)
   assert f'Tail macro-F1: {tail} (best free baseline' in text
   assert '3,100 events of 40 users' in text and 'n = 120' in text
@@ -231,7 +233,6 @@ def test_one_stage_run_is_named_so(tmp_path):
 def test_names_of_the_log_cannot_break_the_page(done):
   assert 'Bar \\| Pub' in done.text
   assert '<b>' not in done.text.replace('\\<b>', '')
-  assert report.cell('a\n# b') == 'a # b'
 
 
 def test_decoded_prompt_shows_its_last_six_lines(done):
@@ -243,17 +244,8 @@ def test_plan_targets_leave_conversations_out(tmp_path):
   work = Work(tmp_path)
   (tmp_path / 'a_tuning').mkdir()
   work.add_plan('a_tuning', 6)
-  targets = report.plan_targets(tmp_path / 'a_tuning/plan.parquet')
+  targets = run_files.plan_targets(tmp_path / 'a_tuning/plan.parquet')
   assert targets.tolist() == work.drawn.ravel().tolist()
-
-
-def test_examples_mix_groups_and_outcomes():
-  groups = np.array(['anchor'] * 900 + ['tail'] * 100)
-  right = np.arange(1000) % 10 == 0
-  chosen = report.pick(groups, right)
-  kinds = {(groups[i], bool(right[i])) for i in chosen}
-  assert len(set(chosen.tolist())) == 10 and len(kinds) == 4
-  np.testing.assert_array_equal(chosen, report.pick(groups, right))
 
 
 def test_writing_again_gives_the_same_page(done):

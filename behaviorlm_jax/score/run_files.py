@@ -1,0 +1,124 @@
+"""What a work directory holds, in the form in which the report needs it.
+
+Every stage and every file may be missing; what is read of it then is empty or
+None.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """The files of one stage; None or empty where a file is missing."""
+  key: str
+  folder: Path
+  config: dict
+  evaluation: dict | None
+  predictions: pa.Table | None
+
+  @property
+  def name(self):
+    if self.key == 'b_tuning' and 'one_stage' in self.ablations:
+      return 'one stage'
+    return STAGES[self.key]
+
+  @property
+  def ablations(self):
+    return list(self.config.get('ablations') or [])
+
+  @functools.cached_property
+  def right(self):
+    """bool[n], whether the first choice is the true behavior."""
+    return self.column('behavior') == self.column('predicted')
+
+  def column(self, name):
+    return np.array(self.predictions.column(name).to_pylist())
+
+  def find(self, sample) -> dict | None:
+    """The prediction row of an event, or None where it was not evaluated."""
+    index = pc.index(self.predictions.column('sample'), sample).as_py()
+    if index < 0:
+      return None
+    return self.predictions.slice(index, 1).to_pylist()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What the work directory holds, in the form that the sections need."""
+  workdir: Path
+  summary: dict
+  behaviors: list  # the candidate list: dicts name, train_count, group
+  unseen: int  # behaviors of the test split only
+  baselines: dict
+  stages: list
+
+  @functools.cached_property
+  def ids(self):
+    return {row['name']: i for i, row in enumerate(self.behaviors)}
+
+  @functools.cached_property
+  def anchor(self):
+    return np.array([b['group'] == 'anchor' for b in self.behaviors], bool)
+
+  @functools.cached_property
+  def predicting(self):
+    return [s for s in self.stages if s.predictions is not None]
+
+  def encode(self, names):
+    return np.array([self.ids[name] for name in names], np.int64)
+
+  def best_baseline(self, group, key):
+    """(score, name) of the baseline that is best in this very score."""
+    found = [(s[group][key], name) for name, s in self.baselines.items()]
+    return max(found, key=lambda pair: pair[0], default=None)
+
+
+def load(workdir) -> Run:
+  behaviors = read_json(workdir / 'events/behaviors.json', [])
+  known = [row for row in behaviors if row['group'] != 'unseen']
+  stages = [
+      Stage(
+          key, folder, read_json(folder / 'config.json', {}),
+          read_json(folder / 'evaluation.json', None),
+          read_table(folder / 'predictions.parquet'))
+      for key in STAGES if (folder := workdir / key).is_dir()]
+  return Run(
+      workdir, read_json(workdir / 'events/summary.json', {}), known,
+      len(behaviors) - len(known), read_json(workdir / 'baselines.json', {}),
+      stages)
+
+
+def plan_targets(path):
+  """Event positions of all targets of a plan, repeats included: int64[n]."""
+  rows = pq.read_table(path, columns=['segments'])
+  segments = pc.list_flatten(rows.column('segments').combine_chunks())
+  windows = segments.filter(pc.equal(segments.field('kind'), 'window'))
+  return pc.list_flatten(windows.field('targets')).to_numpy(
+      zero_copy_only=False).astype(np.int64)
+
+
+def read_json(path, missing):
+  if not path.is_file():
+    return missing
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def read_json_lines(path):
+  if not path.is_file():
+    return []
+  return [json.loads(line)
+          for line in path.read_text(encoding='utf-8').splitlines() if line]
+
+
+def read_table(path):
+  return pq.read_table(path) if path.is_file() else None

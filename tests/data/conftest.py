@@ -1,0 +1,125 @@
+"""Small logs, and a tokenizer whose ids are the byte values."""
+
+import datetime
+
+import ml_collections
+import pytest
+import tokenizers
+import transformers
+
+from behaviorlm_jax.data import events
+from behaviorlm_jax.errors import InputError
+
+HEADER = 'user,time,behavior'
+CHATML = (
+  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content']"
+  " + '<|im_end|>' + '\\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_config(**fields):
+  data = ml_collections.ConfigDict({
+      'columns': {'user': 'user', 'time': 'time', 'behavior': 'behavior',
+                  'place': '', 'group': ''},
+      'collapse_repeats': True, 'max_rejected': .01, 'split': (.8, .1, .1),
+      'anchor_share': .01})
+  for name, value in fields.items():
+    section = data.columns if name in data.columns else data
+    section[name] = value
+  return data
+
+
+def make_minute(i: int) -> str:
+  start = datetime.datetime(2024, 1, 1)
+  return str(start + datetime.timedelta(minutes=i))[:16]
+
+
+@pytest.fixture
+def log_config():
+  """The `data` section of a config, with some fields changed."""
+  return make_config
+
+
+@pytest.fixture
+def minute():
+  """The i-th minute of 2024 as text."""
+  return make_minute
+
+
+@pytest.fixture
+def history():
+  def lines(behaviors, user='u'):
+    """CSV lines of one user, a minute apart."""
+    return [
+      f'{user},{make_minute(i)},{name}' for i, name in enumerate(behaviors)
+    ]
+  return lines
+
+
+@pytest.fixture
+def prepare():
+  def write_and_read(
+      tmp_path, lines, name='log.csv', seed=0, header=HEADER, **fields):
+    """Events, summary and folder of a log of these lines."""
+    path = tmp_path / name
+    path.write_text('\n'.join([header, *lines]) + '\n')
+    folder = tmp_path / 'work' / 'events'
+    summary = events.prepare(make_config(**fields), str(path), folder, seed)
+    return events.open_events(folder), summary, folder
+  return write_and_read
+
+
+@pytest.fixture
+def refuse(prepare):
+  def check(tmp_path, lines, *parts, **fields):
+    """The log is refused in one line that has the parts; nothing is left."""
+    with pytest.raises(InputError) as error:
+      prepare(tmp_path, lines, **fields)
+    sentence = str(error.value)
+    for part in parts:
+      assert part in sentence
+    assert '\n' not in sentence
+    assert not list((tmp_path / 'work').glob('*'))
+  return check
+
+
+@pytest.fixture
+def names():
+  """The behavior names of events, in their order."""
+  return lambda log: [log.behaviors[i].name for i in log.behavior]
+
+
+def byte_symbols():
+  """GPT-2's printable character for every byte, in the order of the bytes."""
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = [b for b in range(256) if b not in printable]
+  return [
+    chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)
+  ]
+
+
+@pytest.fixture
+def chatml():
+  """The template of `make_tokenizer`."""
+  return CHATML
+
+
+@pytest.fixture
+def make_tokenizer():
+  def make(template=CHATML, trim_offsets=False, **special):
+    vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False
+    )
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(
+      trim_offsets=trim_offsets
+    )
+    tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>', '<eos>'])
+    fast = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer, **special
+    )
+    fast.chat_template = template
+    return fast
+  return make

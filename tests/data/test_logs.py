@@ -1,0 +1,253 @@
+"""Logs: formats, times, lines of malformed rows, and what is refused."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behaviorlm_jax.data import events
+from behaviorlm_jax.data import logs
+from behaviorlm_jax.errors import InputError
+
+HEADER = 'user,time,behavior'
+
+
+def rejected(folder):
+  with open(folder / 'rejected.csv', newline='') as file:
+    return list(csv.DictReader(file))
+
+
+# What is read.
+
+
+@pytest.mark.parametrize('text', [
+    '2024-01-01 10:00', '2024-01-01T10:00:00', '2024-01-01 10:00:00.999',
+    '2024-01-01T10:00:00Z', '2024-01-01 10:00:00+05:30', '2024-01-01T10:00-08',
+    '1704103200', '1704103200999'])
+def test_times_keep_the_wall_clock_in_seconds(tmp_path, text, prepare):
+  log, _, _ = prepare(tmp_path, [f'u,{text},x', 'u,2024-01-02 00:00,y'],
+                      split=(1, 0, 0))
+  assert log.time[0] == 1704103200
+
+
+@pytest.mark.parametrize('text', [
+    '2024-01-01', '01/02/2024 10:00', '2024-02-30 10:00', '2024-01-01 24:00',
+    '2024-01-01 10:00:61', 'noon', '1704103200.5', '170410320099'])
+def test_other_times_are_malformed(tmp_path, text, history, prepare):
+  _, summary, folder = prepare(
+      tmp_path, [*history('xy'), f'u,{text},x'], max_rejected=.5,
+      split=(1, 0, 0))
+  assert summary['rejected'] == 1
+  assert rejected(folder) == [{
+      'line': '4', 'reason': f"time '{text}' is not a date-time",
+      'text': f'u,{text},x'}]
+
+
+def test_names_are_stripped_and_white_space_becomes_one_blank(
+    tmp_path, prepare, names):
+  lines = ['u,2024-01-01 10:00,"  at \n\t the\u00a0 sea "',
+           'u,2024-01-01 10:01,at home', ' u ,2024-01-01 10:02,at the sea']
+  log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
+  assert names(log) == ['at the sea', 'at home', 'at the sea']
+  assert log.users == ['u']
+
+
+def test_quoted_commas_quotes_and_newlines_parse(tmp_path, prepare, names):
+  lines = ['u,2024-01-01 10:00,"eat, drink"', 'u,2024-01-01 10:01,"say ""hi"""',
+           'u,2024-01-01 10:02,"two\nlines"', 'u,2024-01-01 10:03,5" disk']
+  log, summary, _ = prepare(tmp_path, lines, split=(1, 0, 0))
+  assert names(log) == ['eat, drink', 'say "hi"', 'two lines', '5" disk']
+  assert summary['rejected'] == 0
+
+
+def test_all_formats_give_the_same_events(tmp_path, log_config, minute):
+  rows = [(u, minute(i * 7 % 50), f'b, {i % 4}', f'p{i % 3}')
+          for u in ('ann', 'bob') for i in range(40)]
+  columns = ('user', 'time', 'behavior', 'place')
+  write_all(tmp_path, rows, columns)
+  prints = {}
+  for path in sorted(tmp_path.glob('log.*')):
+    folder = tmp_path / 'out' / path.name
+    summary = events.prepare(log_config(place='place'), path, folder, 0)
+    prints[path.name] = summary['fingerprint']
+    assert summary['rows'] == 80
+  assert len(prints) == 8
+  assert len(set(prints.values())) == 1, prints
+
+
+def write_all(folder, rows, columns):
+  """The same rows as CSV, TSV, JSON lines (all also zipped) and Parquet."""
+  for suffix, delimiter in (('csv', ','), ('tsv', '\t')):
+    with open(folder / f'log.{suffix}', 'w', newline='') as file:
+      csv.writer(file, delimiter=delimiter).writerows([columns, *rows])
+  lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+  for suffix in ('jsonl', 'ndjson'):
+    (folder / f'log.{suffix}').write_text('\n'.join(lines))
+  for suffix in ('csv', 'tsv', 'jsonl'):
+    text = (folder / f'log.{suffix}').read_bytes()
+    (folder / f'log.{suffix}.gz').write_bytes(gzip.compress(text))
+  table = pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
+  times = table['time'].to_numpy().astype('M8[us]')
+  pq.write_table(table.set_column(1, 'time', pa.array(times)),
+                 folder / 'log.parquet')
+
+
+@pytest.mark.parametrize('zone, hours', [
+    (None, 0), ('UTC', 0), ('America/New_York', -5), ('+05:30', 5.5)])
+def test_parquet_times_keep_the_clock_of_their_zone(
+    tmp_path, zone, hours, log_config):
+  path = tmp_path / "it's [1].parquet"
+  seconds = np.array([1704103200, 1704103260])
+  pq.write_table(pa.table({
+      'user': [7, 7], 'behavior': ['x', 'y'],
+      'time': pa.array(seconds).cast(pa.timestamp('s')).cast(
+          pa.timestamp('us', tz=zone))}), path)
+  events.prepare(log_config(split=(1, 0, 0)), path, tmp_path / 'events', 0)
+  log = events.open_events(tmp_path / 'events')
+  assert log.time.tolist() == (seconds + int(hours * 3600)).tolist()
+  assert log.users == ['7']
+
+
+# What is set aside.
+
+
+def test_malformed_rows_are_set_aside_with_their_line(tmp_path, prepare, names):
+  lines = [
+      'u,2024-01-01 10:00,x',  # 2
+      'u,2024-01-01 10:01',  # 3
+      '',  # 4
+      'u,2024-01-01 10:02,"two\nlines"',  # 5, 6
+      ',2024-01-01 10:03,x',  # 7
+      'u,,x',  # 8
+      'u,2024-01-01 10:04,x,extra',  # 9
+      'u,"2024-01-01 10:05,x',  # 10: the quote never ends
+      'u,later,x',  # 11
+      'u,2024-01-01 10:06,y']  # 12
+  log, summary, folder = prepare(tmp_path, lines, max_rejected=.8,
+                                 split=(1, 0, 0))
+  found = rejected(folder)
+  assert [(int(row['line']), row['reason'].split(':')[0]) for row in found] == [
+      (3, '2 fields instead of 3'), (7, 'no user'), (8, 'no time'),
+      (9, '4 fields instead of 3'), (10, 'broken row'),
+      (11, "time 'later' is not a date-time")]
+  assert found[4]['text'] == 'u,"2024-01-01 10:05,x'
+  assert (summary['rows'], summary['rejected']) == (9, 6)
+  assert names(log) == ['x', 'two lines', 'y']
+
+
+def test_lines_stay_right_across_chunks(tmp_path, monkeypatch, minute, prepare):
+  monkeypatch.setattr(logs, '_LINES', 3)
+  monkeypatch.setattr(logs, '_CHUNKS', 2)
+  lines, expected, number = [], [], 2
+  for i in range(60):
+    name = f'"b\n{i}"' if i % 5 == 0 else f'b{i}'
+    if i % 7 == 3:
+      expected.append(number)
+      lines.append(f'u,never,{name}')
+    else:
+      lines.append(f'u,{minute(i)},{name}')
+    number += 1 + name.count('\n')
+  log, _, folder = prepare(tmp_path, lines, max_rejected=1)
+  assert [int(row['line']) for row in rejected(folder)] == expected
+  assert len(log.user) == 60 - len(expected)
+
+
+def test_broken_json_lines_are_set_aside(tmp_path, log_config):
+  path = tmp_path / 'log.jsonl'
+  good = [json.dumps({'user': 3, 'time': 1704103200 + i, 'behavior': b})
+          for i, b in enumerate('xyx')]
+  path.write_text('\n'.join([
+      good[0], '{"user": 3, ', '', '[1]', good[1], '{"user": "\\ud800"}',
+      '{"behavior": "x", "time": 5}', good[2]]))
+  folder = tmp_path / 'events'
+  events.prepare(log_config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
+  assert [(int(row['line']), row['reason'].split(':')[0])
+          for row in rejected(folder)] == [
+              (2, 'broken JSON'), (4, 'not a JSON object'),
+              (6, 'not UTF-8 text'), (7, 'no user')]
+  assert events.open_events(folder).users == ['3']
+
+
+def test_parquet_rows_are_counted_from_one(tmp_path, log_config, minute):
+  path = tmp_path / 'log.parquet'
+  pq.write_table(pa.table({
+      'user': ['u', None, 'u'], 'behavior': ['x', 'x', 'y'],
+      'time': [minute(0), minute(1), minute(2)]}), path)
+  folder = tmp_path / 'events'
+  events.prepare(log_config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
+  assert [(row['line'], row['reason']) for row in rejected(folder)] == [
+      ('2', 'no user')]
+
+
+def test_bytes_that_are_no_text_are_set_aside(tmp_path, log_config, history):
+  path = tmp_path / 'log.csv'
+  path.write_bytes('\n'.join([HEADER, *history('xyx')]).encode()
+                   + b'\nu,2024-01-01 11:00,caf\xe9\n')
+  folder = tmp_path / 'events'
+  events.prepare(log_config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
+  assert [(row['line'], row['reason']) for row in rejected(folder)] == [
+      ('5', 'not UTF-8 text')]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize('name, text', [
+    ('log.csv', ''), ('log.csv', HEADER + '\n'), ('log.csv', '\n\n'),
+    ('log.jsonl', ''), ('log.jsonl', '\n\n')])
+def test_an_empty_log_is_refused(tmp_path, name, text, log_config):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(InputError, match=f'{name} (is empty|holds no rows)'):
+    events.prepare(log_config(), tmp_path / name, tmp_path / 'events', 0)
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_unknown_format_is_refused(tmp_path, history, refuse):
+  refuse(tmp_path, history('xy'), 'log.xlsx', '.parquet', name='log.xlsx')
+
+
+@pytest.mark.parametrize('name', ['log.csv.gz', 'log.parquet'])
+def test_a_file_that_is_not_what_its_name_says_is_refused(
+    tmp_path, name, history, refuse):
+  refuse(tmp_path, history('xy'), name, name=name)
+
+
+def test_a_torn_zip_is_refused(tmp_path, log_config, history):
+  path = tmp_path / 'log.csv.gz'
+  text = '\n'.join([HEADER, *history('xyzzy' * 50)])
+  path.write_bytes(gzip.compress(text.encode())[:-20])
+  with pytest.raises(InputError, match='cannot be read to its end'):
+    events.prepare(log_config(), path, tmp_path / 'events', 0)
+  assert [entry.name for entry in tmp_path.iterdir()] == ['log.csv.gz']
+
+
+def test_a_parquet_file_with_broken_pages_is_refused(
+    tmp_path, log_config, minute):
+  path = tmp_path / 'log.parquet'
+  rows = [('u', minute(i), f'name {i}') for i in range(200)]
+  pq.write_table(pa.table(dict(zip(
+      ('user', 'time', 'behavior'), zip(*rows, strict=True), strict=True))),
+                 path)
+  content = bytearray(path.read_bytes())
+  content[4:1500] = bytes(1496)  # the footer stays whole
+  path.write_bytes(content)
+  with pytest.raises(InputError, match='cannot be read to its end') as error:
+    events.prepare(log_config(), path, tmp_path / 'events', 0)
+  assert '\n' not in str(error.value)
+  assert [entry.name for entry in tmp_path.iterdir()] == ['log.parquet']
+
+
+@pytest.mark.parametrize('suffix', ['csv', 'jsonl', 'parquet'])
+def test_a_missing_column_names_the_nearest(
+    tmp_path, suffix, log_config, minute):
+  write_all(tmp_path, [('u', minute(0), 'x')], ('user', 'time', 'behaviour'))
+  path = tmp_path / f'log.{suffix}'
+  with pytest.raises(InputError) as error:
+    events.prepare(log_config(), path, tmp_path / 'out', 0)
+  assert "no column 'behavior'" in str(error.value)
+  assert 'data.columns.behavior' in str(error.value)
+  assert "nearest: 'behaviour'" in str(error.value)
