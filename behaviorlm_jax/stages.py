@@ -15,14 +15,15 @@ import hashlib
 import json
 import pathlib
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import files
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader
@@ -177,7 +178,7 @@ def evaluate_base(this):
   """The untuned model and the free baselines, once per work directory."""
   folder = this.workdir / 'base'
   folder.mkdir(exist_ok=True)
-  evaluation.write_json(folder / 'config.json', as_dict(this.config))
+  files.write_json(folder / 'config.json', as_dict(this.config))
   samples = evaluation.test_samples(this.events, this.config)
   path = this.workdir / 'baselines.json'
   if not path.exists():
@@ -208,7 +209,7 @@ def run_stage(this, stage):
   if (folder / 'evaluation.json').exists():
     logging.info('%s is finished.', folder)
     return
-  evaluation.write_json(folder / 'config.json', as_dict(this.config))
+  files.write_json(folder / 'config.json', as_dict(this.config))
   config = this.config
   if stage == 'one':  # As many steps as both stages together.
     config = config.copy_and_resolve_references()
@@ -280,7 +281,7 @@ def segments(this, config, stage, split, rng, adapter=None, folder=None):
     if split == 'train':
       subset = choose_subset(this, config, adapter, folder)
     else:
-      subset = {b: s for b, s in by_behavior(this, config, split).items()}
+      subset = by_behavior(this, config, split)
     stream_of = (plan_lib.natural if plan.budget == 'natural'
                  else plan_lib.balanced)
     neighbours = None

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from behaviorlm_jax import files
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 
@@ -309,9 +310,7 @@ def save(path, plan, batch):
   digest = content_hash(plan)
   facts = {'made_from': plan.made_from, 'answers': str(plan.answers),
            'plan_hash': digest}
-  temporary = path.with_suffix('.tmp')
-  parquet.write_table(table.replace_schema_metadata(facts), temporary)
-  temporary.replace(path)
+  files.write_parquet(path, table, facts)
   return digest
 
 

@@ -17,10 +17,10 @@ a test holds them to that.
 
 import functools
 
-from absl import logging
 import numpy as np
+from absl import logging
 
-from behaviorlm_jax.data import conversations
+from behaviorlm_jax.data import chat
 from behaviorlm_jax.errors import InputError
 
 WEEKDAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
@@ -53,7 +53,6 @@ class Prompts:
     if tokenizer.chat_template is None:
       logging.warning('model.address: the tokenizer has no chat template; '
                       'using the plain format "User: ... Assistant: ...".')
-      tokenizer.chat_template = conversations.PLAIN_TEMPLATE
     self.names = [self.encode(answer_text(b.name)) for b in events.behaviors]
     self._times, self._places = {}, {}
     self._before, self._after = self._template()
@@ -64,9 +63,10 @@ class Prompts:
     return np.asarray(ids, np.int32)
 
   def _template(self):
-    text = self.tokenizer.apply_chat_template(
-        [{'role': 'user', 'content': _MARK}], tokenize=False,
-        add_generation_prompt=True)
+    text = chat.render(self.tokenizer, [{'role': 'user', 'content': _MARK}],
+                       add_generation_prompt=True)
+    if not text[-1].isspace():
+      text += '\n'  # The log starts on a line of its own.
     if text.count(_MARK) != 1:
       raise InputError('model.address: the chat template does not show a '
                        'user message exactly once; give it another template.')

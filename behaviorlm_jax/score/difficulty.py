@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from behaviorlm_jax import files
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import labels
 
@@ -29,10 +30,7 @@ def write(path, events, positions, difficulty, made_from):
       'group': [b.group for b in behaviors],
       'score': pa.array(difficulty, pa.float32()),
   })
-  temporary = path.with_suffix('.tmp')
-  parquet.write_table(
-      table.replace_schema_metadata({'made_from': made_from}), temporary)
-  temporary.replace(path)
+  files.write_parquet(path, table, {'made_from': made_from})
 
 
 def read(path, made_from):

@@ -5,12 +5,10 @@ uniform draw of the test split, by seed. Samples whose true behavior was never
 seen before the test split cannot be answered and are left out.
 """
 
-import json
-
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 
+from behaviorlm_jax import files
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import baselines
@@ -57,10 +55,11 @@ def write(folder, prompts, samples, questions, scores):
     scores: s(y), float [n, Y].
   """
   events = prompts.events
-  write_parquet(folder / 'predictions.parquet',
-                _predictions(prompts, samples, questions, scores))
+  files.write_parquet(folder / 'predictions.parquet',
+                      _predictions(prompts, samples, questions, scores))
   # Last, because its presence says that the stage is finished.
-  write_json(folder / 'evaluation.json', summarize(events, samples, scores))
+  files.write_json(folder / 'evaluation.json',
+                   summarize(events, samples, scores))
 
 
 def _predictions(prompts, samples, questions, scores):
@@ -102,27 +101,13 @@ def write_baselines(path, events, samples, history):
                       baselines.scores(name, events, samples, history))
       for name in baselines.NAMES
   }
-  write_json(path, result)
+  files.write_json(path, result)
 
 
 def write_labels(path, prompts):
   """labels.json: name, group and answer tokens of every behavior, by id."""
   events = prompts.events
-  write_json(path, [
+  files.write_json(path, [
       {'name': b.name, 'group': b.group, 'tokens': tokens.tolist()}
       for b, tokens in zip(events.behaviors, prompts.labels, strict=False)
   ])
-
-
-def write_json(path, value):
-  """Writes JSON whole or not at all."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n')
-  temporary.replace(path)
-
-
-def write_parquet(path, table):
-  """Writes Parquet whole or not at all."""
-  temporary = path.with_suffix('.tmp')
-  parquet.write_table(table, temporary)
-  temporary.replace(path)

@@ -27,7 +27,7 @@ def evaluate(true, ranked, anchor) -> dict:
   true = np.asarray(true, np.int64)
   anchor = np.asarray(anchor, bool)
   ranked = np.asarray(ranked, np.int64)
-  assert ranked.ndim == 2 and len(ranked) == len(true) or not len(true)
+  assert (ranked.ndim == 2 and len(ranked) == len(true)) or not len(true)
   top = ranked[:, 0] if len(true) else true
   table = per_behavior(true, top, len(anchor))
   rank = _rank(true, ranked)

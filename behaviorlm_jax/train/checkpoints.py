@@ -5,9 +5,9 @@ to hand on. Only finished steps count (Orbax renames a complete folder into
 place); one that cannot be read any more is skipped with a warning.
 """
 
-from absl import logging
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from behaviorlm_jax.errors import InputError

@@ -9,11 +9,12 @@ import json
 import math
 import time
 
-from absl import logging
 import jax
 import tensorboardX
 import tqdm
+from absl import logging
 
+from behaviorlm_jax import files
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import preemption
 
@@ -29,9 +30,7 @@ class MetricsFile:
         # A line that a crash cut short can only be the last one.
         if line.endswith('\n') and json.loads(line)['step'] <= step:
           kept.append(line)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(kept))
-    temporary.replace(path)
+    files.write_text(path, ''.join(kept))
     self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(
         str(folder / 'tensorboard'), purge_step=step + 1)

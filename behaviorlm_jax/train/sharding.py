@@ -5,11 +5,11 @@ else in the project places arrays. A dimension that its mesh axes do not divide
 is replicated, and the log names it.
 """
 
-from absl import logging
 import jax
+import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import numpy as np
 
 from behaviorlm_jax.errors import InputError
 
@@ -53,8 +53,8 @@ def make_mesh(sizes, batch):
     shape[shape.index(-1)] = max(1, len(devices) // known)
   if np.prod(shape) != len(devices):
     raise InputError(
-        f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but there '
-        f'are {len(devices)} devices; make the product equal.')
+        f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
+        f'there are {len(devices)} devices; make the product equal.')
   rows = shape[0] * shape[1]
   if batch % rows:
     raise InputError(f'train.batch is {batch} and mesh.data x mesh.fsdp is '

@@ -1,6 +1,7 @@
 """The free baselines against counting by hand, and their blindness to come."""
 
 import collections
+import itertools
 import types
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_transition_tables_equal_counting_by_hand():
   for i, p in enumerate(samples):
     last, past = events.behavior[p - 1], events.behavior[events.first[p]:p]
     follow = collections.Counter(
-        b for a, b in zip(past, past[1:], strict=False) if a == last)
+        b for a, b in itertools.pairwise(past) if a == last)
     assert own[i].tolist() == [follow[y] for y in range(6)]
     assert everyone[i].tolist() == [pairs[last, y] for y in range(6)]
 

@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all: written beside, then renamed."""
+
+import contextlib
+import json
+
+from pyarrow import parquet
+
+
+@contextlib.contextmanager
+def whole(path):
+  """Yields a temporary path that takes the place of `path` at the end."""
+  temporary = path.with_name(path.name + '.tmp')
+  yield temporary
+  temporary.replace(path)
+
+
+def write_text(path, text):
+  with whole(path) as temporary:
+    temporary.write_text(text, encoding='utf-8')
+
+
+def write_json(path, value):
+  write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def write_parquet(path, table, facts=None):
+  """Writes an Arrow table; `facts` {str: str} become its metadata."""
+  if facts is not None:
+    table = table.replace_schema_metadata(facts)
+  with whole(path) as temporary:
+    parquet.write_table(table, temporary)
