@@ -6,7 +6,9 @@ wrong in a config is said by `check` before anything is read or compiled.
 """
 
 import difflib
+import re
 
+from absl import flags
 from ml_collections import config_dict
 
 from behaviorlm_jax.errors import InputError
@@ -70,7 +72,7 @@ def default():
       validation_samples=200,  # Prompts behind the validation f1_macro.
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
-  return config
+  return config.lock()  # A config file cannot invent fields.
 
 
 def _section(**fields):
@@ -267,15 +269,37 @@ def _check_sums(config):
 
 
 def explain_flag_error(argv, error):
-  """One sentence for a config override that ml_collections refused.
+  """One sentence for flags, or a config file, that could not be used.
 
-  An unknown field raises AttributeError or KeyError with the field's last part;
-  the full dotted name stands in argv.
+  ml_collections names only the last part of an unknown field, and passes on
+  whatever a config file raises; the full names stand in `argv`.
   """
   names = field_names(default())
-  for argument in argv:
-    if argument.startswith('--config.'):
-      name = argument.removeprefix('--config.').split('=')[0]
-      if name not in names and name not in [n.split('.')[0] for n in names]:
-        return f'config has no field {name}{nearest(name, names)}.'
-  return str(error).split('\n')[0]
+  for argument in argv[1:]:
+    match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+    if match and match[1] not in names:
+      return _explain_unknown(match[1], names)
+  text = str(error.args[0] if isinstance(error, KeyError) else error)
+  if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text, re.DOTALL):
+    section, _, field = match[1].rpartition('.')
+    section = _get(default(), section) if section else default()
+    kind = section.get_type(field).__name__
+    example = '' if section[field] is None else f' like {section[field]!r}'
+    return f'{match[1]} is {match[2]!r}; it must be of type {kind}{example}.'
+  if match := re.match(r'flag --(\w+)=None: ', text):
+    return f'--{match[1]} is missing; give both --config=FILE and --workdir=DIR.'
+  lines = [line.strip() for line in text.split('\n') if line.strip()]
+  # A longer text is a list of attempts or a traceback: the last line tells.
+  sentence = lines[-1] if len(lines) > 2 else ' '.join(lines)
+  if isinstance(error, flags.Error) and len(lines) <= 2:
+    return sentence
+  files = [a for a in argv[1:] if re.match(r'--?config=|[^-].*\.py$', a)]
+  return f'{(files or ["--config"])[0]}: {sentence}'
+
+
+def _explain_unknown(name, names):
+  inside = [n for n in names if n.startswith(f'{name}.')]
+  if inside:
+    return (f'config.{name} is a section; set one of its fields, such as '
+            f'{inside[0]}.')
+  return f'config has no field {name}{nearest(name, names)}.'

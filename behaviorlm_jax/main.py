@@ -16,6 +16,9 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
 _ABLATIONS = flags.DEFINE_multi_string(
     'ablation', [], f'Repeatable: {", ".join(config_lib.ABLATIONS)}.')
+# What flags and a config file, which is a program of the user's, may raise.
+_UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
+             OSError, SyntaxError, TypeError, ValueError)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -25,10 +28,12 @@ def _fail(sentence):
 
 
 def _parse(argv):
-  """Turns ml_collections' tracebacks for wrong flags into one sentence."""
+  """Turns usage texts and tracebacks for wrong flags into one sentence."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    rest = flags.FLAGS(argv)
+    config_lib.field_names(_CONFIG.value)  # A missing file fails only here.
+    return rest
+  except _UNUSABLE as error:
     _fail(config_lib.explain_flag_error(argv, error))
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +111,14 @@ def _open(config, workdir, mesh):
 def open_events(config, workdir):
   """The event table of this work directory, prepared at the first call."""
   folder = workdir / 'events'
-  if not folder.exists():
+  if not (folder / 'config.json').exists():
     if not config.data.events:
       raise InputError('data.events is empty; give --config.data.events=LOG.')
     path = addresses.resolve(config.data.events, 'data.events')
     workdir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # Of a run killed right here.
     events_lib.prepare(config.data, path, folder, config.seed)
+    files.write_json(folder / 'config.json', as_dict(config))
   return events_lib.open_events(folder)
 
 
@@ -142,13 +145,15 @@ def check_workdir(config, workdir):
   """Refuses a work directory whose stages another config made."""
   mine = as_dict(config)
   ran = {FOLDERS[stage] for stage in config.stages}
-  for folder in ('base', 'a_tuning', 'b_tuning'):
+  for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
     path = workdir / folder / 'config.json'
     if not path.exists():
       continue
     theirs = json.loads(path.read_text())
     keys = SHARED
-    if folder == 'base':
+    if folder == 'events':
+      keys = ('data', 'seed')
+    elif folder == 'base':
       keys = (*SHARED, 'eval', 'score')
     elif folder in ran:
       keys = tuple(mine)
@@ -247,11 +252,15 @@ def fingerprint(this, stage, adapter, sections, config):
   """SHA-256 of what decides an artifact of a stage."""
   digest = hashlib.sha256()
   values = as_dict(config)
+  for path in ('events', 'conversations'):  # Their content counts, see below.
+    del values['data'][path]
   chosen = {name: values[name] for name in sections}
   parts = (stage, this.events.fingerprint, this.base.fingerprint,
            json.dumps(chosen, sort_keys=True))
   for part in parts:
     digest.update(part.encode())
+  for conversation in this.conversations:
+    digest.update(conversation.tokens.tobytes())
   for name in sorted(adapter):
     for side in ('a', 'b'):
       digest.update(np.asarray(adapter[name][side]).tobytes())
@@ -320,7 +329,8 @@ def score_difficulty(this, config, adapter, folder, pools):
   """{sample: difficulty} under the model that stage b starts from."""
   path = folder / 'difficulty.parquet'
   made_from = fingerprint(this, 'difficulty', adapter,
-                          ('data', 'difficulty', 'seed', 'score'), config)
+                          ('data', 'plan', 'difficulty', 'seed', 'score'),
+                          config)
   if not path.exists():
     samples = np.concatenate(list(pools.values()))
     scores, _ = score(this, adapter, samples, f'{folder.name}: difficulty')
@@ -375,7 +385,7 @@ def validator(this, config, stage):
   try:
     stream = segments(this, config, stage, 'validation', rng)
     plan = plan_lib.take(stream, config, steps, '')
-  except InputError:
+  except plan_lib.NoSamples:
     logging.warning('the validation split has no sample for stage %s; the last '
                     'checkpoint will be taken for the best.', stage)
     return lambda adapter: {}

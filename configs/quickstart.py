@@ -17,12 +17,16 @@ def get_config():
   config.data.columns.user = 'user_id'
   config.data.columns.time = 'timestamp'
   config.data.columns.behavior = 'event'
-  config.data.history = 16
-  config.difficulty.candidates = 8
-  config.plan.per_behavior = 8
-  config.train.steps = 24
+  # Small enough for 2 CPU cores: a few minutes in all.
+  config.data.history = 12
+  config.plan.window = 18
+  config.plan.targets_per_row = 12
+  config.plan.per_behavior = 4
+  config.difficulty.candidates = 6
+  config.train.steps = 20
   config.train.batch = 4
-  config.checkpoint.every = 12
-  config.eval.max_samples = 200
+  config.train.length = 256
+  config.checkpoint.every = 10
+  config.eval.max_samples = 160
   config.eval.validation_rows = 8
   return config

@@ -111,8 +111,9 @@ class Windows:
     answers = self.prompts.answer_lengths[self.events.behavior[targets]].sum()
     stop = targets[-1] + 1
     return Segment(WINDOW, int(start), int(stop), tuple(map(int, targets)),
-                   tuple(map(float, weights)), length(start, stop),
-                   int(answers))
+                   # As float32, so that a plan that is read back is the same.
+                   tuple(np.asarray(weights, np.float32).tolist()),
+                   length(start, stop), int(answers))
 
   def user_tiles(self, positions, rng):
     """Windows that hold each of one user's `positions` exactly once."""
@@ -181,9 +182,13 @@ def _reshuffled(items, rng):
     yield from items[rng.permutation(len(items))]
 
 
+class NoSamples(InputError):
+  """A split has nothing that a stage could learn from."""
+
+
 def _require(samples, stage):
   if not len(samples):
-    raise InputError(f'data.events: no training sample is left for {stage}; '
+    raise NoSamples(f'data.events: no sample is left for {stage}; '
                      'give users more events or lower plan.min_context.')
 
 

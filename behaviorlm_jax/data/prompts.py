@@ -55,7 +55,11 @@ class Prompts:
                       'using the plain format "User: ... Assistant: ...".')
     self.names = [self.encode(answer_text(b.name)) for b in events.behaviors]
     self._times, self._places = {}, {}
-    self._before, self._after = self._template()
+    before, after = self._template()
+    # In one go: a template may end in a blank that belongs to the next word.
+    self._plain = self.encode(before + after)
+    self._titled = self.encode(before + _PROFILE)
+    self._after = self.encode(after)
 
   def encode(self, text):
     """Token ids int32 [n] of `text`, with nothing added."""
@@ -63,6 +67,7 @@ class Prompts:
     return np.asarray(ids, np.int32)
 
   def _template(self):
+    """Text before the instruction, and from it to where the log starts."""
     text = chat.render(self.tokenizer, [{'role': 'user', 'content': _MARK}],
                        add_generation_prompt=True)
     if not text[-1].isspace():
@@ -71,8 +76,7 @@ class Prompts:
       raise InputError('model.address: the chat template does not show a '
                        'user message exactly once; give it another template.')
     before, after = text.split(_MARK)
-    instruction = self.data.instruction.strip()
-    return self.encode(before), self.encode(instruction + after)
+    return before, self.data.instruction.strip() + after
 
   @functools.cached_property
   def labels(self):
@@ -106,20 +110,18 @@ class Prompts:
     The profile counts only the user's events before `start`, so it can tell
     nothing of any target.
     """
-    pieces = [self._before]
-    if self.data.profile:
-      past = self.events.behavior[self.events.first[start]:start]
-      counts = np.bincount(past, minlength=len(self.names))
-      top = np.argsort(-counts, kind='stable')[:self.data.profile]
-      top = [b for b in top if counts[b]]
-      if top:
-        pieces.append(self._profile_title)
-        pieces.extend(self.names[b] for b in top)
-    return np.concatenate([*pieces, self._after])
+    top = self._most_frequent(start) if self.data.profile else []
+    if not len(top):
+      return self._plain
+    return np.concatenate([self._titled, *(self.names[b] for b in top),
+                           self._after])
 
-  @functools.cached_property
-  def _profile_title(self):
-    return self.encode(_PROFILE)
+  def _most_frequent(self, start):
+    """Ids of the behaviors of the user's events before `start`, at most."""
+    past = self.events.behavior[self.events.first[start]:start]
+    counts = np.bincount(past, minlength=len(self.names))
+    top = np.argsort(-counts, kind='stable')[:self.data.profile]
+    return top[counts[top] > 0]
 
   def question_start(self, position):
     """First event that the question about `position` shows."""

@@ -3,11 +3,13 @@
 import datetime
 
 import ml_collections
+import numpy as np
 import pytest
 import tokenizers
 import transformers
 
 from behaviorlm_jax.data import events
+from behaviorlm_jax.data import splits
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior'
@@ -123,3 +125,42 @@ def make_tokenizer():
     fast.chat_template = template
     return fast
   return make
+
+
+@pytest.fixture
+def make_events():
+  """Makes an event table by hand, without a log."""
+  return make_table
+
+
+def make_table(histories, times=None, places=None, train=1.0, tails=''):
+  """Events of users with these behaviors, by default an hour apart from 1970.
+
+  Args:
+    histories: a list of names, or a string of one-letter names, per user.
+    times: seconds of all events in one list.
+    places: names ('' is none) of all events in one list.
+    train: share of each history in the training split; the rest is test.
+    tails: names of tail behaviors; the others are anchors.
+  """
+  sizes = [len(history) for history in histories]
+  steps = np.concatenate([np.arange(size) for size in sizes])
+  user = np.repeat(np.arange(len(sizes)), sizes)
+  split = np.where(steps < train * np.array(sizes)[user], 0, 2)
+  listed = [name for history in histories for name in history]
+  names = sorted(set(listed))
+  behavior = np.array([names.index(name) for name in listed], np.int32)
+  counts = np.bincount(behavior[split == 0], minlength=len(names)).tolist()
+  known = [splits.Behavior(
+      name, listed.count(name), count, count / sum(counts),
+      'tail' if name in tails else 'anchor')
+      for name, count in zip(names, counts, strict=True)]
+  places = places or [''] * len(listed)
+  spots = sorted({*places} - {''})
+  return events.Events(
+      user=user.astype(np.int32), behavior=behavior,
+      time=np.array(times if times is not None else steps * 3600, np.int64),
+      place=np.array([spots.index(p) if p else -1 for p in places], np.int32),
+      split=split.astype(np.int8), first=np.arange(len(user)) - steps,
+      users=[f'u{i}' for i in range(len(sizes))], places=spots,
+      behaviors=known, fingerprint='by hand', known=len(names))

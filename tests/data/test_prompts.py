@@ -1,0 +1,264 @@
+"""Prompts: exact text and tokens, pieces against the whole text, no leak."""
+
+import dataclasses
+import datetime
+import logging
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import chat
+from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.model import gguf_tokenizer
+from behaviorlm_jax.model import weights
+
+HEADER = '<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n'
+# Two users; the first is the example of the module's docstring.
+TIMES = [51_240, 64_920, 118_500, 122_100, 0, 3600]
+HISTORIES = [['Coffee Shop', 'Gym', 'Coffee Shop', 'Home'], ['Home', 'Gym']]
+PLACES = ['', 'Mall', '', 'Mall', '', '']
+NASTY = [
+  '7-Eleven', '24h Gym!', 'Café (JFK)', 'A/B & C', '日本 寿司 🙂', "Joe's...", '12',
+  '(x)', '&', "'s", 'end)', '#1 / 2', 'a  b', 'e\u0301te\u0301?!', '½', '...',
+  'Wine Bar', 'x:', '\u0301x', '\u00a0y', '100 % ١٢٣',
+]
+LLAMA_3 = (
+  '{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n'
+  '{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}'
+  '<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}'
+)
+INST = '{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}'
+
+
+def make_data(**fields):
+  data = config_lib.default().data
+  data.instruction = 'Go on.'
+  data.update(fields)
+  return data
+
+
+@pytest.fixture(scope='module')
+def byte_tokenizer():
+  return weights.open_base('random://tiny').tokenizer
+
+
+@pytest.fixture
+def make_prompts(byte_tokenizer, make_events):
+  def make(tokenizer=None, **fields):
+    table = make_events(HISTORIES, TIMES, PLACES)
+    return prompts_lib.Prompts(table, tokenizer or byte_tokenizer,
+                               make_data(**fields))
+  return make
+
+
+def expected_text(prompts, start, stop):
+  """The text of a window, written without any of the code under test."""
+  log, data, lines = prompts.events, prompts.data, ''
+  for i in range(start, stop):
+    time = datetime.datetime(1970, 1, 1) + datetime.timedelta(
+      seconds=int(log.time[i]))
+    place = f' ({log.places[log.place[i]]})' if log.place[i] >= 0 else ''
+    lines += time.strftime('%a %H:%M' if data.weekday else '%H:%M')
+    lines += f'{place} {log.behaviors[log.behavior[i]].name}\n'
+  past = log.behavior[log.first[start]:start].tolist()
+  ranked = sorted(set(past), key=lambda b: (-past.count(b), b))
+  names = [f' {log.behaviors[b].name}\n' for b in ranked[:data.profile]]
+  title = 'Most frequent so far:\n' + ''.join(names) if names else ''
+  header = chat.render(
+    prompts.tokenizer,
+    [{'role': 'user', 'content': title + data.instruction}],
+    add_generation_prompt=True)
+  return header + ('' if header[-1].isspace() else '\n') + lines
+
+
+# Exact text and tokens.
+
+
+def test_a_question_is_the_log_cut_after_the_time(make_prompts):
+  prompts = make_prompts()
+  tokens = prompts.question(2)
+  assert prompts.tokenizer.decode(tokens) == HEADER + (
+    'Thu 14:14 Coffee Shop\nThu 18:02 (Mall) Gym\nFri 08:55')
+  # Bytes have GPT-2's numbers: '!' is 0, a newline 198, a blank 220.
+  assert tokens[-10:].tolist() == [
+    198, 37, 81, 72, 220, 15, 23, 25, 20, 20]
+  assert tokens[:6].tolist() == [256, 84, 82, 68, 81, 198]
+  assert tokens.dtype == np.int32
+
+
+def test_the_place_belongs_to_the_question(make_prompts):
+  prompts = make_prompts(history=1)
+  assert prompts.tokenizer.decode(prompts.question(3)) == HEADER + (
+    'Fri 08:55 Coffee Shop\nFri 09:55 (Mall)')
+
+
+def test_an_answer_is_a_blank_the_name_and_the_end_of_the_line(make_prompts):
+  prompts = make_prompts()
+  assert [b.name for b in prompts.events.behaviors] == [
+    'Coffee Shop', 'Gym', 'Home']
+  assert prompts.labels[1].tolist() == [220, 38, 88, 76, 198]
+  assert prompts.answer_lengths.tolist() == [13, 5, 6]
+
+
+def test_a_history_does_not_reach_into_another_user(make_prompts):
+  prompts = make_prompts()
+  assert prompts.question_start(4) == prompts.question_start(5) == 4
+  assert prompts.tokenizer.decode(prompts.question(4)) == HEADER + 'Thu 00:00'
+
+
+def test_the_weekday_can_be_left_out(make_prompts):
+  prompts = make_prompts(weekday=False)
+  assert prompts.tokenizer.decode(prompts.question(1)) == HEADER + (
+    '14:14 Coffee Shop\n18:02 (Mall)')
+
+
+def test_a_profile_names_the_most_frequent_before_the_window(make_prompts):
+  prompts = make_prompts(profile=2)
+  tokens, _ = prompts.window(3, 4)
+  assert prompts.tokenizer.decode(tokens) == HEADER.replace(
+    'Go on.', 'Most frequent so far:\n Coffee Shop\n Gym\nGo on.'
+  ) + 'Fri 09:55 (Mall) Home\n'
+  assert prompts.tokenizer.decode(prompts.header(0)) == HEADER
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [
+  (0, 'Thu 00:00'), (59, 'Thu 00:00'), (60, 'Thu 00:01'),
+  (86_399, 'Thu 23:59'), (86_400, 'Fri 00:00'), (-1, 'Wed 23:59'),
+  (-86_400, 'Wed 00:00'), (-86_401, 'Tue 23:59'),
+  (1_709_164_800, 'Thu 00:00'),  # 29 February 2024.
+])
+def test_times_also_before_1970_and_around_midnight(
+  seconds, text, byte_tokenizer, make_events
+):
+  assert prompts_lib.time_text(seconds, True) == text
+  assert prompts_lib.time_text(seconds, False) == text[4:]
+  table = make_events(['a'], [seconds])
+  prompts = prompts_lib.Prompts(table, byte_tokenizer, make_data())
+  assert byte_tokenizer.decode(prompts.question(0)) == HEADER + text
+
+
+def test_a_tokenizer_without_chat_template_works_with_a_warning(
+  make_prompts, make_tokenizer, caplog
+):
+  with caplog.at_level(logging.WARNING, 'absl'):
+    prompts = make_prompts(make_tokenizer(None))
+  assert 'no chat template' in caplog.text
+  assert bytes(prompts.question(4).tolist()) == (
+    b'User: Go on.\nAssistant:\nThu 00:00')
+
+
+# Pieces.
+
+
+def trained_llama_3(texts, template):
+  """A byte-level BPE with Llama 3's split whose merges come from `texts`."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  fields = {'model': 'gpt2', 'pre': 'llama-bpe', 'tokens': alphabet,
+            'merges': []}
+  tokenizer = gguf_tokenizer.build(
+    {f'tokenizer.ggml.{key}': value for key, value in fields.items()}, 'hand')
+  tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    vocab_size=1200, min_frequency=1, initial_alphabet=alphabet,
+    show_progress=False,
+    special_tokens=['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']))
+  fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+  fast.chat_template = template
+  return fast
+
+
+def nasty_table(make_events):
+  generator = np.random.default_rng(0)
+  names = [str(name) for name in generator.permutation(NASTY * 3)]
+  places = [str(p) for p in generator.choice([*NASTY, ''], len(names))]
+  times = np.cumsum(generator.integers(60, 10_000, len(names))) - 200_000
+  return make_events([names[:40], names[40:]], times, places)
+
+
+def check_pieces(table, tokenizer):
+  for fields in ({}, {'weekday': False}, {'profile': 5}):
+    prompts = prompts_lib.Prompts(table, tokenizer, make_data(**fields))
+    for start, stop in ((0, 24), (20, 40), (40, 63), (62, 63)):
+      tokens, spans = prompts.window(start, stop)
+      text = expected_text(prompts, start, stop)
+      assert tokens.tolist() == prompts.encode(text).tolist()
+      for i, (begin, end) in zip(range(start, stop), spans, strict=True):
+        label = prompts.labels[table.behavior[i]]
+        assert tokens[begin:end].tolist() == label.tolist()
+        assert tokenizer.decode(label) == (
+          f' {table.behaviors[table.behavior[i]].name}\n')
+
+
+def test_pieces_are_the_tokens_of_the_whole_text_in_bytes(
+  byte_tokenizer, make_events
+):
+  check_pieces(nasty_table(make_events), byte_tokenizer)
+
+
+@pytest.mark.parametrize('template', [LLAMA_3, INST, None])
+def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(
+  make_events, template
+):
+  table = nasty_table(make_events)
+  written = prompts_lib.Prompts(
+    table, trained_llama_3([], template), make_data(profile=3))
+  texts = [expected_text(written, *part) for part in ((0, 40), (41, 63))] * 3
+  tokenizer = trained_llama_3(texts, template)
+  merged = {')\n', '!\n', ' (', ' Bar'} & {
+    tokenizer.decode([i]) for i in range(len(tokenizer))}
+  assert len(merged) == 4  # Merges that a wrong cut would tear.
+  check_pieces(table, tokenizer)
+
+
+@pytest.mark.slow
+def test_pieces_are_the_tokens_of_the_whole_text_in_smollm2(make_events):
+  base = weights.open_base(config_lib.SMOLLM2)
+  check_pieces(nasty_table(make_events), base.tokenizer)
+
+
+# Windows and questions.
+
+
+@pytest.mark.parametrize('profile', [0, 2])
+def test_a_question_and_its_answer_are_a_window(make_prompts, profile):
+  prompts = make_prompts(profile=profile, history=2)
+  for position in range(6):
+    start = prompts.question_start(position)
+    tokens, spans = prompts.window(start, position + 1)
+    answer = prompts.labels[prompts.events.behavior[position]]
+    question = prompts.question(position)
+    assert tokens.tolist() == [*question, *answer]
+    assert spans[-1].tolist() == [len(question), len(tokens)]
+
+
+@pytest.mark.parametrize('fields', [{}, {'profile': 1}, {'weekday': False}])
+def test_window_length_is_the_length_of_the_window(make_prompts, fields):
+  prompts = make_prompts(**fields)
+  for start in range(4):
+    for stop in range(start + 1, 5):
+      tokens, _ = prompts.window(start, stop)
+      assert prompts.window_length(start, stop) == len(tokens)
+
+
+@pytest.mark.parametrize('profile', [0, 3])
+def test_nothing_of_the_target_or_after_it_leaks(
+  byte_tokenizer, make_events, profile
+):
+  table = nasty_table(make_events)
+  data = make_data(profile=profile, history=6)
+  prompts = prompts_lib.Prompts(table, byte_tokenizer, data)
+  for target in range(3, 63, 4):
+    other = {name: getattr(table, name).copy() for name in (
+      'behavior', 'time', 'place')}
+    other['behavior'][target:] = (other['behavior'][target:] + 1) % table.known
+    other['time'][target + 1:] += 100_000
+    other['place'][target + 1:] = 0
+    changed = prompts_lib.Prompts(
+      dataclasses.replace(table, **other), byte_tokenizer, data)
+    question = prompts.question(target).tolist()
+    assert changed.question(target).tolist() == question
+    if target + 1 not in (40, 63):  # The next question does show the change.
+      assert changed.question(target + 1).tolist() != (
+        prompts.question(target + 1).tolist())

@@ -1,0 +1,245 @@
+"""The decoder computes what transformers computes, and nothing leaks in it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from behaviorlm_jax import addresses
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import chat
+from behaviorlm_jax.model import decoder
+from behaviorlm_jax.model import families
+from behaviorlm_jax.model import weights
+
+LONG = 120  # tokens; rope scaling starts to matter beyond 64
+PLAIN = {'rope_type': 'default', 'rope_theta': 1e4}
+
+
+def make_llama(folder, save_llama, tied, **fields):
+  """Saves a random Llama whose attention is not one-hot; returns the model."""
+  model = save_llama(folder, tied)
+  if fields:
+    config = model.config.to_dict() | fields
+    model = transformers.LlamaForCausalLM(
+      transformers.LlamaConfig.from_dict(config)
+    )
+  torch.manual_seed(1)
+  for parameter in model.parameters():
+    spread = 0.3 if parameter.ndim == 2 else 1.0
+    torch.nn.init.normal_(parameter, std=spread)
+  model.save_pretrained(folder)
+  return model.eval()
+
+
+def read(folder, dtype=np.float32):
+  base = weights.open_base(str(folder))
+  return base.config, weights.read_params(base, dtype)
+
+
+def draw(shape, seed=0):
+  tokens = np.random.default_rng(seed).integers(0, 300, shape)
+  return tokens.astype(np.int32)
+
+
+def logits_of(model, tokens):
+  """Logits float32 [B, L, V] of whole rows, each one segment."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  mask = decoder.causal_mask(jnp.ones_like(tokens))
+  hidden, _ = model(jnp.asarray(tokens), positions, mask)
+  return model.logits(hidden)
+
+
+def reference(model, tokens):
+  with torch.no_grad():
+    return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@pytest.fixture
+def untied(tmp_path, save_llama):
+  """Config and parameters; the embedding takes part as input alone."""
+  make_llama(tmp_path, save_llama, tied=False)
+  return read(tmp_path)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('fields', [
+  pytest.param({}, id='grouped heads, llama3 rope'),
+  pytest.param({'rope_parameters': PLAIN, 'num_key_value_heads': 4},
+               id='all heads, plain rope'),
+  pytest.param({'rope_parameters': PLAIN, 'num_key_value_heads': 1,
+                'head_dim': 12, 'rms_norm_eps': 0.1},
+               id='one key head, wide heads, large eps'),
+])
+def test_logits_equal_those_of_transformers(
+  tmp_path, save_llama, tied, fields
+):
+  theirs = make_llama(tmp_path, save_llama, tied, **fields)
+  config, params = read(tmp_path)
+  tokens = draw((2, LONG))
+  expected = reference(theirs, tokens)
+  found = logits_of(decoder.Decoder(config, params), tokens)
+  assert expected.std() > 1  # else a tolerance of 1e-3 says nothing
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_rope_scaling_changes_the_logits_of_long_rows(tmp_path, save_llama):
+  make_llama(tmp_path, save_llama, tied=True)
+  config, params = read(tmp_path)
+  plain = dataclasses.replace(config, rope_scaling=None)
+  tokens = draw((1, LONG))
+  one = logits_of(decoder.Decoder(config, params), tokens)
+  other = logits_of(decoder.Decoder(plain, params), tokens)
+  assert np.abs(one - other)[:, 64:].max() > 0.1
+
+
+@pytest.mark.parametrize('preset', sorted(families.PRESETS))
+def test_rope_frequencies_of_presets_equal_those_of_transformers(preset):
+  config = families.PRESETS[preset]
+  theirs = transformers.LlamaConfig.from_dict(families.to_hf(config))
+  rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+  np.testing.assert_allclose(
+    decoder.rope_frequencies(config), rope.inv_freq.numpy(), rtol=1e-5
+  )
+
+
+@pytest.mark.slow
+def test_smollm2_logits_equal_those_of_transformers_on_the_same_gguf():
+  path = addresses.resolve(config_lib.SMOLLM2, 'model.address')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32
+  ).eval()
+  base = weights.open_base(config_lib.SMOLLM2)
+  ours = decoder.Decoder(base.config, weights.read_params(base, np.float32))
+  text = chat.render(
+    base.tokenizer,
+    [{'role': 'user', 'content': 'Where do people go after work, at 18:30?'}],
+    add_generation_prompt=True,
+  )
+  ids = base.tokenizer.encode(text, add_special_tokens=False)
+  tokens = np.array([ids], np.int32)
+  expected = reference(theirs, tokens)
+  np.testing.assert_allclose(
+    logits_of(ours, tokens), expected, rtol=0, atol=1e-3
+  )
+
+
+def test_keys_and_values_kept_give_the_same_logits_as_one_pass(untied):
+  model = decoder.Decoder(*untied)
+  tokens, cut = draw((2, 20)), 13
+  positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+  mask = decoder.causal_mask(jnp.ones_like(tokens))
+  _, cache = model(tokens[:, :cut], positions[:, :cut],
+                   mask[:, :, :cut, :cut], keep_cache=True)
+  hidden, nothing = model(tokens[:, cut:], positions[:, cut:],
+                          mask[:, :, cut:], memory=cache)
+  assert nothing is None
+  np.testing.assert_allclose(
+    model.logits(hidden), logits_of(model, tokens)[:, cut:], atol=1e-4
+  )
+
+
+def packed_loss(config, params, tokens, segments, positions, where):
+  """Negative log-likelihood of the tokens that follow positions `where`."""
+  model = decoder.Decoder(config, params)
+  mask = decoder.causal_mask(segments[None])
+  hidden, _ = model(tokens[None], positions[None], mask)
+  scores = jax.nn.log_softmax(model.logits(hidden[0, where]))
+  return -scores[jnp.arange(len(where)), tokens[where + 1]].sum()
+
+
+def test_remat_policies_give_equal_losses_and_gradients(untied):
+  config, params = untied
+  tokens = draw((2, 16))
+
+  def loss(params, remat):
+    model = decoder.Decoder(config, params, remat=remat)
+    return jax.nn.logsumexp(logits_of(model, tokens), axis=-1).mean()
+
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  expected, gradient = run(params, 'none')
+  for remat in set(decoder.REMAT_POLICIES) - {'none'}:
+    found, other = run(params, remat)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for name, value in gradient.items():
+      np.testing.assert_allclose(
+        other[name], value, rtol=1e-4, atol=1e-6 * np.abs(value).max()
+      )
+
+
+def test_no_position_depends_on_a_later_token(untied):
+  config, params = untied
+  length = 8
+  tokens = jnp.arange(1, length + 1)[None]  # distinct: a row per position
+
+  def hidden(embed):
+    model = decoder.Decoder(config, params | {'embed': embed})
+    mask = decoder.causal_mask(jnp.ones_like(tokens))
+    return model(tokens, jnp.arange(length)[None], mask)[0][0].sum(-1)
+
+  jacobian = jax.jit(jax.jacrev(hidden))(jnp.asarray(params['embed']))
+  moved = np.abs(jacobian[:, 1:length + 1]).sum(-1)  # [output, input]
+  assert (moved[np.triu_indices(length, 1)] == 0).all()
+  assert (moved[np.tril_indices(length)] > 0).all()
+
+
+PACKED = {
+  'tokens': jnp.arange(1, 17),  # distinct: a row of `embed` per position
+  'segments': jnp.array([1] * 6 + [2] * 7 + [0] * 3),
+  'positions': jnp.array([*range(6), *range(7), *range(3)]),
+}
+
+
+@pytest.mark.parametrize('where, own', [
+  pytest.param(range(1, 5), range(6), id='first'),
+  pytest.param(range(8, 12), range(6, 13), id='second'),
+])
+def test_a_packed_loss_has_no_gradient_to_its_neighbours(untied, where, own):
+  config, params = untied
+  where = jnp.array(where)
+
+  def loss(embed):
+    changed = params | {'embed': embed}
+    return packed_loss(config, changed, **PACKED, where=where)
+
+  gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(params['embed'])))
+  moved = np.abs(gradient).sum(-1)
+  seen = [i for i in own if i <= max(where)]
+  assert (moved[np.asarray(PACKED['tokens'])[seen]] > 0).all()
+  moved[np.asarray(PACKED['tokens'])[seen]] = 0
+  assert (moved == 0).all()
+
+
+def test_packed_logits_equal_those_of_each_segment_alone(untied):
+  model = decoder.Decoder(*untied)
+  mask = decoder.causal_mask(PACKED['segments'][None])
+  hidden, _ = model(PACKED['tokens'][None], PACKED['positions'][None], mask)
+  packed = model.logits(hidden)
+  for part in (slice(0, 6), slice(6, 13)):
+    alone = logits_of(model, PACKED['tokens'][None, part])
+    np.testing.assert_allclose(packed[:, part], alone, atol=1e-4)
+
+
+def test_custom_product_has_the_value_and_gradient_of_jax():
+  generator = np.random.default_rng(0)
+  draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
+  x, w, dy = draw(2, 3, 5), draw(7, 5), draw(2, 3, 7)
+  y, pull = jax.vjp(decoder._dot, x, w)
+  expected, theirs = jax.vjp(lambda x, w: x @ w.T, x, w)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+  for found, value in zip(pull(dy), theirs(dy), strict=True):
+    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_a_float32_master_is_float32_after_a_bfloat16_product():
+  x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.float32)
+  y, pull = jax.vjp(decoder._dot, x, w)
+  dx, dw = pull(y)
+  assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16,
+                                           jnp.float32)
+  np.testing.assert_array_equal(np.asarray(dx, np.float32), 35)
+  np.testing.assert_array_equal(dw, 10)

@@ -1,0 +1,180 @@
+"""LoRA starts as the base model and leaves as a folder that peft reads."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import decoder
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import weights
+
+RANK, ALPHA = 4, 12.0
+SUBSETS = [
+  pytest.param(decoder.PROJECTIONS, id='all'),
+  pytest.param(('v_proj', 'q_proj'), id='queries and values'),
+  pytest.param(('k_proj', 'down_proj'), id='keys and down'),
+]
+
+
+def make_llama(folder, save_llama, tied):
+  """Saves a random Llama whose attention is not one-hot."""
+  model = save_llama(folder, tied)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.ndim == 2:
+        parameter.mul_(0.3)
+  model.save_pretrained(folder)
+
+
+def read(folder, dtype=np.float32):
+  base = weights.open_base(str(folder))
+  return base.config, weights.read_params(base, dtype)
+
+
+def random_adapter(config, targets, rank=RANK):
+  """A drawn as for training, B too, so that nothing is zero."""
+  adapter = lora.init(config, rank, targets, jax.random.key(0))
+  generator = np.random.default_rng(0)
+  for sides in adapter.values():
+    b = generator.standard_normal(sides['b'].shape) * 0.1
+    sides['b'] = b.astype(np.float32)
+  return adapter
+
+
+def logits_of(model, tokens):
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  mask = decoder.causal_mask(jnp.ones_like(tokens))
+  hidden, _ = model(jnp.asarray(tokens), positions, mask)
+  return np.asarray(model.logits(hidden))
+
+
+def draw(shape):
+  tokens = np.random.default_rng(1).integers(0, 300, shape)
+  return tokens.astype(np.int32)
+
+
+def test_init_has_the_distribution_of_peft(tmp_path, save_llama):
+  """Uniform draws of some thousand values come close to their bound."""
+  theirs = save_llama(tmp_path)
+  config, rank = read(tmp_path)[0], 64
+  ours = lora.init(config, rank, decoder.PROJECTIONS, jax.random.key(0))
+  model = peft.get_peft_model(theirs, peft.LoraConfig(
+    r=rank, target_modules=list(decoder.PROJECTIONS)
+  ))
+  drawn = {name: [] for name in decoder.PROJECTIONS}
+  for path, parameter in model.named_parameters():
+    if 'lora_A' in path:
+      name = path.split('.lora_A')[0].split('.')[-1]
+      drawn[name].append(parameter.detach().numpy())
+    assert 'lora_B' not in path or not parameter.any()
+  for name, parts in drawn.items():
+    a, expected = np.asarray(ours[name]['a']), np.stack(parts)
+    assert a.shape == expected.shape
+    assert np.abs(a).max() == pytest.approx(np.abs(expected).max(), rel=0.01)
+    assert a.std() == pytest.approx(expected.std(), rel=0.05)
+    assert np.abs(a.mean()) < 0.05 * a.std()
+    assert not np.asarray(ours[name]['b']).any()
+
+
+def test_layers_and_projections_start_from_different_draws(tmp_path, save_llama):
+  save_llama(tmp_path)
+  adapter = lora.init(read(tmp_path)[0], RANK, ('k_proj', 'q_proj', 'v_proj'),
+                      jax.random.key(0))
+  layers = [layer for name in adapter for layer in adapter[name]['a']]
+  assert len({np.asarray(layer).tobytes() for layer in layers}) == 9
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_step_zero_logits_equal_the_base_models_exactly(
+  tmp_path, save_llama, dtype
+):
+  make_llama(tmp_path, save_llama, tied=True)
+  config, params = read(tmp_path, dtype)
+  adapter = lora.init(config, RANK, decoder.PROJECTIONS, jax.random.key(0))
+  run = jax.jit(lambda adapter, tokens: logits_of_traced(
+    lora.attach(config, params, adapter, ALPHA), tokens))
+  tokens = draw((2, 24))
+  np.testing.assert_array_equal(run(adapter, tokens), run(None, tokens))
+
+
+def logits_of_traced(model, tokens):
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  mask = decoder.causal_mask(jnp.ones_like(tokens))
+  return model.logits(model(tokens, positions, mask)[0])
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('targets', SUBSETS)
+def test_peft_reads_our_folder_and_gives_our_logits(
+  tmp_path, save_llama, tied, targets
+):
+  make_llama(tmp_path / 'base', save_llama, tied)
+  config, params = read(tmp_path / 'base')
+  adapter = random_adapter(config, targets)
+  lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path / 'base')
+  tokens = draw((2, 24))
+  ours = logits_of(lora.attach(config, params, adapter, ALPHA), tokens)
+  bare = logits_of(lora.attach(config, params, None, ALPHA), tokens)
+
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'base', dtype=torch.float32
+  )
+  theirs = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter').eval()
+  with torch.no_grad():
+    expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
+  assert np.abs(ours - bare).max() > 0.1
+
+
+def test_every_projection_of_an_adapter_moves_the_logits(tmp_path, save_llama):
+  make_llama(tmp_path, save_llama, tied=True)
+  config, params = read(tmp_path)
+  tokens = draw((1, 12))
+  bare = logits_of(lora.attach(config, params, None, ALPHA), tokens)
+  for name in decoder.PROJECTIONS:
+    adapter = random_adapter(config, (name,))
+    moved = logits_of(lora.attach(config, params, adapter, ALPHA), tokens)
+    assert np.abs(moved - bare).max() > 0.01, name
+
+
+def test_an_exported_adapter_is_read_back_exactly(tmp_path, save_llama):
+  save_llama(tmp_path)
+  adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'))
+  lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
+  found, alpha = lora.load(tmp_path / 'adapter')
+  assert alpha == ALPHA
+  assert jax.tree.structure(found) == jax.tree.structure(adapter)
+  jax.tree.map(np.testing.assert_array_equal, found, adapter)
+  assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+
+
+def test_adapter_config_says_rank_alpha_targets_and_base(tmp_path, save_llama):
+  save_llama(tmp_path)
+  adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'), rank=3)
+  lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
+  path = tmp_path / 'adapter' / 'adapter_config.json'
+  found = json.loads(path.read_text())
+  expected = {
+    'peft_type': 'LORA', 'r': 3, 'lora_alpha': ALPHA, 'bias': 'none',
+    'target_modules': ['o_proj', 'up_proj'],
+    'base_model_name_or_path': str(tmp_path),
+  }
+  assert expected.items() <= found.items()
+
+
+@pytest.mark.parametrize('targets, named', [
+  (('q_proj', 'qproj'), 'qproj'), ((), 'empty')
+])
+def test_targets_that_are_no_projections_are_refused(
+  tmp_path, save_llama, targets, named
+):
+  save_llama(tmp_path)
+  with pytest.raises(InputError, match=rf'^lora\.targets: .*{named}'):
+    lora.shapes(read(tmp_path)[0], RANK, targets)
