@@ -279,22 +279,22 @@ def explain_flag_error(argv, error):
     match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
     if match and match[1] not in names:
       return _explain_unknown(match[1], names)
-  text = str(error.args[0] if isinstance(error, KeyError) else error)
+  text = str(error)
   if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text, re.DOTALL):
-    section, _, field = match[1].rpartition('.')
-    section = _get(default(), section) if section else default()
-    kind = section.get_type(field).__name__
-    example = '' if section[field] is None else f' like {section[field]!r}'
-    return f'{match[1]} is {match[2]!r}; it must be of type {kind}{example}.'
+    return _explain_type(match[1], match[2])
   if match := re.match(r'flag --(\w+)=None: ', text):
-    return f'--{match[1]} is missing; give both --config=FILE and --workdir=DIR.'
+    return (f'--{match[1]} is missing; give both --config=FILE and '
+            '--workdir=DIR.')
   lines = [line.strip() for line in text.split('\n') if line.strip()]
-  # A longer text is a list of attempts or a traceback: the last line tells.
-  sentence = lines[-1] if len(lines) > 2 else ' '.join(lines)
-  if isinstance(error, flags.Error) and len(lines) <= 2:
-    return sentence
+  if isinstance(error, flags.Error) and len(lines) == 1:
+    return f'{text}.'
   files = [a for a in argv[1:] if re.match(r'--?config=|[^-].*\.py$', a)]
-  return f'{(files or ["--config"])[0]}: {sentence}'
+  if match := re.search(r'Key "(\w+)" does not exist', text):
+    short = [n.split('.')[-1] for n in names]
+    text = f'config has no field {match[1]}{nearest(match[1], short)}.'
+  else:  # The last line of a list of attempts or of a traceback.
+    text = f'{lines[-1]}.'
+  return f'{(files or ["--config"])[0]}: {text}'
 
 
 def _explain_unknown(name, names):
@@ -303,3 +303,11 @@ def _explain_unknown(name, names):
     return (f'config.{name} is a section; set one of its fields, such as '
             f'{inside[0]}.')
   return f'config has no field {name}{nearest(name, names)}.'
+
+
+def _explain_type(name, value):
+  section, _, field = name.rpartition('.')
+  section = _get(default(), section) if section else default()
+  kind = section.get_type(field).__name__
+  example = '' if section[field] is None else f', like {section[field]!r}'
+  return f'{name} is {value!r}; it must be of type {kind}{example}.'

@@ -19,6 +19,8 @@ _ABLATIONS = flags.DEFINE_multi_string(
 # What flags and a config file, which is a program of the user's, may raise.
 _UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
              OSError, SyntaxError, TypeError, ValueError)
+# Orbax reports every file it writes; its warnings are wanted.
+_readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -35,11 +37,6 @@ def _parse(argv):
     return rest
   except _UNUSABLE as error:
     _fail(config_lib.explain_flag_error(argv, error))
-
-
-def _readable_log(record):
-  # Orbax reports every file it writes; its warnings are wanted.
-  return record.levelno > 20 or 'orbax' not in record.pathname
 
 
 def main(argv):

@@ -59,7 +59,7 @@ class Prompts:
     # In one go: a template may end in a blank that belongs to the next word.
     self._plain = self.encode(before + after)
     self._titled = self.encode(before + _PROFILE)
-    self._after = self.encode(after)
+    self._dash, self._after = self.encode('-'), self.encode(after)
 
   def encode(self, text):
     """Token ids int32 [n] of `text`, with nothing added."""
@@ -113,8 +113,10 @@ class Prompts:
     top = self._most_frequent(start) if self.data.profile else []
     if not len(top):
       return self._plain
-    return np.concatenate([self._titled, *(self.names[b] for b in top),
-                           self._after])
+    # '- Coffee Shop'; without the dash, a line's end and the blank before a
+    # digit would be one token to SmolLM2.
+    lines = [piece for b in top for piece in (self._dash, self.names[b])]
+    return np.concatenate([self._titled, *lines, self._after])
 
   def _most_frequent(self, start):
     """Ids of the behaviors of the user's events before `start`, at most."""

@@ -107,8 +107,8 @@ def tree_scores(model, tree, last, cache, lengths):
 def _edge_scores(model, tree, hidden):
   """Of one prompt: hidden [1 + N, D] to log p float32 [E] of every edge."""
   logits = model.logits(hidden)
-  scores = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  return scores[tree.edge_nodes, tree.edge_tokens]
+  totals = jax.nn.logsumexp(logits, axis=-1)
+  return logits[tree.edge_nodes, tree.edge_tokens] - totals[tree.edge_nodes]
 
 
 class Scorer:

@@ -21,9 +21,9 @@ TIMES = [51_240, 64_920, 118_500, 122_100, 0, 3600]
 HISTORIES = [['Coffee Shop', 'Gym', 'Coffee Shop', 'Home'], ['Home', 'Gym']]
 PLACES = ['', 'Mall', '', 'Mall', '', '']
 NASTY = [
-  '7-Eleven', '24h Gym!', 'Café (JFK)', 'A/B & C', '日本 寿司 🙂', "Joe's...", '12',
-  '(x)', '&', "'s", 'end)', '#1 / 2', 'a  b', 'e\u0301te\u0301?!', '½', '...',
-  'Wine Bar', 'x:', '\u0301x', '\u00a0y', '100 % ١٢٣',
+  '7-Eleven', '24h Gym!', 'Café (JFK)', 'A/B & C', '日本 寿司 🙂', "Joe's...",
+  '12', '(x)', '&', "'s", 'end)', '#1 / 2', 'a  b', 'e\u0301te\u0301?!', '½',
+  '...', 'x:', 'Wine Bar', '\u0301x', '\u00a0y', '100 % ١٢٣',
 ]
 LLAMA_3 = (
   '{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n'
@@ -65,7 +65,7 @@ def expected_text(prompts, start, stop):
     lines += f'{place} {log.behaviors[log.behavior[i]].name}\n'
   past = log.behavior[log.first[start]:start].tolist()
   ranked = sorted(set(past), key=lambda b: (-past.count(b), b))
-  names = [f' {log.behaviors[b].name}\n' for b in ranked[:data.profile]]
+  names = [f'- {log.behaviors[b].name}\n' for b in ranked[:data.profile]]
   title = 'Most frequent so far:\n' + ''.join(names) if names else ''
   header = chat.render(
     prompts.tokenizer,
@@ -119,7 +119,7 @@ def test_a_profile_names_the_most_frequent_before_the_window(make_prompts):
   prompts = make_prompts(profile=2)
   tokens, _ = prompts.window(3, 4)
   assert prompts.tokenizer.decode(tokens) == HEADER.replace(
-    'Go on.', 'Most frequent so far:\n Coffee Shop\n Gym\nGo on.'
+    'Go on.', 'Most frequent so far:\n- Coffee Shop\n- Gym\nGo on.'
   ) + 'Fri 09:55 (Mall) Home\n'
   assert prompts.tokenizer.decode(prompts.header(0)) == HEADER
 

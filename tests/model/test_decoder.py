@@ -1,6 +1,7 @@
 """The decoder computes what transformers computes, and nothing leaks in it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,21 @@ def draw(shape, seed=0):
   return tokens.astype(np.int32)
 
 
-def logits_of(model, tokens):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def logits_of(config, params, tokens, remat='none'):
   """Logits float32 [B, L, V] of whole rows, each one segment."""
+  model = decoder.Decoder(config, params, remat=remat)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = decoder.causal_mask(jnp.ones_like(tokens))
-  hidden, _ = model(jnp.asarray(tokens), positions, mask)
-  return model.logits(hidden)
+  return model.logits(model(tokens, positions, mask)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def packed_logits(config, params, tokens, segments, positions):
+  """Logits float32 [L, V] of one packed row."""
+  model = decoder.Decoder(config, params)
+  mask = decoder.causal_mask(segments[None])
+  return model.logits(model(tokens[None], positions[None], mask)[0][0])
 
 
 def reference(model, tokens):
@@ -82,7 +92,7 @@ def test_logits_equal_those_of_transformers(
   config, params = read(tmp_path)
   tokens = draw((2, LONG))
   expected = reference(theirs, tokens)
-  found = logits_of(decoder.Decoder(config, params), tokens)
+  found = logits_of(config, params, tokens)
   assert expected.std() > 1  # else a tolerance of 1e-3 says nothing
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
@@ -92,8 +102,8 @@ def test_rope_scaling_changes_the_logits_of_long_rows(tmp_path, save_llama):
   config, params = read(tmp_path)
   plain = dataclasses.replace(config, rope_scaling=None)
   tokens = draw((1, LONG))
-  one = logits_of(decoder.Decoder(config, params), tokens)
-  other = logits_of(decoder.Decoder(plain, params), tokens)
+  one = logits_of(config, params, tokens)
+  other = logits_of(plain, params, tokens)
   assert np.abs(one - other)[:, 64:].max() > 0.1
 
 
@@ -114,7 +124,7 @@ def test_smollm2_logits_equal_those_of_transformers_on_the_same_gguf():
     path.parent, gguf_file=path.name, dtype=torch.float32
   ).eval()
   base = weights.open_base(config_lib.SMOLLM2)
-  ours = decoder.Decoder(base.config, weights.read_params(base, np.float32))
+  params = weights.read_params(base, np.float32)
   text = chat.render(
     base.tokenizer,
     [{'role': 'user', 'content': 'Where do people go after work, at 18:30?'}],
@@ -124,32 +134,30 @@ def test_smollm2_logits_equal_those_of_transformers_on_the_same_gguf():
   tokens = np.array([ids], np.int32)
   expected = reference(theirs, tokens)
   np.testing.assert_allclose(
-    logits_of(ours, tokens), expected, rtol=0, atol=1e-3
+    logits_of(base.config, params, tokens), expected, rtol=0, atol=1e-3
   )
 
 
 def test_keys_and_values_kept_give_the_same_logits_as_one_pass(untied):
-  model = decoder.Decoder(*untied)
+  config, params = untied
   tokens, cut = draw((2, 20)), 13
-  positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
-  mask = decoder.causal_mask(jnp.ones_like(tokens))
-  _, cache = model(tokens[:, :cut], positions[:, :cut],
-                   mask[:, :, :cut, :cut], keep_cache=True)
-  hidden, nothing = model(tokens[:, cut:], positions[:, cut:],
-                          mask[:, :, cut:], memory=cache)
-  assert nothing is None
+
+  @jax.jit
+  def in_two_passes(params, tokens):
+    model = decoder.Decoder(config, params)
+    positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+    mask = decoder.causal_mask(jnp.ones_like(tokens))
+    _, cache = model(tokens[:, :cut], positions[:, :cut],
+                     mask[:, :, :cut, :cut], keep_cache=True)
+    hidden, nothing = model(tokens[:, cut:], positions[:, cut:],
+                            mask[:, :, cut:], memory=cache)
+    assert nothing is None
+    return model.logits(hidden)
+
   np.testing.assert_allclose(
-    model.logits(hidden), logits_of(model, tokens)[:, cut:], atol=1e-4
+    in_two_passes(params, tokens), logits_of(config, params, tokens)[:, cut:],
+    atol=1e-4,
   )
-
-
-def packed_loss(config, params, tokens, segments, positions, where):
-  """Negative log-likelihood of the tokens that follow positions `where`."""
-  model = decoder.Decoder(config, params)
-  mask = decoder.causal_mask(segments[None])
-  hidden, _ = model(tokens[None], positions[None], mask)
-  scores = jax.nn.log_softmax(model.logits(hidden[0, where]))
-  return -scores[jnp.arange(len(where)), tokens[where + 1]].sum()
 
 
 def test_remat_policies_give_equal_losses_and_gradients(untied):
@@ -157,8 +165,8 @@ def test_remat_policies_give_equal_losses_and_gradients(untied):
   tokens = draw((2, 16))
 
   def loss(params, remat):
-    model = decoder.Decoder(config, params, remat=remat)
-    return jax.nn.logsumexp(logits_of(model, tokens), axis=-1).mean()
+    logits = logits_of(config, params, tokens, remat)
+    return jax.nn.logsumexp(logits, axis=-1).mean()
 
   run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   expected, gradient = run(params, 'none')
@@ -203,8 +211,9 @@ def test_a_packed_loss_has_no_gradient_to_its_neighbours(untied, where, own):
   where = jnp.array(where)
 
   def loss(embed):
-    changed = params | {'embed': embed}
-    return packed_loss(config, changed, **PACKED, where=where)
+    logits = packed_logits(config, params | {'embed': embed}, **PACKED)
+    scores = jax.nn.log_softmax(logits[where])
+    return -scores[jnp.arange(len(where)), PACKED['tokens'][where + 1]].sum()
 
   gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(params['embed'])))
   moved = np.abs(gradient).sum(-1)
@@ -215,13 +224,10 @@ def test_a_packed_loss_has_no_gradient_to_its_neighbours(untied, where, own):
 
 
 def test_packed_logits_equal_those_of_each_segment_alone(untied):
-  model = decoder.Decoder(*untied)
-  mask = decoder.causal_mask(PACKED['segments'][None])
-  hidden, _ = model(PACKED['tokens'][None], PACKED['positions'][None], mask)
-  packed = model.logits(hidden)
+  packed = packed_logits(*untied, **PACKED)
   for part in (slice(0, 6), slice(6, 13)):
-    alone = logits_of(model, PACKED['tokens'][None, part])
-    np.testing.assert_allclose(packed[:, part], alone, atol=1e-4)
+    alone = logits_of(*untied, PACKED['tokens'][None, part])[0]
+    np.testing.assert_allclose(packed[part], alone, atol=1e-4)
 
 
 def test_custom_product_has_the_value_and_gradient_of_jax():

@@ -1,0 +1,178 @@
+"""Whole runs on a random tiny model: log, settings, and one finished run.
+
+Compiled programs are shared between runs through JAX's cache on disk, which
+stores what was compiled: runs are faster and their bits the same.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from behaviorlm_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 4  # Of each stage.
+FIELDS = {
+    'model.address': 'random://tiny', 'model.dtype': 'float32',
+    'model.remat': 'none', 'lora.rank': 4, 'lora.targets': ('q_proj', 'v_proj'),
+    'data.instruction': 'Log', 'data.history': 5, 'plan.window': 6,
+    'plan.min_context': 2, 'plan.targets_per_row': 4, 'plan.per_behavior': 4,
+    'difficulty.candidates': 4, 'train.length': 192, 'train.batch': 2,
+    'train.steps': STEPS, 'train.warmup': 0.1, 'checkpoint.every': 2,
+    'eval.max_samples': 60, 'eval.validation_rows': 2,
+}
+# JAX's settings and their names in the environment.
+CACHE = {'jax_persistent_cache_min_compile_time_secs': 0,
+         'jax_persistent_cache_min_entry_size_bytes': 0}
+
+
+def write_log(path, users=40, events=40, seed=0):
+  """Anchors home, work, gym and cafe, tails airport and hotel.
+
+  The hotel always comes right after the airport; both stand in every split.
+  """
+  rng = np.random.default_rng(seed)
+  lines = ['user,time,behavior']
+  for user in range(users):
+    names = list(rng.choice(['home', 'work', 'gym', 'cafe'], events,
+                            p=[.5, .3, .1, .1]))
+    if user % 4 == 0:
+      at = (10, events - 7, events - 3)[user // 4 % 3]
+      names[at:at + 2] = ['airport', 'hotel']
+    time = datetime.datetime(2024, 1, 1, int(rng.integers(24)))
+    for name in names:
+      time += datetime.timedelta(minutes=int(rng.integers(10, 400)))
+      lines.append(f'u{user},{time:%Y-%m-%d %H:%M},{name}')
+  path.write_text('\n'.join(lines) + '\n')
+  return path
+
+
+def write_conversations(path):
+  """Short ones, so that byte tokens fit a row."""
+  with path.open('w') as file:
+    for i in range(6):
+      turns = [{'role': 'user', 'content': f'{i} and 1?'},
+               {'role': 'assistant', 'content': f'That is {i + 1}.'}]
+      file.write(json.dumps({'messages': turns}) + '\n')
+  return path
+
+
+@pytest.fixture(scope='session')
+def steps():
+  return STEPS
+
+
+@pytest.fixture(scope='session')
+def make_log():
+  return write_log
+
+
+@pytest.fixture(scope='session')
+def run_fields(tmp_path_factory):
+  """{dotted name: value} of every setting of the finished run."""
+  folder = tmp_path_factory.mktemp('input')
+  return FIELDS | {
+      'data.events': str(write_log(folder / 'log.csv')),
+      'data.conversations': str(write_conversations(folder / 'talk.jsonl'))}
+
+
+@pytest.fixture(scope='session')
+def make_run_config(run_fields):
+  """The config of a whole run, some fields changed, as a script would."""
+
+  def make(fields=None, config=None):
+    config = config or config_lib.default()
+    config.update_from_flattened_dict(run_fields | (fields or {}))
+    return config
+  return make
+
+
+@pytest.fixture(scope='session')
+def compiled(tmp_path_factory):
+  """Folder of the compiled programs of all runs."""
+  return tmp_path_factory.mktemp('compiled')
+
+
+@pytest.fixture
+def compile_once(compiled):
+  """This process takes compiled programs from the folder, too."""
+  changed = CACHE | {'jax_compilation_cache_dir': str(compiled)}
+  before = {name: getattr(jax.config, name) for name in changed}
+  for settings in (changed, before):
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if settings is changed:
+      yield
+
+
+@pytest.fixture(scope='session')
+def command_environment(compiled):
+  cache = {name.upper(): str(value) for name, value in CACHE.items()}
+  return os.environ | cache | {
+      'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(compiled)}
+
+
+@pytest.fixture(scope='session')
+def run_command(run_fields, command_environment):
+  """Runs the command in a process of its own and returns what it left.
+
+  Args of the returned function: workdir; fields: settings to change; config:
+  file in configs/; program: arguments of Python before the flags; more flags;
+  environment: variables to add.
+  """
+
+  def run(workdir, fields=None, config='quickstart',
+          program=('-m', 'behaviorlm_jax.main'), flags=(), environment=None):
+    values = run_fields | {
+        f'data.columns.{name}': name for name in ('user', 'time', 'behavior')}
+    command = [sys.executable, *program, f'--config=configs/{config}.py',
+               f'--workdir={workdir}', *flags]
+    command += [f'--config.{name}={value}'
+                for name, value in (values | (fields or {})).items()]
+    return subprocess.run(
+        command, cwd=ROOT, env=command_environment | (environment or {}),
+        capture_output=True, text=True, check=False, timeout=300)
+  return run
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, run_command):
+  """Work directory of a run of both stages; treat it as read-only."""
+  workdir = tmp_path_factory.mktemp('finished') / 'work'
+  done = run_command(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir
+
+
+@pytest.fixture
+def copy_run(finished, tmp_path):
+  """A copy of the finished run without some of its files and folders."""
+
+  def copy(*without, name='work'):
+    workdir = tmp_path / name
+    shutil.copytree(finished, workdir)
+    for path in without:
+      assert (workdir / path).exists(), path
+      if (workdir / path).is_dir():
+        shutil.rmtree(workdir / path)
+      else:
+        (workdir / path).unlink()
+    return workdir
+  return copy
+
+
+@pytest.fixture(scope='session')
+def read_rows():
+  """Rows of a JSON-lines file."""
+  return lambda path: [json.loads(line) for line in
+                       path.read_text().splitlines()]

@@ -1,0 +1,188 @@
+"""Whole plans: mixing, packing, the file, seeds, and what may not matter."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import conversations
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import weights
+
+
+def make_config(**fields):
+  config = config_lib.default()
+  config.data.instruction = 'Go on.'
+  config.train.update(batch=4, steps=5, length=300)
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()})
+  return config
+
+
+def make_talks():
+  """20 conversations of 10 to 29 tokens, 1 to 20 of them answers."""
+  return [conversations.Conversation(
+    np.full(10 + i, i, np.int32), np.arange(10 + i) >= 9) for i in range(20)]
+
+
+def make_segment(length, answers=1):
+  return plan_lib.Segment('window', 0, 5, (4,), (1.0,), length, answers)
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return weights.open_base('random://tiny').tokenizer
+
+
+@pytest.fixture
+def make_plan(tokenizer):
+  def make(log, seed=0, stage='a', made_from='me', **fields):
+    """A plan as a stage makes it, with conversations and uniform scores."""
+    config, rng = make_config(**fields), np.random.default_rng(seed)
+    windows = plan_lib.Windows(
+      prompts_lib.Prompts(log, tokenizer, config.data), config)
+    if stage == 'a':
+      samples = plan_lib.eligible(log, 'train', 4, anchors_only=True)
+      stream = plan_lib.tile(windows, samples, rng)
+    else:
+      pools = plan_lib.candidates(log, config, rng)
+      subset = plan_lib.choose_subset(pools, None, log, config, rng)
+      stream = plan_lib.balanced(
+        windows, subset, rng, plan_lib.neighbour_weights(log, config))
+    stream = plan_lib.mix(stream, make_talks(), 0.2, rng)
+    return plan_lib.take(stream, config, config.train.steps, made_from)
+  return make
+
+
+@pytest.fixture
+def log(make_events):
+  generator = np.random.default_rng(3)
+  return make_events(
+    [''.join(generator.choice(list('abcx'), 40)) for _ in range(4)],
+    train=0.8, tails='x')
+
+
+# Mixing and packing.
+
+
+@pytest.mark.parametrize('share', [0.05, 0.2, 0.6])
+def test_conversations_keep_their_share_on_every_prefix(share):
+  talks = make_talks()
+  sizes = np.random.default_rng(0).integers(1, 60, 10_000)
+  windows = (make_segment(9, int(size)) for size in sizes)
+  stream = plan_lib.mix(windows, talks, share, np.random.default_rng(0))
+  auxiliary, total, order = 0, 0, []
+  for segment in itertools.islice(stream, 2000):
+    total += segment.answers
+    if segment.kind == plan_lib.CONVERSATION:
+      talk = talks[segment.start]
+      assert segment.length == len(talk.tokens)
+      assert segment.answers == talk.answers.sum()
+      auxiliary += segment.answers
+      order.append(segment.start)
+    # Never further off than the one segment that comes next.
+    assert -60 * share < auxiliary - share * total < 20
+  assert abs(auxiliary / total - share) < 0.01
+  for i in range(0, len(order) - 20, 20):  # Shuffled epochs of all of them.
+    assert sorted(order[i:i + 20]) == list(range(20))
+
+
+def test_without_a_share_nothing_is_mixed_in():
+  segments = [make_segment(n) for n in (5, 6)]
+  assert list(plan_lib.mix(iter(segments), [], 0.0, None)) == segments
+
+
+def test_packing_keeps_the_order_and_never_exceeds_the_length():
+  sizes = np.random.default_rng(0).integers(1, 101, 1000).tolist()
+  rows = plan_lib.pack(map(make_segment, sizes), 50, 100)
+  assert len(rows) == 50
+  packed = [[segment.length for segment in row] for row in rows]
+  for row, following in itertools.pairwise(packed):
+    assert sum(row) <= 100 < sum(row) + following[0]  # Nothing more fitted.
+  flat = list(itertools.chain.from_iterable(packed))
+  assert flat == sizes[:len(flat)]
+  assert any(len(row) > 1 for row in packed)
+
+
+def test_a_segment_as_long_as_the_row_fills_it_alone():
+  rows = plan_lib.pack(map(make_segment, itertools.repeat(100)), 3, 100)
+  assert [[s.length for s in row] for row in rows] == [[100]] * 3
+
+
+# The file.
+
+
+@pytest.mark.parametrize('stage', ['a', 'b'])
+def test_a_plan_is_read_as_it_was_written(tmp_path, make_plan, log, stage):
+  plan = make_plan(log, stage=stage, plan__per_behavior=3)
+  assert len(plan.rows) == 20
+  answers = [sum(s['answers'] for s in row) for row in plan.rows]
+  assert max(answers) <= plan.answers < max(answers) + 16
+  assert plan.answers % 16 == 0
+  path = tmp_path / 'plan.parquet'
+  digest = plan_lib.save(path, plan, 4)
+  read = plan_lib.load(path, 'me')
+  assert plan_lib.content_hash(read) == plan_lib.content_hash(plan) == digest
+  assert (read.answers, read.made_from) == (plan.answers, 'me')
+  listed = [[{key: list(value) if isinstance(value, tuple) else value
+              for key, value in segment.items()} for segment in row]
+            for row in plan.rows]
+  assert read.rows == listed
+  kinds = {segment['kind'] for row in plan.rows for segment in row}
+  assert kinds == {'window', 'conversation'}
+
+
+def test_a_plan_made_from_something_else_is_refused(tmp_path, make_plan, log):
+  path = tmp_path / 'plan.parquet'
+  plan_lib.save(path, make_plan(log, made_from='1' * 64), 4)
+  with pytest.raises(InputError, match=(
+    r'plan\.parquet was made from other events.*1{12}, now 2{12}\)')):
+    plan_lib.load(path, '2' * 64)
+
+
+@pytest.mark.parametrize('stage', ['a', 'b'])
+def test_the_seed_decides_the_plan(make_plan, log, stage):
+  one, same, other = (
+    plan_lib.content_hash(make_plan(log, seed, stage)) for seed in (0, 0, 1))
+  assert one == same != other
+
+
+# No leak.
+
+
+def write_log(tmp_path, prepare, name, test_behaviors):
+  """Six users with 60 events each; the last 6 of each are the test split."""
+  generator, lines = np.random.default_rng(0), []
+  rare = [0.5, 0.25, 0.15, 0.06, 0.04]
+  for user in range(6):
+    names = []  # Turn about, because immediate repeats would be collapsed.
+    for _ in range(27):
+      names += [generator.choice([*'cdefg'], p=rare), generator.choice([*'ab'])]
+    lines += [f'u{user},2024-01-{i // 24 + 1:02d} {i % 24:02d}:00,{name}'
+              for i, name in enumerate([*names, *test_behaviors])]
+  folder = tmp_path / name
+  folder.mkdir()
+  return prepare(folder, lines, anchor_share=0.1)[0]
+
+
+def test_test_events_change_nothing_that_training_sees(
+  tmp_path, prepare, make_plan
+):
+  one = write_log(tmp_path, prepare, 'one', 'pqabcd')
+  other = write_log(tmp_path, prepare, 'other', 'rgagsg')
+  assert one.known == other.known == 7
+  assert one.behavior.tolist() != other.behavior.tolist()
+  groups = [[(b.name, b.group, b.share, b.train_count)
+             for b in log.behaviors[:7]] for log in (one, other)]
+  assert groups[0] == groups[1]
+  assert {group for _, group, _, _ in groups[0]} == {'anchor', 'tail'}
+  config = make_config(difficulty__candidates=9)
+  pools = [plan_lib.candidates(log, config, np.random.default_rng(0))
+           for log in (one, other)]
+  assert all((pools[0][b] == pools[1][b]).all() for b in range(7))
+  for stage in ('a', 'b'):
+    plans = [make_plan(log, stage=stage) for log in (one, other)]
+    assert plans[0] == plans[1]

@@ -1,0 +1,201 @@
+"""Ablations and the ways to start stages: what each run leaves.
+
+Runs begin as copies of the finished run without what they are about to make,
+so that only the ablated stages run.
+"""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import plan as plan_lib
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+ADAPTER = 'adapter/adapter_model.safetensors'
+# Enough draws to tell natural frequencies from balance.
+MORE = {'train.steps': 24, 'checkpoint.every': 24}
+
+pytestmark = pytest.mark.usefixtures('compile_once')
+
+
+@pytest.fixture
+def ablated(copy_run, make_run_config, monkeypatch):
+  """Runs the stages that ablations leave, above a finished stage a if `keep`;
+  returns the work directory."""
+  # The report has tests of its own and takes longer than a tiny stage.
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+
+  def run(*names, only=None, fields=None):
+    gone = ['b_tuning'] if only == 'b' else ['a_tuning', 'b_tuning']
+    workdir = copy_run(*gone, name='-'.join(names) or 'none')
+    config = make_run_config(fields)
+    config.stages = (only,) if only else ('a', 'b')
+    stages.run(config_lib.ablate(config, names), workdir)
+    return workdir
+  return run
+
+
+@pytest.fixture
+def script_config(make_run_config):
+  """The config of a file in configs/, with the settings of the tests."""
+
+  def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return make_run_config(config=module.get_config())
+  return load
+
+
+def segments(folder):
+  table = parquet.read_table(folder / 'plan.parquet')
+  return [segment for row in table['segments'].to_pylist() for segment in row]
+
+
+def kinds(folder):
+  return {segment['kind'] for segment in segments(folder)}
+
+
+def drawn(workdir, stage):
+  """{behavior: targets of the stage's plan}."""
+  events = events_lib.open_events(workdir / 'events')
+  targets = [t for s in segments(workdir / stage) for t in s['targets']]
+  counts = np.bincount(events.behavior[targets], minlength=6)
+  return {b.name: int(n) for b, n in zip(events.behaviors, counts, strict=True)}
+
+
+def recorded(folder):
+  return json.loads((folder / 'config.json').read_text())['ablations']
+
+
+def is_finished(folder):
+  return ((folder / 'evaluation.json').exists()
+          and (folder / 'predictions.parquet').exists()
+          and (folder / ADAPTER).exists())
+
+
+def test_no_auxiliary_leaves_conversations_out(ablated):
+  workdir = ablated('no_auxiliary', only='a')
+  assert kinds(workdir / 'a_tuning') == {'window'}
+  assert recorded(workdir / 'a_tuning') == ['no_auxiliary']
+  assert is_finished(workdir / 'a_tuning')
+
+
+def test_no_difficulty_scores_nothing_and_stays_balanced(ablated):
+  workdir = ablated('no_difficulty', only='b')
+  assert not (workdir / 'b_tuning/difficulty.parquet').exists()
+  counts = drawn(workdir, 'b_tuning').values()
+  assert max(counts) - min(counts) <= 1
+  assert recorded(workdir / 'b_tuning') == ['no_difficulty']
+  assert is_finished(workdir / 'b_tuning')
+
+
+def test_no_balance_draws_as_often_as_behaviors_occur(ablated):
+  workdir = ablated('no_balance', only='b', fields=MORE)
+  counts = drawn(workdir, 'b_tuning')
+  assert counts['home'] > 2 * max(counts['gym'], counts['cafe'])
+  assert counts['gym'] + counts['cafe'] > counts['airport'] + counts['hotel']
+  # The pool that was scored is natural, too, and as large as a balanced one.
+  table = parquet.read_table(workdir / 'b_tuning/difficulty.parquet')
+  assert len(table) == 24
+  assert table['group'].to_pylist().count('tail') < 4
+  assert is_finished(workdir / 'b_tuning')
+
+
+def test_no_balanced_stage_ends_after_stage_a(ablated, finished):
+  workdir = ablated('no_balanced_stage')
+  assert not (workdir / 'b_tuning').exists()
+  assert recorded(workdir / 'a_tuning') == ['no_balanced_stage']
+  # Stage a itself is not changed.
+  assert (workdir / 'a_tuning' / ADAPTER).read_bytes() == (
+      finished / 'a_tuning' / ADAPTER).read_bytes()
+
+
+def test_no_anchor_stage_starts_stage_b_from_the_untuned_model(ablated):
+  workdir = ablated('no_anchor_stage')
+  assert not (workdir / 'a_tuning').exists()
+  assert is_finished(workdir / 'b_tuning')
+  assert recorded(workdir / 'b_tuning') == ['no_anchor_stage']
+  # Its difficulty is that of the untuned model on every behavior.
+  table = parquet.read_table(workdir / 'b_tuning/difficulty.parquet')
+  assert set(table['behavior'].to_pylist()) == set(drawn(workdir, 'b_tuning'))
+
+
+def test_all_behaviors_first_teaches_tails_in_stage_a(ablated, finished):
+  workdir = ablated('all_behaviors_first', only='a', fields=MORE)
+  counts = drawn(workdir, 'a_tuning')
+  assert counts['airport'] + counts['hotel'] > 0
+  assert counts['home'] > counts['airport'] + counts['hotel']
+  assert kinds(workdir / 'a_tuning') == {'window', 'conversation'}
+  assert drawn(finished, 'a_tuning')['airport'] == 0
+  assert is_finished(workdir / 'a_tuning')
+
+
+def test_one_stage_takes_the_steps_of_both(ablated, read_rows, steps):
+  workdir = ablated('one_stage')
+  assert not (workdir / 'a_tuning').exists()
+  folder = workdir / 'b_tuning'
+  assert [row['step'] for row in read_rows(folder / 'metrics.jsonl')] == list(
+      range(1, 2 * steps + 1))
+  assert recorded(folder) == ['one_stage'] and is_finished(folder)
+  assert kinds(folder) == {'window', 'conversation'}
+  assert not (folder / 'difficulty.parquet').exists()
+  counts = drawn(workdir, 'b_tuning')
+  assert counts['home'] > max(counts['gym'], counts['airport'])
+
+
+def test_no_difficulty_and_no_balance_together(ablated):
+  workdir = ablated('no_difficulty', 'no_balance', only='b', fields=MORE)
+  assert not (workdir / 'b_tuning/difficulty.parquet').exists()
+  counts = drawn(workdir, 'b_tuning')
+  assert counts['home'] > 2 * max(counts['gym'], counts['cafe'])
+  assert recorded(workdir / 'b_tuning') == ['no_balance', 'no_difficulty']
+  assert is_finished(workdir / 'b_tuning')
+
+
+def test_no_auxiliary_and_one_stage_together(ablated):
+  workdir = ablated('no_auxiliary', 'one_stage')
+  assert kinds(workdir / 'b_tuning') == {'window'}
+  assert recorded(workdir / 'b_tuning') == ['no_auxiliary', 'one_stage']
+  assert is_finished(workdir / 'b_tuning')
+
+
+def test_stage1_then_stage2_equals_one_run_of_both(
+    script_config, finished, tmp_path):
+  workdir = tmp_path / 'work'
+  stages.run(config_lib.ablate(script_config('stage1'), []), workdir)
+  assert not (workdir / 'b_tuning').exists()
+  stages.run(config_lib.ablate(script_config('stage2'), []), workdir)
+  for stage in ('a_tuning', 'b_tuning'):
+    for name in (ADAPTER, 'predictions.parquet', 'config.json'):
+      assert (workdir / stage / name).read_bytes() == (
+          finished / stage / name).read_bytes(), (stage, name)
+
+
+def test_stage2_starts_from_stage_a_of_another_directory(
+    script_config, finished, tmp_path):
+  config = script_config('stage2')
+  config.init_from = str(finished)
+  workdir = tmp_path / 'work'
+  for name in ('events', 'base'):
+    shutil.copytree(finished / name, workdir / name)
+  stages.run(config_lib.ablate(config, []), workdir)
+  assert not (workdir / 'a_tuning').exists()
+  assert (workdir / 'b_tuning' / ADAPTER).read_bytes() == (
+      finished / 'b_tuning' / ADAPTER).read_bytes()
+
+
+def test_eligible_tails_exist_for_these_tests(finished):
+  # Guards the counts above: tails can be taught and are few.
+  events = events_lib.open_events(finished / 'events')
+  samples = plan_lib.eligible(events, 'train', 2)
+  names = [events.behaviors[b].name for b in events.behavior[samples]]
+  assert 4 <= names.count('airport') < names.count('home') / 20

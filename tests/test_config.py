@@ -1,0 +1,243 @@
+"""Configs: what is refused and how it is said, ablations, flags."""
+
+import itertools
+import pathlib
+import re
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import main
+from behaviorlm_jax.errors import InputError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+NAMES = ('quickstart.py', 'stage1.py', 'stage2.py')
+# What scripts may rely on, and a value that differs from every default.
+RELIED_ON = {
+  'data.events': 'mine.csv', 'data.columns.user': 'who',
+  'data.columns.time': 'when', 'data.columns.behavior': 'what',
+  'data.columns.place': 'where', 'data.columns.group': 'team',
+  'data.history': 7, 'data.conversations': 'talks.jsonl',
+  'model.address': 'random://tiny', 'lora.rank': 3, 'lora.alpha': 6.5,
+  'lora.targets': ('q_proj', 'v_proj'), 'train.steps': 9, 'train.batch': 6,
+  'train.length': 700, 'train.learning_rate': 0.5, 'checkpoint.every': 5,
+  'difficulty.candidates': 11, 'plan.per_behavior': 13,
+  'plan.targets_per_row': 2, 'eval.max_samples': 17, 'seed': 19,
+}
+TOO_SMALL = {
+  'lora.rank': 0, 'train.steps': 0, 'train.batch': 0, 'train.length': 15,
+  'train.accumulate': 0, 'train.workers': -1, 'train.learning_rate': -0.5,
+  'train.clip': -1.0, 'train.weight_decay': -0.1, 'checkpoint.every': 0,
+  'checkpoint.keep': 0, 'score.batch': 0, 'score.names_per_pass': 0,
+  'eval.max_samples': -1, 'eval.validation_rows': 0,
+  'eval.validation_samples': 0, 'data.history': 0, 'data.profile': -1,
+  'plan.min_context': 0, 'plan.targets_per_row': 0, 'plan.per_behavior': 0,
+  'plan.per_anchor': -2, 'plan.gamma': -0.5, 'difficulty.candidates': 0,
+  'seed': -3,
+}
+NOT_A_CHOICE = {
+  'model.dtype': 'float16', 'model.remat': 'all', 'score.dtype': 'int8',
+  'plan.content': 'anchor', 'plan.budget': 'balance',
+  'difficulty.score': 'nil', 'checkpoint.best_by': 'f1',
+}
+
+
+def changed(**fields):
+  """The default config with some fields, '__' for the dots, changed."""
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()})
+  return config
+
+
+def read_flags(*arguments, name='stage1.py'):
+  """The config that these arguments give on the command line."""
+  values, argv = flags.FlagValues(), [
+    'main', f'--config={CONFIGS / name}', *arguments]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  values(argv)
+  return values.config
+
+
+def explained(*arguments, name='stage1.py'):
+  """The sentence for arguments that cannot be used."""
+  with pytest.raises(main._UNUSABLE) as caught:
+    config_lib.field_names(read_flags(*arguments, name=name))
+  argv = ['main', f'--config={CONFIGS / name}', *arguments]
+  sentence = config_lib.explain_flag_error(argv, caught.value)
+  assert '\n' not in sentence
+  return sentence
+
+
+# check().
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_shipped_configs_are_right(name):
+  config_lib.check(read_flags(name=name))
+
+
+@pytest.mark.parametrize(('name', 'value'), TOO_SMALL.items())
+def test_a_number_that_is_too_small_is_refused(name, value):
+  config = changed(**{name: value})
+  with pytest.raises(
+    InputError, match=rf'^{name} is {value}; it must be at least \d+\.$'):
+    config_lib.check(config)
+
+
+@pytest.mark.parametrize(('name', 'value'), NOT_A_CHOICE.items())
+def test_a_word_that_is_no_choice_is_refused(name, value):
+  with pytest.raises(
+    InputError, match=rf"^{name} is '{value}'.*; choose from .*, .*\.$"):
+    config_lib.check(changed(**{name: value}))
+
+
+@pytest.mark.parametrize(('fields', 'parts'), [
+  ({'data.split': (0.5, 0.5)}, ('data.split', '(0.5, 0.5)')),
+  ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
+  ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
+  ({'plan.conversation_share': 1.0}, ('plan.conversation_share', '1.0')),
+  ({'plan.balanced_conversation_share': -0.1},
+   ('plan.balanced_conversation_share', '-0.1')),
+  ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
+  ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
+  ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
+  ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
+  ({'stages': ()}, ('stages', '()')),
+])
+def test_values_that_contradict_each_other_are_refused(fields, parts):
+  with pytest.raises(InputError) as caught:
+    config_lib.check(changed(**fields))
+  sentence = str(caught.value)
+  assert all(part in sentence for part in parts)
+  assert sentence.endswith('.') and '\n' not in sentence
+
+
+# Ablations.
+
+
+@pytest.mark.parametrize(('name', 'stages', 'fields'), [
+  ('no_auxiliary', ('a', 'b'), {'plan.conversation_share': 0.0,
+                                'plan.balanced_conversation_share': 0.0}),
+  ('no_difficulty', ('a', 'b'), {'difficulty.score': 'random'}),
+  ('no_balance', ('a', 'b'), {'plan.budget': 'natural'}),
+  ('no_balanced_stage', ('a',), {}),
+  ('no_anchor_stage', ('b',), {}),
+  ('all_behaviors_first', ('a', 'b'), {'plan.content': 'all'}),
+  ('one_stage', ('one',), {}),
+])
+def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
+  before = changed(plan__balanced_conversation_share=0.1)
+  after = config_lib.ablate(before, [name])
+  expected = before.copy_and_resolve_references()
+  expected.update_from_flattened_dict(fields)
+  expected.stages, expected.ablations = stages, (name,)
+  assert after.to_dict() == expected.to_dict()
+  assert before.ablations == () and before.stages == ('a', 'b')
+  config_lib.check(after)
+
+
+def test_every_pair_works_in_both_orders_or_is_refused_in_both():
+  without_b = {'no_difficulty', 'no_balance', 'no_anchor_stage', 'one_stage'}
+  refused = {frozenset(('no_balanced_stage', name)) for name in without_b} | {
+    frozenset(('one_stage', name)) for name in (
+      'no_anchor_stage', 'no_difficulty', 'no_balance', 'all_behaviors_first')
+  } | {frozenset(('no_anchor_stage', 'all_behaviors_first'))}
+  assert len(refused) == 9
+  for pair in itertools.permutations(config_lib.ABLATIONS, 2):
+    if frozenset(pair) in refused:
+      with pytest.raises(InputError) as caught:
+        config_lib.ablate(config_lib.default(), pair)
+      assert all(f'--ablation={name}' in str(caught.value) for name in pair)
+    else:
+      config = config_lib.ablate(config_lib.default(), pair)
+      assert config.ablations == tuple(sorted(pair))
+      config_lib.check(config)
+
+
+@pytest.mark.parametrize(('stage', 'name'), [
+  ('a', 'no_difficulty'), ('a', 'no_balance'), ('a', 'no_anchor_stage'),
+  ('b', 'all_behaviors_first'), ('b', 'no_balanced_stage')])
+def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
+  with pytest.raises(InputError, match=f'^--ablation={name} .* stages {stage}'):
+    config_lib.ablate(changed(stages=(stage,)), [name])
+
+
+def test_an_unknown_ablation_names_the_nearest():
+  with pytest.raises(InputError, match=(
+    r'^--ablation=no_dificulty is unknown \(did you mean no_difficulty\?\); '
+    r'choose from no_auxiliary, .*one_stage\.$')):
+    config_lib.ablate(config_lib.default(), ['no_dificulty'])
+
+
+# Fields and flags.
+
+
+def test_field_names_are_dotted_and_hold_no_section():
+  names = config_lib.field_names(config_lib.default())
+  assert {'seed', 'train.steps', 'data.columns.user', 'init_from',
+          *RELIED_ON} <= set(names)
+  assert not {'train', 'data', 'data.columns'} & set(names)
+  assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_fields_that_scripts_rely_on_can_be_overridden(name):
+  config = read_flags(name=name)
+  arguments = [f'--config.{field}={value}' for field, value in
+               RELIED_ON.items()]
+  overridden = read_flags(*arguments, name=name)
+  for field, value in RELIED_ON.items():
+    assert config_lib._get(config, field) != value
+    assert config_lib._get(overridden, field) == value
+  config_lib.check(overridden)
+
+
+def test_a_config_file_cannot_invent_a_field(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text((CONFIGS / 'stage1.py').read_text().replace(
+    'config.stages', 'config.train.stepz'))
+  assert explained(name=path) == (
+    f'--config={path}: config has no field stepz (did you mean steps?).')
+
+
+@pytest.mark.parametrize(('argument', 'sentence'), [
+  ('--config.train.stepz=3',
+   'config has no field train.stepz (did you mean train.steps?).'),
+  ('--config.trian.steps=3',
+   'config has no field trian.steps (did you mean train.steps?).'),
+  ('--noconfig.data.weekdy',
+   'config has no field data.weekdy (did you mean data.weekday?).'),
+  ('--config.qqq=3', 'config has no field qqq.'),
+  ('--config.data.columns=3', 'config.data.columns is a section; set one of '
+   'its fields, such as data.columns.behavior.'),
+  ('--config.train.steps=abc',
+   "train.steps is 'abc'; it must be of type int, like 200."),
+  ('--config.lora.alpha=x',
+   "lora.alpha is 'x'; it must be of type float, like 32.0."),
+  ('--config.plan.per_anchor=x',
+   "plan.per_anchor is 'x'; it must be of type int."),
+  ('--config.seed=', "seed is ''; it must be of type int, like 0."),
+])
+def test_a_wrong_flag_is_explained(argument, sentence):
+  assert explained(argument) == sentence
+
+
+@pytest.mark.parametrize(('text', 'reason'), [
+  (None, r'.*No such file'), ('def get_config(:\n', 'invalid syntax'),
+  ('def get_config():\n  return 1 + []\n', 'TypeError: unsupported operand'),
+])
+def test_a_config_file_that_cannot_be_used_is_explained(tmp_path, text, reason):
+  path = tmp_path / 'mine.py'
+  if text:
+    path.write_text(text)
+  assert re.match(f'--config={path}: {reason}', explained(name=path))
+
+
+def test_what_is_missing_on_the_command_line_is_named():
+  error = flags.IllegalFlagValueError(
+    'flag --workdir=None: Flag --workdir must have a value other than None.')
+  assert config_lib.explain_flag_error(['main'], error).startswith(
+    '--workdir is missing; ')

@@ -1,0 +1,293 @@
+"""One real run through the command: every file, and that they agree."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pyarrow import parquet
+from safetensors import numpy as safetensors_numpy
+
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import weights
+from behaviorlm_jax.score import evaluation
+
+STAGES = ('a_tuning', 'b_tuning')
+ARMS = ('base', *STAGES)
+LENGTH = 192  # Of a prompt with an answer, at most.
+TAILS = {'airport', 'hotel'}
+SCORES = {'n'} | {
+    f'{kind}_{mean}' for kind in ('precision', 'recall', 'f1')
+    for mean in ('weighted', 'macro')} | {
+    'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@3', 'ndcg@5'}
+
+
+@pytest.fixture(scope='module')
+def base():
+  return weights.open_base('random://tiny')
+
+
+@pytest.fixture(scope='module')
+def prompts(finished, base, make_run_config):
+  events = events_lib.open_events(finished / 'events')
+  return prompts_lib.Prompts(events, base.tokenizer, make_run_config().data)
+
+
+@pytest.fixture(scope='module')
+def brute(finished, base):
+  """(stage or None, prompt) -> log p of every behavior, name by name."""
+  params = jax.tree.map(jnp.asarray, weights.read_params(base, np.float32))
+  answers = [label['tokens'] for label in
+             read_json(finished / 'a_tuning/labels.json')]
+  mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+  mask = jnp.broadcast_to(mask, (len(answers), 1, LENGTH, LENGTH))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def forward(adapter, alpha, tokens):
+    model = lora.attach(base.config, params, adapter, alpha)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    hidden, _ = model(tokens, positions, mask)
+    return jax.nn.log_softmax(model.logits(hidden))
+
+  def scores(stage, prompt):
+    adapter = alpha = None
+    if stage:
+      adapter, alpha = lora.load(finished / stage / 'adapter')
+    tokens = np.zeros((len(answers), LENGTH), np.int32)
+    for row, answer in zip(tokens, answers, strict=True):
+      row[:len(prompt) + len(answer)] = [*prompt, *answer]
+    found = np.asarray(forward(adapter, alpha, tokens), np.float64)
+    sums = np.array([
+        row[len(prompt) - 1 + np.arange(len(answer)), answer].sum()
+        for row, answer in zip(found, answers, strict=True)])
+    return sums - np.logaddexp.reduce(sums)
+  return scores
+
+
+def read_json(path):
+  return json.loads(path.read_text())
+
+
+def predictions(finished, arm):
+  return parquet.read_table(finished / arm / 'predictions.parquet').to_pylist()
+
+
+def targets_of(finished, stage):
+  """Events that the plan of a stage teaches, in order."""
+  table = parquet.read_table(finished / stage / 'plan.parquet')
+  return [target for row in table['segments'].to_pylist()
+          for segment in row for target in segment['targets']]
+
+
+def test_events_folder(finished):
+  folder = finished / 'events'
+  behaviors = {b['name']: b for b in read_json(folder / 'behaviors.json')}
+  assert {b for b in behaviors if behaviors[b]['group'] == 'tail'} == TAILS
+  assert behaviors['home']['group'] == 'anchor'
+  summary = read_json(folder / 'summary.json')
+  counts = [b['count'] for b in behaviors.values()]
+  assert sum(counts) == summary['events'] == sum(summary['splits'].values())
+  assert math.isclose(sum(b['share'] for b in behaviors.values()), 1)
+  assert (folder / 'rejected.csv').read_text() == 'line,reason,text\n'
+  assert list(folder.glob('part-*.arrow'))
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_evaluation_has_all_scores_of_every_group(finished, arm):
+  found = read_json(finished / arm / 'evaluation.json')
+  assert list(found) == ['all', 'anchor', 'tail']
+  for group in found.values():
+    assert set(group) == SCORES
+    assert all(0 <= v <= 1 for k, v in group.items() if k != 'n')
+  sizes = {name: group['n'] for name, group in found.items()}
+  assert sizes['all'] == 60 == sizes['anchor'] + sizes['tail']
+  assert sizes['tail'] > 0
+  rows = predictions(finished, arm)
+  hits = np.mean([row['predicted'] == row['behavior'] for row in rows])
+  assert math.isclose(found['all']['accuracy@1'], hits)
+
+
+def test_baselines_have_the_same_scores_on_the_same_samples(finished):
+  found = read_json(finished / 'baselines.json')
+  assert len(found) == 4
+  for name, one in found.items():
+    assert set(one['all']) == SCORES, name
+    assert one['all']['n'] == 60
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_predictions_agree_with_the_events(finished, prompts, make_run_config,
+                                           arm):
+  events, rows = prompts.events, predictions(finished, arm)
+  samples = [row['sample'] for row in rows]
+  assert samples == list(evaluation.test_samples(events, make_run_config()))
+  for row in rows:
+    at = row['sample']
+    behavior = events.behaviors[events.behavior[at]]
+    assert events.split[at] == events_lib.SPLITS.index('test')
+    assert row['user'] == events.users[events.user[at]]
+    assert row['time'] == np.datetime64(int(events.time[at]), 's').item()
+    assert (row['behavior'], row['group']) == (behavior.name, behavior.group)
+    assert row['prompt_tokens'] == prompts.question(at).tolist()
+    past = events.behavior[prompts.question_start(at):at]
+    assert row['in_context'] == (events.behavior[at] in past)
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_predicted_is_the_first_of_the_top_five(finished, arm):
+  for row in predictions(finished, arm):
+    top = dict(zip(row['top5'], row['top5_log_prob'], strict=True))
+    assert len(top) == 5 and row['predicted'] == row['top5'][0]
+    assert row['top5_log_prob'] == sorted(row['top5_log_prob'], reverse=True)
+    assert np.exp(row['top5_log_prob']).sum() <= 1 + 1e-5
+    if row['behavior'] in top:
+      assert row['log_prob'] == top[row['behavior']]
+    else:
+      assert row['log_prob'] <= row['top5_log_prob'][-1]
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_log_prob_is_that_of_the_exported_adapter(finished, brute, arm):
+  names = [b['name'] for b in read_json(finished / 'a_tuning/labels.json')]
+  stage = arm if arm in STAGES else None
+  for row in predictions(finished, arm)[::25]:
+    scores = brute(stage, row['prompt_tokens'])
+    true = scores[names.index(row['behavior'])]
+    assert row['log_prob'] == pytest.approx(true, abs=1e-4)
+    best = sorted(scores, reverse=True)[:5]
+    np.testing.assert_allclose(row['top5_log_prob'], best, atol=1e-4)
+
+
+def test_stages_differ(finished):
+  first, second, third = (
+      [row['log_prob'] for row in predictions(finished, arm)] for arm in ARMS)
+  assert first != second and second != third
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_labels_end_with_the_end_of_the_line(finished, prompts, stage):
+  labels = read_json(finished / stage / 'labels.json')
+  assert [b['name'] for b in labels] == [
+      b.name for b in prompts.events.behaviors]
+  for label in labels:
+    assert set(label) == {'name', 'group', 'tokens'}
+    text = prompts.tokenizer.decode(label['tokens'])
+    assert text == f' {label["name"]}\n'
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_metrics_have_one_row_per_step(finished, read_rows, steps, stage):
+  rows = read_rows(finished / stage / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, steps + 1))
+  assert all(math.isfinite(row['loss']) and row['loss'] > 0 for row in rows)
+  assert [row['step'] for row in rows if 'val_loss' in row] == [2, 4]
+  assert list((finished / stage / 'tensorboard').iterdir())
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_config_of_the_stage_is_complete(finished, run_fields, stage):
+  values = read_json(finished / stage / 'config.json')
+  assert values['ablations'] == [] and values['seed'] == 0
+  for name, value in run_fields.items():
+    found = values
+    for part in name.split('.'):
+      found = found[part]
+    assert found == (list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_adapter_has_the_layout_of_peft(finished, stage):
+  folder = finished / stage / 'adapter'
+  settings = read_json(folder / 'adapter_config.json')
+  assert settings['peft_type'] == 'LORA' and settings['r'] == 4
+  assert settings['lora_alpha'] == 32 and settings['bias'] == 'none'
+  assert settings['target_modules'] == ['q_proj', 'v_proj']
+  tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
+  assert {name: value.shape for name, value in tensors.items()} == {
+      f'base_model.model.model.layers.{layer}.self_attn.{name}.{side}.weight':
+      shape for layer in (0, 1) for name, out in (('q_proj', 64), ('v_proj', 32))
+      for side, shape in (('lora_A', (4, 64)), ('lora_B', (out, 4)))}
+  assert all(value.dtype == np.float32 and value.any()
+             for value in tensors.values())
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_plan_holds_the_rows_of_every_step(finished, steps, stage):
+  table = parquet.read_table(finished / stage / 'plan.parquet')
+  rows = table.to_pylist()
+  assert [(row['step'], row['row']) for row in rows] == [
+      (step, row) for step in range(steps) for row in range(2)]
+  for row in rows:
+    assert sum(segment['length'] for segment in row['segments']) <= 192
+
+
+def test_plans_teach_training_events_and_conversations(finished, prompts):
+  events = prompts.events
+  anchors = plan_lib.anchor_mask(events)
+  for stage in STAGES:
+    targets = targets_of(finished, stage)
+    assert (events.split[targets] == 0).all()
+    assert (np.asarray(targets) - events.first[targets] >= 2).all()
+    found = anchors[events.behavior[targets]]
+    assert found.all() if stage == 'a_tuning' else not found.all()
+  table = parquet.read_table(finished / 'a_tuning/plan.parquet')
+  kinds = {segment['kind'] for row in table['segments'].to_pylist()
+           for segment in row}
+  assert kinds == {'window', 'conversation'}
+
+
+def test_balanced_plan_draws_every_behavior_equally(finished, prompts):
+  targets = targets_of(finished, 'b_tuning')
+  drawn = np.bincount(prompts.events.behavior[targets], minlength=6)
+  assert drawn.min() > 0 and drawn.max() - drawn.min() <= 1
+
+
+def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
+  rows = parquet.read_table(finished / 'b_tuning/difficulty.parquet')
+  rows = rows.to_pylist()
+  events = prompts.events
+  drawn = [row['behavior'] for row in rows]
+  assert {name: drawn.count(name) for name in drawn} == {
+      b.name: min(4, b.train_count) for b in events.behaviors}
+  for row in rows[::6]:
+    behavior = events.behavior[row['sample']]
+    assert events.behaviors[behavior].name == row['behavior']
+    assert events.behaviors[behavior].group == row['group']
+    scores = brute('a_tuning', prompts.question(row['sample']))
+    assert row['score'] == pytest.approx(-scores[behavior], abs=1e-4)
+  chosen = set(targets_of(finished, 'b_tuning'))
+  assert chosen <= {row['sample'] for row in rows}
+
+
+def test_report_shows_tables_plots_and_examples(finished):
+  text = (finished / 'report.md').read_text()
+  for image in ('stages', 'f1', 'difficulty', 'targets'):
+    assert f'(report/{image}.png)' in text
+    data = (finished / 'report' / f'{image}.png').read_bytes()
+    assert data.startswith(b'\x89PNG') and len(data) > 5000
+  for words in ('untuned', 'A-Tuning', 'B-Tuning', 'Worked examples'):
+    assert words in text
+  assert text.count('Top five of B-Tuning') == 10
+
+
+def test_running_again_does_nothing_again(finished, run_command):
+  # The report and its plots are drawn anew, and alike.
+  look = lambda: {
+      path: (path.read_bytes(), path.stat().st_mtime_ns)
+      for path in sorted(finished.rglob('*')) if path.is_file()}
+  before = look()
+  done = run_command(finished)
+  assert done.returncode == 0, done.stderr[-3000:]
+  after = look()
+  assert {p: content for p, (content, _) in before.items()} == {
+      p: content for p, (content, _) in after.items()}
+  touched = {p.relative_to(finished).parts[0] for p in after
+             if before[p] != after[p]}
+  assert touched <= {'report.md', 'report', 'base'}
+  assert 'is finished' in done.stderr

@@ -1,0 +1,63 @@
+"""Trains random://tiny for three steps on one batch, mesh after mesh.
+
+As a program: the meshes as JSON in, one JSON line of results out, on as many
+devices as XLA_FLAGS asks for. A test runs it so, because the number of devices
+of a process is fixed at its start.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.model import decoder
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import weights
+from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train import step as step_lib
+
+ROWS, LENGTH, ANSWERS, STEPS = 8, 16, 5, 3
+
+
+def draw_batch(generator):
+  """Rows of two segments and unequal weights."""
+  draw = lambda high, n: generator.integers(0, high, (ROWS, n), np.int32)
+  segments = np.repeat([[1, 2]], LENGTH // 2, axis=1).repeat(ROWS, axis=0)
+  positions = np.tile(np.arange(LENGTH // 2), 2)[None].repeat(ROWS, axis=0)
+  return {
+    'tokens': draw(256, LENGTH),
+    'segments': segments.astype(np.int32),
+    'positions': positions.astype(np.int32),
+    'answer_positions': draw(LENGTH, ANSWERS),
+    'answer_tokens': draw(256, ANSWERS),
+    'answer_weights': generator.uniform(0, 2, (ROWS, ANSWERS)).astype('f4'),
+  }
+
+
+def train(sizes):
+  """Losses of three steps on a mesh, and bytes of weights on one device."""
+  config = config_lib.default()
+  config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2})
+  mesh = sharding.make_mesh(sizes, ROWS)
+  base = weights.open_base('random://tiny')
+  params = weights.read_params(base, np.float32, sharding.placer(mesh))
+  adapter = lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
+  optimizer, schedule = step_lib.make_optimizer(config.train)
+  shapes = jax.tree.map(np.shape, adapter)
+  places = step_lib.state_shardings(mesh, shapes, optimizer)
+  state = step_lib.init_state(adapter, optimizer, places)
+  attach = step_lib.attacher(base.config, config)
+  run = step_lib.make_step(attach, optimizer, schedule, 1, places, mesh)
+  batch = sharding.put_rows(mesh, draw_batch(np.random.default_rng(0)))
+  losses = []
+  for _ in range(STEPS):
+    state, metrics = run(state, params, batch)
+    losses.append(float(metrics['loss']))
+  local = sum(p.addressable_shards[0].data.nbytes for p in params.values())
+  return {'losses': losses, 'bytes': local, 'devices': jax.device_count()}
+
+
+if __name__ == '__main__':
+  print(json.dumps([train(sizes) for sizes in json.loads(sys.argv[1])]))

@@ -1,0 +1,240 @@
+"""The step: its loss and gradient by torch, its update, its independence of
+micro-batches, packing and devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train import step as step_lib
+
+# (tokens, answers) of each row's segments: no two rows weigh the same.
+ROWS = (
+  [(24, 1)], [(9, 2), (15, 7)], [(5, 1), (8, 1), (6, 3)], [(12, 10)],
+  [(3, 2)], [(20, 5)], [(10, 1), (10, 8)], [(23, 4)],
+)
+MESHES = [
+  {'data': 8, 'fsdp': 1, 'tensor': 1}, {'data': 1, 'fsdp': 8, 'tensor': 1},
+  {'data': 2, 'fsdp': 2, 'tensor': 2},
+]
+WORKER = pathlib.Path(__file__).with_name('devices_worker.py')
+
+
+def make_config(**fields):
+  config = config_lib.default()
+  config.train.update(fields)
+  return config
+
+
+# One function and one `attach`, so that the tests share compilations.
+gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4))
+
+
+@pytest.fixture(scope='module')
+def attach(llama):
+  return step_lib.attacher(llama.config, make_config())
+
+
+def torch_loss(model, batch):
+  """The loss by its definition: full logits of every segment by itself."""
+  total = torch.zeros(())
+  for row, segments in enumerate(batch['segments']):
+    for number in range(1, segments.max() + 1):
+      where = np.flatnonzero(segments == number)
+      tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
+      scores = torch.log_softmax(model(tokens[None]).logits[0], -1)
+      for position, token, weight in zip(
+        batch['answer_positions'][row], batch['answer_tokens'][row],
+        batch['answer_weights'][row], strict=True,
+      ):
+        if weight and position in where:
+          total = total - weight * scores[position - where[0], token]
+  return total / batch['answer_weights'].sum()
+
+
+def torch_gradient(llama, adapter, folder, batch):
+  """Loss and gradient of the exported adapter by peft and autograd."""
+  lora.export(folder, adapter, make_config().lora.alpha, llama.folder)
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    llama.folder, dtype=torch.float32
+  )
+  model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+  loss = torch_loss(model, batch)
+  loss.backward()
+  found = {name: {'a': [], 'b': []} for name in adapter}
+  for path, parameter in model.named_parameters():  # in the order of layers
+    for side, part in (('a', '.lora_A.'), ('b', '.lora_B.')):
+      if part in path:
+        name = path.split(part)[0].split('.')[-1]
+        found[name][side].append(parameter.grad.numpy())
+  stacked = {name: {side: np.stack(layers) for side, layers in ab.items()}
+             for name, ab in found.items()}
+  return loss.item(), stacked
+
+
+def assert_close(found, expected, share):
+  """Every leaf differs by at most `share` of its largest expected value."""
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected),
+                        strict=True):
+    most = np.abs(other).max()
+    assert most > 0
+    np.testing.assert_allclose(one, other, rtol=0, atol=share * most)
+
+
+def test_loss_and_gradient_equal_those_of_torch_and_peft(
+  tmp_path, llama, params, adapter, attach, make_batch
+):
+  batch = make_batch(ROWS)
+  expected, theirs = torch_gradient(llama, adapter, tmp_path, batch)
+  loss, ours, weight = gradient(adapter, params, batch, attach, 1)
+  assert float(weight) == pytest.approx(batch['answer_weights'].sum())
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
+  assert_close(ours, theirs, 1e-4)
+
+
+def test_accumulation_changes_neither_loss_nor_gradient(
+  params, adapter, attach, make_batch
+):
+  batch = make_batch(ROWS)
+  shares = batch['answer_weights'].reshape(2, 4, -1).sum((0, 2))
+  assert shares.max() > 1.5 * shares.min()  # else means would do as well
+  loss, whole, weight = gradient(adapter, params, batch, attach, 1)
+  other_loss, parts, other_weight = gradient(adapter, params, batch, attach, 4)
+  assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+  assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
+  assert_close(parts, whole, 1e-5)
+
+
+def test_padded_answers_and_tokens_count_for_nothing(
+  params, adapter, attach, make_batch
+):
+  batch = make_batch(ROWS)
+  loss, whole, _ = gradient(adapter, params, batch, attach, 1)
+  changed = {name: value.copy() for name, value in batch.items()}
+  changed['tokens'][batch['segments'] == 0] = 7
+  changed['answer_tokens'][batch['answer_weights'] == 0] = 9
+  other_loss, other, _ = gradient(adapter, params, changed, attach, 1)
+  assert float(other_loss) == float(loss)
+  jax.tree.map(np.testing.assert_array_equal, other, whole)
+
+
+class Trainer:
+  """make_step and its state on the devices of this process."""
+
+  def __init__(self, attach, params, adapter, **fields):
+    train = make_config(**fields).train
+    self.mesh = sharding.make_mesh(config_lib.default().mesh, train.batch)
+    self.params = params
+    optimizer, schedule = step_lib.make_optimizer(train)
+    shapes = jax.tree.map(np.shape, adapter)
+    places = step_lib.state_shardings(self.mesh, shapes, optimizer)
+    self.state = step_lib.init_state(adapter, optimizer, places)
+    self.run = step_lib.make_step(
+      attach, optimizer, schedule, train.accumulate, places, self.mesh
+    )
+
+  def __call__(self, batch):
+    placed = sharding.put_rows(self.mesh, batch)
+    self.state, metrics = self.run(self.state, self.params, placed)
+    return metrics
+
+
+def test_only_the_adapter_has_optimizer_state(
+  params, adapter, attach, make_batch
+):
+  trainer = Trainer(attach, params, adapter)
+  size = sum(x.size for x in jax.tree.leaves(adapter))
+  moments = [x for x in jax.tree.leaves(trainer.state['optimizer']) if x.ndim]
+  assert sum(x.size for x in moments) == 2 * size
+  assert all(x.dtype == np.float32 for x in moments)
+
+
+def test_equal_row_shapes_compile_once(params, adapter, attach, make_batch):
+  trainer = Trainer(attach, params, adapter)
+  for seed in range(3):
+    trainer(make_batch(ROWS, seed=seed))
+  assert trainer.run._cache_size() == 1
+  trainer(make_batch(ROWS, length=32))
+  assert trainer.run._cache_size() == 2
+
+
+def test_metrics_say_what_the_step_saw(params, adapter, attach, make_batch):
+  batch = make_batch(ROWS)
+  metrics = Trainer(attach, params, adapter, steps=10, warmup=0.2)(batch)
+  loss, grads, weight = gradient(adapter, params, batch, attach, 1)
+  squares = sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads))
+  assert int(metrics['tokens']) == sum(n for row in ROWS for n, _ in row)
+  assert float(metrics['answer_weight']) == pytest.approx(float(weight))
+  assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
+  assert float(metrics['grad_norm']) == pytest.approx(squares**0.5, rel=1e-4)
+  assert float(metrics['learning_rate']) == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize('clip', [0.0, 0.5])
+def test_update_equals_that_of_torch_adamw(clip):
+  """Linear warm-up from rate / warmup, cosine to zero, clipping, decay."""
+  steps, warmup, rate = 5, 2, 0.03
+  optimizer, _ = step_lib.make_optimizer(make_config(
+    steps=steps, warmup=warmup / steps, learning_rate=rate, weight_decay=0.1,
+    clip=clip,
+  ).train)
+  generator = np.random.default_rng(0)
+  ours = {name: generator.normal(size=(4, 3)).astype('f4') for name in 'ab'}
+  theirs = {name: torch.nn.Parameter(torch.tensor(value))
+            for name, value in ours.items()}
+  adam = torch.optim.AdamW(theirs.values(), lr=rate, weight_decay=0.1)
+  rates = torch.optim.lr_scheduler
+  schedule = rates.SequentialLR(adam, [
+    rates.LinearLR(adam, 1 / warmup, total_iters=warmup),
+    rates.CosineAnnealingLR(adam, steps - warmup),
+  ], [warmup])
+  state, update = optimizer.init(ours), jax.jit(optimizer.update)
+  for _ in range(steps):
+    grads = {name: generator.normal(size=(4, 3)).astype('f4') for name in 'ab'}
+    updates, state = update(grads, state, ours)
+    ours = {name: ours[name] + updates[name] for name in ours}
+    for name, parameter in theirs.items():
+      parameter.grad = torch.tensor(grads[name])
+    if clip:
+      torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+    adam.step()
+    schedule.step()
+    for name, parameter in theirs.items():
+      np.testing.assert_allclose(
+        ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-6
+      )
+
+
+def run_worker(devices, meshes):
+  """What devices_worker prints for these meshes."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  done = subprocess.run(
+    [sys.executable, str(WORKER), json.dumps(meshes)], text=True,
+    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True, check=False, timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_one_and_eight_devices_give_the_same_losses():
+  [alone] = run_worker(1, [{'data': 1, 'fsdp': 1, 'tensor': 1}])
+  assert np.diff(alone['losses']).max() < -0.01  # it does train
+  found = run_worker(8, MESHES)
+  for mesh, result in zip(MESHES, found, strict=True):
+    assert result['devices'] == 8
+    np.testing.assert_allclose(result['losses'], alone['losses'], rtol=1e-4)
+    parts = mesh['fsdp'] * mesh['tensor']  # norms are on every device
+    assert result['bytes'] < 1.1 * alone['bytes'] / parts
