@@ -145,6 +145,7 @@ _CLASHES = {
 def ablate(config, names):
   """Returns a copy of `config` with the named ablations applied."""
   config = config.copy_and_resolve_references()
+  names = sorted({*names, *config.ablations})
   for name in names:
     if name not in ABLATIONS:
       raise InputError(f'--ablation={name} is unknown{nearest(name, ABLATIONS)}'
@@ -155,8 +156,10 @@ def ablate(config, names):
                        f'be combined: {reason}; drop one of them.')
   for name in names:
     config.update_from_flattened_dict(ABLATIONS[name])
+  if 'one_stage' in names:  # As many steps as both stages together.
+    config.train.steps *= 2
   config.stages = _stages(tuple(config.stages), names)
-  config.ablations = tuple(sorted(set(names) | set(config.ablations)))
+  config.ablations = tuple(names)
   return config
 
 
@@ -194,6 +197,7 @@ def field_names(config, prefix=''):
   return names
 
 
+_STAGES = (('a',), ('b',), ('a', 'b'), ('one',))
 _CHOICES = {
     'model.dtype': ('bfloat16', 'float32'),
     'model.remat': ('none', 'dots', 'full'),
@@ -213,6 +217,11 @@ _MINIMA = {
     'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
 }
+
+
+_SHARES = {'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
+           'plan.conversation_share': 0.99,
+           'plan.balanced_conversation_share': 0.99}
 
 
 def _get(config, name):
@@ -235,7 +244,15 @@ def check(config):
   if config.plan.per_anchor is not None and config.plan.per_anchor < 0:
     raise InputError(f'plan.per_anchor is {config.plan.per_anchor}; it must '
                      'be at least 0.')
+  _check_shares(config)
   _check_sums(config)
+
+
+def _check_shares(config):
+  for name, most in _SHARES.items():
+    if not 0 <= _get(config, name) <= most:
+      raise InputError(f'{name} is {_get(config, name)}; it must be from 0 to '
+                       f'{most}.')
 
 
 def _check_sums(config):
@@ -243,10 +260,6 @@ def _check_sums(config):
   if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
     raise InputError(f'data.split is {tuple(split)}; it must be three positive '
                      'shares (train, validation, test) that add up to 1.')
-  for name in ('plan.conversation_share', 'plan.balanced_conversation_share'):
-    if not 0 <= _get(config, name) < 1:
-      raise InputError(f'{name} is {_get(config, name)}; it must be at least 0 '
-                       'and below 1.')
   if config.plan.window <= config.plan.min_context:
     raise InputError(
         f'plan.window is {config.plan.window} and plan.min_context is '
@@ -262,10 +275,14 @@ def _check_sums(config):
         f'train.batch is {config.train.batch} and train.accumulate is '
         f'{config.train.accumulate}; the batch must be a multiple of it.'
     )
-  unknown = sorted(set(config.stages) - {'a', 'b', 'one'})
-  if unknown or not config.stages:
-    raise InputError(f'stages is {tuple(config.stages)}; choose from a, b and '
-                     'one.')
+  if tuple(config.stages) not in _STAGES:
+    raise InputError(f'stages is {tuple(config.stages)}; choose one of '
+                     f'{", ".join(map(str, _STAGES))}.')
+  starts_from_a = tuple(config.stages) == ('b',) and (
+      'no_anchor_stage' not in config.ablations)
+  if config.init_from and not starts_from_a:
+    raise InputError(f'init_from is {config.init_from}, but this run starts no '
+                     'stage b from an earlier stage a; leave it out.')
 
 
 def explain_flag_error(argv, error):

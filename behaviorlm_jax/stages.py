@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,9 @@ from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import files
+from behaviorlm_jax import seeds
+from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.data import conversations
-from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
@@ -39,12 +38,9 @@ from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import report
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop
+from behaviorlm_jax.train import preemption
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
-
-FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
-# What every stage of one work directory must share.
-SHARED = ('data', 'model', 'lora', 'seed')
 
 
 @dataclasses.dataclass
@@ -64,14 +60,19 @@ class Run:
   def events(self):
     return self.prompts.events
 
+  @property
+  def fingerprints(self):
+    return workdir_lib.fingerprints(self.events, self.base)
+
 
 def run(config, workdir):
   """Runs the config's stages in `workdir` and writes the report."""
   config_lib.check(config)
   workdir = pathlib.Path(workdir)
-  check_workdir(config, workdir)
-  mesh = sharding.make_mesh(config.mesh, config.train.batch)
+  workdir_lib.check_config(config, workdir)
+  mesh = sharding.make_mesh(config.mesh, config.train)
   this = _open(config, workdir, mesh)
+  workdir_lib.check_fingerprints(config, workdir, this.fingerprints)
   evaluate_base(this)
   for stage in config.stages:
     run_stage(this, stage)
@@ -86,17 +87,13 @@ def _log_name(config):
 
 def _open(config, workdir, mesh):
   """Events, base model and scorer; every input is checked on the way."""
-  events = open_events(config, workdir)
   base = weights.open_base(config.model.address)
-  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
-  talks = []
-  if (config.plan.conversation_share
-      or config.plan.balanced_conversation_share):
-    path = conversations.DEFAULT
-    if config.data.conversations:
-      path = addresses.resolve(config.data.conversations, 'data.conversations')
-    talks = conversations.read(path, base.tokenizer, config.train.length)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
+  talks = _conversations(config, base)
+  events = workdir_lib.open_events(config, workdir)
+  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
+  plan_lib.check_lengths(prompts, config)
+  evaluation.test_samples(events, config)  # Refuses a log without any.
   place = sharding.placer(mesh)
   params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
   scored = params
@@ -108,87 +105,25 @@ def _open(config, workdir, mesh):
              scorer)
 
 
-def open_events(config, workdir):
-  """The event table of this work directory, prepared at the first call."""
-  folder = workdir / 'events'
-  if not (folder / 'config.json').exists():
-    if not config.data.events:
-      raise InputError('data.events is empty; give --config.data.events=LOG.')
-    path = addresses.resolve(config.data.events, 'data.events')
-    workdir.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # Of a run killed right here.
-    events_lib.prepare(config.data, path, folder, config.seed)
-    files.write_json(folder / 'config.json', as_dict(config))
-  return events_lib.open_events(folder)
-
-
-def as_dict(config):
-  """The config as plain JSON values, without what a call may vary."""
-  values = json.loads(config.to_json_best_effort())
-  del values['stages']
-  return values
-
-
-def _differences(mine, theirs, prefix=''):
-  """'field (theirs, now mine)' of every field that differs."""
-  found = []
-  for key in sorted(set(mine) | set(theirs)):
-    one, other = mine.get(key), theirs.get(key)
-    if isinstance(one, dict) and isinstance(other, dict):
-      found += _differences(one, other, f'{prefix}{key}.')
-    elif one != other:
-      found.append(f'{prefix}{key} ({other!r}, now {one!r})')
-  return found
-
-
-def check_workdir(config, workdir):
-  """Refuses a work directory whose stages another config made."""
-  mine = as_dict(config)
-  ran = {FOLDERS[stage] for stage in config.stages}
-  for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
-    path = workdir / folder / 'config.json'
-    if not path.exists():
-      continue
-    theirs = json.loads(path.read_text())
-    keys = SHARED
-    if folder == 'events':
-      keys = ('data', 'seed')
-    elif folder == 'base':
-      keys = (*SHARED, 'eval', 'score')
-    elif folder in ran:
-      keys = tuple(mine)
-    found = _differences({k: mine[k] for k in keys},
-                         {k: theirs.get(k) for k in keys})
-    if found:
-      raise InputError(
-          f'{path} was written by another config: {", ".join(found)}; use '
-          'another --workdir or the old values.')
-  if config.stages[0] == 'b' and 'no_anchor_stage' not in config.ablations:
-    stage_a_adapter(config, workdir)
-
-
-def stage_a_adapter(config, workdir):
-  """The adapter folder that stage b starts from."""
-  root = pathlib.Path(config.init_from or workdir)
-  for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
-    if (folder / 'adapter_config.json').exists():
-      return folder
-  where = 'init_from' if config.init_from else '--workdir'
-  raise InputError(
-      f'stage b starts from stage a, but {root} ({where}) holds no finished '
-      'a_tuning/adapter; run stage a there, or give --config.init_from=DIR.')
+def _conversations(config, base):
+  plan = config.plan
+  if not plan.conversation_share and not plan.balanced_conversation_share:
+    return []
+  path = conversations.DEFAULT
+  if config.data.conversations:
+    path = addresses.resolve(config.data.conversations, 'data.conversations')
+  return conversations.read(path, base.tokenizer, config.train.length)
 
 
 def evaluate_base(this):
   """The untuned model and the free baselines, once per work directory."""
   folder = this.workdir / 'base'
-  folder.mkdir(exist_ok=True)
-  files.write_json(folder / 'config.json', as_dict(this.config))
+  if not (folder / 'config.json').exists():
+    workdir_lib.claim(folder, this.config, this.fingerprints)
   samples = evaluation.test_samples(this.events, this.config)
   path = this.workdir / 'baselines.json'
   if not path.exists():
-    evaluation.write_baselines(path, this.events, samples,
-                               this.config.data.history)
+    evaluation.write_baselines(path, this.events, samples, this.config)
   evaluate(this, folder, None, samples)
 
 
@@ -200,27 +135,31 @@ def evaluate(this, folder, adapter, samples):
   evaluation.write(folder, this.prompts, samples, questions, scores)
 
 
-def score(this, adapter, samples, what):
-  """s(y) float32 [n, Y] of samples, and their questions."""
+def score(this, adapter, samples, what, stop=preemption.check):
+  """s(y) float32 [n, Y] of samples, and their questions.
+
+  `stop` is called between batches and may raise.
+  """
   questions = [this.prompts.question(p) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
-    return this.scorer(adapter, questions, bar.update), questions
+
+    def progress(done):
+      bar.update(done)
+      stop()
+
+    return this.scorer(adapter, questions, progress), questions
 
 
 def run_stage(this, stage):
   """Plans, trains, exports and evaluates one stage."""
-  folder = this.workdir / FOLDERS[stage]
+  config, folder = this.config, this.workdir / workdir_lib.FOLDERS[stage]
   folder.mkdir(exist_ok=True)
+  adapter = first_adapter(this, stage)
+  plan, plan_hash = make_plan(this, config, stage, folder, adapter)
   if (folder / 'evaluation.json').exists():
     logging.info('%s is finished.', folder)
     return
-  files.write_json(folder / 'config.json', as_dict(this.config))
-  config = this.config
-  if stage == 'one':  # As many steps as both stages together.
-    config = config.copy_and_resolve_references()
-    config.train.steps = 2 * config.train.steps
-  adapter = first_adapter(this, stage)
-  plan, plan_hash = make_plan(this, config, stage, folder, adapter)
+  workdir_lib.claim(folder, config, this.fingerprints)
   adapter = train(this, config, stage, folder, plan, plan_hash, adapter)
   lora.export(folder / 'adapter', adapter, config.lora.alpha,
               this.base.folder or this.base.address)
@@ -232,26 +171,25 @@ def run_stage(this, stage):
 def first_adapter(this, stage):
   """Where training starts: a fresh adapter, or for stage b that of stage a."""
   config = this.config
-  if stage == 'b' and 'no_anchor_stage' not in config.ablations:
-    folder = stage_a_adapter(config, this.workdir)
+  shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
+  if stage == 'b' and workdir_lib.needs_stage_a(config):
+    folder = workdir_lib.stage_a_adapter(config, this.workdir)
     adapter, alpha = lora.load(folder)
-    found = jax.tree.map(np.shape, adapter)
-    wanted = lora.shapes(this.base.config, config.lora.rank,
-                         config.lora.targets)
-    if found != wanted or alpha != config.lora.alpha:
+    if jax.tree.map(np.shape, adapter) != shapes or alpha != config.lora.alpha:
       raise InputError(
           f'{folder} holds an adapter with other lora.rank, lora.alpha, '
           'lora.targets or for another model than this config; use the config '
           'of stage a.')
-    return adapter
-  key = jax.random.key(config.seed)
-  return lora.init(this.base.config, config.lora.rank, config.lora.targets, key)
+  else:
+    adapter = lora.init(this.base.config, config.lora.rank,
+                        config.lora.targets, jax.random.key(config.seed))
+  return jax.device_put(adapter, sharding.adapter(this.mesh, shapes))
 
 
 def fingerprint(this, stage, adapter, sections, config):
   """SHA-256 of what decides an artifact of a stage."""
   digest = hashlib.sha256()
-  values = as_dict(config)
+  values = workdir_lib.as_dict(config)
   for path in ('events', 'conversations'):  # Their content counts, see below.
     del values['data'][path]
   chosen = {name: values[name] for name in sections}
@@ -275,7 +213,7 @@ def make_plan(this, config, stage, folder, adapter):
   if path.exists():
     plan = plan_lib.load(path, made_from)
     return plan, plan_lib.content_hash(plan)
-  rng = np.random.default_rng([config.seed, ord(stage[0])])
+  rng = seeds.stream(config.seed, stage, 'plan')
   stream = segments(this, config, stage, 'train', rng, adapter, folder)
   plan = plan_lib.take(stream, config, config.train.steps, made_from)
   return plan, plan_lib.save(path, plan, config.train.batch)
@@ -317,12 +255,13 @@ def by_behavior(this, config, split):
 
 def choose_subset(this, config, adapter, folder):
   """Stage b's subset: candidates, their difficulty, the weighted draw."""
-  draw = lambda salt: np.random.default_rng([config.seed, ord('b'), salt])
-  pools = plan_lib.candidates(this.events, config, draw(0))
+  draw = lambda purpose: seeds.stream(config.seed, 'b', purpose)
+  pools = plan_lib.candidates(this.events, config, draw('candidates'))
   scores = None
   if config.difficulty.score != 'random':
     scores = score_difficulty(this, config, adapter, folder, pools)
-  return plan_lib.choose_subset(pools, scores, this.events, config, draw(1))
+  return plan_lib.choose_subset(pools, scores, this.events, config,
+                                draw('subset'))
 
 
 def score_difficulty(this, config, adapter, folder, pools):
@@ -380,7 +319,7 @@ def show_example(this, assemble, plan):
 
 def validator(this, config, stage):
   """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
-  rng = np.random.default_rng([config.seed, ord(stage[0]), ord('v')])
+  rng = seeds.stream(config.seed, stage, 'validation')
   steps = -(-config.eval.validation_rows // config.train.batch)
   try:
     stream = segments(this, config, stage, 'validation', rng)
@@ -404,7 +343,8 @@ def validator(this, config, stage):
       loss, weight = loss + float(one), weight + float(w)
     result = {'val_loss': loss / weight, 'score': -loss / weight}
     if config.checkpoint.best_by == 'f1_macro':
-      scores, _ = score(this, adapter, samples, 'validate')
+      # Training stops after this, with everything saved.
+      scores, _ = score(this, adapter, samples, 'validate', lambda: None)
       summary = evaluation.summarize(this.events, samples, scores)
       result['val_f1_macro'] = summary['all']['f1_macro']
       result['score'] = result['val_f1_macro']

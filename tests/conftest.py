@@ -20,14 +20,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from behaviorlm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 4  # Of each stage.
+STEPS = 6  # Of each stage.
 FIELDS = {
     'model.address': 'random://tiny', 'model.dtype': 'float32',
     'model.remat': 'none', 'lora.rank': 4, 'lora.targets': ('q_proj', 'v_proj'),
     'data.instruction': 'Log', 'data.history': 5, 'plan.window': 6,
     'plan.min_context': 2, 'plan.targets_per_row': 4, 'plan.per_behavior': 4,
     'difficulty.candidates': 4, 'train.length': 192, 'train.batch': 2,
-    'train.steps': STEPS, 'train.warmup': 0.1, 'checkpoint.every': 2,
+    'train.steps': STEPS, 'train.warmup': 0.1, 'checkpoint.every': 3,
     'eval.max_samples': 60, 'eval.validation_rows': 2,
 }
 # JAX's settings and their names in the environment.

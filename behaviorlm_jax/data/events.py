@@ -56,8 +56,12 @@ class Events:
   known: int  # how many behaviors are candidates: all before the unseen
 
 
-def prepare(data, path, folder: pathlib.Path, seed: int) -> dict:
-  """Reads the log at `path` into the new `folder`; returns its summary."""
+def prepare(data, path, folder: pathlib.Path, seed: int,
+            origin: dict | None = None) -> dict:
+  """Reads the log at `path` into the new `folder`; returns its summary.
+
+  `origin` is written beside the events as config.json.
+  """
   path, folder = pathlib.Path(path), pathlib.Path(folder)
   ends = splits.cuts(data.split)
   if not path.is_file():
@@ -71,6 +75,8 @@ def prepare(data, path, folder: pathlib.Path, seed: int) -> dict:
         'temp_directory': str(spill), 'memory_limit': _MEMORY}) as con:
       summary = _prepare(con, data, path, half, seed, ends)
     shutil.rmtree(spill)
+    if origin is not None:
+      _write_json(half / 'config.json', origin)
     half.rename(folder)
   finally:
     shutil.rmtree(half, ignore_errors=True)

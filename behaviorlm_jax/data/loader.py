@@ -8,6 +8,7 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   tokens, segments, positions: int32 [B, L]; segment 0 is padding
   answer_positions: int32 [B, A], where the hidden state that predicts stands
   answer_tokens: int32 [B, A]; answer_weights: float32 [B, A], 0 is padding
+  samples: int32 [B], targets of the row
 """
 
 import grain
@@ -33,6 +34,7 @@ class Assembler:
         'answer_positions': np.zeros(self.answers, np.int32),
         'answer_tokens': np.zeros(self.answers, np.int32),
         'answer_weights': np.zeros(self.answers, np.float32),
+        'samples': np.int32(sum(len(s['targets']) for s in row)),
     }
     begin = filled = 0
     for number, segment in enumerate(row, start=1):

@@ -77,6 +77,25 @@ def anchor_mask(events):
                    events.behaviors[:events.known]], bool)
 
 
+def check_lengths(prompts, config):
+  """Refuses a train.length that cannot hold every sample with its context."""
+  events, context = prompts.events, config.plan.min_context
+  samples = np.concatenate([eligible(events, split, context)
+                            for split in ('train', 'validation')])
+  if not len(samples):
+    return
+  lines = prompts.line_ends[samples + 1] - prompts.line_ends[samples - context]
+  worst = samples[np.argmax(lines)]
+  needed = prompts.window_length(worst - context, worst + 1)
+  if needed > config.train.length:
+    name = events.behaviors[events.behavior[worst]].name
+    raise InputError(
+        f'train.length is {config.train.length} tokens, but an event of user '
+        f'{events.users[events.user[worst]]!r} ({name!r}) with '
+        f'plan.min_context = {context} events before it needs {needed}; raise '
+        'train.length.')
+
+
 class Windows:
   """Makes window segments that fit a row, from targets and their context."""
 
@@ -194,8 +213,8 @@ def _require(samples, stage):
 
 def natural(windows, subset, rng, weight_of=None):
   """Endless windows of drawn samples in shuffled epochs, no balance."""
+  _require(subset, 'stage b')
   samples = np.concatenate(list(subset.values()))
-  _require(samples, 'stage b')
   for position in _reshuffled(samples, rng):
     yield windows.draw(int(position), weight_of)
 
@@ -279,8 +298,10 @@ def choose_subset(pools, scores, events, config, rng):
   for b, pool in pools.items():
     size = per_anchor if b >= 0 and anchors[b] else config.plan.per_behavior
     if b < 0:  # The natural budget: as many draws in all.
-      size = (int(anchors.sum()) * per_anchor
-              + int((~anchors).sum()) * config.plan.per_behavior)
+      drawn = np.unique(events.behavior[eligible(
+          events, 'train', config.plan.min_context)])
+      size = int(np.where(anchors[drawn], per_anchor,
+                          config.plan.per_behavior).sum())
     if not len(pool) or not size:
       continue
     weights = np.ones(len(pool)) if scores is None else (

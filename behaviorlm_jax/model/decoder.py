@@ -32,7 +32,10 @@ REMAT_POLICIES = {
 
 def _contract(x, y, x_axes, y_axes):
   """Sum of products over the given axes, in float32, `x`'s dtype inside."""
+  # TF32 would lose half of the digits that float32 is asked for.
+  precision = 'highest' if x.dtype == jnp.float32 else None
   return jax.lax.dot_general(x, y.astype(x.dtype), ((x_axes, y_axes), ((), ())),
+                             precision=precision,
                              preferred_element_type=jnp.float32)
 
 
@@ -189,7 +192,6 @@ class Decoder(nnx.Module):
     Returns:
       Hidden states [B, L, D] in the compute dtype, and the cache or None.
     """
-    # TF32 would lose half of the digits that float32 is asked for.
     x = self.embed[...][tokens]
     precise = 'highest' if x.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precise):
@@ -215,6 +217,4 @@ class Decoder(nnx.Module):
   def logits(self, hidden):
     """Float32 logits [..., V] of hidden states [..., D]."""
     head = self.embed[...] if self.config.tied else self.head[...]
-    precise = 'highest' if hidden.dtype == jnp.float32 else None
-    with jax.default_matmul_precision(precise):
-      return _dot(hidden, head)
+    return _dot(hidden, head)

@@ -7,12 +7,15 @@ starts at zero, so step 0 is exactly the base model.
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from behaviorlm_jax import files
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
@@ -67,7 +70,9 @@ def _module(name, layer):
 def export(folder, adapter, alpha, base_address):
   """Writes `adapter` as a PEFT folder."""
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  half = folder.with_name(folder.name + '.tmp')
+  shutil.rmtree(half, ignore_errors=True)  # Of a run that was killed.
+  half.mkdir(parents=True)
   tensors = {}
   for name, ab in adapter.items():
     for side, matrix in (('lora_A', ab['a']), ('lora_B', ab['b'])):
@@ -75,7 +80,7 @@ def export(folder, adapter, alpha, base_address):
         key = f'{_module(name, layer)}.{side}.weight'
         tensors[key] = np.ascontiguousarray(one)
   safetensors_numpy.save_file(
-      tensors, folder / 'adapter_model.safetensors', {'format': 'pt'}
+      tensors, half / 'adapter_model.safetensors', {'format': 'pt'}
   )
   settings = {
       'peft_type': 'LORA',
@@ -88,12 +93,25 @@ def export(folder, adapter, alpha, base_address):
       'init_lora_weights': True,
       'target_modules': sorted(adapter),
   }
-  (folder / 'adapter_config.json').write_text(json.dumps(settings, indent=2))
+  files.write_json(half / 'adapter_config.json', settings)
+  shutil.rmtree(folder, ignore_errors=True)
+  half.rename(folder)
 
 
 def load(folder):
-  """Reads a PEFT folder: the adapter (numpy, float32) and its alpha."""
-  folder = pathlib.Path(folder)
+  """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
+
+  Raises:
+    InputError: a file is missing or damaged, or holds another kind of adapter.
+  """
+  try:
+    return _load(pathlib.Path(folder))
+  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    raise InputError(f'{folder} is no adapter that can be read ({error!r}); '
+                     'export it again.') from error
+
+
+def _load(folder):
   settings = json.loads((folder / 'adapter_config.json').read_text())
   tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
   adapter = {}

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from behaviorlm_jax import files
+from behaviorlm_jax import seeds
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import baselines
@@ -22,7 +23,7 @@ def draw_samples(events, split, most, config):
   """Positions int64 of at most `most` samples (0: all), sorted."""
   samples = plan_lib.eligible(events, split, config.plan.min_context)
   if most and len(samples) > most:
-    rng = np.random.default_rng([config.seed, most])
+    rng = seeds.stream(config.seed, 'evaluation', split)
     samples = np.sort(rng.choice(samples, most, replace=False))
   return samples
 
@@ -94,11 +95,12 @@ def in_context(prompts, position):
   return bool((past == behavior[position]).any())
 
 
-def write_baselines(path, events, samples, history):
+def write_baselines(path, events, samples, config):
   """Writes the metrics of every free baseline on the same samples."""
   result = {
       name: summarize(events, samples,
-                      baselines.scores(name, events, samples, history))
+                      baselines.scores(name, events, samples,
+                                       config.data.history, config.seed))
       for name in baselines.NAMES
   }
   files.write_json(path, result)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.train import preemption
 from behaviorlm_jax.train import sharding
 
 
@@ -145,7 +144,6 @@ class Scorer:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results = [None] * len(prompts)
     for begin in range(0, len(order), self.batch):
-      preemption.check()
       chosen = order[begin:begin + self.batch]
       scores = self._batch(adapter, [prompts[i] for i in chosen])
       for i, row in zip(chosen, scores, strict=False):

@@ -43,8 +43,13 @@ class Checkpoints:
     return self._manager.latest_step() or 0
 
   def restore_latest(self, state):
-    """`state`, or the newest readable checkpoint in its shape and place."""
+    """`state`, or the newest readable checkpoint in its shape and place.
+
+    Raises:
+      InputError: there are checkpoints, but none can be read.
+    """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    torn = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         restored = self._restore(step, abstract)
@@ -53,9 +58,15 @@ class Checkpoints:
       except (OSError, KeyError, ValueError) as error:
         logging.warning('checkpoint %d cannot be read (%s); trying the one '
                         'before.', step, str(error).split('\n')[0])
-        self._manager.delete(step)
+        torn.append(step)
         continue
+      for newer in torn:  # Training will write these steps again.
+        self._manager.delete(newer)
       return restored
+    if torn:
+      raise InputError(
+          f'{self._manager.directory}: none of the checkpoints {torn} can be '
+          'read; delete the folder to train this stage from its start.')
     return state
 
   def _restore(self, step, abstract):

@@ -9,7 +9,6 @@ import json
 import math
 import time
 
-import jax
 import tensorboardX
 import tqdm
 from absl import logging
@@ -48,20 +47,24 @@ class MetricsFile:
 
 
 class _Clock:
-  """Rates since the last look, compilation left out."""
+  """Rates from one step's end to the next; compilation is not in them."""
 
   def __init__(self):
     self._then = None
 
-  def rates(self, tokens, rows):
-    now = time.monotonic()
-    then, self._then = self._then, now
+  def reset(self):
+    """The time until now counts for no step."""
+    self._then = time.monotonic()
+
+  def rates(self, row):
+    then, now = self._then, time.monotonic()
+    self._then = now
     if then is None:
       return {}
     seconds = max(now - then, 1e-9)
     return {'seconds': round(seconds, 4),
-            'tokens_per_second': round(tokens / seconds, 1),
-            'rows_per_second': round(rows / seconds, 3)}
+            'tokens_per_second': round(row['tokens'] / seconds, 1),
+            'samples_per_second': round(row['samples'] / seconds, 3)}
 
 
 def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
@@ -87,17 +90,23 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
   bar = tqdm.tqdm(total=steps, initial=done, desc=folder.name, unit='step',
                   mininterval=1.0)
 
-  def note(step, metrics, extra=None):
+  def note(step, metrics, validate=None):
     row = {'step': step, **{k: float(v) for k, v in metrics.items()}}
-    if not math.isfinite(row['loss']):
-      raise InputError(
-          f'{folder.name}: the loss of step {step} is {row["loss"]}; the '
-          f'checkpoint of step {checkpoints.latest_step()} stays. Lower '
-          f'train.learning_rate ({config.train.learning_rate}).')
-    row |= clock.rates(row['tokens'], config.train.batch) | (extra or {})
+    row |= clock.rates(row)
+    if validate:
+      row |= validate()
+      clock.reset()
+    for name in ('loss', 'grad_norm', 'val_loss'):
+      if not math.isfinite(row.get(name, 0.0)):
+        raise InputError(
+            f'{folder.name}: {name} of step {step} is {row[name]}; the '
+            f'checkpoint of step {checkpoints.latest_step()} stays. Use another'
+            ' --workdir and a lower train.learning_rate (it is '
+            f'{config.train.learning_rate}).')
     metrics_file.write(row)
     bar.set_postfix_str(_postfix(row), refresh=False)
     bar.update()
+    return row
 
   pending = None
   try:
@@ -108,11 +117,10 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
       pending = (step, metrics)
       stop = preemption.requested()
       if step % config.checkpoint.every == 0 or step == steps:
-        jax.block_until_ready(metrics)
-        scores = validate(state['adapter'])
-        note(step, metrics, scores)
+        adapter = state['adapter']
+        row = note(step, metrics, lambda adapter=adapter: validate(adapter))
         pending = None
-        checkpoints.save(state, scores.get('score'))
+        checkpoints.save(state, row.get('score'))
       elif stop:
         note(*pending)
         pending = None
@@ -131,7 +139,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
 def _postfix(row):
   text = f'loss {row["loss"]:.3f}'
   if 'tokens_per_second' in row:
-    text += (f', {row["rows_per_second"]:.1f} rows/s, '
+    text += (f', {row["samples_per_second"]:.1f} samples/s, '
              f'{row["tokens_per_second"]:.0f} tokens/s')
   if 'val_loss' in row:
     text += f', validation {row["val_loss"]:.3f}'

@@ -16,7 +16,6 @@ from behaviorlm_jax.errors import InputError
 AXES = ('data', 'fsdp', 'tensor')
 RULES = {
     'batch': ('data', 'fsdp'),
-    'length': None,
     'layers': None,
     'embed': 'fsdp',
     'heads': 'tensor',
@@ -41,8 +40,8 @@ PARAM_AXES = {
 }
 
 
-def make_mesh(sizes, batch):
-  """Mesh over all devices from config.mesh; checks it against train.batch."""
+def make_mesh(sizes, train):
+  """Mesh over all devices from config.mesh; checks it against config.train."""
   devices = jax.devices()
   shape = [sizes[axis] for axis in AXES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
@@ -56,9 +55,11 @@ def make_mesh(sizes, batch):
         f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
         f'there are {len(devices)} devices; make the product equal.')
   rows = shape[0] * shape[1]
-  if batch % rows:
-    raise InputError(f'train.batch is {batch} and mesh.data x mesh.fsdp is '
-                     f'{rows}; the batch must be a multiple of it.')
+  if train.batch % (rows * train.accumulate):
+    raise InputError(
+        f'train.batch is {train.batch}, but mesh.data x mesh.fsdp is {rows} '
+        f'and train.accumulate is {train.accumulate}; the batch must be a '
+        'multiple of their product.')
   return jax.make_mesh(shape, AXES, devices=devices,
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
@@ -81,11 +82,9 @@ def replicated(mesh):
   return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh, batch):
-  """Shardings of a dict of arrays [B, ...]: rows over data and fsdp."""
-  return {name: sharding(mesh, ('batch', *(None,) * (x.ndim - 1)), x.shape,
-                         name)
-          for name, x in batch.items()}
+def rows(mesh, shape):
+  """Sharding of an array whose first axis is the batch."""
+  return sharding(mesh, ('batch', *(None,) * (len(shape) - 1)), shape)
 
 
 def adapter(mesh, shapes):
@@ -117,14 +116,12 @@ def put_rows(mesh, batch):
 
   def put(x):
     shape = (x.shape[0] * hosts, *x.shape[1:])
-    where = sharding(mesh, ('batch', *(None,) * (x.ndim - 1)), shape)
-    return jax.make_array_from_process_local_data(where, x, shape)
+    return jax.make_array_from_process_local_data(rows(mesh, shape), x, shape)
 
   return {name: put(x) for name, x in batch.items()}
 
 
 def put_same(mesh, batch):
   """A batch that every host holds whole, its rows spread over the devices."""
-  return {name: jax.device_put(x, sharding(
-      mesh, ('batch', *(None,) * (x.ndim - 1)), x.shape))
+  return {name: jax.device_put(x, rows(mesh, x.shape))
           for name, x in batch.items()}

@@ -121,7 +121,8 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, mesh):
     metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads),
                'learning_rate': schedule(state['step']),
                'answer_weight': weight,
-               'tokens': jnp.sum(batch['segments'] > 0)}
+               'tokens': jnp.sum(batch['segments'] > 0),
+               'samples': jnp.sum(batch['samples'])}
     return new, metrics
 
   return jax.jit(step, donate_argnums=0,

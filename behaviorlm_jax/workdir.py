@@ -1,0 +1,155 @@
+"""What a work directory belongs to: the config, the log and the model.
+
+Every folder of a work directory keeps the config that made it and the
+fingerprints of events and base model. A run is refused where they differ,
+before anything is read, compiled or written.
+"""
+
+import json
+import pathlib
+
+from absl import logging
+
+from behaviorlm_jax import addresses
+from behaviorlm_jax import files
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.errors import InputError
+
+FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
+# What every stage of one work directory must share.
+SHARED = ('data', 'model', 'lora', 'seed')
+# What decides each folder that no stage owns.
+_DECIDES = {
+    'events': ('data.events', 'data.columns', 'data.collapse_repeats',
+               'data.max_rejected', 'data.split', 'data.anchor_share', 'seed'),
+    'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
+}
+
+
+def as_dict(config):
+  """The config as plain JSON values, without what a call may vary."""
+  values = json.loads(config.to_json_best_effort())
+  del values['stages']
+  return values
+
+
+def _get(values, name):
+  for part in name.split('.'):
+    values = values.get(part, {})
+  return values
+
+
+def _differences(mine, theirs, name):
+  """'field (theirs, now mine)' of every field below `name` that differs."""
+  if not isinstance(mine, dict) or not isinstance(theirs, dict):
+    return [] if mine == theirs else [f'{name} ({theirs!r}, now {mine!r})']
+  found = []
+  for key in sorted(set(mine) | set(theirs)):
+    found += _differences(mine.get(key), theirs.get(key), f'{name}.{key}')
+  return found
+
+
+def check_config(config, workdir):
+  """Refuses a work directory whose folders another config made.
+
+  A stage that is run needs its own config; other stages need to share SHARED.
+  """
+  mine = as_dict(config)
+  ran = {FOLDERS[stage] for stage in config.stages}
+  for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
+    theirs = _read(workdir / folder)
+    if theirs is None:
+      continue
+    names = tuple(mine) if folder in ran else _DECIDES.get(folder, SHARED)
+    found = [difference for name in names for difference in
+             _differences(_get(mine, name), _get(theirs, name), name)]
+    if found:
+      raise InputError(
+          f'{workdir / folder} was made with another config: '
+          f'{", ".join(found)}; use another --workdir or the old values.')
+  if needs_stage_a(config) and 'a' not in config.stages:
+    stage_a_adapter(config, workdir)
+
+
+def _read(folder):
+  path = folder / 'config.json'
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def fingerprints(events, base):
+  """What ties artifacts to the log and the model, beyond their addresses."""
+  return {'events': events.fingerprint, 'base': base.fingerprint}
+
+
+def claim(folder, config, prints):
+  """Writes the config.json of a folder whose work begins."""
+  folder.mkdir(parents=True, exist_ok=True)
+  files.write_json(folder / 'config.json',
+                   as_dict(config) | {'fingerprints': prints})
+
+
+def check_fingerprints(config, workdir, prints):
+  """Refuses folders that belong to other events or another base model."""
+  for folder in ('base', 'a_tuning', 'b_tuning'):
+    theirs = _read(workdir / folder)
+    found = (theirs or {}).get('fingerprints', prints)
+    for name, mine in prints.items():
+      if found[name] != mine:
+        raise InputError(
+            f'{workdir / folder} was made from other {name} (fingerprint '
+            f'{found[name][:12]}, now {mine[:12]}); use another --workdir.')
+  if config.init_from:
+    _check_origin(stage_a_adapter(config, workdir), prints)
+
+
+def _check_origin(adapter, prints):
+  """An adapter from elsewhere must fit the base model; a log may differ."""
+  theirs = (_read(adapter.parent) or {}).get('fingerprints')
+  if theirs is None:
+    logging.warning('init_from: %s does not say which base model it was '
+                    'trained on; only its shapes are checked.', adapter)
+  elif theirs['base'] != prints['base']:
+    raise InputError(
+        f'init_from: {adapter} was trained on another base model (fingerprint '
+        f'{theirs["base"][:12]}, now {prints["base"][:12]}); set model.address '
+        'to that model.')
+  elif theirs['events'] != prints['events']:
+    logging.warning('init_from: %s was trained on other events; make sure '
+                    'that they hold none of the test split here.', adapter)
+
+
+def needs_stage_a(config):
+  """Whether stage b of this config starts from stage a's adapter."""
+  return 'b' in config.stages and 'no_anchor_stage' not in config.ablations
+
+
+def stage_a_adapter(config, workdir):
+  """The adapter folder that stage b starts from."""
+  root = pathlib.Path(config.init_from or workdir)
+  for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
+    if (folder / 'adapter_config.json').exists():
+      return folder
+  where = 'init_from' if config.init_from else '--workdir'
+  raise InputError(
+      f'stage b starts from stage a, but {root} ({where}) holds no finished '
+      'a_tuning/adapter; run stage a there, or give --config.init_from=DIR.')
+
+
+def open_events(config, workdir):
+  """The event table of this work directory, prepared at the first call."""
+  folder = workdir / 'events'
+  if not config.data.events:
+    raise InputError('data.events is empty; give --config.data.events=LOG.')
+  path = addresses.resolve(config.data.events, 'data.events')
+  if not folder.exists():
+    origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
+    events_lib.prepare(config.data, path, folder, config.seed, origin)
+    return events_lib.open_events(folder)
+  origin = _read(folder)
+  if origin is None:
+    raise InputError(f'{folder} exists but was not made by this program; use '
+                     'another --workdir.')
+  if origin['log_sha256'] != addresses.sha256(path):
+    raise InputError(f'{folder} was made from another content of {path}; use '
+                     'another --workdir.')
+  return events_lib.open_events(folder)

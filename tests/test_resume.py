@@ -1,0 +1,170 @@
+"""Runs that are killed and run again end bit for bit as if left alone.
+
+The child sends the real signal to itself after the n-th call of a function of
+the program: no race decides in which stage it lands. `MetricsFile.write` runs
+once a step, while the next step is on its way and the last checkpoint may be
+half-written.
+"""
+
+import logging
+import shutil
+import signal
+
+import pytest
+
+from behaviorlm_jax import stages
+from behaviorlm_jax.train import preemption
+
+STAGES = ('a_tuning', 'b_tuning')
+ADAPTER = 'adapter/adapter_model.safetensors'
+CHILD = '''
+import importlib, os, runpy, sys
+path, name, number, at = sys.argv[1:5]
+del sys.argv[1:5]
+owner = importlib.import_module(path)
+*classes, name = name.split('.')
+for part in classes:
+  owner = getattr(owner, part)
+inner, calls = getattr(owner, name), 0
+def counted(*args, **options):
+  global calls
+  result = inner(*args, **options)
+  calls += 1
+  if calls == int(at):
+    os.kill(os.getpid(), int(number))
+  return result
+setattr(owner, name, counted)
+runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
+'''
+WRITE = ('behaviorlm_jax.train.loop', 'MetricsFile.write')
+SCORE = ('behaviorlm_jax.score.labels', 'Scorer._batch')
+
+
+@pytest.fixture
+def run_until(run_command):
+  """Runs the command until its n-th call of a function, which a signal ends."""
+
+  def run(workdir, function, number, at):
+    program = ('-c', CHILD, *function, str(int(number)), str(at))
+    done = run_command(workdir, program=program)
+    code = preemption.EXIT_CODE if number == signal.SIGTERM else -number
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+  return run
+
+
+@pytest.fixture
+def assert_same(finished, read_rows, steps):
+  """The work directory ended as the finished run did."""
+
+  def check(workdir, stages=STAGES):
+    for stage in stages:
+      folder, whole = workdir / stage, finished / stage
+      losses, expected = (
+          [(row['step'], row['loss'], row.get('val_loss')) for row in
+           read_rows(path / 'metrics.jsonl')] for path in (folder, whole))
+      assert [step for step, *_ in losses] == list(range(1, steps + 1))
+      assert losses == expected
+      for name in (ADAPTER, 'predictions.parquet', 'evaluation.json'):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), (
+            stage, name)
+  return check
+
+
+def steps_of(folder, read_rows):
+  return [row['step'] for row in read_rows(folder / 'metrics.jsonl')]
+
+
+def saved(folder):
+  """Steps of the finished checkpoints."""
+  return sorted(int(path.name) for path in (folder / 'checkpoints').iterdir()
+                if path.name.isdigit())
+
+
+@pytest.mark.slow
+def test_sigkill_in_each_stage_changes_nothing(
+    run_until, run_command, assert_same, steps, copy_run):
+  workdir = copy_run('a_tuning', 'b_tuning')
+  first, second = (workdir / stage for stage in STAGES)
+  # Step 4 is noted right after the checkpoint of step 3 began to be written.
+  run_until(workdir, WRITE, signal.SIGKILL, 4)
+  assert not (first / 'adapter').exists() and not second.exists()
+  left = steps - max(saved(first), default=0)
+  run_until(workdir, WRITE, signal.SIGKILL, left + 4)
+  assert (first / 'evaluation.json').exists()
+  assert (second / 'metrics.jsonl').exists()
+  assert not (second / 'adapter').exists()
+  done = run_command(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same(workdir)
+
+
+@pytest.mark.slow
+def test_sigterm_in_each_stage_saves_and_changes_nothing(
+    run_until, run_command, assert_same, read_rows, steps, copy_run):
+  workdir = copy_run('a_tuning', 'b_tuning')
+  first, second = (workdir / stage for stage in STAGES)
+  done = run_until(workdir, WRITE, signal.SIGTERM, 1)
+  assert done.stderr.splitlines()[-1].startswith('stopped by SIGTERM')
+  # Step 1 is noted while step 2 runs; checkpoints are due at 3 and 6 alone.
+  assert saved(first) == steps_of(first, read_rows)[-1:] == [2]
+  assert not second.exists()
+  run_until(workdir, WRITE, signal.SIGTERM, steps - 2 + 1)
+  assert (first / 'evaluation.json').exists()
+  assert saved(second) == steps_of(second, read_rows)[-1:] == [2]
+  done = run_command(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same(workdir)
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_untuned_model_is_scored(
+    run_until, run_command, finished, copy_run):
+  workdir = copy_run('a_tuning', 'b_tuning', 'base')
+  run_until(workdir, SCORE, signal.SIGTERM, 1)
+  assert not (workdir / 'base/evaluation.json').exists()
+  assert not (workdir / 'a_tuning').exists()
+  done = run_command(workdir, flags=['--ablation=no_balanced_stage'])
+  assert done.returncode == 0, done.stderr[-3000:]
+  for name in ('base/evaluation.json', 'base/predictions.parquet',
+               f'a_tuning/{ADAPTER}'):
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+
+
+def remove_state(folder):
+  shutil.rmtree(folder / 'state')
+
+
+def remove_values(folder):
+  """Leaves the structure but none of the arrays."""
+  for path in (folder / 'state').rglob('*'):
+    if path.is_file() and path.parent.name == 'd':
+      path.unlink()
+
+
+def cut_files(folder):
+  for path in (folder / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def remove_facts(folder):
+  shutil.rmtree(folder / 'facts')
+
+
+@pytest.mark.usefixtures('compile_once')
+@pytest.mark.parametrize('tear', [remove_state, remove_values, cut_files,
+                                  remove_facts])
+def test_torn_checkpoint_is_skipped_with_a_warning(
+    make_run_config, copy_run, assert_same, caplog, monkeypatch, tear):
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
+                     'b_tuning')
+  tear(workdir / 'a_tuning/checkpoints/6')
+  config = make_run_config()
+  config.stages = ('a',)
+  with caplog.at_level(logging.WARNING):
+    stages.run(config, workdir)
+  assert 'checkpoint 6 cannot be read' in caplog.text
+  assert saved(workdir / 'a_tuning') == [3, 6]
+  assert_same(workdir, ['a_tuning'])
