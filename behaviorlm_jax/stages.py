@@ -70,7 +70,8 @@ def run(config, workdir):
   config_lib.check(config)
   workdir = pathlib.Path(workdir)
   workdir_lib.check_config(config, workdir)
-  mesh = sharding.make_mesh(config.mesh, config.train)
+  mesh = sharding.make_mesh(config.mesh, config.train.batch,
+                            config.train.accumulate)
   this = _open(config, workdir, mesh)
   workdir_lib.check_fingerprints(config, workdir, this.fingerprints)
   evaluate_base(this)

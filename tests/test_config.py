@@ -126,7 +126,7 @@ def test_values_that_contradict_each_other_are_refused(fields, parts):
   ('no_balanced_stage', ('a',), {}),
   ('no_anchor_stage', ('b',), {}),
   ('all_behaviors_first', ('a', 'b'), {'plan.content': 'all'}),
-  ('one_stage', ('one',), {}),
+  ('one_stage', ('one',), {'train.steps': 400}),
 ])
 def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
   before = changed(plan__balanced_conversation_share=0.1)

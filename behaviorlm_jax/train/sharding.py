@@ -40,8 +40,8 @@ PARAM_AXES = {
 }
 
 
-def make_mesh(sizes, train):
-  """Mesh over all devices from config.mesh; checks it against config.train."""
+def make_mesh(sizes, batch, accumulate=1):
+  """Mesh over all devices from config.mesh; `batch` rows must divide by it."""
   devices = jax.devices()
   shape = [sizes[axis] for axis in AXES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
@@ -55,10 +55,10 @@ def make_mesh(sizes, train):
         f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
         f'there are {len(devices)} devices; make the product equal.')
   rows = shape[0] * shape[1]
-  if train.batch % (rows * train.accumulate):
+  if batch % (rows * accumulate):
     raise InputError(
-        f'train.batch is {train.batch}, but mesh.data x mesh.fsdp is {rows} '
-        f'and train.accumulate is {train.accumulate}; the batch must be a '
+        f'train.batch is {batch}, but mesh.data x mesh.fsdp is {rows} '
+        f'and train.accumulate is {accumulate}; the batch must be a '
         'multiple of their product.')
   return jax.make_mesh(shape, AXES, devices=devices,
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)

@@ -58,6 +58,7 @@ def make_batch():
     for name in ('answer_positions', 'answer_tokens'):
       batch[name] = np.zeros((len(rows), answers), np.int32)
     batch['answer_weights'] = np.zeros((len(rows), answers), np.float32)
+    batch['samples'] = np.ones(len(rows), np.int32)
     for row, segments in enumerate(rows):
       fill(batch, row, segments, generator)
     return batch

@@ -33,6 +33,7 @@ def draw_batch(generator):
     'answer_positions': draw(LENGTH, ANSWERS),
     'answer_tokens': draw(256, ANSWERS),
     'answer_weights': generator.uniform(0, 2, (ROWS, ANSWERS)).astype('f4'),
+    'samples': np.ones(ROWS, 'i4'),
   }
 
 
