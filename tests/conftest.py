@@ -4,6 +4,7 @@ Compiled programs are shared between runs through JAX's cache on disk, which
 stores what was compiled: runs are faster and their bits the same.
 """
 
+import copy
 import datetime
 import json
 import os
@@ -16,8 +17,13 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import families
+from behaviorlm_jax.model import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6  # Of each stage.
@@ -66,6 +72,27 @@ def write_conversations(path):
   return path
 
 
+def write_model(folder, seed=0):
+  """A tiny Llama as a Hugging Face folder whose tokenizer has no template."""
+  base = weights.open_base('random://tiny')
+  folder.mkdir(exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps({
+      'model_type': 'llama', 'vocab_size': 384, 'hidden_size': 64,
+      'intermediate_size': 128, 'num_hidden_layers': 2, 'head_dim': 16,
+      'num_attention_heads': 4, 'num_key_value_heads': 2,
+      'rope_theta': 10000.0, 'rms_norm_eps': 1e-5,
+      'tie_word_embeddings': True}))
+  tokenizer = copy.deepcopy(base.tokenizer)
+  tokenizer.chat_template = None
+  tokenizer.save_pretrained(folder)
+  rng = np.random.default_rng(seed)
+  safetensors_numpy.save_file(
+      {name: rng.standard_normal(shape, np.float32) * np.float32(0.02)
+       for name, shape in families.hf_shapes(base.config)},
+      folder / 'model.safetensors')
+  return folder
+
+
 @pytest.fixture(scope='session')
 def steps():
   return STEPS
@@ -74,6 +101,11 @@ def steps():
 @pytest.fixture(scope='session')
 def make_log():
   return write_log
+
+
+@pytest.fixture(scope='session', name='write_model')
+def _write_model():
+  return write_model
 
 
 @pytest.fixture(scope='session')
@@ -169,6 +201,34 @@ def copy_run(finished, tmp_path):
         (workdir / path).unlink()
     return workdir
   return copy
+
+
+@pytest.fixture
+def run_stages(make_run_config, tmp_path):
+  """Runs stages in this process, in a new work directory by default."""
+
+  def run(fields=None, workdir=None, only=None, ablations=()):
+    config = make_run_config(fields)
+    if only:
+      config.stages = (only,)
+    stages.run(config_lib.ablate(config, ablations),
+               workdir or tmp_path / 'work')
+  return run
+
+
+@pytest.fixture
+def refused(run_stages, tmp_path):
+  """The run ends with one sentence that matches; `left` is all it leaves."""
+
+  def check(match, fields=None, left=(), **options):
+    with pytest.raises(InputError, match=match) as caught:
+      run_stages(fields, **options)
+    assert '\n' not in str(caught.value)
+    if 'workdir' not in options:
+      work = tmp_path / 'work'
+      assert {path.name for path in work.glob('*')} == set(left)
+      assert not list(work.rglob('*.tmp'))
+  return check
 
 
 @pytest.fixture(scope='session')

@@ -211,7 +211,8 @@ def test_adapter_has_the_layout_of_peft(finished, stage):
   tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
   assert {name: value.shape for name, value in tensors.items()} == {
       f'base_model.model.model.layers.{layer}.self_attn.{name}.{side}.weight':
-      shape for layer in (0, 1) for name, out in (('q_proj', 64), ('v_proj', 32))
+      shape for layer in (0, 1)
+      for name, out in (('q_proj', 64), ('v_proj', 32))
       for side, shape in (('lora_A', (4, 64)), ('lora_B', (out, 4)))}
   assert all(value.dtype == np.float32 and value.any()
              for value in tensors.values())

@@ -18,9 +18,9 @@ from behaviorlm_jax.train import preemption
 STAGES = ('a_tuning', 'b_tuning')
 ADAPTER = 'adapter/adapter_model.safetensors'
 CHILD = '''
-import importlib, os, runpy, sys
-path, name, number, at = sys.argv[1:5]
-del sys.argv[1:5]
+import importlib, os, runpy, sys, time
+path, name, number, at, waited_for = sys.argv[1:6]
+del sys.argv[1:6]
 owner = importlib.import_module(path)
 *classes, name = name.split('.')
 for part in classes:
@@ -31,6 +31,8 @@ def counted(*args, **options):
   result = inner(*args, **options)
   calls += 1
   if calls == int(at):
+    while waited_for and not os.path.exists(waited_for):
+      time.sleep(0.01)
     os.kill(os.getpid(), int(number))
   return result
 setattr(owner, name, counted)
@@ -42,10 +44,14 @@ SCORE = ('behaviorlm_jax.score.labels', 'Scorer._batch')
 
 @pytest.fixture
 def run_until(run_command):
-  """Runs the command until its n-th call of a function, which a signal ends."""
+  """Runs the command until its n-th call of a function, which a signal ends.
 
-  def run(workdir, function, number, at):
-    program = ('-c', CHILD, *function, str(int(number)), str(at))
+  The signal waits until the path `waited_for` exists, if one is given.
+  """
+
+  def run(workdir, function, number, at, waited_for=''):
+    program = ('-c', CHILD, *function, str(int(number)), str(at),
+               str(waited_for))
     done = run_command(workdir, program=program)
     code = preemption.EXIT_CODE if number == signal.SIGTERM else -number
     assert done.returncode == code, done.stderr[-3000:]
@@ -86,11 +92,12 @@ def test_sigkill_in_each_stage_changes_nothing(
     run_until, run_command, assert_same, steps, copy_run):
   workdir = copy_run('a_tuning', 'b_tuning')
   first, second = (workdir / stage for stage in STAGES)
-  # Step 4 is noted right after the checkpoint of step 3 began to be written.
-  run_until(workdir, WRITE, signal.SIGKILL, 4)
+  # Step 4 is noted right after the checkpoint of step 3 began to be written: in
+  # stage a the kill waits until it is finished, in stage b it does not.
+  run_until(workdir, WRITE, signal.SIGKILL, 4, first / 'checkpoints/3')
+  assert saved(first) == [3]
   assert not (first / 'adapter').exists() and not second.exists()
-  left = steps - max(saved(first), default=0)
-  run_until(workdir, WRITE, signal.SIGKILL, left + 4)
+  run_until(workdir, WRITE, signal.SIGKILL, steps - 3 + 4)
   assert (first / 'evaluation.json').exists()
   assert (second / 'metrics.jsonl').exists()
   assert not (second / 'adapter').exists()
@@ -100,13 +107,17 @@ def test_sigkill_in_each_stage_changes_nothing(
 
 
 @pytest.mark.slow
-def test_sigterm_in_each_stage_saves_and_changes_nothing(
-    run_until, run_command, assert_same, read_rows, steps, copy_run):
-  workdir = copy_run('a_tuning', 'b_tuning')
+def test_sigterm_anywhere_saves_and_changes_nothing(
+    run_until, run_command, assert_same, read_rows, steps, finished, copy_run):
+  workdir = copy_run('a_tuning', 'b_tuning', 'base')
   first, second = (workdir / stage for stage in STAGES)
-  done = run_until(workdir, WRITE, signal.SIGTERM, 1)
+  # While the untuned model is scored.
+  done = run_until(workdir, SCORE, signal.SIGTERM, 1)
   assert done.stderr.splitlines()[-1].startswith('stopped by SIGTERM')
+  assert not (workdir / 'base/evaluation.json').exists()
+  assert not first.exists()
   # Step 1 is noted while step 2 runs; checkpoints are due at 3 and 6 alone.
+  run_until(workdir, WRITE, signal.SIGTERM, 1)
   assert saved(first) == steps_of(first, read_rows)[-1:] == [2]
   assert not second.exists()
   run_until(workdir, WRITE, signal.SIGTERM, steps - 2 + 1)
@@ -115,20 +126,9 @@ def test_sigterm_in_each_stage_saves_and_changes_nothing(
   done = run_command(workdir)
   assert done.returncode == 0, done.stderr[-3000:]
   assert_same(workdir)
-
-
-@pytest.mark.slow
-def test_sigterm_while_the_untuned_model_is_scored(
-    run_until, run_command, finished, copy_run):
-  workdir = copy_run('a_tuning', 'b_tuning', 'base')
-  run_until(workdir, SCORE, signal.SIGTERM, 1)
-  assert not (workdir / 'base/evaluation.json').exists()
-  assert not (workdir / 'a_tuning').exists()
-  done = run_command(workdir, flags=['--ablation=no_balanced_stage'])
-  assert done.returncode == 0, done.stderr[-3000:]
-  for name in ('base/evaluation.json', 'base/predictions.parquet',
-               f'a_tuning/{ADAPTER}'):
-    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+  for name in ('evaluation.json', 'predictions.parquet'):
+    assert (workdir / 'base' / name).read_bytes() == (
+        finished / 'base' / name).read_bytes()
 
 
 def remove_state(folder):

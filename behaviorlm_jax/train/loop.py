@@ -98,6 +98,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
       clock.reset()
     for name in ('loss', 'grad_norm', 'val_loss'):
       if not math.isfinite(row.get(name, 0.0)):
+        checkpoints.wait()  # The one that stays may still be on its way.
         raise InputError(
             f'{folder.name}: {name} of step {step} is {row[name]}; the '
             f'checkpoint of step {checkpoints.latest_step()} stays. Use another'

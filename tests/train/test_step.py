@@ -229,6 +229,7 @@ def run_worker(devices, meshes):
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_losses():
   [alone] = run_worker(1, [{'data': 1, 'fsdp': 1, 'tensor': 1}])
   assert np.diff(alone['losses']).max() < -0.01  # it does train

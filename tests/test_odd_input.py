@@ -1,0 +1,74 @@
+"""Odd but right input runs with warnings, and what it left is its own."""
+
+import io
+import json
+import logging
+import pathlib
+import shutil
+
+import pytest
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
+
+pytestmark = pytest.mark.usefixtures('compile_once')
+
+
+@pytest.fixture(scope='module')
+def odd_input(tmp_path_factory, make_log, write_model):
+  """A log without tail, with a behavior of the test split; a plain model."""
+  folder = tmp_path_factory.mktemp('odd')
+  path = make_log(folder / 'log.csv')
+  text = path.read_text().replace('airport', 'gym').replace('hotel', 'cafe')
+  lines = text.splitlines()
+  lines[-1] = lines[-1].rpartition(',')[0] + ',surprise'
+  path.write_text('\n'.join(lines) + '\n')
+  model = write_model(folder / 'model')
+  return {'data.events': str(path), 'model.address': str(model)}
+
+
+@pytest.fixture(scope='module')
+def odd_run(tmp_path_factory, odd_input, make_run_config):
+  """Work directory of a run of stage a on it, and its warnings."""
+  workdir = tmp_path_factory.mktemp('odd_run') / 'work'
+  lines = io.StringIO()
+  handler = logging.StreamHandler(lines)
+  handler.setLevel(logging.WARNING)
+  logger = logging.getLogger('absl')
+  logger.addHandler(handler)
+  try:
+    stages.run(config_lib.ablate(make_run_config(odd_input),
+                                 ['no_balanced_stage']), workdir)
+  finally:
+    logger.removeHandler(handler)
+  (workdir / 'warnings.txt').write_text(lines.getvalue())
+  return workdir
+
+
+def test_odd_input_is_warned_of_and_runs(odd_run):
+  warnings = (odd_run / 'warnings.txt').read_text()
+  assert 'no tail behavior' in warnings
+  assert 'only in the test split: 1' in warnings
+  assert 'has no chat template' in warnings
+  labels = json.loads((odd_run / 'a_tuning/labels.json').read_text())
+  assert {label['name'] for label in labels} == {'home', 'work', 'gym', 'cafe'}
+  assert (odd_run / 'report.md').exists()
+
+
+def test_log_or_model_that_changed_in_place(
+    odd_input, odd_run, refused, write_model):
+  options = {'workdir': odd_run, 'ablations': ['no_balanced_stage']}
+  model, log = (pathlib.Path(odd_input[name]) for name in
+                ('model.address', 'data.events'))
+  write_model(model, seed=1)
+  refused('base was made from other', odd_input, **options)
+  write_model(model)
+  log.write_text(log.read_text().replace('home', 'club'))
+  refused('another content', odd_input, **options)
+
+
+def test_plan_of_another_log_and_model(refused, copy_run, odd_run):
+  workdir = copy_run('a_tuning/evaluation.json')
+  shutil.copy(odd_run / 'a_tuning/plan.parquet', workdir / 'a_tuning')
+  refused(r'a_tuning/plan\.parquet was made from other events, another model',
+          workdir=workdir)
