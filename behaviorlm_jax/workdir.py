@@ -26,6 +26,9 @@ _DECIDES = {
 }
 
 
+_OTHER = {'events': 'other events', 'base': 'another base model'}
+
+
 def as_dict(config):
   """The config as plain JSON values, without what a call may vary."""
   values = json.loads(config.to_json_best_effort())
@@ -96,7 +99,7 @@ def check_fingerprints(config, workdir, prints):
     for name, mine in prints.items():
       if found[name] != mine:
         raise InputError(
-            f'{workdir / folder} was made from other {name} (fingerprint '
+            f'{workdir / folder} was made from {_OTHER[name]} (fingerprint '
             f'{found[name][:12]}, now {mine[:12]}); use another --workdir.')
   if config.init_from:
     _check_origin(stage_a_adapter(config, workdir), prints)

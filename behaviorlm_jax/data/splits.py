@@ -7,7 +7,9 @@ each user's history cut into splits, so that repeats cannot straddle a cut.
 
 Invariants: ties in time keep the order of the file; the order and the groups of
 the known behaviors come from the training and validation events alone, so no
-event of the test split can move an index or a group.
+event of the test split can move an index or a group. What it can move is a cut:
+a last event that repeats its predecessor is collapsed, and the user's history
+is one event shorter.
 """
 
 import dataclasses
