@@ -61,7 +61,7 @@ def test_log_or_model_that_changed_in_place(
   model, log = (pathlib.Path(odd_input[name]) for name in
                 ('model.address', 'data.events'))
   write_model(model, seed=1)
-  refused('base was made from other', odd_input, **options)
+  refused('was made from another base model', odd_input, **options)
   write_model(model)
   log.write_text(log.read_text().replace('home', 'club'))
   refused('another content', odd_input, **options)

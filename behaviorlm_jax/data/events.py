@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from behaviorlm_jax import files
 from behaviorlm_jax.data import logs
 from behaviorlm_jax.data import splits
 from behaviorlm_jax.data.splits import Behavior
@@ -76,7 +77,7 @@ def prepare(data, path, folder: pathlib.Path, seed: int,
       summary = _prepare(con, data, path, half, seed, ends)
     shutil.rmtree(spill)
     if origin is not None:
-      _write_json(half / 'config.json', origin)
+      files.write_json(half / 'config.json', origin)
     half.rename(folder)
   finally:
     shutil.rmtree(half, ignore_errors=True)
@@ -97,12 +98,12 @@ def _prepare(con, data, path, folder, seed, ends) -> dict:
   digests = _write_events(con, folder, position)
   users, places = (
       _write_names(con, table, folder) for table in ('users', 'places'))
-  _write_json(folder / 'behaviors.json',
-              [dataclasses.asdict(item) for item in behaviors])
+  files.write_json(folder / 'behaviors.json',
+                   [dataclasses.asdict(item) for item in behaviors])
   summary = counts | _summary(con, users, behaviors)
   summary['warnings'] = _warnings(summary)
   summary['fingerprint'] = _fingerprint(digests, users, places, behaviors)
-  _write_json(folder / 'summary.json', summary)
+  files.write_json(folder / 'summary.json', summary)
   for warning in summary['warnings']:
     logging.warning('%s', warning)
   return summary
@@ -218,11 +219,6 @@ def _write_names(con, table, folder) -> list[str]:
   _write_arrow(folder / f'{table}.arrow',
                {'name': pa.array(names, pa.string())})
   return names
-
-
-def _write_json(path, value):
-  path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n',
-                  encoding='utf-8')
 
 
 def _summary(con, users, behaviors) -> dict:

@@ -22,6 +22,7 @@ import gguf
 import gguf.quants
 import numpy as np
 
+from behaviorlm_jax import files
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
 from behaviorlm_jax.model import gguf_header
@@ -58,18 +59,15 @@ def convert(path: Path, folder: Path) -> None:
   tokenizer = gguf_tokenizer.build(fields, path)
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / 'tokenizer.json'))
-  _write_json(folder / 'tokenizer_config.json', gguf_tokenizer.config(fields))
+  files.write_json(folder / 'tokenizer_config.json',
+                   gguf_tokenizer.config(fields))
   if template := fields.get('tokenizer.chat_template'):
     (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
   hf_config = families.to_hf(config) | {'dtype': 'float32'}
   for name in ('bos_token_id', 'eos_token_id'):
     hf_config[name] = fields.get(f'tokenizer.ggml.{name}')
-  _write_json(folder / 'config.json', hf_config)
+  files.write_json(folder / 'config.json', hf_config)
   _write_weights(folder / 'model.safetensors', config, tensors, path)
-
-
-def _write_json(path: Path, content: dict) -> None:
-  path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
 
 # Dimensions.
