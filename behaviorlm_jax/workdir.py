@@ -12,6 +12,7 @@ from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import files
+from behaviorlm_jax import hub
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 
@@ -24,6 +25,10 @@ _DECIDES = {
                'data.max_rejected', 'data.split', 'data.anchor_share', 'seed'),
     'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
 }
+# Fields that take hf://, and where to look for what it was: `events` last, as
+# events serve any model.
+_ADDRESSES = ('model.address', 'data.events', 'data.conversations')
+_PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
 
 
 _OTHER = {'events': 'other events', 'base': 'another base model'}
@@ -50,6 +55,22 @@ def _differences(mine, theirs, name):
   for key in sorted(set(mine) | set(theirs)):
     found += _differences(mine.get(key), theirs.get(key), f'{name}.{key}')
   return found
+
+
+def pin(config, workdir):
+  """The config with a commit in every hf:// address.
+
+  Where one gives no revision, this work directory's own commit goes on.
+  """
+  config = config.copy_and_resolve_references()
+  values = as_dict(config)
+  earlier = [_read(workdir / folder) or {} for folder in _PINNED_IN]
+  for name in _ADDRESSES:
+    address = _get(values, name)
+    if address.startswith(hub.PREFIX):
+      found = [old for past in earlier if (old := _get(past, name))]
+      config.update_from_flattened_dict({name: hub.pin(address, name, found)})
+  return config
 
 
 def check_config(config, workdir):

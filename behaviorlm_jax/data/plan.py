@@ -240,18 +240,29 @@ def mix(stream, conversations, share, rng):
     total += answers
 
 
+_OPEN_ROWS = 64  # 93 % full on check-ins, where one open row left 29 % empty.
+
+
 def pack(stream, rows, length):
-  """Fills `rows` rows of at most `length` tokens, in the stream's order."""
-  packed = [[]]
-  used = 0
+  """Fills `rows` rows of at most `length` tokens from an endless stream.
+
+  Best fit among the rows begun last: a segment joins the fullest one that has
+  room, so it stands a few rows from its place in the stream, not more.
+  """
+  packed, used = [], []
   for segment in stream:
-    if used + segment.length > length:
-      if len(packed) == rows:
-        return packed
+    fitting = [i for i in range(max(0, len(used) - _OPEN_ROWS), len(used))
+               if used[i] + segment.length <= length]
+    if fitting:
+      row = max(fitting, key=lambda i: used[i])
+    elif len(packed) == rows:
+      return packed
+    else:
+      row = len(packed)
       packed.append([])
-      used = 0
-    packed[-1].append(segment)
-    used += segment.length
+      used.append(0)
+    packed[row].append(segment)
+    used[row] += segment.length
 
 
 def weighted_draw(positions, weights, size, rng):

@@ -7,26 +7,33 @@ Invariants:
   * Base weights are `nnx.Param` in the compute dtype and never trained; adapter
     weights are `nnx.LoRAParam` in float32. `nnx.split(model, nnx.LoRAParam,
     ...)` is all that training needs to tell them apart.
-  * The caller gives the attention mask, so one forward pass serves packed
+  * The caller says who attends to whom, so one forward pass serves packed
     training rows, prompts and the label tree.
+  * `backend` changes how things are computed, never what.
 
 Shapes in comments: B batch, L query length, M memory (cache) length, D embed,
 H query heads, K key-value heads, C head_dim, V vocab, R LoRA rank.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from behaviorlm_jax.model import attention
 
 PROJECTIONS = (
     'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'
 )
+# What the backward pass finds saved; the rest of a layer it computes again.
 REMAT_POLICIES = {
-    'none': None,
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'none': None,  # Everything.
+    'full': jax.checkpoint_policies.nothing_saveable,  # The layer's input.
+    # What takes a product with weights, or attention, to compute.
+    'products': jax.checkpoint_policies.save_only_these_names('product'),
 }
 
 
@@ -44,8 +51,7 @@ def _dot(x, w):
   """x [..., in] times w [out, in] -> float32 [..., out].
 
   Left to itself, the gradient of a bfloat16 product with a float32 result is a
-  float32 product, at half the speed; here it is a bfloat16 product, too. `w`
-  may be a float32 master; its gradient then is float32.
+  float32 product, at half the speed; here it is a bfloat16 product, too.
   """
   return _contract(x, w, (x.ndim - 1,), (1,))
 
@@ -57,18 +63,52 @@ def _dot_forward(x, w):
 def _dot_backward(saved, dy):
   x, w = saved
   dy = dy.astype(x.dtype)
+  dx = _contract(dy, w, (dy.ndim - 1,), (0,))
+  return dx.astype(x.dtype), _outer(dy, x).astype(w.dtype)
+
+
+def _outer(x, y):
+  """Sum over all rows of x [..., m] and y [..., n]: float32 [m, n]."""
   rows = tuple(range(x.ndim - 1))
-  dx = _contract(dy, w, (x.ndim - 1,), (0,))
-  return dx.astype(x.dtype), _contract(dy, x, rows, rows).astype(w.dtype)
+  return _contract(x, y, rows, rows)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lora_dot(scale, x, w, a, b):
+  """x W' + scale (x A') B' -> float32 [..., out]; a, b: float32 masters.
+
+  One rule for the sum, so that its gradients add up in float32 and x is
+  rounded once; see _dot.
+  """
+  return _lora_dot_forward(scale, x, w, a, b)[0]
+
+
+def _lora_dot_forward(scale, x, w, a, b):
+  last = (x.ndim - 1,)
+  low = checkpoint_name(_contract(x, a, last, (1,)), 'product').astype(x.dtype)
+  y = _contract(x, w, last, (1,)) + scale * _contract(low, b, last, (1,))
+  return y, (x, w, a, b, low)
+
+
+def _lora_dot_backward(scale, saved, dy):
+  x, w, a, b, low = saved
+  dy, last = dy.astype(x.dtype), (x.ndim - 1,)
+  dlow = (scale * _contract(dy, b, last, (0,))).astype(x.dtype)
+  dx = _contract(dy, w, last, (0,)) + _contract(dlow, a, last, (0,))
+  return (dx.astype(x.dtype), _outer(dy, x).astype(w.dtype), _outer(dlow, x),
+          scale * _outer(dy, low))
+
+
+_lora_dot.defvjp(_lora_dot_forward, _lora_dot_backward)
+
+
 def _rms_norm(x, weight, eps):
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  return (x32 * scale).astype(x.dtype) * weight
+  return x32 * scale * weight
 
 
 def rope_frequencies(config):
@@ -91,17 +131,9 @@ def rope_frequencies(config):
 
 def _rotate(x, cos, sin):
   """Rotary embedding of x [B, L, heads, C]; halves, as Hugging Face does."""
-  x32 = x.astype(jnp.float32)
-  first, second = jnp.split(x32, 2, axis=-1)
+  first, second = jnp.split(x, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
-  return (x32 * cos + turned * sin).astype(x.dtype)
-
-
-def causal_mask(segments):
-  """Mask [B, 1, L, L] of packed rows; segments int32 [B, L], 0 is padding."""
-  same = segments[:, None, :, None] == segments[:, None, None, :]
-  length = segments.shape[1]
-  return same & jnp.tril(jnp.ones((length, length), bool))
+  return x * cos + turned * sin
 
 
 class Linear(nnx.Module):
@@ -117,51 +149,59 @@ class Linear(nnx.Module):
       self.lora_b = nnx.LoRAParam(lora[1])
 
   def __call__(self, x):
-    y = _dot(x, self.kernel[...])
-    if self.has_lora:
-      low = _dot(x, self.lora_a[...]).astype(x.dtype)
-      y += self.scale * _dot(low, self.lora_b[...])
-    return y.astype(x.dtype)
+    """float32 [..., out] of x [..., in], which is rounded to kernel's dtype."""
+    kernel = self.kernel[...]
+    x = x.astype(kernel.dtype)
+    if not self.has_lora:
+      return _dot(x, kernel)
+    return _lora_dot(self.scale, x, kernel, self.lora_a[...], self.lora_b[...])
 
 
 class Layer(nnx.Module):
   """One pre-norm block; every weight has the leading axis `layers`."""
 
-  def __init__(self, config, params, lora, scale):
+  def __init__(self, config, params, lora, scale, between):
+    """between: dtype of what flows between the products."""
     self.config = config
+    self.between = between
     self.attention_norm = nnx.Param(params['layers.attention_norm'])
     self.mlp_norm = nnx.Param(params['layers.mlp_norm'])
     for name in PROJECTIONS:
       kernel = params[f'layers.{name}']
       setattr(self, name, Linear(kernel, lora.get(name), scale))
 
-  def __call__(self, x, cos, sin, mask, memory):
+  def __call__(self, x, cos, sin, attend, memory):
+    """x [B, L, D] -> the same, and this layer's keys and values [B, L, K, C]"""
     eps = self.config.norm_eps
-    attended, cache = self._attend(
-        _rms_norm(x, self.attention_norm[...], eps), cos, sin, mask, memory
-    )
-    x = x + attended
+    y = _rms_norm(x, self.attention_norm[...], eps)
+    attended, cache = self._attend(y, cos, sin, attend, memory)
+    x = self._keep(x + attended)
     y = _rms_norm(x, self.mlp_norm[...], eps)
-    y = jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)
-    return x + self.down_proj(y), cache
+    gate, up = self._keep(self.gate_proj(y)), self._keep(self.up_proj(y))
+    y = jax.nn.silu(gate.astype(jnp.float32)) * up
+    return (x + self.down_proj(y)).astype(x.dtype), cache
 
-  def _attend(self, x, cos, sin, mask, memory):
+  def _keep(self, y):
+    return checkpoint_name(y.astype(self.between), 'product')
+
+  def _attend(self, x, cos, sin, attend, memory):
     batch, length = x.shape[:2]
     heads = lambda y: y.reshape(batch, length, -1, self.config.head_dim)
-    q = _rotate(heads(self.q_proj(x)), cos, sin)
-    k = _rotate(heads(self.k_proj(x)), cos, sin)
-    v = heads(self.v_proj(x))
-    if memory is not None:
-      k = jnp.concatenate([memory[0], k], axis=1)
-      v = jnp.concatenate([memory[1], v], axis=1)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return self.o_proj(y.reshape(batch, length, -1)), (k, v)
+    q = self._keep(_rotate(heads(self.q_proj(x)), cos, sin))
+    k = self._keep(_rotate(heads(self.k_proj(x)), cos, sin))
+    v = self._keep(heads(self.v_proj(x)))
+    dtype = self.o_proj.kernel[...].dtype
+    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    y = attend(q, k, v) if memory is None else attend(q, k, v, *memory)
+    y = self._keep(y.reshape(batch, length, -1))
+    return self.o_proj(y), (k, v)
 
 
 class Decoder(nnx.Module):
   """Token ids to hidden states; `logits` is separate, for chosen positions."""
 
-  def __init__(self, config, params, lora=None, scale=1.0, remat='none'):
+  def __init__(self, config, params, lora=None, scale=1.0, remat='none',
+               packed=attention.reference, backend=None):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
     Args:
@@ -170,49 +210,84 @@ class Decoder(nnx.Module):
       lora: {projection: (A, B)}, float32, or None for the bare base model.
       scale: alpha / rank.
       remat: key of REMAT_POLICIES, applied to each layer.
+      packed: attention of packed rows, (q, k, v, segments) -> y.
+      backend: 'cpu', 'gpu' or 'tpu'; None: where this process runs.
     """
     self.config = config
     self.remat = remat
+    self.packed = packed
+    self.on_cpu = (backend or jax.default_backend()) == 'cpu'
+    dtype = params['embed'].dtype
+    # A CPU has no bfloat16 arithmetic outside of products: each operation would
+    # convert there and back. Accelerators want the smaller arrays.
+    between = jnp.dtype(jnp.float32) if self.on_cpu else dtype
     self.embed = nnx.Param(params['embed'])
     self.final_norm = nnx.Param(params['final_norm'])
-    self.layers = Layer(config, params, lora or {}, scale)
+    self.layers = Layer(config, params, lora or {}, scale, between)
     if not config.tied:
       self.head = nnx.Param(params['head'])
 
-  def __call__(self, tokens, positions, mask, memory=None, keep_cache=False):
+  def __call__(self, tokens, positions, attend, memory=None, keep_cache=False):
     """Hidden states after the final norm.
 
     Args:
       tokens: int32 [B, L].
       positions: int32 [B, L], position of each token in its own segment.
-      mask: bool [B, 1, L, M + L], True where a query may look.
+      attend: (q, k, v) -> y, attention among these tokens alone; with `memory`
+        (q, k, v, memory_k, memory_v) -> y. See model.attention for shapes.
       memory: keys and values of earlier tokens, each [layers, B, M, K, C].
-      keep_cache: also return keys and values of memory and tokens together.
+      keep_cache: also return keys and values of these tokens.
 
     Returns:
       Hidden states [B, L, D] in the compute dtype, and the cache or None.
     """
-    x = self.embed[...][tokens]
-    precise = 'highest' if x.dtype == jnp.float32 else None
+    embedded = self.embed[...][tokens]
+    x = embedded.astype(self.layers.between)
+    precise = 'highest' if embedded.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precise):
       angles = positions[..., None] * rope_frequencies(self.config)
       angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-      x, cache = self._scan(x, jnp.cos(angles), jnp.sin(angles), mask, memory,
+      x, cache = self._scan(x, jnp.cos(angles), jnp.sin(angles), attend, memory,
                             keep_cache)
-    return _rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
+    x = _rms_norm(x, self.final_norm[...], self.config.norm_eps)
+    return x.astype(embedded.dtype), cache
 
-  def _scan(self, x, cos, sin, mask, memory, keep_cache):
+  def packed_hidden(self, tokens, positions, segments, keep_cache=False):
+    """Hidden states of packed rows; segments int32 [B, L], 0 is padding."""
+    attend = functools.partial(self.packed, segments=segments)
+    return self(tokens, positions, attend, keep_cache=keep_cache)
+
+  def _scan(self, x, cos, sin, attend, memory, keep_cache):
     graphdef, state = nnx.split(self.layers)
 
     def block(x, scanned):
       state, memory = scanned
-      x, cache = nnx.merge(graphdef, state)(x, cos, sin, mask, memory)
+      layer = nnx.merge(graphdef, self._unpacked(state))
+      x, cache = layer(x, cos, sin, attend, memory)
       return x, cache if keep_cache else None
 
     if self.remat != 'none':
       block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat],
                              prevent_cse=False)
-    return jax.lax.scan(block, x, (state, memory))
+    return jax.lax.scan(block, x, (self._bits(state), memory))
+
+  def _bits(self, state):
+    """On CPU, bfloat16 weights as the integers they are stored in.
+
+    XLA for CPU cannot slice bfloat16: it would convert all layers' weights to
+    float32 before the loop, and each layer's back inside.
+    """
+    return self._recast(state, jnp.bfloat16, jnp.uint16)
+
+  def _unpacked(self, state):
+    return self._recast(state, jnp.uint16, jnp.bfloat16)
+
+  def _recast(self, state, given, wanted):
+    if not self.on_cpu:
+      return state
+    cast = lambda x: (jax.lax.bitcast_convert_type(x, wanted)
+                      if x.dtype == given else x)
+    return jax.tree.map(cast, state)
 
   def logits(self, hidden):
     """Float32 logits [..., V] of hidden states [..., D]."""

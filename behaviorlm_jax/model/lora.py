@@ -52,13 +52,16 @@ def init(config, rank, targets, key):
   return adapter
 
 
-def attach(config, params, adapter, alpha, remat='none'):
-  """The decoder with base weights `params` and `adapter` (None: bare)."""
+def attach(config, params, adapter, alpha, **options):
+  """The decoder with base weights `params` and `adapter` (None: bare).
+
+  `options`: remat, packed and backend of decoder.Decoder.
+  """
   if adapter is None:
-    return decoder.Decoder(config, params, remat=remat)
+    return decoder.Decoder(config, params, **options)
   rank = next(iter(adapter.values()))['a'].shape[1]
   pairs = {name: (ab['a'], ab['b']) for name, ab in adapter.items()}
-  return decoder.Decoder(config, params, pairs, alpha / rank, remat)
+  return decoder.Decoder(config, params, pairs, alpha / rank, **options)
 
 
 def _module(name, layer):

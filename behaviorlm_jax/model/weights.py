@@ -58,7 +58,7 @@ class Base:
 
 
 def open_base(address: str) -> Base:
-  """Opens a folder, a .gguf file, `pypi://...gguf` or `random://PRESET`."""
+  """Opens `random://PRESET`, or a folder or .gguf file by its address."""
   if address.startswith('random://'):
     return _random_base(address)
   path = addresses.resolve(address, _FIELD)

@@ -4,9 +4,11 @@ import collections
 
 import numpy as np
 
-from behaviorlm_jax.score.tables import cell
-from behaviorlm_jax.score.tables import fraction
-from behaviorlm_jax.score.tables import table
+from behaviorlm_jax.score.blocks import Heading
+from behaviorlm_jax.score.blocks import Listing
+from behaviorlm_jax.score.blocks import Strong
+from behaviorlm_jax.score.blocks import Table
+from behaviorlm_jax.score.blocks import Text
 
 EXAMPLES = 10
 PROMPT_LINES = 6
@@ -28,39 +30,38 @@ def pick(groups, right, count=EXAMPLES, seed=0):
   return np.array([i for _, _, i in turns[:count]], np.int64)
 
 
-def show(run, decode=None) -> list[str]:
-  """Markdown of ten predictions of the last stage, the other stages beside."""
+def show(run, decode=None) -> list:
+  """Blocks of ten predictions of the last stage, the other stages beside."""
   if not run.predicting:
     return []
   final = run.predicting[-1]
   chosen = pick(final.column('group'), final.right)
-  return [_example(run, final, number, int(i), decode)
-          for number, i in enumerate(chosen, 1)]
+  return [block for number, i in enumerate(chosen, 1)
+          for block in _example(run, final, number, int(i), decode)]
 
 
-def _example(run, final, number, index, decode) -> str:
+def _example(run, final, number, index, decode) -> list:
   row = final.predictions.slice(index, 1).to_pylist()[0]
+  outcome = 'right' if final.right[index] else 'wrong'
   where = 'in' if row['in_context'] else 'not in'
-  parts = [
-      f'### {number}. {row["group"]}, '
-      f'{"right" if final.right[index] else "wrong"}: {cell(row["behavior"])}',
-      f'User {cell(row["user"])}, {row["time"]:%A %Y-%m-%d %H:%M}; the true '
-      f'behavior, **{cell(row["behavior"])}**, stands {where} the context.']
+  blocks = [
+      Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
+      Text(f'User {row["user"]}, {row["time"]:%A %Y-%m-%d %H:%M}; the true '
+           'behavior, ', Strong(row['behavior']),
+           f', stands {where} the context.')]
   if decode:
     lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
-    # Indented code: the only block that no text of the log can close.
-    parts.append('\n'.join('    ' + line for line in lines))
+    blocks.append(Listing('\n'.join(lines)))
   choices = []
   for stage in run.predicting:
     found = stage.find(row['sample'])
     if found:
-      hit = found['top5'][0] == found['behavior']
       choices.append((
           stage.name, found['top5'][0],
-          fraction(np.exp(found['top5_log_prob'][0])), '✓' if hit else '✗'))
-  parts.append(table(('stage', 'first choice', 'p', 'right'), choices))
+          float(np.exp(found['top5_log_prob'][0])),
+          found['top5'][0] == found['behavior']))
+  blocks.append(Table(('stage', 'first choice', 'p', 'right'), choices))
   top = ' · '.join(
-      f'{cell(name)} {np.exp(log_prob):.3f}' for name, log_prob
+      f'{name} {np.exp(log_prob):.3f}' for name, log_prob
       in zip(row['top5'], row['top5_log_prob'], strict=True))
-  parts.append(f'Top five of {final.name}: {top}')
-  return '\n\n'.join(parts)
+  return [*blocks, Text(f'Top five of {final.name}: {top}')]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import attention
 from behaviorlm_jax.train import sharding
 
 
@@ -27,7 +28,8 @@ class Tree:
   """A token tree over some answers.
 
   Node 0 is the root (the prompt's last token, which is not run again); nodes
-  1..N are inner nodes. Edges lead from a node to a token.
+  1..N are inner nodes, each right before its descendants. Edges lead from a
+  node to a token.
   """
   tokens: np.ndarray  # int32 [N], of nodes 1..N.
   depths: np.ndarray  # int32 [N], 1 for children of the root.
@@ -44,7 +46,7 @@ def build(answers):
     InputError: two answers are equal, or one is the beginning of another.
   """
   nodes, edges = {(): 0}, {}
-  for answer in map(tuple, answers):
+  for answer in sorted(map(tuple, answers)):
     for i in range(len(answer)):
       if i:
         nodes.setdefault(answer[:i], len(nodes))
@@ -76,9 +78,9 @@ def prefill(model, tokens, lengths):
   """
   batch, width = tokens.shape
   positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-  mask = jnp.tril(jnp.ones((width, width), bool))
-  mask = jnp.broadcast_to(mask, (batch, 1, width, width))
-  hidden, cache = model(tokens, positions, mask, keep_cache=True)
+  segments = (positions < lengths[:, None]).astype(jnp.int32)
+  hidden, cache = model.packed_hidden(tokens, positions, segments,
+                                      keep_cache=True)
   last = hidden[jnp.arange(batch), lengths - 1]
   return last, cache
 
@@ -92,15 +94,39 @@ def tree_scores(model, tree, last, cache, lengths):
     tokens = jnp.broadcast_to(jnp.asarray(tree.tokens), (batch, nodes))
     positions = lengths[:, None] + tree.depths - 1
     prompt = jnp.arange(width) < lengths[:, None]
-    mask = jnp.concatenate([
-        jnp.broadcast_to(prompt[:, None, None], (batch, 1, nodes, width)),
-        jnp.broadcast_to(tree.ancestors, (batch, 1, nodes, nodes)),
-    ], axis=-1)
-    below, _ = model(tokens, positions, mask, memory=cache)
+    below, _ = model(tokens, positions, _attention(tree, prompt), memory=cache)
     hidden = jnp.concatenate([hidden, below], axis=1)
   edges = jax.lax.map(lambda h: _edge_scores(model, tree, h), hidden)
   edges = jnp.pad(edges, ((0, 0), (0, 1)))  # The edge that paths pad with.
   return edges[:, tree.paths].sum(axis=-1)
+
+
+_BLOCK = 128  # Nodes whose attention is computed at a time.
+
+
+def _attention(tree, prompt):
+  """`attend` of a tree's nodes, to prompts bool [B, P] and their ancestors.
+
+  A node follows its ancestors closely, so a block of nodes needs few others.
+  """
+
+  def attend(q, k, v, prompt_k, prompt_v):
+    q, blocks = attention.scaled(q), []
+    for begin in range(0, len(tree.tokens), _BLOCK):
+      block = tree.ancestors[begin:begin + _BLOCK]
+      seen = slice(int(block.any(axis=0).argmax()), begin + len(block))
+      keys = jnp.concatenate([prompt_k, k[:, seen]], axis=1)
+      values = jnp.concatenate([prompt_v, v[:, seen]], axis=1)
+      above = block[:, seen]
+      shape = (len(prompt), 1, len(block))
+      mask = jnp.concatenate([
+          jnp.broadcast_to(prompt[:, None, None], (*shape, prompt.shape[1])),
+          jnp.broadcast_to(above, (*shape, above.shape[1]))], axis=-1)
+      blocks.append(attention.grouped(q[:, begin:begin + len(block)], keys,
+                                      values, mask))
+    return jnp.concatenate(blocks, axis=1)
+
+  return attend
 
 
 def _edge_scores(model, tree, hidden):
@@ -118,7 +144,7 @@ class Scorer:
   def __init__(self, attach, params, labels, score, mesh):
     """`labels`: answer tokens by behavior; `score`: the config's section."""
     self.mesh, self.params, self.batch = mesh, params, score.batch
-    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    rows = sharding.row_parts(mesh)
     self.batch = -(-self.batch // rows) * rows
     step = score.names_per_pass
     trees = [build(labels[i:i + step]) for i in range(0, len(labels), step)]

@@ -1,18 +1,24 @@
-"""The plots of the report: arrays in, one PNG file out.
+"""The drawing of the report's figures: arrays in, one PNG file out.
 
 Drawn with matplotlib's Agg canvas through the object interface, so no global
 state and no display is touched. Colours are Okabe and Ito's, which colour-
-blind readers can tell apart; groups differ by marker or hatch as well.
+blind readers can tell apart; groups differ by marker, line or hatch as well.
+Figures are WIDTH inches wide, so that their text can still be read where two
+stand side by side on a page, or WIDE where they have the page to themselves.
 Behavior names are shown as they are: never read as mathematical text.
 """
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import NullFormatter
 
-DPI = 130
+DPI = 150
+WIDTH = 6.4
+WIDE = 10.2
 COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
-MARKERS = {'anchor': 'o', 'tail': '^'}
+MARKERS = {'anchor': 'o', 'tail': '^', 'all': 's'}
 HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
@@ -25,7 +31,7 @@ def stage_bars(path, labels, series):
     labels: names of the stages, left to right.
     series: {(group, legend text): values, one per stage}.
   """
-  figure, (axes,) = _figure(1, width=2.2 + 1.6 * len(labels), height=4.2)
+  figure, (axes,) = _figure(1, height=4)
   width = 0.8 / len(series)
   for index, ((group, text), values) in enumerate(series.items()):
     x = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
@@ -34,9 +40,34 @@ def stage_bars(path, labels, series):
         hatch=HATCHES[group], edgecolor='white', linewidth=0)
     axes.bar_label(bars, fmt='%.3f', fontsize=7, padding=1)
   axes.set_xticks(range(len(labels)), labels)
+  axes.set_xlabel('stage, in the order of the run')
   axes.set_ylabel('score on the test split (fraction)')
   axes.margins(y=0.12)
   _legend(figure, axes)
+  _save(figure, path)
+
+
+def change_intervals(path, panels):
+  """Points with 95 % intervals around zero, one panel per comparison.
+
+  Args:
+    panels: {against: [change with score, size, interval and outcome]}.
+  """
+  rows = max(map(len, panels.values()))
+  figure, stack = _figure(
+      len(panels), height=1 + (0.55 + 0.27 * rows) * len(panels), stacked=True)
+  for axes, (against, changes) in zip(stack, panels.items(), strict=True):
+    for y, change in enumerate(changes):
+      group = next((g for g in MARKERS if g in change.score), 'all')
+      axes.plot(change.interval, [y, y], color=COLOURS[group], linewidth=1.8)
+      axes.plot(
+          change.size, y, MARKERS[group], color=COLOURS[group], markersize=7,
+          markerfacecolor='white' if change.outcome == 'within' else None)
+    axes.axvline(0, color='#444444', linewidth=0.9, linestyle=':')
+    axes.set_yticks(range(len(changes)), [c.score for c in changes])
+    axes.set_ylim(len(changes) - 0.4, -0.6)
+    axes.set_title(f'against {against}', fontsize=10, loc='left')
+  stack[-1].set_xlabel('change of the score (fraction), 95 % interval')
   _save(figure, path)
 
 
@@ -48,7 +79,7 @@ def f1_against_frequency(path, panels, train_count, anchor):
     train_count: int[Y], training events; 0 is drawn at 0.5.
     anchor: bool[Y].
   """
-  figure, row = _figure(len(panels), width=1 + 4.5 * len(panels), height=4.2)
+  figure, row = _figure(len(panels), height=3.9)
   count = np.maximum(np.asarray(train_count, float), 0.5)
   for axes, (name, f1) in zip(row, panels.items(), strict=True):
     means = []
@@ -59,22 +90,35 @@ def f1_against_frequency(path, panels, train_count, anchor):
           count[members], f1[members], s=26, alpha=0.75, linewidth=0,
           marker=MARKERS[group], color=COLOURS[group], label=group)
       means.append(f'{group} {f1[members].mean():.3f}')
-    axes.set(xscale='log', ylim=(-0.04, 1.04))
-    axes.set_title(f'{name}: mean F1 ' + ', '.join(means), fontsize=10)
-    axes.set_xlabel('training events of the behavior (log scale)')
+    _decades(axes, count)
+    axes.set_ylim(-0.04, 1.04)
+    axes.set_title(f'{name}\nmean: ' + ', '.join(means), fontsize=10)
+    axes.set_xlabel('training events (log scale)')
   row[0].set_ylabel('F1 of the behavior (fraction)')
   _legend(figure, row[0])
   _save(figure, path)
+
+
+def _decades(axes, count):
+  """A logarithmic x axis that shows whole decades, in plain numbers."""
+  low, high = np.log10([max(count.min(), 1), max(count.max(), 10)])
+  axes.set_xscale('log')
+  axes.set_xlim(
+      min(0.7 * 10 ** np.floor(low), 0.8 * count.min()),
+      1.4 * 10 ** np.ceil(high))
+  axes.set_xticks(10.0 ** np.arange(np.floor(low), np.ceil(high) + 1))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def difficulty_histogram(path, scores, groups):
   """Share of each group's candidates by difficulty.
 
   Args:
-    scores: float[n], difficulty of each scored sample.
+    scores: float[n], difficulty of each scored sample, in nats.
     groups: str[n], 'anchor' or 'tail'.
   """
-  figure, (axes,) = _figure(1, width=6.5, height=4)
+  figure, (axes,) = _figure(1, height=3.9)
   finite = np.isfinite(scores)
   scores, groups = np.asarray(scores)[finite], np.asarray(groups)[finite]
   edges = np.histogram_bin_edges(scores, 30)
@@ -86,8 +130,8 @@ def difficulty_histogram(path, scores, groups):
     axes.stairs(
         share, edges, color=COLOURS[group], linewidth=1.8, linestyle=style,
         label=f'{group}: {len(values):,} samples, mean {values.mean():.3f}')
-  axes.set_xlabel('difficulty of the sample')
-  axes.set_ylabel('share of the group')
+  axes.set_xlabel('difficulty: -log p of the true behavior (nats)')
+  axes.set_ylabel('share of the group (fraction)')
   _legend(figure, axes)
   _save(figure, path)
 
@@ -102,8 +146,8 @@ def drawn_targets(path, panels, names, anchor):
   """
   named = len(names) <= MOST_NAMES
   figure, rows = _figure(
-      len(panels), width=9, height=2.4 * len(panels) + 1.4 + 0.9 * named,
-      stacked=True)
+      len(panels), height=1.5 * len(panels) + 1 + 1.1 * named,
+      stacked=True, width=WIDE)
   x = np.arange(1, len(names) + 1)
   for axes, (stage, counts) in zip(rows, panels.items(), strict=True):
     for group, members in (('anchor', anchor), ('tail', ~anchor)):
@@ -111,13 +155,20 @@ def drawn_targets(path, panels, names, anchor):
           x[members], counts[members], 0.85, color=COLOURS[group],
           hatch=HATCHES[group] if named else '', edgecolor='white',
           linewidth=0, label=group)
-    axes.set_title(f'{stage}: {counts.sum():,} targets')
-    axes.set_ylabel('targets in the plan')
+    if not named and anchor.any() and not anchor.all():
+      # Bars too narrow for a hatch: colour must not be the only sign.
+      axes.axvline(
+          anchor.sum() + 0.5, color='#444444', linestyle=':', linewidth=1,
+          label='anchor left of here, tail right')
+    axes.set_title(f'{stage}: {counts.sum():,} targets', fontsize=10)
+    axes.set_ylabel('targets (count)')
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.set_xlim(0.2, len(names) + 0.8)
   if named:
     rows[-1].set_xticks(
         x, [_short(name) for name in names], rotation=55, ha='right',
         rotation_mode='anchor', fontsize=8, parse_math=False)
+    rows[-1].set_xlabel('behavior, most frequent in training first')
   else:
     rows[-1].set_xlabel('rank of the behavior by training frequency')
   _legend(figure, rows[0])
@@ -130,7 +181,8 @@ def loss_curves(path, panels):
   Args:
     panels: {stage name: (steps, loss, validation steps, validation loss)}.
   """
-  figure, row = _figure(len(panels), width=1 + 4.5 * len(panels), height=3.8)
+  figure, row = _figure(
+      len(panels), height=3.6, width=WIDTH if len(panels) == 1 else WIDE)
   for axes, (name, curves) in zip(row, panels.items(), strict=True):
     steps, loss, val_steps, val_loss = (np.asarray(c, float) for c in curves)
     axes.plot(
@@ -142,7 +194,8 @@ def loss_curves(path, panels):
     axes.plot(
         val_steps, val_loss, color=COLOURS['tail'], linestyle='--',
         marker='s', markersize=4, label='validation')
-    axes.set(title=name, xlabel='step')
+    axes.set_title(name, fontsize=10)
+    axes.set_xlabel('step (count)')
   row[0].set_ylabel('loss per answer token (nats)')
   _legend(figure, row[0])
   _save(figure, path)
@@ -163,7 +216,7 @@ def _short(name):
   return name[:LONGEST_NAME - 1] + '…'
 
 
-def _figure(panels, width, height, stacked=False):
+def _figure(panels, height, stacked=False, width=WIDTH):
   """A figure with `panels` axes in a row (sharing y) or stacked (sharing x)."""
   figure = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasAgg(figure)

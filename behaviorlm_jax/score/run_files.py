@@ -14,6 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from behaviorlm_jax.data.events import open_events
+from behaviorlm_jax.score import metrics
+
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 
 
@@ -35,6 +38,11 @@ class Stage:
   @property
   def ablations(self):
     return list(self.config.get('ablations') or [])
+
+  @functools.cached_property
+  def steps(self) -> list[dict]:
+    """The rows of metrics.jsonl, one per training step."""
+    return read_json_lines(self.folder / 'metrics.jsonl')
 
   @functools.cached_property
   def right(self):
@@ -63,6 +71,10 @@ class Run:
   stages: list
 
   @functools.cached_property
+  def events(self):
+    return open_events(self.workdir / 'events')
+
+  @functools.cached_property
   def ids(self):
     return {row['name']: i for i, row in enumerate(self.behaviors)}
 
@@ -71,8 +83,25 @@ class Run:
     return np.array([b['group'] == 'anchor' for b in self.behaviors], bool)
 
   @functools.cached_property
+  def by_frequency(self):
+    """Indices of the behaviors, the most frequent in training first."""
+    return sorted(
+        range(len(self.behaviors)),
+        key=lambda i: (-self.behaviors[i]['train_count'], i))
+
+  @functools.cached_property
+  def scored(self):
+    return [s for s in self.stages if s.evaluation]
+
+  @functools.cached_property
   def predicting(self):
     return [s for s in self.stages if s.predictions is not None]
+
+  def per_behavior(self, stage):
+    """Precision, recall, F1 and support of every behavior: float64[4, Y]."""
+    return metrics.per_behavior(
+        self.encode(stage.column('behavior')),
+        self.encode(stage.column('predicted')), len(self.behaviors))
 
   def encode(self, names):
     return np.array([self.ids[name] for name in names], np.int64)

@@ -1,8 +1,9 @@
-"""The Markdown tables of the report.
+"""The tables of the report, as blocks; a table without rows is left out."""
 
-Every cell goes through `cell`, so that no text of the log can break the page.
-A table without rows is the empty string.
-"""
+import numpy as np
+
+from behaviorlm_jax.score.blocks import Mono
+from behaviorlm_jax.score.blocks import Table
 
 FILES = (  # of the work directory, in the order in which they come to be
     ('events/', 'the sorted log, its behaviors, counts and rejected rows'),
@@ -10,75 +11,156 @@ FILES = (  # of the work directory, in the order in which they come to be
     ('baselines.json', 'scores of the four free baselines'),
     ('a_tuning/', 'stage 1: config, plan, metrics, checkpoints, adapter, '
      'evaluation, predictions'),
-    ('b_tuning/', 'stage 2: the same files and `difficulty.parquet`'),
-    ('report/', 'the plots of this page'))
+    ('b_tuning/', 'stage 2: the same files and difficulty.parquet'),
+    ('report/', 'the figures of this page'))
 
 
-def data_table(run) -> str:
+def data(run) -> Table:
   anchors = int(run.anchor.sum())
   rows = [(key.replace('_', ' '), _value(value))
           for key, value in run.summary.items()]
-  shown = set(run.summary)
-  rows += [(name, number(value)) for name, value in (
+  rows += [(name, value) for name, value in (
       ('behaviors', len(run.behaviors)), ('anchors', anchors),
       ('tails', len(run.behaviors) - anchors),
-      ('unseen', run.unseen)) if name not in shown]
-  return table(('what', 'value'), rows)
+      ('unseen', run.unseen)) if name not in run.summary]
+  return Table(('what', 'value'), rows)
 
 
 def _scored(run):
   """(name, evaluation) of baselines and stages that have one."""
   return list(run.baselines.items()) + [
-      (s.name, s.evaluation) for s in run.stages if s.evaluation]
+      (s.name, s.evaluation) for s in run.scored]
 
 
-def results_table(run) -> str:
+def results(run) -> Table:
   keys = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted',
           'f1_macro')
-  rows = [(name, *(fraction(scores['all'][key]) for key in keys))
+  rows = [(name, *(scores['all'][key] for key in keys))
           for name, scores in _scored(run)]
-  head = ('all behaviors', *(key.replace('_', ' ') for key in keys))
-  return table(head, rows)
+  return Table(
+      ('all behaviors', *(key.replace('_', ' ') for key in keys)), rows,
+      'Every predictor on the same test events, as fractions: first the free '
+      'baselines, which only count, then the stages.')
 
 
-def groups_table(run) -> str:
+def groups(run) -> Table:
   keys = ('accuracy@1', 'precision_weighted', 'f1_macro')
-  head, rows = ['by group'], []
-  for group in ('anchor', 'tail'):
-    head += [f'{group} n', *(f'{group} {k.replace("_", " ")}' for k in keys)]
-  for name, scores in _scored(run):
-    row = [name]
-    for group in ('anchor', 'tail'):
-      row += [number(scores[group]['n'])]
-      row += [fraction(scores[group][key]) for key in keys]
-    rows.append(row)
-  return table(head, rows)
+  names = [(group, key) for group in ('anchor', 'tail') for key in ('n', *keys)]
+  rows = [(name, *(scores[group][key] for group, key in names))
+          for name, scores in _scored(run)]
+  head = [f'{group} {key.replace("_", " ")}' for group, key in names]
+  return Table(
+      ('by group', *head), rows,
+      'Frequent (anchor) and rare (tail) behaviors apart; n test events each.')
 
 
-def context_table(run) -> str:
+def changes(outcome) -> Table:
+  """Each comparison of the verdict in numbers."""
+  words = {'within': 'within its uncertainty', 'unknown': 'unknown'}
+  if not outcome:
+    return Table((), [])
+  rows = [
+      (change.score, change.other, change.before, change.after, change.size,
+       *(change.interval or (None, None)),
+       words.get(change.outcome, change.outcome))
+      for changes in outcome.contrasts.values() for change in changes]
+  return Table(
+      ('score', 'compared with', 'its score', outcome.final, 'change',
+       '95 % from', '95 % to', 'reads as'), rows,
+      f'What {outcome.final} changed. The intervals come from 1,000 redraws '
+      f'of the {outcome.users:,} users, the same for both sides.'
+      if outcome.users > 1 else f'What {outcome.final} changed.')
+
+
+def context(run) -> Table:
   """How much of each stage's skill is copying from its context."""
   head = ['stage']
   for where in ('in context', 'not in context'):
-    head += [f'{where}: n', 'accuracy@1', 'mean log p']
+    head += [f'{where}: {what}' for what in ('n', 'accuracy@1', 'mean log p')]
   rows = []
   for stage in run.predicting:
     inside, log_prob = stage.column('in_context'), stage.column('log_prob')
     row = [stage.name]
     for mask in (inside, ~inside):
-      row += [number(int(mask.sum()))]
-      row += [f'{values[mask].mean():.3f}' if mask.any() else '-'
+      row += [int(mask.sum())]
+      row += [float(values[mask].mean()) if mask.any() else None
               for values in (stage.right, log_prob)]
     rows.append(row)
-  return table(head, rows)
+  return Table(
+      tuple(head), rows,
+      'Test events whose true behavior stands in the context that the model '
+      'was shown, and those where it does not; log p in nats.')
 
 
-def files_table(run) -> str:
-  return table(('file', 'content'), [
-      (f'`{name}`', what) for name, what in FILES
+def behaviors(run) -> Table:
+  """Every behavior, most frequent first."""
+  stages = [(stage, run.per_behavior(stage)) for stage in run.predicting]
+  if not stages:
+    return Table((), [])
+  support = stages[-1][1][3]
+  head = ['behavior', 'group', 'training events', 'test events']
+  for stage, _ in stages:
+    head += [f'{stage.name}: recall', f'{stage.name}: F1']
+  rows = []
+  for i in run.by_frequency:
+    row = run.behaviors[i]
+    rows.append((
+        row['name'], row['group'], row['train_count'], int(support[i]),
+        *(float(scores[k][i]) for _, scores in stages for k in (1, 2))))
+  return Table(
+      tuple(head), rows, 'Sorted by training events. Recall and F1 are '
+      'fractions; without a test event both are 0.')
+
+
+def times(run) -> Table:
+  """How fast each stage was trained; columns only for what was noted."""
+  columns = {name: [] for name in (
+      'steps', 'first step after (s)', 'seconds per step (median)',
+      'tokens per second', 'targets per second', 'wasted positions (share)')}
+  trained = [stage for stage in run.stages if stage.steps]
+  for stage in trained:
+    for column, value in zip(
+        columns.values(), _speed(stage.steps), strict=True):
+      column.append(value)
+  kept = {name: values for name, values in columns.items()
+          if any(value is not None for value in values)}
+  rows = [(stage.name, *values) for stage, *values in zip(
+      trained, *kept.values(), strict=True)]
+  return Table(
+      ('stage', *kept), rows, 'Compilation counts for the first step only; '
+      'the rates are those of the steps after it.')
+
+
+def _speed(steps):
+  """The values of a row of `times`; None for what no step noted."""
+  noted = lambda key: [row[key] for row in steps if row.get(key) is not None]
+  first, seconds, padding = map(
+      noted, ('seconds_to_first_step', 'seconds', 'padding'))
+  tokens, targets = _rate(steps, 'tokens'), _rate(steps, 'samples')
+  return (
+      len(steps), first[0] if first else None,
+      float(np.median(seconds)) if seconds else None,
+      None if tokens is None else round(tokens), targets,
+      float(np.mean(padding)) if padding else None)
+
+
+def _rate(steps, key):
+  """Sum of `key` per second over the steps that noted both."""
+  pairs = [(row[key], row['seconds']) for row in steps
+           if key in row and 'seconds' in row]
+  if not pairs:
+    return None
+  amount, seconds = map(sum, zip(*pairs, strict=True))
+  return amount / seconds
+
+
+def files(run) -> Table:
+  return Table(('file', 'content'), [
+      (Mono(name), what) for name, what in FILES
       if (run.workdir / name).exists()])
 
 
-def config_table(run) -> str:
+def config(run) -> Table:
   """One row per trained stage; the whole config is in its config.json."""
   keys = ('steps', 'batch', 'length', 'learning_rate')
   rows = []
@@ -86,46 +168,22 @@ def config_table(run) -> str:
     if stage.config and stage.key != 'base':
       train = stage.config.get('train', {})
       rows.append((
-          stage.name, *(_value(train.get(key, '-')) for key in keys),
-          _value(stage.config.get('seed', '-')),
-          _value(stage.ablations), f'`{stage.key}/config.json`'))
+          stage.name, *(_value(train.get(key)) for key in keys),
+          _value(stage.config.get('seed')), _value(stage.ablations),
+          Mono(f'{stage.key}/config.json')))
   head = ('stage', 'steps', 'batch (rows)', 'length (tokens)',
           'learning rate', 'seed', 'ablations', 'whole config')
-  return table(head, rows)
-
-
-def table(head, rows) -> str:
-  """A Markdown table; empty without rows."""
-  if not rows:
-    return ''
-  lines = [head, ['---'] * len(head), *rows]
-  return '\n'.join(
-      '| ' + ' | '.join(cell(value) for value in line) + ' |'
-      for line in lines)
-
-
-def cell(value) -> str:
-  """Text from the log made harmless in Markdown: one line, no column break."""
-  text = ' '.join(str(value).split())
-  for character in '\\|<*':
-    text = text.replace(character, '\\' + character)
-  return text
-
-
-def fraction(value):
-  return f'{value:.3f}'
-
-
-def number(value):
-  return f'{value:,}' if isinstance(value, int) else '-'
+  return Table(head, rows)
 
 
 def _value(value):
-  """Any JSON value as one cell."""
+  """Any JSON value as one cell; fractions as they were written."""
   if isinstance(value, dict):
-    return ', '.join(f'{key} {_value(item)}' for key, item in value.items())
+    return ', '.join(f'{key} {_text(item)}' for key, item in value.items())
   if isinstance(value, list):
-    return '; '.join(_value(item) for item in value) or 'none'
-  if isinstance(value, bool) or not isinstance(value, int):
-    return str(value)
-  return number(value)
+    return '; '.join(_text(item) for item in value) or 'none'
+  return str(value) if isinstance(value, float | bool) else value
+
+
+def _text(value):
+  return f'{value:,}' if type(value) is int else str(_value(value))

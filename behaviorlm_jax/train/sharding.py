@@ -54,7 +54,7 @@ def make_mesh(sizes, batch, accumulate=1):
     raise InputError(
         f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
         f'there are {len(devices)} devices; make the product equal.')
-  rows = shape[0] * shape[1]
+  rows = shape[0] * shape[1]  # As row_parts, before there is a mesh.
   if batch % (rows * accumulate):
     raise InputError(
         f'train.batch is {batch}, but mesh.data x mesh.fsdp is {rows} '
@@ -76,6 +76,11 @@ def sharding(mesh, axes, shape, name=''):
       target = None
     spec.append(target)
   return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def row_parts(mesh):
+  """Among how many devices the rows of a batch are divided."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def replicated(mesh):

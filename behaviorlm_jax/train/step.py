@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from behaviorlm_jax.model import decoder as decoder_lib
+from behaviorlm_jax.model import attention
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.train import sharding
 
@@ -35,8 +35,8 @@ def loss_sums(model, batch):
 
   `batch`: see data.loader. Returns two float32 scalars, sums and not means.
   """
-  mask = decoder_lib.causal_mask(batch['segments'])
-  hidden, _ = model(batch['tokens'], batch['positions'], mask)
+  hidden, _ = model.packed_hidden(batch['tokens'], batch['positions'],
+                                  batch['segments'])
   at_answers = jnp.take_along_axis(
       hidden, batch['answer_positions'][:, :, None], axis=1)
   losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -74,14 +74,28 @@ def _accumulated(sums, adapter, batch, parts):
   return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
 
 
-def attacher(base_config, config):
-  """attach(params, adapter) -> Decoder, with this run's LoRA and remat."""
-  return functools.partial(_attach, base_config, config.lora.alpha,
-                           config.model.remat)
+def attacher(base_config, config, mesh, dtype):
+  """attach(params, adapter) -> Decoder, as fast as this run's backend allows.
 
+  `dtype`: of the params to come; attention kernels serve only some.
+  """
+  train = config.train
+  shape = (train.batch, train.length, base_config.kv_heads,
+           base_config.head_dim)
+  where = sharding.sharding(mesh, ('batch', None, 'kv_heads', None), shape,
+                            'attention')
+  rows = train.batch // train.accumulate // sharding.row_parts(mesh)
+  name = attention.choose(config.model.attention, jax.default_backend(),
+                          base_config, dtype, rows, train.length)
+  packed = functools.partial(attention.packed_attention, implementation=name,
+                             where=where)
+  options = dict(remat=config.model.remat, packed=packed)
 
-def _attach(base_config, alpha, remat, params, adapter):
-  return lora.attach(base_config, params, adapter, alpha, remat)
+  def attach(params, adapter):
+    return lora.attach(base_config, params, adapter, config.lora.alpha,
+                       **options)
+
+  return attach
 
 
 def state_shardings(mesh, shapes, optimizer):

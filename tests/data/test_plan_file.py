@@ -1,5 +1,6 @@
 """Whole plans: mixing, packing, the file, seeds, and what may not matter."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -95,16 +96,29 @@ def test_without_a_share_nothing_is_mixed_in():
   assert list(plan_lib.mix(iter(segments), [], 0.0, None)) == segments
 
 
-def test_packing_keeps_the_order_and_never_exceeds_the_length():
-  sizes = np.random.default_rng(0).integers(1, 101, 1000).tolist()
-  rows = plan_lib.pack(map(make_segment, sizes), 50, 100)
-  assert len(rows) == 50
-  packed = [[segment.length for segment in row] for row in rows]
-  for row, following in itertools.pairwise(packed):
-    assert sum(row) <= 100 < sum(row) + following[0]  # Nothing more fitted.
-  flat = list(itertools.chain.from_iterable(packed))
-  assert flat == sizes[:len(flat)]
-  assert any(len(row) > 1 for row in packed)
+def test_packing_fills_rows_to_the_length_and_never_beyond():
+  sizes = np.random.default_rng(0).integers(1, 101, 5000).tolist()
+  rows = plan_lib.pack(map(make_segment, sizes), 500, 100)
+  assert len(rows) == 500
+  used = [sum(segment.length for segment in row) for row in rows]
+  assert max(used) <= 100
+  assert sum(used) / (500 * 100) > 0.9
+  packed = sorted(s.length for row in rows for s in row)
+  assert packed == sorted(sizes[:len(packed)])  # None skipped, none twice.
+
+
+def test_packing_moves_a_segment_by_few_rows_alone():
+  order = itertools.count()
+  segments = (dataclasses.replace(make_segment(40), start=next(order))
+              for _ in range(1000))
+  rows = plan_lib.pack(segments, 400, 100)
+  for i, row in enumerate(rows):
+    assert [s.start for s in row] == [2 * i, 2 * i + 1]
+  sizes = [60, 30] + [90] * 80 + [10]  # The first row is no longer open.
+  rows = plan_lib.pack(map(make_segment, itertools.chain(
+      sizes, itertools.repeat(100))), 90, 100)
+  assert [s.length for s in rows[0]] == [60, 30]
+  assert [s.length for s in rows[17]] == [90, 10]
 
 
 def test_a_segment_as_long_as_the_row_fills_it_alone():

@@ -13,6 +13,7 @@ import transformers
 from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import chat
+from behaviorlm_jax.model import attention
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
 from behaviorlm_jax.model import weights
@@ -52,16 +53,16 @@ def logits_of(config, params, tokens, remat='none'):
   """Logits float32 [B, L, V] of whole rows, each one segment."""
   model = decoder.Decoder(config, params, remat=remat)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  mask = decoder.causal_mask(jnp.ones_like(tokens))
-  return model.logits(model(tokens, positions, mask)[0])
+  segments = jnp.ones_like(tokens)
+  return model.logits(model.packed_hidden(tokens, positions, segments)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def packed_logits(config, params, tokens, segments, positions):
   """Logits float32 [L, V] of one packed row."""
   model = decoder.Decoder(config, params)
-  mask = decoder.causal_mask(segments[None])
-  return model.logits(model(tokens[None], positions[None], mask)[0][0])
+  row = tokens[None], positions[None], segments[None]
+  return model.logits(model.packed_hidden(*row)[0][0])
 
 
 def reference(model, tokens):
@@ -146,11 +147,18 @@ def test_keys_and_values_kept_give_the_same_logits_as_one_pass(untied):
   def in_two_passes(params, tokens):
     model = decoder.Decoder(config, params)
     positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
-    mask = decoder.causal_mask(jnp.ones_like(tokens))
-    _, cache = model(tokens[:, :cut], positions[:, :cut],
-                     mask[:, :, :cut, :cut], keep_cache=True)
-    hidden, nothing = model(tokens[:, cut:], positions[:, cut:],
-                            mask[:, :, cut:], memory=cache)
+    segments = jnp.ones_like(tokens)
+    _, cache = model.packed_hidden(tokens[:, :cut], positions[:, :cut],
+                                   segments[:, :cut], keep_cache=True)
+
+    def attend(q, k, v, early_k, early_v):
+      return attention.masked_attention(
+        q, jnp.concatenate([early_k, k], axis=1),
+        jnp.concatenate([early_v, v], axis=1),
+        attention.causal_mask(segments)[:, :, cut:])
+
+    hidden, nothing = model(tokens[:, cut:], positions[:, cut:], attend,
+                            memory=cache)
     assert nothing is None
     return model.logits(hidden)
 
@@ -186,8 +194,8 @@ def test_no_position_depends_on_a_later_token(untied):
 
   def hidden(embed):
     model = decoder.Decoder(config, params | {'embed': embed})
-    mask = decoder.causal_mask(jnp.ones_like(tokens))
-    return model(tokens, jnp.arange(length)[None], mask)[0][0].sum(-1)
+    row = tokens, jnp.arange(length)[None], jnp.ones_like(tokens)
+    return model.packed_hidden(*row)[0][0].sum(-1)
 
   jacobian = jax.jit(jax.jacrev(hidden))(jnp.asarray(params['embed']))
   moved = np.abs(jacobian[:, 1:length + 1]).sum(-1)  # [output, input]
@@ -249,3 +257,45 @@ def test_gradient_of_a_float32_master_is_float32_after_a_bfloat16_product():
                                            jnp.float32)
   np.testing.assert_array_equal(np.asarray(dx, np.float32), 35)
   np.testing.assert_array_equal(dw, 10)
+
+
+def test_adapted_product_has_the_value_and_gradient_of_jax():
+  generator = np.random.default_rng(0)
+  draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
+  inputs, dy = (draw(2, 3, 5), draw(7, 5), draw(4, 5), draw(7, 4)), draw(2, 3, 7)
+  y, pull = jax.vjp(functools.partial(decoder._lora_dot, 0.5), *inputs)
+  expected, theirs = jax.vjp(
+    lambda x, w, a, b: x @ w.T + 0.5 * (x @ a.T) @ b.T, *inputs)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+  for found, value in zip(pull(dy), theirs(dy), strict=True):
+    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+
+
+def test_adapter_gradients_stay_float32_around_bfloat16_products():
+  x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.bfloat16)
+  a, b = jnp.ones((4, 5)), jnp.ones((7, 4))
+  y, pull = jax.vjp(functools.partial(decoder._lora_dot, 1.0), x, w, a, b)
+  dx, dw, da, db = pull(jnp.ones_like(y))
+  assert [g.dtype for g in (y, dx, dw, da, db)] == [
+    jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32]
+  np.testing.assert_array_equal(y, 25)  # 5 of w, 4 x 5 of the adapter.
+  np.testing.assert_array_equal(da, 14)
+  np.testing.assert_array_equal(db, 10)
+
+
+def test_backends_differ_in_speed_alone(untied):
+  config, params = untied
+  tokens = draw((1, 16))
+  params = {name: jnp.asarray(x, jnp.bfloat16) for name, x in params.items()}
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def logits(params, backend):
+    model = decoder.Decoder(config, params, backend=backend)
+    row = tokens, jnp.arange(16)[None], jnp.ones_like(tokens)
+    return model.logits(model.packed_hidden(*row)[0])
+
+  exact = logits_of(config, {n: x.astype(jnp.float32)
+                             for n, x in params.items()}, tokens)
+  error = lambda found: float(jnp.sqrt(jnp.mean((found - exact) ** 2)))
+  assert error(logits(params, 'tpu')) < 0.02 * float(exact.std())
+  assert error(logits(params, 'cpu')) <= error(logits(params, 'tpu'))

@@ -53,8 +53,8 @@ def random_adapter(config, targets, rank=RANK):
 def logits_of(config, params, adapter, tokens):
   model = lora.attach(config, params, adapter, ALPHA)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  mask = decoder.causal_mask(jnp.ones_like(tokens))
-  return model.logits(model(tokens, positions, mask)[0])
+  hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
+  return model.logits(hidden)
 
 
 def draw(shape):

@@ -35,7 +35,7 @@ def make_scorer(base, names=NAMES, **fields):
   config.score.update({'batch': 2} | fields)
   mesh = sharding.make_mesh(config.mesh, config.train.batch)
   params = weights.read_params(base, np.float32, sharding.placer(mesh))
-  attach = step.attacher(base.config, config)
+  attach = step.attacher(base.config, config, mesh, 'float32')
   answers = [np.array(name, np.int32) for name in names]
   return labels.Scorer(attach, params, answers, config.score, mesh)
 

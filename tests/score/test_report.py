@@ -1,6 +1,7 @@
 """The report from synthetic work directories: what is there, and only that."""
 
 import datetime
+import html.parser
 import json
 import types
 
@@ -9,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from behaviorlm_jax.score import baselines
+from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import metrics
 from behaviorlm_jax.score import report
 from behaviorlm_jax.score import run_files
@@ -18,7 +21,7 @@ PLAN = pa.schema({'step': pa.int32(), 'row': pa.int32(), 'segments': pa.list_(
         'kind': pa.string(), 'start': pa.int64(), 'stop': pa.int64(),
         'targets': pa.list_(pa.int64()), 'weights': pa.list_(pa.float32()),
         'length': pa.int32()}))})
-BASELINES = ('user_frequent', 'hour_frequent', 'recent_counts', 'markov')
+ATTACK = '<script>alert(1)</script>'
 
 
 class Work:
@@ -30,11 +33,13 @@ class Work:
     share /= share.sum()
     self.anchor = share > 0.05
     self.names = [f'Behavior {i} of the log' for i in range(count)]
-    self.names[1:3] = [
-        'Bar | Pub $x_1$', 'A very <b>long</b> name: ' + 'x' * 40]
+    self.names[:3] = [
+        ATTACK, 'Bar | Pub $x_1$', 'A very <b>long</b> name: ' + 'x' * 40]
     self.true = self.rng.choice(count, n, p=share)
     self.true[: count // 2] = np.arange(count // 2)
     self.behavior = self.rng.choice(count, 3000, p=share)
+    self.samples = np.arange(n) * 7
+    self.behavior[self.samples] = self.true
     counts = np.bincount(self.behavior, minlength=count)
     behaviors = [
         {'name': name, 'count': int(c) + 5, 'train_count': int(c),
@@ -42,8 +47,12 @@ class Work:
         for name, c, a in zip(self.names, counts, self.anchor, strict=True)]
     unseen = {'name': 'only at the end', 'count': 2, 'train_count': 0,
               'share': 0.0, 'group': 'unseen'}
+    rows = np.arange(3000)
+    split = np.where(rows % 7 == 3, 1, 0)
+    split[self.samples] = 2
     self.events = types.SimpleNamespace(
-        behavior=self.behavior, behaviors=[
+        behavior=self.behavior, user=rows // 75, time=rows * 3600, split=split,
+        first=rows // 75 * 75, known=count, behaviors=[
             types.SimpleNamespace(**row) for row in [*behaviors, unseen]])
     self.json('events/behaviors.json', [*behaviors, unseen])
     self.json('events/summary.json', {
@@ -65,8 +74,10 @@ class Work:
   def add_baselines(self):
     self.json('baselines.json', {
         name: metrics.evaluate(
-            self.true, self.ranked(0.1 * i), self.anchor)
-        for i, name in enumerate(BASELINES)})
+            self.true, labels.best(baselines.scores(
+                name, self.events, self.samples, history=9, seed=11)),
+            self.anchor)
+        for name in baselines.NAMES})
 
   def add_predictions(self, stage, skill):
     ranked, n = self.ranked(skill), len(self.true)
@@ -75,7 +86,7 @@ class Work:
     names = np.array(self.names)
     start = datetime.datetime(2012, 4, 3, 18, 5)
     pq.write_table(pa.table({
-        'sample': np.arange(n) * 7, 'user': [f'u{i // 4}' for i in range(n)],
+        'sample': self.samples, 'user': [f'u{i // 4}' for i in range(n)],
         'time': pa.array([start + datetime.timedelta(hours=i)
                           for i in range(n)], pa.timestamp('s')),
         'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
@@ -92,6 +103,7 @@ class Work:
     self.json(f'{stage}/config.json', {
         'train': {'steps': 60, 'batch': 8, 'length': 512,
                   'learning_rate': 0.002}, 'seed': 11,
+        'data': {'history': 9},
         'ablations': list(ablations)})
     rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()}
             for i in range(60)]
@@ -144,9 +156,30 @@ def decode(tokens):
 def write_report(work, **options):
   """Writes the report of a Work and returns its text."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'open_events', lambda folder: work.events)
+    patch.setattr(run_files, 'open_events', lambda folder: work.events)
     report.write(work.folder, 'A run', **options)
   return (work.folder / 'report.md').read_text(encoding='utf-8')
+
+
+class Page(html.parser.HTMLParser):
+  """Tags, images and headings of a report.html, as a browser takes them in."""
+
+  def __init__(self, folder):
+    super().__init__()
+    self.tags, self.images, self.texts = [], [], []
+    self.feed((folder / 'report.html').read_text(encoding='utf-8'))
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    if tag == 'img':
+      self.images.append(dict(attrs))
+
+  def handle_data(self, data):
+    if data.strip():
+      self.texts.append((self.tags[-1] if self.tags else '', data))
+
+  def all(self, tag):
+    return [text for where, text in self.texts if where == tag]
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +201,8 @@ def test_whole_run_shows_every_section_and_plot(done):
   text = done.text
   images = sorted(path.name for path in (done.folder / 'report').iterdir())
   assert images == [
-      'difficulty.png', 'f1.png', 'loss.png', 'stages.png', 'targets.png']
+      'changes.png', 'difficulty.png', 'f1.png', 'loss.png', 'stages.png',
+      'targets.png']
   for name in images:
     assert f'(report/{name})' in text
     assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
@@ -196,15 +230,88 @@ def test_tables_hold_the_numbers_of_the_files(done):
       str(len(inside)), f'{want:.3f}']
 
 
-def test_summary_names_stages_baseline_and_intervals(done):
-  text = done.text.split('\n\n')[1]
+def test_summary_names_stages_and_baselines(done):
+  text = done.text.split('\n\n')[2]
   scores = [json.loads((done.folder / stage / 'evaluation.json').read_text())
             for stage in run_files.STAGES]
   tail = ' → '.join(f'{s["tail"]["f1_macro"]:.3f}' for s in scores)
   assert f'Tail macro-F1: {tail} (best free baseline' in text
   assert '3,100 events of 40 users' in text and 'n = 120' in text
-  change = scores[2]['tail']['f1_macro'] - scores[1]['tail']['f1_macro']
-  assert f'from A-Tuning to B-Tuning: {change:+.3f}, 95 % interval' in text
+
+
+def test_verdict_stands_first_and_agrees_with_the_files(done):
+  text = done.text.split('\n\n')[1]
+  scores = [json.loads((done.folder / stage / 'evaluation.json').read_text())
+            for stage in run_files.STAGES]
+  assert text.startswith('**Verdict.** On 120 test events of 30 users, B-Tun')
+  for group, key, name in (
+      ('all', 'accuracy@1', 'accuracy'), ('tail', 'f1_macro', 'tail macro-F1')):
+    base, a, b = (score[group][key] for score in scores)
+    assert f'{name} {b:.3f}' in text
+    assert f'{name} {b - base:+.3f}' in text.split('Against')[1]
+    assert f'{name} {b - a:+.3f}' in text.split('Against')[2]
+
+
+def test_changes_stand_beside_the_best_baseline_of_the_file(done):
+  found = json.loads((done.folder / 'baselines.json').read_text())
+  name = max(found, key=lambda name: found[name]['all']['accuracy@1'])
+  table = done.text[done.text.index('| score | compared with'):]
+  row = next(line for line in table.splitlines()
+             if line.startswith(f'| accuracy | {name} |'))
+  assert row.split(' | ')[2] == f'{found[name]["all"]["accuracy@1"]:.3f}'
+
+
+def test_both_files_say_the_same(done):
+  page = Page(done.folder)
+  headings = [line.lstrip('#').strip() for line in done.text.splitlines()
+              if line.startswith(('# ', '## '))]
+  assert page.all('h1') + page.all('h2') == headings
+  assert page.tags.count('table') == done.text.count('| --- |\n')
+  assert len(page.images) == done.text.count('![') == 6
+  assert all(len(image['alt']) > 30 for image in page.images)
+
+
+def test_page_needs_no_other_file(done):
+  page, text = Page(done.folder), (done.folder / 'report.html').read_text()
+  assert all(i['src'].startswith('data:image/png;base64,iVBOR')
+             for i in page.images)
+  assert not {'link', 'iframe', 'object'} & set(page.tags)
+  assert 'http://' not in text and 'https://' not in text
+  assert 'src="report/' not in text and 'url(' not in text
+
+
+def test_many_behaviors_fold_away_most_frequent_first(done):
+  start = done.text.index('<details>')
+  rows = done.text[start:done.text.index('</details>')].splitlines()
+  counts = [int(row.split(' | ')[-8].replace(',', ''))
+            for row in rows if row.startswith('| ') and row[2:5] not in
+            ('---', 'beh')]
+  assert len(counts) == 20 and counts == sorted(counts, reverse=True)
+  assert 'details' in Page(done.folder).tags
+
+
+def test_time_shows_only_what_was_noted(tmp_path):
+  work = Work(tmp_path)
+  work.add_training('a_tuning')
+  assert '| A-Tuning | 60 |\n' in write_report(work)
+  rows = [{'step': i, 'loss': 1.0, 'tokens': 900.0, 'samples': 30.0,
+           'padding': 0.25} | ({'seconds': 3.0} if i > 1 else
+                               {'seconds_to_first_step': 12.0})
+          for i in range(1, 9)]
+  (tmp_path / 'a_tuning/metrics.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows))
+  assert ('| A-Tuning | 8 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |'
+          in write_report(work))
+
+
+def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
+  assert 'full tree' not in done.text
+  work = Work(tmp_path)
+  work.add_predictions('a_tuning', 0.5)
+  path = 'a_tuning/evaluation.json'
+  scores = json.loads((tmp_path / path).read_text())
+  work.json(path, scores | {'uncertified': 0.025})
+  assert 'the full tree: 2.5% (A-Tuning).' in write_report(work)
 
 
 def test_absent_stages_leave_no_rows(tmp_path):
@@ -233,6 +340,10 @@ def test_one_stage_run_is_named_so(tmp_path):
 def test_names_of_the_log_cannot_break_the_page(done):
   assert 'Bar \\| Pub' in done.text
   assert '<b>' not in done.text.replace('\\<b>', '')
+  assert '<script' not in done.text.replace('\\<script', '')
+  page = Page(done.folder)
+  assert page.tags.count('script') == 1 and 'b' not in page.tags
+  assert ATTACK in page.all('th') and 'Bar | Pub $x_1$' in page.all('th')
 
 
 def test_decoded_prompt_shows_its_last_six_lines(done):
@@ -249,4 +360,6 @@ def test_plan_targets_leave_conversations_out(tmp_path):
 
 
 def test_writing_again_gives_the_same_page(done):
+  page = (done.folder / 'report.html').read_bytes()
   assert write_report(done.work, decode=decode) == done.text
+  assert (done.folder / 'report.html').read_bytes() == page

@@ -49,7 +49,7 @@ def train(sizes):
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(mesh, shapes, optimizer)
   state = step_lib.init_state(adapter, optimizer, places)
-  attach = step_lib.attacher(base.config, config)
+  attach = step_lib.attacher(base.config, config, mesh, 'float32')
   run = step_lib.make_step(attach, optimizer, schedule, 1, places, mesh)
   batch = sharding.put_rows(mesh, draw_batch(np.random.default_rng(0)))
   losses = []

@@ -43,7 +43,9 @@ gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4))
 
 @pytest.fixture(scope='module')
 def attach(llama):
-  return step_lib.attacher(llama.config, make_config())
+  config = make_config()
+  mesh = sharding.make_mesh(config.mesh, config.train.batch)
+  return step_lib.attacher(llama.config, config, mesh, 'float32')
 
 
 def torch_loss(model, batch):

@@ -1,0 +1,266 @@
+"""Attention of packed training rows, by whatever the backend does fastest.
+
+Every implementation is a function (q, k, v, segments) -> y: causal attention
+inside each segment, with grouped heads. `choose` turns config.model.attention
+into one of their names before anything large is compiled; the reference says
+what is right, the others differ from it by rounding alone.
+
+Invariants:
+  * A position attends to itself, padding (segment 0) included. So no softmax is
+    over nothing, and neither values nor gradients are ever NaN.
+  * Other segments of a row get weights, and so gradients, of exactly zero.
+
+Shapes: q [B, L, H, C]; k and v [B, L, K, C] with H a multiple of K; segments
+int32 [B, L]. B batch, L length, H query heads, K key-value heads, C head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
+
+from behaviorlm_jax.errors import InputError
+
+_LANES = 128  # Splash attention works on multiples of a TPU's vector width.
+_BLOCKS = (512, 256, _LANES)
+
+
+def causal_mask(segments):
+  """Mask [B, 1, L, L] of packed rows; segments int32 [B, L], 0 is padding."""
+  length = segments.shape[1]
+  return _same(segments) & jnp.tril(jnp.ones((length, length), bool))
+
+
+def _same(segments):
+  return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def masked_attention(q, k, v, mask):
+  """The reference, for any mask: bool [B, 1, L, M], k and v [B, M, K, C]."""
+  return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def reference(q, k, v, segments):
+  return masked_attention(q, k, v, causal_mask(segments))
+
+
+_BLOCK = 256  # Queries at a time: scores of a block stay in a CPU's cache.
+
+
+def blocked(q, k, v, segments):
+  """The reference in blocks of queries, for CPUs.
+
+  A block sees only keys up to its own end, which saves up to half of the work,
+  and batched products get the layout that XLA for CPU multiplies fastest.
+  """
+  q = scaled(q)
+  blocks = []
+  for begin in range(0, q.shape[1], _BLOCK):
+    end = min(begin + _BLOCK, q.shape[1])
+    mask = causal_mask(segments[:, :end])[:, :, begin:]
+    blocks.append(grouped(q[:, begin:end], k[:, :end], v[:, :end], mask))
+  return jnp.concatenate(blocks, axis=1)
+
+
+def scaled(q):
+  # In float32: the factor may not exist in bfloat16.
+  return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
+def grouped(q, k, v, mask):
+  """Masked attention of scaled queries; float32 [B, L, H, C].
+
+  The query heads of one key head stand below each other, as rows of one
+  product. mask bool [B, 1, L, M].
+  """
+  batch, length, heads, size = q.shape
+  kv_heads = k.shape[2]
+  groups = heads // kv_heads
+  q = q.reshape(batch, length, kv_heads, groups, size)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
+  mask = jnp.tile(mask, (1, 1, groups, 1))
+  y = _attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+  y = y.reshape(batch, kv_heads, groups, length, size)
+  return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
+@jax.custom_vjp
+def _attention(q, k, v, mask):
+  """float32 [B, K, Q, C] of q [B, K, Q, C], k and v [B, K, M, C].
+
+  The backward pass computes the weights again, and multiplies in the dtype of
+  q (gradients: Dao et al., FlashAttention, appendix B.2).
+  """
+  return _attention_forward(q, k, v, mask)[0]
+
+
+def _attention_forward(q, k, v, mask):
+  weights = _weights(q, k, mask).astype(q.dtype)
+  y = _products(weights, v, 3, 2)
+  return y, (q, k, v, mask, y)
+
+
+def _attention_backward(saved, dy):
+  q, k, v, mask, y = saved
+  weights = _weights(q, k, mask)
+  inside = jnp.sum(dy * y, axis=-1, keepdims=True)
+  dy = dy.astype(q.dtype)
+  dv = _products(weights.astype(q.dtype), dy, 2, 2)
+  dscores = weights * (_products(dy, v, 3, 3) - inside)
+  dscores = dscores.astype(q.dtype)
+  dq, dk = _products(dscores, k, 3, 2), _products(dscores, q, 2, 2)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _weights(q, k, mask):
+  scores = jnp.where(mask, _products(q, k, 3, 3), -jnp.inf)
+  scores = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+  return scores / scores.sum(axis=-1, keepdims=True)
+
+
+def _products(x, y, x_axis, y_axis):
+  """One product per row and key head, in float32."""
+  return jax.lax.dot_general(
+      x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))),
+      preferred_element_type=jnp.float32)
+
+
+def cudnn(q, k, v, segments):
+  """cuDNN's flash attention: NVIDIA GPUs, half precision.
+
+  cuDNN skips what lies above the diagonal; segments reach it as a mask, whose
+  bias (and, in jax 0.10, its unused gradient) take 2 B L L bytes each. Its own
+  packed layout would need Hopper, and jax 0.10 reaches it by private names,
+  counting the offsets of grouped keys in query heads.
+  """
+  length = q.shape[1]
+  # With a mask, cuDNN differentiates even lengths only.
+  q, k, v, segments = _pad(2, q, k, v, segments)
+  y = jax.nn.dot_product_attention(q, k, v, mask=_same(segments),
+                                   is_causal=True, implementation='cudnn')
+  return y[:, :length]
+
+
+def pallas(q, k, v, segments, interpret=False):
+  """Splash attention, a Pallas kernel for TPUs; `interpret` runs it anywhere.
+
+  It knows grouped heads, and never visits blocks above the diagonal.
+  """
+  length = q.shape[1]
+  q, k, v, segments = _pad(_LANES, scaled(q), k, v, segments)
+  kernel = _splash(q.shape[1], q.shape[2], interpret)
+  heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+  y = jax.vmap(kernel)(*heads_first,
+                       splash_attention.SegmentIds(segments, segments))
+  return y.swapaxes(1, 2)[:, :length]
+
+
+def _splash(length, heads, interpret):
+  block = next(b for b in _BLOCKS if length % b == 0)
+  sizes = splash_attention.BlockSizes(
+      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
+      block_q_dq=block, block_kv_dq=block)
+  mask = splash_attention.CausalMask((length, length))
+  return splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes,
+      head_shards=1, q_seq_shards=1, interpret=interpret)
+
+
+def _pad(multiple, *arrays):
+  """Axis 1 of each array, filled with zeros up to a multiple."""
+  more = -arrays[0].shape[1] % multiple
+  return [jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
+          for x in arrays]
+
+
+IMPLEMENTATIONS = {'reference': reference, 'blocked': blocked, 'cudnn': cudnn,
+                   'pallas': pallas}
+_FASTEST = {'cpu': 'blocked', 'gpu': 'cudnn', 'tpu': 'pallas'}
+_KERNEL_OF = {'cudnn': 'gpu', 'pallas': 'tpu'}  # Opaque to XLA.
+
+
+def packed_attention(q, k, v, segments, implementation='reference',
+                     where=None):
+  """Causal attention inside each segment of packed rows.
+
+  Args:
+    q, k, v, segments: see the module.
+    implementation: key of IMPLEMENTATIONS, from `choose`.
+    where: NamedSharding of k, over rows and heads; None on a single device. XLA
+      cannot divide a kernel, so each device runs it on its own part.
+
+  Returns:
+    y [B, L, H, C] in the dtype of q, or in float32.
+  """
+  attend = IMPLEMENTATIONS[implementation]
+  if implementation in _KERNEL_OF and where is not None:
+    attend = on_each_device(attend, where)
+  return attend(q, k, v, segments)
+
+
+def on_each_device(attend, where):
+  part = where.spec
+  # Kernels do not declare over which axes their results vary.
+  return jax.shard_map(attend, mesh=where.mesh, out_specs=part,
+                       in_specs=(part, part, part, PartitionSpec(*part[:1])),
+                       check_vma=False)
+
+
+def choose(wanted, backend, config, dtype, rows, length):
+  """Name of the implementation that trains.
+
+  Args:
+    wanted: config.model.attention, 'auto' or a key of IMPLEMENTATIONS.
+    backend: jax.default_backend().
+    config: families.DecoderConfig.
+    dtype: compute dtype of the model.
+    rows: rows of a micro-batch on one device.
+    length: tokens per row.
+  """
+  name = _FASTEST.get(backend, 'reference') if wanted == 'auto' else wanted
+  obstacle = _obstacle(name, backend, config, jnp.dtype(dtype), rows, length)
+  if obstacle is None:
+    return name
+  if wanted != 'auto':
+    raise InputError(f'model.attention is {name!r}, but {obstacle}; choose '
+                     'auto or reference.')
+  logging.info('Attention: reference, not %s: %s.', name, obstacle)
+  return 'reference'
+
+
+def _obstacle(name, backend, config, dtype, rows, length):
+  """Why `name` cannot serve, as part of a sentence, or None."""
+  if name not in _KERNEL_OF:
+    return None
+  if backend != _KERNEL_OF[name]:
+    return f'it needs a {_KERNEL_OF[name].upper()} and this run is on {backend}'
+  if dtype != jnp.bfloat16:  # float32 is asked for its digits; kernels drop it.
+    return f'it needs model.dtype bfloat16 and this one is {dtype}'
+  error = compile_error(name, config, dtype, rows, length)
+  return error and f'its kernel does not compile here ({error})'
+
+
+def compile_error(name, config, dtype, rows, length):
+  """First line of what stops the kernel's compilation with gradient, or None.
+
+  Seconds, once, against a run that ends at its first step: cuDNN may be absent
+  or old, the chip, too, and only the compiler knows what each supports.
+  """
+  array = lambda heads: jax.ShapeDtypeStruct(
+      (rows, length, heads, config.head_dim), dtype)
+  segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+  def total(q, k, v, segments):
+    return jnp.sum(packed_attention(q, k, v, segments, name), dtype=jnp.float32)
+
+  try:  # Missing cuDNN, its limits and the compilers' refusals.
+    jax.jit(jax.grad(total, (0, 1, 2))).lower(
+        array(config.heads), array(config.kv_heads), array(config.kv_heads),
+        segments).compile()
+  except RuntimeError as error:
+    return str(error).strip().split('\n')[0].rstrip('.')
+  return None

@@ -1,0 +1,131 @@
+"""What a report says, apart from how it looks; and how it looks in Markdown.
+
+A report is one list of blocks. `markdown` here and `page.html` each turn the
+list into a file, so the two files cannot say different things. Blocks hold
+plain text: whatever a log or a config brought along is made harmless by the
+renderer, and nowhere else.
+"""
+
+import dataclasses
+import html
+import re
+
+
+class Strong(str):
+  """Inline text that stands out."""
+
+
+class Mono(str):
+  """A file name or a field, in code type: never text of a log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+  level: int  # 1 is the title
+  text: str
+
+
+class Text:
+  """A paragraph of inline parts: str, Strong or Mono."""
+
+  def __init__(self, *parts, lead=False):
+    self.parts = parts
+    self.lead = lead  # the paragraph to read if only one is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """Lines shown as they are."""
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Rows of str, Mono, bool, int, float (three decimals) or None."""
+  head: tuple
+  rows: list
+  caption: str = ''
+
+  def __bool__(self):
+    return bool(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  path: str  # relative to the report
+  title: str
+  caption: str  # what one sees, of how many
+  alt: str  # the same for who cannot see it
+  wide: bool = False  # needs the whole width of a page
+
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+  """Blocks that a reader opens when they want them."""
+  summary: str
+  blocks: list
+
+
+def shown(value) -> str:
+  """A table's value as text."""
+  if value is None:
+    return '-'
+  if isinstance(value, bool):
+    return '✓' if value else '✗'
+  if isinstance(value, int):
+    return f'{value:,}'
+  return f'{value:.3f}' if isinstance(value, float) else str(value)
+
+
+# --- Markdown --------------------------------------------------------------
+
+
+def markdown(blocks) -> str:
+  """The blocks as one Markdown text."""
+  return '\n\n'.join(_markdown(block) for block in blocks) + '\n'
+
+
+def _markdown(block) -> str:
+  match block:
+    case Heading():
+      return '#' * block.level + ' ' + escape(block.text)
+    case Text():
+      return ''.join(map(_inline, block.parts))
+    case Listing():
+      # Indented: the only code block that no text can close.
+      return '\n'.join('    ' + line for line in block.text.splitlines())
+    case Table():
+      caption = escape(block.caption) + '\n\n' if block.caption else ''
+      return caption + _table(block)
+    case Figure():
+      return (f'![{escape(block.alt)}]({block.path})\n\n'
+              f'**{escape(block.title)}.** {escape(block.caption)}')
+    case Details():
+      return (f'<details>\n<summary>{html.escape(block.summary)}</summary>'
+              f'\n\n{markdown(block.blocks)}\n</details>')
+  raise AssertionError(block)
+
+
+def _table(block) -> str:
+  lines = [block.head, *block.rows]
+  lines = ['| ' + ' | '.join(map(_cell, line)) + ' |' for line in lines]
+  lines.insert(1, '| ' + ' | '.join(['---'] * len(block.head)) + ' |')
+  return '\n'.join(lines)
+
+
+def _cell(value) -> str:
+  return _inline(value) if isinstance(value, Mono) else escape(shown(value))
+
+
+def _inline(part) -> str:
+  if isinstance(part, Strong):
+    return f'**{escape(part)}**'
+  return f'`{part}`' if isinstance(part, Mono) else escape(part)
+
+
+def escape(value) -> str:
+  """Text made harmless in Markdown: one line, no markup, no column break."""
+  text = re.sub(r'\s*[\r\n]\s*', ' ', str(value))
+  for character in '\\`*[]<|':
+    text = text.replace(character, '\\' + character)
+  return text

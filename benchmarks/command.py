@@ -1,0 +1,38 @@
+"""The flags of both benchmarks, and what runs them."""
+
+import pathlib
+import sys
+import tempfile
+
+import common
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from behaviorlm_jax.errors import InputError
+
+CONFIG = config_flags.DEFINE_config_file(
+    'config', str(pathlib.Path(__file__).with_name('default_config.py')),
+    'Config file; any field can be changed: --config.train.batch=4.')
+QUICK = flags.DEFINE_bool('quick', False, 'Fewer repeats, smaller tables.')
+REPEATS = flags.DEFINE_integer('repeats', 0, 'Timed calls of a side; 0: auto.')
+GROW = flags.DEFINE_bool('grow', False, 'Only the tables of growing work.')
+
+
+def run(benchmark):
+  """The command: `benchmark(inputs, folder)` with the flags' config."""
+
+  def main(argv):
+    del argv
+    logging.set_verbosity(logging.INFO)
+    common.show_machine()
+    try:
+      with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        benchmark(common.open_inputs(CONFIG.value, folder / 'log'), folder)
+    except InputError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(2)
+
+  app.run(main)

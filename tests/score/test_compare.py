@@ -1,0 +1,115 @@
+"""The numbers of the verdict: paired, over whole users, and what is missing."""
+
+import types
+
+import numpy as np
+import pyarrow as pa
+
+from behaviorlm_jax.score import compare
+from behaviorlm_jax.score import metrics
+from behaviorlm_jax.score import run_files
+
+
+def stage(key, true, predicted, user, **config):
+  names = lambda ids: [f'b{i}' for i in ids]
+  return run_files.Stage(key, None, config, {}, pa.table({
+      'sample': np.arange(len(true)), 'user': user, 'behavior': names(true),
+      'predicted': names(predicted)}))
+
+
+def run_of(*stages, anchors=2, count=5):
+  behaviors = [{'name': f'b{i}', 'train_count': 9 - i,
+                'group': 'anchor' if i < anchors else 'tail'}
+               for i in range(count)]
+  return run_files.Run(None, {}, behaviors, 0, {}, list(stages))
+
+
+def case(seed=0, n=200, users=25):
+  rng = np.random.default_rng(seed)
+  return rng.integers(5, size=n), rng.integers(5, size=n), np.arange(n) % users
+
+
+def test_points_are_those_of_the_metrics():
+  true, guess, user = case()
+  outcome = compare.outcome(run_of(stage('a_tuning', true, guess, user)))
+  want = metrics.evaluate(true, guess[:, None], np.arange(5) < 2)
+  for name, (group, key) in compare.SCORES.items():
+    value, (low, high) = outcome.scores[name]
+    np.testing.assert_allclose(value, want[group][key])
+    assert low < value < high
+  assert outcome.samples == {group: want[group]['n'] for group in want}
+  assert outcome.users == 25 and outcome.final == 'A-Tuning'
+
+
+def test_equal_predictions_differ_by_nothing():
+  true, guess, user = case()
+  outcome = compare.outcome(run_of(
+      stage('base', true, guess, user), stage('b_tuning', true, guess, user)))
+  changes = outcome.contrasts['the untuned model']
+  assert len(changes) == 3
+  assert all(c.size == 0 and c.interval == (0, 0) for c in changes)
+
+
+def test_accuracy_shares_its_draws_with_macro_f1():
+  # With one behavior that is always right where it is true, macro-F1 of two
+  # behaviors and accuracy move alike only if the same users are drawn.
+  true, _, user = case(n=60, users=6)
+  true = true % 2
+  right = np.asarray(user) < 3
+  f1 = metrics.bootstrap_macro_f1(
+      true, np.where(right, true, 1 - true), np.array([True, True]), user)
+  accuracy = compare.bootstrap_accuracy(right, user)
+  assert np.corrcoef(f1, accuracy)[0, 1] > 0.98
+
+
+def test_interval_of_accuracy_is_that_of_whole_users():
+  right, user = np.arange(100) < 50, np.arange(100) // 50
+  draws = compare.bootstrap_accuracy(right, user)
+  assert set(draws) == {0.0, 0.5, 1.0}
+
+
+def test_one_user_has_no_interval():
+  true, guess, _ = case()
+  user = np.zeros(200, int)
+  outcome = compare.outcome(run_of(
+      stage('base', true, guess, user), stage('a_tuning', true, true, user)))
+  assert outcome.users == 1 and outcome.scores['accuracy'] == (1.0, None)
+  assert {c.outcome for c in outcome.contrasts['the untuned model']} == {
+      'unknown'}
+
+
+def test_a_group_without_samples_has_no_score():
+  true, guess, user = case()
+  outcome = compare.outcome(run_of(
+      stage('a_tuning', true % 2, guess, user)))
+  assert list(outcome.scores) == ['accuracy', 'anchor macro-F1']
+
+
+def test_other_samples_cannot_be_compared():
+  true, guess, user = case()
+  base = stage('base', true[:-1], guess[:-1], user[:-1])
+  outcome = compare.outcome(run_of(base, stage('a_tuning', true, guess, user)))
+  assert outcome.contrasts == {}
+
+
+def test_nothing_predicted_is_no_outcome():
+  assert compare.outcome(run_of()) is None
+
+
+def test_the_best_baseline_is_counted_again_from_the_events(monkeypatch):
+  true, guess, user = case()
+  final = stage('a_tuning', true, guess, user, seed=3, data={'history': 7})
+  scores = {'all': {'accuracy@1': 0.4}, 'tail': {'f1_macro': 0.1},
+            'anchor': {'f1_macro': 0.2}}
+  run = run_of(final)
+  run.baselines['markov'] = scores
+  run.__dict__['events'] = types.SimpleNamespace()
+
+  def count(name, events, samples, history, seed):
+    assert (name, history, seed) == ('markov', 7, 3)
+    return np.eye(5)[true[samples]]
+
+  monkeypatch.setattr(compare.baselines, 'scores', count)
+  changes = compare.outcome(run).contrasts['the best count baseline (markov)']
+  assert [c.before for c in changes] == [1.0, 1.0, 1.0]
+  assert {c.outcome for c in changes} == {'worse'}
