@@ -47,11 +47,13 @@ def default():
       candidates=64,  # Samples scored per behavior, at most.
   )
   config.train = _section(
-      steps=200,  # Of each stage.
+      steps=200,  # Of each stage, or of stages a and one if the next is set.
+      balanced_steps=config_dict.placeholder(int),  # Of stage b.
       batch=8,  # Rows per step over all devices.
       length=512,  # Tokens per row.
       accumulate=1,  # Micro-batches per step; divides batch.
-      learning_rate=1e-3,  # Peak.
+      learning_rate=1e-3,  # Peak, with the same exception.
+      balanced_learning_rate=config_dict.placeholder(float),  # Of stage b.
       warmup=0.1,  # Share of the steps; then cosine to zero.
       weight_decay=0.0,
       clip=1.0,  # Global gradient norm.
@@ -63,7 +65,7 @@ def default():
       best_by='loss',  # loss | f1_macro on the validation split | last.
   )
   config.score = _section(
-      dtype='float32',  # Of the model that scores: float32 | bfloat16.
+      dtype='bfloat16',  # Of the model that scores: bfloat16 | float32.
       batch=8,  # Prompts per pass.
       names_per_pass=256,  # Behaviors whose token tree is scored at once.
   )
@@ -158,9 +160,19 @@ def ablate(config, names):
   for name in names:
     config.update_from_flattened_dict(ABLATIONS[name])
   if 'one_stage' in names:  # As many steps as both stages together.
-    config.train.steps *= 2
+    config.train.steps += of_stage(config, 'b').train.steps
   config.stages = _stages(tuple(config.stages), names)
   config.ablations = tuple(names)
+  return config
+
+
+def of_stage(config, stage):
+  """A copy whose train.steps and .learning_rate are those of one stage."""
+  config = config.copy_and_resolve_references()
+  for name in ('steps', 'learning_rate'):
+    own = config.train[f'balanced_{name}']
+    if stage == 'b' and own is not None:
+      config.train[name] = own
   return config
 
 
@@ -219,8 +231,8 @@ _MINIMA = {
     'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
 }
-
-
+_OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'train.balanced_steps': 1,
+                    'train.balanced_learning_rate': 0}
 _SHARES = {'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
            'plan.conversation_share': 0.99,
            'plan.balanced_conversation_share': 0.99}
@@ -243,9 +255,10 @@ def check(config):
     if _get(config, name) < least:
       raise InputError(f'{name} is {_get(config, name)}; it must be at least '
                        f'{least}.')
-  if config.plan.per_anchor is not None and config.plan.per_anchor < 0:
-    raise InputError(f'plan.per_anchor is {config.plan.per_anchor}; it must '
-                     'be at least 0.')
+  for name, least in _OPTIONAL_MINIMA.items():
+    value = _get(config, name)
+    if value is not None and value < least:
+      raise InputError(f'{name} is {value}; it must be at least {least}.')
   _check_shares(config)
   _check_sums(config)
 

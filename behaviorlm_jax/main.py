@@ -2,11 +2,13 @@
 
 import sys
 
+import jax
 from absl import app
 from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
 from behaviorlm_jax.errors import InputError
@@ -39,12 +41,20 @@ def _parse(argv):
     _fail(config_lib.explain_flag_error(argv, error))
 
 
+def _keep_compilations():
+  """The next run starts sooner; JAX_COMPILATION_CACHE_DIR goes first."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir',
+                      str(addresses.cache_dir() / 'compiled'))
+
+
 def main(argv):
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_readable_log)
   if len(argv) > 1:
     _fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()
+  _keep_compilations()
   try:
     stages.run(config_lib.ablate(_CONFIG.value, _ABLATIONS.value),
                _WORKDIR.value)

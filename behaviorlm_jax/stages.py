@@ -157,15 +157,17 @@ def score(this, adapter, samples, what, stop=preemption.check):
 
 def run_stage(this, stage):
   """Plans, trains, exports and evaluates one stage."""
-  config, folder = this.config, this.workdir / workdir_lib.FOLDERS[stage]
+  whole, folder = this.config, this.workdir / workdir_lib.FOLDERS[stage]
   folder.mkdir(exist_ok=True)
+  config = config_lib.of_stage(whole, stage)
+  this = dataclasses.replace(this, config=config)
   adapter = first_adapter(this, stage)
-  plan, plan_hash = make_plan(this, config, stage, folder, adapter)
+  plan, plan_hash = make_plan(this, stage, folder, adapter)
   if (folder / 'evaluation.json').exists():
     logging.info('%s is finished.', folder)
     return
-  workdir_lib.claim(folder, config, this.fingerprints)
-  adapter = train(this, config, stage, folder, plan, plan_hash, adapter)
+  workdir_lib.claim(folder, whole, this.fingerprints)
+  adapter = train(this, stage, folder, plan, plan_hash, adapter)
   lora.export(folder / 'adapter', adapter, config.lora.alpha,
               this.base.folder or this.base.address)
   evaluation.write_labels(folder / 'labels.json', this.prompts)
@@ -191,10 +193,10 @@ def first_adapter(this, stage):
   return jax.device_put(adapter, sharding.adapter(this.mesh, shapes))
 
 
-def fingerprint(this, stage, adapter, sections, config):
+def fingerprint(this, stage, adapter, sections):
   """SHA-256 of what decides an artifact of a stage."""
   digest = hashlib.sha256()
-  values = workdir_lib.as_dict(config)
+  values = workdir_lib.as_dict(this.config)
   for path in ('events', 'conversations'):  # Their content counts, see below.
     del values['data'][path]
   chosen = {name: values[name] for name in sections}
@@ -210,30 +212,32 @@ def fingerprint(this, stage, adapter, sections, config):
   return digest.hexdigest()
 
 
-def make_plan(this, config, stage, folder, adapter):
+def make_plan(this, stage, folder, adapter):
   """The stage's plan and its hash; read if it stands there already."""
-  path = folder / 'plan.parquet'
+  config, path = this.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
-  made_from = fingerprint(this, stage, adapter, sections, config)
+  made_from = fingerprint(this, stage, adapter, sections)
   if path.exists():
     plan = plan_lib.load(path, made_from)
     return plan, plan_lib.content_hash(plan)
   rng = seeds.stream(config.seed, stage, 'plan')
-  stream = segments(this, config, stage, 'train', rng, adapter, folder)
+  stream = segments(this, stage, 'train', rng, adapter, folder)
   plan = plan_lib.take(stream, config, config.train.steps, made_from)
+  logging.info('%s: plan of %s.', folder.name,
+               plan_lib.summary(plan, config.train.length))
   return plan, plan_lib.save(path, plan, config.train.batch)
 
 
-def segments(this, config, stage, split, rng, adapter=None, folder=None):
+def segments(this, stage, split, rng, adapter=None, folder=None):
   """The endless stream of segments of a stage, for training or validation."""
+  config, plan = this.config, this.config.plan
   windows = plan_lib.Windows(this.prompts, config)
-  plan = config.plan
   if stage == 'b':
     share = plan.balanced_conversation_share
     if split == 'train':
-      subset = choose_subset(this, config, adapter, folder)
+      subset = choose_subset(this, adapter, folder)
     else:
-      subset = by_behavior(this, config, split)
+      subset = by_behavior(this, split)
     stream_of = (plan_lib.natural if plan.budget == 'natural'
                  else plan_lib.balanced)
     neighbours = None
@@ -251,30 +255,31 @@ def segments(this, config, stage, split, rng, adapter=None, folder=None):
   return stream
 
 
-def by_behavior(this, config, split):
+def by_behavior(this, split):
   """{behavior: positions of its samples in a split}."""
-  samples = plan_lib.eligible(this.events, split, config.plan.min_context)
+  samples = plan_lib.eligible(this.events, split,
+                              this.config.plan.min_context)
   behavior = this.events.behavior[samples]
   return {int(b): samples[behavior == b] for b in np.unique(behavior)}
 
 
-def choose_subset(this, config, adapter, folder):
+def choose_subset(this, adapter, folder):
   """Stage b's subset: candidates, their difficulty, the weighted draw."""
+  config = this.config
   draw = lambda purpose: seeds.stream(config.seed, 'b', purpose)
   pools = plan_lib.candidates(this.events, config, draw('candidates'))
   scores = None
   if config.difficulty.score != 'random':
-    scores = score_difficulty(this, config, adapter, folder, pools)
+    scores = score_difficulty(this, adapter, folder, pools)
   return plan_lib.choose_subset(pools, scores, this.events, config,
                                 draw('subset'))
 
 
-def score_difficulty(this, config, adapter, folder, pools):
+def score_difficulty(this, adapter, folder, pools):
   """{sample: difficulty} under the model that stage b starts from."""
   path = folder / 'difficulty.parquet'
   made_from = fingerprint(this, 'difficulty', adapter,
-                          ('data', 'plan', 'difficulty', 'seed', 'score'),
-                          config)
+                          ('data', 'plan', 'difficulty', 'seed', 'score'))
   if not path.exists():
     samples = np.concatenate(list(pools.values()))
     scores, _ = score(this, adapter, samples, f'{folder.name}: difficulty')
@@ -283,8 +288,9 @@ def score_difficulty(this, config, adapter, folder, pools):
   return difficulty.read(path, made_from)
 
 
-def train(this, config, stage, folder, plan, plan_hash, adapter):
+def train(this, stage, folder, plan, plan_hash, adapter):
   """Trains (or resumes) a stage; returns the best checkpoint's adapter."""
+  config = this.config
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(this.mesh, shapes, optimizer)
@@ -303,7 +309,7 @@ def train(this, config, stage, folder, plan, plan_hash, adapter):
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
-      validator(this, config, stage))
+      validator(this, stage))
   best = saved.best_step(config.checkpoint.best_by != 'last')
   logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
   adapter = saved.restore_adapter(best, state)
@@ -322,12 +328,13 @@ def show_example(this, assemble, plan):
   logging.info('a row, the learned tokens in brackets:\n%s', text)
 
 
-def validator(this, config, stage):
+def validator(this, stage):
   """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
+  config = this.config
   rng = seeds.stream(config.seed, stage, 'validation')
   steps = -(-config.eval.validation_rows // config.train.batch)
   try:
-    stream = segments(this, config, stage, 'validation', rng)
+    stream = segments(this, stage, 'validation', rng)
     plan = plan_lib.take(stream, config, steps, '')
   except plan_lib.NoSamples:
     logging.warning('the validation split has no sample for stage %s; the last '

@@ -17,16 +17,18 @@ def get_config():
   config.data.columns.user = 'user_id'
   config.data.columns.time = 'timestamp'
   config.data.columns.behavior = 'event'
-  # Small enough for 2 CPU cores: a few minutes in all.
-  config.data.history = 12
-  config.plan.window = 18
-  config.plan.targets_per_row = 12
+  # Small enough for 2 CPU cores: under five minutes in all.
+  config.data.history = 8
+  config.plan.window = 20
+  config.plan.targets_per_row = 16
+  config.plan.content = 'all'
   config.plan.per_behavior = 4
+  config.plan.neighbours = True
   config.difficulty.candidates = 6
   config.train.steps = 20
   config.train.batch = 4
   config.train.length = 256
   config.checkpoint.every = 10
-  config.eval.max_samples = 160
+  config.eval.max_samples = 200
   config.eval.validation_rows = 8
   return config

@@ -336,6 +336,16 @@ def take(stream, config, steps, made_from):
               -(-most // 16) * 16, made_from)
 
 
+def summary(plan, length):
+  """One line on what the plan teaches, and how full its rows are."""
+  segments = list(itertools.chain.from_iterable(plan.rows))
+  targets = [t for segment in segments for t in segment['targets']]
+  used = sum(segment['length'] for segment in segments)
+  return (f'{len(plan.rows):,} rows, {used / (len(plan.rows) * length):.1%} '
+          f'full; {len(targets):,} targets, {len(set(targets)):,} of them '
+          'different events')
+
+
 def save(path, plan, batch):
   """Writes a plan; columns step, row and segments."""
   index = np.arange(len(plan.rows))

@@ -47,9 +47,14 @@ class MetricsFile:
 
 
 class _Clock:
-  """Rates from one step's end to the next; compilation is not in them."""
+  """Rates from one step's end to the next.
+
+  The first step's are not known: it holds the compilation. What stands in its
+  row is the time until its end.
+  """
 
   def __init__(self):
+    self._begin = time.monotonic()
     self._then = None
 
   def reset(self):
@@ -60,7 +65,7 @@ class _Clock:
     then, now = self._then, time.monotonic()
     self._then = now
     if then is None:
-      return {}
+      return {'seconds_to_first_step': round(now - self._begin, 2)}
     seconds = max(now - then, 1e-9)
     return {'seconds': round(seconds, 4),
             'tokens_per_second': round(row['tokens'] / seconds, 1),
@@ -93,6 +98,9 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
   def note(step, metrics, validate=None):
     row = {'step': step, **{k: float(v) for k, v in metrics.items()}}
     row |= clock.rates(row)
+    if 'seconds_to_first_step' in row:
+      logging.info('%s: first step after %.1f s, most of them compilation.',
+                   folder.name, row['seconds_to_first_step'])
     if validate:
       row |= validate()
       clock.reset()

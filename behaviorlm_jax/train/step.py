@@ -136,6 +136,7 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, mesh):
                'learning_rate': schedule(state['step']),
                'answer_weight': weight,
                'tokens': jnp.sum(batch['segments'] > 0),
+               'padding': jnp.mean(batch['segments'] == 0),
                'samples': jnp.sum(batch['samples'])}
     return new, metrics
 

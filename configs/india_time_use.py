@@ -1,0 +1,32 @@
+"""One day of each person in India's Time Use Survey 2024, split by household.
+
+  python -m behaviorlm_jax.main --config=configs/india_time_use.py \
+    --workdir=runs/india --config.data.events=india_time_use.csv.gz
+
+The log: columns user, household, time and behavior, 145 activities of 4,384
+persons. The clock is real, the date is not, so lines name no weekday; persons
+of one household stay in one split. As configs/foursquare_nyc.py otherwise:
+stage 1 is one pass over 62,768 targets.
+"""
+
+from behaviorlm_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.data.columns.group = 'household'
+  config.data.weekday = False
+  config.plan.window = 48
+  config.plan.targets_per_row = 40
+  config.plan.content = 'all'
+  config.plan.conversation_share = 0.1
+  config.plan.per_behavior = 5
+  config.plan.neighbours = True
+  config.difficulty.candidates = 10
+  config.train.batch = 4
+  config.train.accumulate = 2  # Faster on CPU: half the memory to move.
+  config.train.steps = 900
+  config.train.balanced_steps = 60
+  config.train.balanced_learning_rate = 2e-4
+  config.checkpoint.every = 100
+  return config
