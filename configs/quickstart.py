@@ -25,10 +25,12 @@ def get_config():
   config.plan.per_behavior = 4
   config.plan.neighbours = True
   config.difficulty.candidates = 6
-  config.train.steps = 20
+  config.train.steps = 28
   config.train.batch = 4
   config.train.length = 256
-  config.checkpoint.every = 10
-  config.eval.max_samples = 200
+  config.train.balanced_steps = 10
+  config.train.balanced_learning_rate = 2e-4
+  config.checkpoint.every = 14
+  config.eval.max_samples = 160
   config.eval.validation_rows = 8
   return config

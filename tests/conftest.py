@@ -29,11 +29,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6  # Of each stage.
 FIELDS = {
     'model.address': 'random://tiny', 'model.dtype': 'float32',
-    'model.remat': 'none', 'lora.rank': 4, 'lora.targets': ('q_proj', 'v_proj'),
+    'score.dtype': 'float32', 'lora.rank': 4,
+    'lora.targets': ('q_proj', 'v_proj'),
     'data.instruction': 'Log', 'data.history': 5, 'plan.window': 6,
     'plan.min_context': 2, 'plan.targets_per_row': 4, 'plan.per_behavior': 4,
+    'plan.content': 'anchors', 'plan.neighbours': False,
     'difficulty.candidates': 4, 'train.length': 192, 'train.batch': 2,
-    'train.steps': STEPS, 'train.warmup': 0.1, 'checkpoint.every': 3,
+    'train.steps': STEPS, 'train.balanced_steps': STEPS, 'train.warmup': 0.1,
+    'checkpoint.every': 3,
     'eval.max_samples': 60, 'eval.validation_rows': 2,
 }
 # JAX's settings and their names in the environment.

@@ -13,7 +13,8 @@ from behaviorlm_jax import main
 from behaviorlm_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
-NAMES = ('quickstart.py', 'stage1.py', 'stage2.py')
+NAMES = ('foursquare_nyc.py', 'india_time_use.py', 'quickstart.py',
+         'stage1.py', 'stage2.py')
 # What scripts may rely on, and a value that differs from every default.
 RELIED_ON = {
   'data.events': 'mine.csv', 'data.columns.user': 'who',
