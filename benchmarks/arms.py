@@ -105,14 +105,17 @@ class Arm:
                  time.perf_counter() - begin)
 
   def train(self, until):
-    """Trains until the arm's clock shows `until` seconds."""
-    while self.seconds < until:
+    """Trains to the end of a step, the one nearest to `until` on the clock."""
+    while self.seconds + self._half_step() < until:
       begin = time.perf_counter()
       self.state, _ = self.shared.step(self.state, self.shared.params,
                                        next(self.batches))
       jax.block_until_ready(self.state)
       self.seconds += time.perf_counter() - begin
       self.steps += 1
+
+  def _half_step(self):
+    return self.seconds / self.steps / 2 if self.steps else 0.0
 
   def note(self, losses):
     self.results.append((self.seconds, self.steps, losses))
@@ -182,14 +185,14 @@ class Validation:
 def questions(inputs, count):
   """Rows of one question each, whole batches of them, and their length."""
   config, prompts = inputs.config, inputs.prompts
-  samples = evaluation.draw_samples(inputs.events, 'validation',
-                                    count, config)
+  samples = evaluation.draw_samples(inputs.events, 'validation', count,
+                                    config)
   whole = len(samples) // config.train.batch * config.train.batch
   if not whole:
     raise InputError(
-        f'--questions={count} leaves {len(samples)} questions, less '
-        f'than a batch of {config.train.batch}; ask for more or lower '
-        'train.batch.')
+        f'--questions={count}: the validation split gives {len(samples)} '
+        f'questions, less than a batch of {config.train.batch}; ask for more '
+        'or lower train.batch.')
   # The draw is sorted: a batch is of neighbours in the log, and differences
   # between batches hold those between users.
   config = config.copy_and_resolve_references()

@@ -8,11 +8,12 @@ shape, under one learning rate (the config's, constant after 5 steps of linear
 warm-up, so that arms can be compared at every moment), and are asked the same
 validation questions, each with its full history. They train in slices in turn,
 so whatever else the machine does hits all alike. An arm's clock runs while it
-loads batches and trains; compilation and validation do not count.
+loads batches and trains; compilation and validation do not count. A mark is
+validated after the step that ends nearest to it.
 
-Targets at T per row with C events of context: windows of C + T events, and the
+T targets per row with C events of context: windows of C + T events, and the
 k-th target of a window sees the C + k - 1 events before it; fewer where a
-user's log begins or a row's length ends.
+user's log begins or a row's length ends. Short windows share rows.
 """
 
 import csv
@@ -112,7 +113,7 @@ def write_csv(path, arms, measures):
 
 
 def draw(path, arms, title):
-  """NLL against seconds, a line per arm; the untuned model is off the top."""
+  """NLL against seconds of training, a line per arm."""
   figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
@@ -120,13 +121,14 @@ def draw(path, arms, title):
     seconds, _, losses = zip(*arm.results, strict=True)
     axes.plot(seconds, [x.mean() for x in losses], color=colour,
               marker=marker, markersize=5, linewidth=1.6,
-              label=f'{arm.name} targets per row')
+              label=arm.name)
   axes.set_xlabel('training time (seconds)')
   axes.set_ylabel('validation NLL (nats per question)')
   axes.set_title(title, fontsize=9, loc='left', parse_math=False)
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#dddddd', linewidth=0.6)
-  axes.legend(frameon=False, fontsize=9)
+  axes.legend(title='targets per row', frameon=False, fontsize=9,
+              title_fontsize=9)
   figure.savefig(path, dpi=plots.DPI)
 
 
@@ -134,10 +136,9 @@ def title(inputs, validation):
   config = inputs.config
   log = pathlib.PurePosixPath(config.data.events).name
   model = pathlib.PurePosixPath(config.model.address).name
-  return (f'{log}: {validation.questions} validation questions with up to '
-          f'{config.data.history} events of history\n'
-          f'{model}, batches of {config.train.batch} x {config.train.length} '
-          'tokens, windows over all training samples')
+  return (f'{log}, {model}: {validation.questions} validation questions\n'
+          f'with up to {config.data.history} events of history; batches of '
+          f'{config.train.batch} x {config.train.length} tokens')
 
 
 def ratios(arms, measures):

@@ -45,7 +45,7 @@ def reference(q, k, v, segments):
   return masked_attention(q, k, v, causal_mask(segments))
 
 
-_BLOCK = 256  # Queries at a time: scores of a block stay in a CPU's cache.
+_BLOCK = 64  # Queries at a time: scores of a block stay in a CPU's cache.
 
 
 def blocked(q, k, v, segments):

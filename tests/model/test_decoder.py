@@ -262,7 +262,8 @@ def test_gradient_of_a_float32_master_is_float32_after_a_bfloat16_product():
 def test_adapted_product_has_the_value_and_gradient_of_jax():
   generator = np.random.default_rng(0)
   draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
-  inputs, dy = (draw(2, 3, 5), draw(7, 5), draw(4, 5), draw(7, 4)), draw(2, 3, 7)
+  inputs = draw(2, 3, 5), draw(7, 5), draw(4, 5), draw(7, 4)
+  dy = draw(2, 3, 7)
   y, pull = jax.vjp(functools.partial(decoder._lora_dot, 0.5), *inputs)
   expected, theirs = jax.vjp(
     lambda x, w, a, b: x @ w.T + 0.5 * (x @ a.T) @ b.T, *inputs)
