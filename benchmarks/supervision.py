@@ -161,6 +161,8 @@ def benchmark(inputs, folder):
   seconds, names, count = SECONDS.value, ARMS.value, QUESTIONS.value
   if command.QUICK.value:
     seconds, names, count = min(seconds, 4), names[:2], min(count, 16)
+  for name in names:  # Refuses what is no arm before anything is compiled.
+    arms_lib.arm_config(inputs.config, name)
   shared = arms_lib.Shared(inputs)
   validation = arms_lib.Validation(inputs, shared.params, count)
   arms = [arms_lib.Arm(inputs, shared, name, math.ceil(seconds / _LEAST_STEP))

@@ -24,13 +24,14 @@ def get_config():
   config.plan.content = 'all'
   config.plan.per_behavior = 4
   config.plan.neighbours = True
-  config.difficulty.candidates = 6
-  config.train.steps = 28
+  config.difficulty.candidates = 4
+  config.train.learning_rate = 2e-3
+  config.train.steps = 24
   config.train.batch = 4
   config.train.length = 256
-  config.train.balanced_steps = 10
-  config.train.balanced_learning_rate = 2e-4
-  config.checkpoint.every = 14
-  config.eval.max_samples = 160
+  config.train.balanced_steps = 8
+  config.train.balanced_learning_rate = 1e-4
+  config.checkpoint.every = 12
+  config.eval.max_samples = 150
   config.eval.validation_rows = 8
   return config
