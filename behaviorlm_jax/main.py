@@ -46,6 +46,7 @@ def _keep_compilations():
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir',
                       str(addresses.cache_dir() / 'compiled'))
+    jax.config.update('jax_compilation_cache_max_size', 2 << 30)  # Bytes.
 
 
 def main(argv):

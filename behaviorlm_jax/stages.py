@@ -80,7 +80,7 @@ def run(config, workdir):
     run_stage(this, stage)
   report.write(workdir, 'BehaviorLM: ' + _log_name(config),
                this.base.tokenizer.decode)
-  logging.info('report: %s', workdir / 'report.md')
+  logging.info('report: %s', workdir / 'report.html')
 
 
 def _log_name(config):
@@ -96,14 +96,14 @@ def _open(config, workdir, mesh):
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
   evaluation.test_samples(events, config)  # Refuses a log without any.
+  attach = step_lib.attacher(base.config, config, mesh, config.model.dtype)
   place = sharding.placer(mesh)
   params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
-  scored = params
+  scored, attach_scored = params, attach
   if config.score.dtype != config.model.dtype:
     scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
-  attach, attach_scored = (
-      step_lib.attacher(base.config, config, mesh, dtype)
-      for dtype in (config.model.dtype, config.score.dtype))
+    attach_scored = step_lib.attacher(base.config, config, mesh,
+                                      config.score.dtype, 'auto')
   scorer = labels.Scorer(attach_scored, scored, prompts.labels, config.score,
                          mesh)
   return Run(config, workdir, mesh, base, prompts, talks, attach, params,

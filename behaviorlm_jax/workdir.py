@@ -17,8 +17,9 @@ from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 
 FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
-# What every stage of one work directory must share.
-SHARED = ('data', 'model', 'lora', 'seed')
+# What every stage of one work directory must share. model.remat and
+# model.attention may differ: they change speed and memory alone.
+SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
 # What decides each folder that no stage owns.
 _DECIDES = {
     'events': ('data.events', 'data.columns', 'data.collapse_repeats',
@@ -29,8 +30,6 @@ _DECIDES = {
 # events serve any model.
 _ADDRESSES = ('model.address', 'data.events', 'data.conversations')
 _PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
-
-
 _OTHER = {'events': 'other events', 'base': 'another base model'}
 
 

@@ -1,4 +1,4 @@
-"""Check-ins in New York: every training event taught once, then balanced.
+"""Check-ins in New York: every training target once, then balanced.
 
   python -m behaviorlm_jax.main --config=configs/foursquare_nyc.py \
     --workdir=runs/nyc --config.data.events=foursquare_nyc.csv.gz

@@ -240,14 +240,14 @@ def mix(stream, conversations, share, rng):
     total += answers
 
 
-_OPEN_ROWS = 64  # 93 % full on check-ins, where one open row left 29 % empty.
+_OPEN_ROWS = 64  # Fills 95 % of rows of check-ins; one open row filled 79 %.
 
 
 def pack(stream, rows, length):
   """Fills `rows` rows of at most `length` tokens from an endless stream.
 
   Best fit among the rows begun last: a segment joins the fullest one that has
-  room, so it stands a few rows from its place in the stream, not more.
+  room, so it stands at most _OPEN_ROWS rows early.
   """
   packed, used = [], []
   for segment in stream:

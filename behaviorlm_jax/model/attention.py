@@ -17,6 +17,7 @@ int32 [B, L]. B batch, L length, H query heads, K key-value heads, C head_dim.
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
@@ -97,7 +98,7 @@ def _attention(q, k, v, mask):
 
 def _attention_forward(q, k, v, mask):
   weights = _weights(q, k, mask).astype(q.dtype)
-  y = _products(weights, v, 3, 2)
+  y = checkpoint_name(_products(weights, v, 3, 2), 'product')
   return y, (q, k, v, mask, y)
 
 
@@ -124,8 +125,9 @@ def _weights(q, k, mask):
 
 def _products(x, y, x_axis, y_axis):
   """One product per row and key head, in float32."""
+  precision = 'highest' if x.dtype == jnp.float32 else None  # See decoder.
   return jax.lax.dot_general(
-      x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))),
+      x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision,
       preferred_element_type=jnp.float32)
 
 
@@ -167,7 +169,8 @@ def _splash(length, heads, interpret):
   mask = splash_attention.CausalMask((length, length))
   return splash_attention.make_splash_mha(
       splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes,
-      head_shards=1, q_seq_shards=1, interpret=interpret)
+      head_shards=1, q_seq_shards=1, interpret=interpret,
+      residual_checkpoint_name='product')
 
 
 def _pad(multiple, *arrays):
@@ -239,7 +242,7 @@ def _obstacle(name, backend, config, dtype, rows, length):
   if backend != _KERNEL_OF[name]:
     return f'it needs a {_KERNEL_OF[name].upper()} and this run is on {backend}'
   if dtype != jnp.bfloat16:  # float32 is asked for its digits; kernels drop it.
-    return f'it needs model.dtype bfloat16 and this one is {dtype}'
+    return f'it needs bfloat16 weights and these are {dtype}'
   error = compile_error(name, config, dtype, rows, length)
   return error and f'its kernel does not compile here ({error})'
 
@@ -261,6 +264,6 @@ def compile_error(name, config, dtype, rows, length):
     jax.jit(jax.grad(total, (0, 1, 2))).lower(
         array(config.heads), array(config.kv_heads), array(config.kv_heads),
         segments).compile()
-  except RuntimeError as error:
+  except Exception as error:  # Pallas raises classes of its own, some private.
     return str(error).strip().split('\n')[0].rstrip('.')
   return None

@@ -32,7 +32,7 @@ PROJECTIONS = (
 REMAT_POLICIES = {
     'none': None,  # Everything.
     'full': jax.checkpoint_policies.nothing_saveable,  # The layer's input.
-    # What takes a product with weights, or attention, to compute.
+    # What takes a product to compute; attention names what it keeps itself.
     'products': jax.checkpoint_policies.save_only_these_names('product'),
 }
 
@@ -171,7 +171,7 @@ class Layer(nnx.Module):
       setattr(self, name, Linear(kernel, lora.get(name), scale))
 
   def __call__(self, x, cos, sin, attend, memory):
-    """x [B, L, D] -> the same, and this layer's keys and values [B, L, K, C]"""
+    """x [B, L, D] -> the same; also this layer's keys, values [B, L, K, C]."""
     eps = self.config.norm_eps
     y = _rms_norm(x, self.attention_norm[...], eps)
     attended, cache = self._attend(y, cos, sin, attend, memory)
@@ -193,8 +193,7 @@ class Layer(nnx.Module):
     dtype = self.o_proj.kernel[...].dtype
     q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     y = attend(q, k, v) if memory is None else attend(q, k, v, *memory)
-    y = self._keep(y.reshape(batch, length, -1))
-    return self.o_proj(y), (k, v)
+    return self.o_proj(y.reshape(batch, length, -1)), (k, v)
 
 
 class Decoder(nnx.Module):

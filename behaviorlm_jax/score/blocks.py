@@ -126,6 +126,6 @@ def _inline(part) -> str:
 def escape(value) -> str:
   """Text made harmless in Markdown: one line, no markup, no column break."""
   text = re.sub(r'\s*[\r\n]\s*', ' ', str(value))
-  for character in '\\`*[]<|':
+  for character in '\\`*~&[]<|':
     text = text.replace(character, '\\' + character)
   return text

@@ -108,22 +108,20 @@ def _targets(run):
   plans = {name: plan for name, plan in plans.items() if plan.is_file()}
   if not plans:
     return None
-  names = [behavior.name for behavior in run.events.behaviors]
   order = run.by_frequency
   panels = {}
   for stage, plan in plans.items():
     drawn = np.bincount(
         run.events.behavior[run_files.plan_targets(plan)],
-        minlength=len(names))
-    count = dict(zip(names, drawn.tolist(), strict=True))
-    panels[stage] = np.array([count[run.behaviors[i]['name']] for i in order])
+        minlength=len(run.events.behaviors))
+    panels[stage] = drawn[order]
   plots.drawn_targets(
       _path(run, 'targets.png'), panels,
       [run.behaviors[i]['name'] for i in order], run.anchor[order])
   return Figure(
       f'{FOLDER}/targets.png', 'What each plan drew',
       'How often each behavior was taught, most frequent behavior first; '
-      f'n = {len(names):,} behaviors.',
+      f'n = {len(order):,} behaviors.',
       'Bars of targets per behavior: ' + '; '.join(
           f'{stage} {int(drawn.sum()):,} targets over '
           f'{int((drawn > 0).sum()):,} behaviors'

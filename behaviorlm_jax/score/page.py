@@ -138,7 +138,7 @@ def _html(block, folder) -> str:
       lead = ' class="lead"' if block.lead else ''
       return f'<p{lead}>' + ''.join(map(_inline, block.parts)) + '</p>'
     case Listing(text):
-      return f'<pre>{escape(text)}</pre>'
+      return f'<pre>\n{escape(text)}</pre>'  # HTML drops one line end.
     case Table():
       return _table(block)
     case Figure():

@@ -166,7 +166,11 @@ def config(run) -> Table:
   rows = []
   for stage in run.stages:
     if stage.config and stage.key != 'base':
-      train = stage.config.get('train', {})
+      train = dict(stage.config.get('train', {}))
+      if stage.key == 'b_tuning' and 'one_stage' not in stage.ablations:
+        for key in keys:  # As config.of_stage reads them.
+          own = train.get(f'balanced_{key}')
+          train[key] = train.get(key) if own is None else own
       rows.append((
           stage.name, *(_value(train.get(key)) for key in keys),
           _value(stage.config.get('seed')), _value(stage.ablations),

@@ -99,7 +99,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     row = {'step': step, **{k: float(v) for k, v in metrics.items()}}
     row |= clock.rates(row)
     if 'seconds_to_first_step' in row:
-      logging.info('%s: first step after %.1f s, most of them compilation.',
+      logging.info('%s: first step after %.1f s, compilation included.',
                    folder.name, row['seconds_to_first_step'])
     if validate:
       row |= validate()
@@ -110,7 +110,8 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
         raise InputError(
             f'{folder.name}: {name} of step {step} is {row[name]}; the '
             f'checkpoint of step {checkpoints.latest_step()} stays. Use another'
-            ' --workdir and a lower train.learning_rate (it is '
+            ' --workdir and a lower train.learning_rate, or '
+            'train.balanced_learning_rate in stage b (it is '
             f'{config.train.learning_rate}).')
     metrics_file.write(row)
     bar.set_postfix_str(_postfix(row), refresh=False)

@@ -74,10 +74,11 @@ def _accumulated(sums, adapter, batch, parts):
   return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
 
 
-def attacher(base_config, config, mesh, dtype):
+def attacher(base_config, config, mesh, dtype, wanted=None):
   """attach(params, adapter) -> Decoder, as fast as this run's backend allows.
 
-  `dtype`: of the params to come; attention kernels serve only some.
+  `dtype`: of the params to come; attention kernels serve only some. `wanted`:
+  another attention than model.attention.
   """
   train = config.train
   shape = (train.batch, train.length, base_config.kv_heads,
@@ -85,7 +86,8 @@ def attacher(base_config, config, mesh, dtype):
   where = sharding.sharding(mesh, ('batch', None, 'kv_heads', None), shape,
                             'attention')
   rows = train.batch // train.accumulate // sharding.row_parts(mesh)
-  name = attention.choose(config.model.attention, jax.default_backend(),
+  name = attention.choose(wanted or config.model.attention,
+                          jax.default_backend(),
                           base_config, dtype, rows, train.length)
   packed = functools.partial(attention.packed_attention, implementation=name,
                              where=where)

@@ -203,9 +203,9 @@ def test_choice_by_backend_and_dtype(monkeypatch, wanted, backend, dtype, name):
   ('cudnn', 'tpu', 'bfloat16', 'it needs a GPU and this run is on tpu'),
   ('pallas', 'gpu', 'bfloat16', 'it needs a TPU and this run is on gpu'),
   ('cudnn', 'gpu', 'float32',
-   'it needs model.dtype bfloat16 and this one is float32'),
+   'it needs bfloat16 weights and these are float32'),
   ('pallas', 'tpu', 'float32',
-   'it needs model.dtype bfloat16 and this one is float32'),
+   'it needs bfloat16 weights and these are float32'),
   ('cudnn', 'gpu', 'bfloat16', 'its kernel does not compile here (too old)'),
 ])
 def test_an_attention_that_cannot_run_is_refused_when_asked_for(
