@@ -36,6 +36,7 @@ FIELDS = {
     'plan.content': 'anchors', 'plan.neighbours': False,
     'difficulty.candidates': 4, 'train.length': 192, 'train.batch': 2,
     'train.steps': STEPS, 'train.balanced_steps': STEPS, 'train.warmup': 0.1,
+    'train.learning_rate': 1e-3, 'train.balanced_learning_rate': 1e-3,
     'checkpoint.every': 3,
     'eval.max_samples': 60, 'eval.validation_rows': 2,
 }

@@ -21,7 +21,7 @@ from behaviorlm_jax.data import plan as plan_lib
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
 # Enough draws to tell natural frequencies from balance.
-MORE = {'train.steps': 24, 'checkpoint.every': 24}
+MORE = {'train.steps': 24, 'train.balanced_steps': 24, 'checkpoint.every': 24}
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 
