@@ -98,8 +98,10 @@ def _lora_dot_backward(scale, saved, dy):
   dy, last = dy.astype(x.dtype), (x.ndim - 1,)
   dlow = (scale * _contract(dy, b, last, (0,))).astype(x.dtype)
   dx = _contract(dy, w, last, (0,)) + _contract(dlow, a, last, (0,))
+  # The narrow factor first: a product transposes its first, the wide one would
+  # cost more to transpose than to multiply.
   return (dx.astype(x.dtype), _outer(dy, x).astype(w.dtype), _outer(dlow, x),
-          scale * _outer(dy, low))
+          jax.lax.optimization_barrier(scale * _outer(low, dy)).T)
 
 
 _lora_dot.defvjp(_lora_dot_forward, _lora_dot_backward)
