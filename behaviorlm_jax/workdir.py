@@ -8,6 +8,7 @@ before anything is read, compiled or written.
 import json
 import pathlib
 
+import jax
 from absl import logging
 
 from behaviorlm_jax import addresses
@@ -15,6 +16,7 @@ from behaviorlm_jax import files
 from behaviorlm_jax import hub
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import processor
 
 FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
 # What every stage of one work directory must share. model.remat and
@@ -57,9 +59,9 @@ def _differences(mine, theirs, name):
 
 
 def pin(config, workdir):
-  """The config with a commit in every hf:// address.
+  """The config with a commit in every hf:// address, and without 'auto' dtypes.
 
-  Where one gives no revision, this work directory's own commit goes on.
+  What an earlier call settled for this work directory goes on.
   """
   config = config.copy_and_resolve_references()
   values = as_dict(config)
@@ -69,6 +71,12 @@ def pin(config, workdir):
     if address.startswith(hub.PREFIX):
       found = [old for past in earlier if (old := _get(past, name))]
       config.update_from_flattened_dict({name: hub.pin(address, name, found)})
+  if config.model.dtype == 'auto':
+    found = [old for past in earlier if (old := _get(past, 'model.dtype'))]
+    fastest = processor.fastest_dtype(jax.default_backend())
+    config.model.dtype = found[0] if found else fastest
+  if config.score.dtype == 'auto':
+    config.score.dtype = config.model.dtype
   return config
 
 

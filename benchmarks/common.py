@@ -76,6 +76,7 @@ class Inputs:
 
 def open_inputs(config, workdir):
   config_lib.check(config)
+  config = workdir_lib.pin(config, pathlib.Path(workdir))
   base = weights.open_base(config.model.address)
   if base.folder is None:
     raise InputError(f'model.address is {config.model.address}, which torch '
