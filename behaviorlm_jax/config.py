@@ -71,6 +71,8 @@ def default():
       dtype='auto',
       batch=8,  # Prompts per pass.
       names_per_pass=256,  # Behaviors whose token tree is scored at once.
+      # Nats that a long list's pruned tree may change log p by; 0: whole trees.
+      tolerance=1e-3,
   )
   config.eval = _section(
       max_samples=1000,  # Of the test split, a uniform seeded draw; 0: all.
@@ -233,6 +235,7 @@ _MINIMA = {
     'plan.min_context': 1, 'plan.targets_per_row': 1, 'plan.per_behavior': 1,
     'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
+    'score.tolerance': 0,
 }
 _OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'train.balanced_steps': 1,
                     'train.balanced_learning_rate': 0}

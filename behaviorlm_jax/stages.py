@@ -34,8 +34,8 @@ from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import report
+from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop
 from behaviorlm_jax.train import preemption
@@ -54,7 +54,7 @@ class Run:
   conversations: list
   attach: object  # (params, adapter) -> Decoder
   params: dict  # Base weights in model.dtype.
-  scorer: labels.Scorer
+  scorer: scorer_lib.Scorer
 
   @property
   def events(self):
@@ -104,8 +104,8 @@ def _open(config, workdir, mesh):
     scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
     attach_scored = step_lib.attacher(base.config, config, mesh,
                                       config.score.dtype, 'auto')
-  scorer = labels.Scorer(attach_scored, scored, prompts.labels, config.score,
-                         mesh)
+  scorer = scorer_lib.Scorer(attach_scored, scored, prompts.labels,
+                             config.score, mesh)
   return Run(config, workdir, mesh, base, prompts, talks, attach, params,
              scorer)
 
@@ -136,14 +136,15 @@ def evaluate(this, folder, adapter, samples):
   """Writes predictions and evaluation of one arm, unless they stand there."""
   if (folder / 'evaluation.json').exists():
     return
-  scores, questions = score(this, adapter, samples, f'{folder.name}: evaluate')
-  evaluation.write(folder, this.prompts, samples, questions, scores)
+  scores, redone, questions = score(this, adapter, samples,
+                                    f'{folder.name}: evaluate')
+  evaluation.write(folder, this.prompts, samples, questions, scores, redone)
 
 
 def score(this, adapter, samples, what, stop=preemption.check):
-  """s(y) float32 [n, Y] of samples, and their questions.
+  """s(y) float32 [n, Y] of samples, what was redone, and their questions.
 
-  `stop` is called between batches and may raise.
+  `stop` is called between batches and may raise. See scorer.Scorer.
   """
   questions = [this.prompts.question(p) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
@@ -152,7 +153,9 @@ def score(this, adapter, samples, what, stop=preemption.check):
       bar.update(done)
       stop()
 
-    return this.scorer(adapter, questions, progress), questions
+    scores, redone = this.scorer(adapter, questions,
+                                 this.events.behavior[samples], progress)
+    return scores, redone, questions
 
 
 def run_stage(this, stage):
@@ -282,7 +285,7 @@ def score_difficulty(this, adapter, folder, pools):
                           ('data', 'plan', 'difficulty', 'seed', 'score'))
   if not path.exists():
     samples = np.concatenate(list(pools.values()))
-    scores, _ = score(this, adapter, samples, f'{folder.name}: difficulty')
+    scores, *_ = score(this, adapter, samples, f'{folder.name}: difficulty')
     values = difficulty.nll(scores, this.events.behavior[samples])
     difficulty.write(path, this.events, samples, values, made_from)
   return difficulty.read(path, made_from)
@@ -356,7 +359,7 @@ def validator(this, stage):
     result = {'val_loss': loss / weight, 'score': -loss / weight}
     if config.checkpoint.best_by == 'f1_macro':
       # Training stops after this, with everything saved.
-      scores, _ = score(this, adapter, samples, 'validate', lambda: None)
+      scores, *_ = score(this, adapter, samples, 'validate', lambda: None)
       summary = evaluation.summarize(this.events, samples, scores)
       result['val_f1_macro'] = summary['all']['f1_macro']
       result['score'] = result['val_f1_macro']

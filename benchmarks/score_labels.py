@@ -23,7 +23,7 @@ from absl import flags
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import step as step_lib
 
 NAMES = flags.DEFINE_list('names', ['80', '192'], 'Lengths of the name lists.')
@@ -79,7 +79,7 @@ def questions(inputs, count):
 
 
 class Ours:
-  """labels.Scorer with the adapter, in one type of weights."""
+  """The project's Scorer with the adapter, in one type of weights."""
 
   def __init__(self, inputs, names, dtype):
     config = inputs.config.copy_and_resolve_references()
@@ -87,11 +87,11 @@ class Ours:
     attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
                                dtype)
     self.adapter = jax.device_put(inputs.adapter)
-    self.scorer = labels.Scorer(attach, inputs.params(dtype), names,
+    self.scorer = scorer_lib.Scorer(attach, inputs.params(dtype), names,
                                 config.score, inputs.mesh)
 
   def __call__(self, prompts):
-    return np.asarray(self.scorer(self.adapter, prompts))
+    return self.scorer(self.adapter, prompts)[0]
 
 
 def fastest_rows(name, score, choices):

@@ -39,7 +39,7 @@ setattr(owner, name, counted)
 runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
 '''
 WRITE = ('behaviorlm_jax.train.loop', 'MetricsFile.write')
-SCORE = ('behaviorlm_jax.score.labels', 'Scorer._batch')
+SCORE = ('behaviorlm_jax.score.scorer', 'Scorer._batch')
 
 
 @pytest.fixture

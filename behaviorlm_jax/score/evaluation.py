@@ -45,7 +45,7 @@ def summarize(events, samples, scores):
                           plan_lib.anchor_mask(events))
 
 
-def write(folder, prompts, samples, questions, scores):
+def write(folder, prompts, samples, questions, scores, redone=None):
   """Writes what one arm predicted, and how good that is.
 
   Args:
@@ -54,13 +54,16 @@ def write(folder, prompts, samples, questions, scores):
     samples: positions int64 [n].
     questions: token ids of each prompt.
     scores: s(y), float [n, Y].
+    redone: bool [n], samples whose pruned tree did not do; None: not pruned.
   """
   events = prompts.events
+  summary = summarize(events, samples, scores)
+  if redone is not None:
+    summary['uncertified'] = float(redone.mean())
   files.write_parquet(folder / 'predictions.parquet',
                       _predictions(prompts, samples, questions, scores))
   # Last, because its presence says that the stage is finished.
-  files.write_json(folder / 'evaluation.json',
-                   summarize(events, samples, scores))
+  files.write_json(folder / 'evaluation.json', summary)
 
 
 def _predictions(prompts, samples, questions, scores):

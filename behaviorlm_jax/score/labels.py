@@ -20,7 +20,6 @@ import numpy as np
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import attention
-from behaviorlm_jax.train import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +35,7 @@ class Tree:
   ancestors: np.ndarray  # bool [N, N], [i, j]: node j + 1 is i + 1 or above it.
   edge_nodes: np.ndarray  # int32 [E], node that predicts the edge's token.
   edge_tokens: np.ndarray  # int32 [E].
+  edge_children: np.ndarray  # int32 [E], node that the edge leads to; 0: leaf.
   paths: np.ndarray  # int32 [Y, T], edges of each answer; E: none.
 
 
@@ -68,7 +68,8 @@ def build(answers):
       np.array([p[-1] for p in inner], np.int32),
       np.array([len(p) for p in inner], np.int32), ancestors,
       np.array([nodes[p[:-1]] for p in edges], np.int32),
-      np.array([p[-1] for p in edges], np.int32), paths)
+      np.array([p[-1] for p in edges], np.int32),
+      np.array([nodes.get(p, 0) for p in edges], np.int32), paths)
 
 
 def prefill(model, tokens, lengths):
@@ -134,59 +135,6 @@ def _edge_scores(model, tree, hidden):
   logits = model.logits(hidden)
   totals = jax.nn.logsumexp(logits, axis=-1)
   return logits[tree.edge_nodes, tree.edge_tokens] - totals[tree.edge_nodes]
-
-
-class Scorer:
-  """Scores prompts in padded batches with one compilation per prompt width."""
-
-  WIDTH = 64  # Prompts are padded to a multiple of this many tokens.
-
-  def __init__(self, attach, params, labels, score, mesh):
-    """`labels`: answer tokens by behavior; `score`: the config's section."""
-    self.mesh, self.params, self.batch = mesh, params, score.batch
-    rows = sharding.row_parts(mesh)
-    self.batch = -(-self.batch // rows) * rows
-    step = score.names_per_pass
-    trees = [build(labels[i:i + step]) for i in range(0, len(labels), step)]
-    build(labels)  # Clashes across chunks.
-
-    def run(adapter, params, tokens, lengths):
-      model = attach(params, adapter)
-      last, cache = prefill(model, tokens, lengths)
-      parts = [tree_scores(model, tree, last, cache, lengths)
-               for tree in trees]
-      return jnp.concatenate(parts, axis=1)
-
-    self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-
-  def __call__(self, adapter, prompts, progress=lambda n: None):
-    """float32 [n, Y]: log s(y) of every behavior after each prompt.
-
-    Args:
-      adapter: LoRA weights or None for the base model.
-      prompts: list of int32 arrays.
-      progress: called with the number of prompts of each finished batch.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results = [None] * len(prompts)
-    for begin in range(0, len(order), self.batch):
-      chosen = order[begin:begin + self.batch]
-      scores = self._batch(adapter, [prompts[i] for i in chosen])
-      for i, row in zip(chosen, scores, strict=False):
-        results[i] = row
-      progress(len(chosen))
-    return np.stack(results)
-
-  def _batch(self, adapter, prompts):
-    width = -(-len(prompts[-1]) // self.WIDTH) * self.WIDTH
-    tokens = np.zeros((self.batch, width), np.int32)
-    lengths = np.ones(self.batch, np.int32)
-    for row, prompt in enumerate(prompts):
-      tokens[row, :len(prompt)] = prompt
-      lengths[row] = len(prompt)
-    placed = sharding.put_same(self.mesh, {'t': tokens, 'n': lengths})
-    return np.asarray(self._run(adapter, self.params, placed['t'],
-                                placed['n']))
 
 
 def log_softmax(scores):
