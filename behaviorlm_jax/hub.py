@@ -121,6 +121,14 @@ def fetch(address: str, field: str) -> Path:
   return folder
 
 
+def repository(address: str) -> tuple[str, str | None] | None:
+  """(org/name, revision) that an address names as a whole model, or None."""
+  if not address.startswith(PREFIX):
+    return None
+  wanted = _parse(address, _FOLDER_FIELD)
+  return None if wanted.path else (wanted.repo, wanted.revision)
+
+
 def _parse(address: str, field: str) -> _Wanted:
   match = _ADDRESS.fullmatch(address)
   if not match:

@@ -23,6 +23,7 @@ from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import hub
 from behaviorlm_jax import seeds
 from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.data import conversations
@@ -136,15 +137,16 @@ def evaluate(this, folder, adapter, samples):
   """Writes predictions and evaluation of one arm, unless they stand there."""
   if (folder / 'evaluation.json').exists():
     return
-  scores, redone, questions = score(this, adapter, samples,
-                                    f'{folder.name}: evaluate')
-  evaluation.write(folder, this.prompts, samples, questions, scores, redone)
+  scores, uncertified, questions = score(this, adapter, samples,
+                                         f'{folder.name}: evaluate')
+  evaluation.write(folder, this.prompts, samples, questions, scores,
+                   uncertified)
 
 
 def score(this, adapter, samples, what, stop=preemption.check):
-  """s(y) float32 [n, Y] of samples, what was redone, and their questions.
+  """What scorer.Scorer says of samples, and their questions.
 
-  `stop` is called between batches and may raise. See scorer.Scorer.
+  `stop` is called between batches and may raise.
   """
   questions = [this.prompts.question(p) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
@@ -153,9 +155,9 @@ def score(this, adapter, samples, what, stop=preemption.check):
       bar.update(done)
       stop()
 
-    scores, redone = this.scorer(adapter, questions,
-                                 this.events.behavior[samples], progress)
-    return scores, redone, questions
+    scores, uncertified = this.scorer(
+        adapter, questions, this.events.behavior[samples], progress)
+    return scores, uncertified, questions
 
 
 def run_stage(this, stage):
@@ -171,8 +173,10 @@ def run_stage(this, stage):
     return
   workdir_lib.claim(folder, whole, this.fingerprints)
   adapter = train(this, stage, folder, plan, plan_hash, adapter)
-  lora.export(folder / 'adapter', adapter, config.lora.alpha,
-              this.base.folder or this.base.address)
+  # A name that others have, too, before the folder it was fetched to.
+  name, revision = hub.repository(config.model.address) or (
+      this.base.folder or this.base.address, None)
+  lora.export(folder / 'adapter', adapter, config.lora.alpha, name, revision)
   evaluation.write_labels(folder / 'labels.json', this.prompts)
   evaluate(this, folder, adapter,
            evaluation.test_samples(this.events, config))
@@ -307,8 +311,12 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   batches = loader.batches(
       plan, assemble, config.train.batch, int(state['step']),
       jax.process_index(), jax.process_count(), config.train.workers)
+  answers = plan_lib.most_answers(
+      plan, config.train.batch, config.train.accumulate,
+      sharding.row_parts(this.mesh))
   step_fn = step_lib.make_step(this.attach, optimizer, schedule,
-                               config.train.accumulate, places, this.mesh)
+                               config.train.accumulate, places, this.mesh,
+                               answers)
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
@@ -345,7 +353,9 @@ def validator(this, stage):
     return lambda adapter: {}
   assemble = loader.Assembler(this.prompts, this.conversations,
                               config.train.length, plan.answers)
-  sums = step_lib.make_validation(this.attach, this.mesh)
+  sums = step_lib.make_validation(
+      this.attach, this.mesh, plan_lib.most_answers(
+          plan, config.train.batch, 1, sharding.row_parts(this.mesh)))
   samples = evaluation.draw_samples(this.events, 'validation',
                                     config.eval.validation_samples, config)
 

@@ -51,7 +51,11 @@ def _get(values, name):
 def _differences(mine, theirs, name):
   """'field (theirs, now mine)' of every field below `name` that differs."""
   if not isinstance(mine, dict) or not isinstance(theirs, dict):
-    return [] if mine == theirs else [f'{name} ({theirs!r}, now {mine!r})']
+    if mine == theirs:
+      return []
+    # An older version of this program did not know the field.
+    theirs = 'not there' if theirs is None else repr(theirs)
+    return [f'{name} ({theirs}, now {mine!r})']
   found = []
   for key in sorted(set(mine) | set(theirs)):
     found += _differences(mine.get(key), theirs.get(key), f'{name}.{key}')
@@ -72,9 +76,13 @@ def pin(config, workdir):
       found = [old for past in earlier if (old := _get(past, name))]
       config.update_from_flattened_dict({name: hub.pin(address, name, found)})
   if config.model.dtype == 'auto':
+    if config.init_from:  # The stage that this run goes on from.
+      origin = stage_a_adapter(config, workdir).parent
+      earlier.append(_read(origin) or {})
     found = [old for past in earlier if (old := _get(past, 'model.dtype'))]
     fastest = processor.fastest_dtype(jax.default_backend())
     config.model.dtype = found[0] if found else fastest
+    logging.info('model.dtype: auto is %s.', config.model.dtype)
   if config.score.dtype == 'auto':
     config.score.dtype = config.model.dtype
   return config

@@ -1,8 +1,8 @@
 """The arms of benchmarks/supervision.py: plan, state and clock of each.
 
-All arms share base weights, the adapter they begin with and the jitted step;
-each has its own plan, adapter and optimizer state. `Validation` asks all of
-them the same questions.
+All arms share base weights and the adapter they begin with; each has its own
+plan, adapter and optimizer state. `Validation` asks all of them the same
+questions.
 """
 
 import collections
@@ -45,9 +45,10 @@ def arm_config(config, arm):
 
 
 class Shared:
-  """What the arms have in common: base weights, first state, jitted step."""
+  """What the arms have in common: base weights, first state, the step."""
 
   def __init__(self, inputs):
+    self.mesh = inputs.mesh
     config = inputs.config.copy_and_resolve_references()
     config.train.update({'steps': _ENDLESS, 'warmup': WARMUP / _ENDLESS})
     self.params = inputs.params(config.model.dtype)
@@ -55,14 +56,21 @@ class Shared:
         inputs.base.config, config.lora.rank, config.lora.targets,
         jax.random.key(config.seed)))
     # Of endless cosine decay no run gets to see more than its flat top.
-    self.optimizer, schedule = step_lib.make_optimizer(config.train)
+    self.optimizer, self.schedule = step_lib.make_optimizer(config.train)
     self.places = step_lib.state_shardings(
         inputs.mesh, jax.tree.map(np.shape, self.adapter), self.optimizer)
-    attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
-                               config.model.dtype)
-    self.step = step_lib.make_step(attach, self.optimizer, schedule,
-                                   config.train.accumulate, self.places,
-                                   inputs.mesh)
+    self.attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
+                                    config.model.dtype)
+    self.train = config.train
+
+  def step(self, plan):
+    """The jitted step for the batches of a plan, as a run makes it."""
+    answers = plan_lib.most_answers(
+        plan, self.train.batch, self.train.accumulate,
+        sharding.row_parts(self.mesh))
+    return step_lib.make_step(self.attach, self.optimizer, self.schedule,
+                              self.train.accumulate, self.places, self.mesh,
+                              answers)
 
   def state(self):
     return step_lib.init_state(self.adapter, self.optimizer, self.places)
@@ -83,6 +91,7 @@ class Arm:
                               self.config, steps, '')
     self.assemble = loader.Assembler(
         inputs.prompts, [], self.config.train.length, self.plan.answers)
+    self.step = shared.step(self.plan)
     self._warm()
     self.state, self.batches = shared.state(), self._batches()
     self.seconds, self.steps = 0.0, 0
@@ -99,7 +108,7 @@ class Arm:
     """Compiles, and runs some steps on a state that is thrown away."""
     begin, state = time.perf_counter(), self.shared.state()
     for batch in itertools.islice(self._batches(), 2):
-      state, _ = self.shared.step(state, self.shared.params, batch)
+      state, _ = self.step(state, self.shared.params, batch)
     jax.block_until_ready(state)
     logging.info('arm %s: warm after %.0f s.', self.name,
                  time.perf_counter() - begin)
@@ -108,8 +117,8 @@ class Arm:
     """Trains to the end of a step, the one nearest to `until` on the clock."""
     while self.seconds + self._half_step() < until:
       begin = time.perf_counter()
-      self.state, _ = self.shared.step(self.state, self.shared.params,
-                                       next(self.batches))
+      self.state, _ = self.step(self.state, self.shared.params,
+                                next(self.batches))
       jax.block_until_ready(self.state)
       self.seconds += time.perf_counter() - begin
       self.steps += 1

@@ -1,4 +1,4 @@
-"""The flags of both benchmarks, and what runs them."""
+"""The flags of all benchmarks, and what runs them."""
 
 import pathlib
 import sys
@@ -17,6 +17,9 @@ CONFIG = config_flags.DEFINE_config_file(
     'Config file; any field can be changed: --config.train.batch=4.')
 QUICK = flags.DEFINE_bool('quick', False, 'Fewer repeats, smaller tables.')
 REPEATS = flags.DEFINE_integer('repeats', 0, 'Timed calls of a side; 0: auto.')
+ADAPTER = flags.DEFINE_string(
+    'adapter', '', 'Of train_step and score_labels: folder of an adapter that '
+    'a run left, like runs/nyc/a_tuning/adapter; without it, a random one.')
 GROW = flags.DEFINE_bool('grow', False, 'Only the tables of growing work.')
 
 
@@ -30,7 +33,9 @@ def run(benchmark):
     try:
       with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        benchmark(common.open_inputs(CONFIG.value, folder / 'log'), folder)
+        inputs = common.open_inputs(CONFIG.value, folder / 'log',
+                                    ADAPTER.value)
+        benchmark(inputs, folder)
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(2)

@@ -48,6 +48,7 @@ class Inputs:
   prompts: prompts_lib.Prompts
   conversations: list
   mesh: jax.sharding.Mesh
+  adapter_folder: str = ''  # Of a run; '': a random adapter.
 
   @property
   def events(self):
@@ -57,6 +58,12 @@ class Inputs:
   def adapter(self):
     """A LoRA adapter whose B is not zero, so that checks see all of it."""
     config = self.config
+    if self.adapter_folder:
+      adapter, alpha = lora.load(self.adapter_folder)
+      if alpha != config.lora.alpha:
+        raise InputError(f'--adapter: {self.adapter_folder} has alpha {alpha}, '
+                         f'but lora.alpha is {config.lora.alpha}; set it.')
+      return adapter
     adapter = lora.init(self.base.config, config.lora.rank,
                         config.lora.targets, jax.random.key(config.seed))
     rng = np.random.default_rng(config.seed)
@@ -74,7 +81,7 @@ class Inputs:
     return folder
 
 
-def open_inputs(config, workdir):
+def open_inputs(config, workdir, adapter=''):
   config_lib.check(config)
   config = workdir_lib.pin(config, pathlib.Path(workdir))
   base = weights.open_base(config.model.address)
@@ -87,11 +94,14 @@ def open_inputs(config, workdir):
   talks = conversations.read(conversations.DEFAULT, base.tokenizer,
                              config.train.length)
   mesh = sharding.make_mesh(config.mesh, config.train.batch)
-  return Inputs(config, base, prompts, talks, mesh)
+  return Inputs(config, base, prompts, talks, mesh, adapter)
 
 
 def batches(inputs, steps, share):
-  """`steps` batches of windows over all behaviors and `share` conversations."""
+  """Windows over all behaviors and `share` conversations.
+
+  Returns the plan and its batches, `steps` of them.
+  """
   config = inputs.config
   rng = np.random.default_rng(config.seed)
   samples = plan_lib.eligible(inputs.events, 'train', config.plan.min_context)
@@ -101,7 +111,7 @@ def batches(inputs, steps, share):
   plan = plan_lib.take(stream, config, steps, '')
   assemble = loader.Assembler(inputs.prompts, inputs.conversations,
                               config.train.length, plan.answers)
-  return list(loader.batches(plan, assemble, config.train.batch))
+  return plan, list(loader.batches(plan, assemble, config.train.batch))
 
 
 def interleave(sides, repeats):

@@ -15,4 +15,7 @@ def get_config():
   config.data.columns.user = 'user_id'
   config.data.columns.time = 'timestamp'
   config.data.columns.behavior = 'event'
+  # Fastest on 2 CPU cores: half the memory to move.
+  config.train.batch = 4
+  config.train.accumulate = 2
   return config

@@ -32,7 +32,8 @@ _CONTEXT = 8  # Events before such a question, at least.
 class Ours:
   """The project's own step, compiled ahead of time as a run compiles it."""
 
-  def __init__(self, inputs, example):
+  def __init__(self, inputs, plan, example):
+    """`plan`: of all batches to come; `example`: one of them."""
     config, self.mesh = inputs.config, inputs.mesh
     self.params = inputs.params(config.model.dtype)
     optimizer, schedule = step_lib.make_optimizer(config.train)
@@ -42,7 +43,11 @@ class Ours:
     attach = step_lib.attacher(inputs.base.config, config, self.mesh,
                                config.model.dtype)
     step = step_lib.make_step(attach, optimizer, schedule,
-                              config.train.accumulate, places, self.mesh)
+                              config.train.accumulate, places, self.mesh,
+                              plan_lib.most_answers(
+                                  plan, config.train.batch,
+                                  config.train.accumulate,
+                                  sharding.row_parts(self.mesh)))
     self.compiled = step.lower(self.state, self.params,
                                self.put(example)).compile()
 
@@ -108,12 +113,13 @@ def step_time(inputs, folder, setting, batch):
 
 def compare_train(inputs, folder, repeats, limits):
   """Tokens/s of both sides on the same samples; returns the ratio."""
-  batches = common.batches(inputs, repeats + 1,
-                           inputs.config.plan.conversation_share)
+  plan, batches = common.batches(inputs, repeats + 1,
+                                 inputs.config.plan.conversation_share)
   first, timed = batches[0], batches[1:]
   check_float32(inputs, folder, first)
   setting = fastest_setting(inputs, folder, first)
-  ours, peer = Ours(inputs, first), trainer(inputs, folder, setting)
+  ours = Ours(inputs, plan, first)
+  peer = trainer(inputs, folder, setting)
   mine = ours.step(first)
   theirs = peer.step(peers.parts(first, setting.layout))
   what = f'losses, {inputs.config.model.dtype} against {setting}'
@@ -182,9 +188,10 @@ def questions(inputs, count):
 
 def compare_targets(inputs, folder, repeats, setting):
   """Targets/s: dense rows against one question per prompt; the ratio."""
-  batches = common.batches(inputs, repeats + 1, 0.0)
+  plan, batches = common.batches(inputs, repeats + 1, 0.0)
   asked = questions(inputs, repeats + 1)
-  ours, peer = Ours(inputs, batches[0]), trainer(inputs, folder, setting)
+  ours = Ours(inputs, plan, batches[0])
+  peer = trainer(inputs, folder, setting)
   ours.step(batches[0])
   peer.step(asked[0])
   seconds = common.interleave({
@@ -205,9 +212,9 @@ def compare_targets(inputs, folder, repeats, setting):
 def grow_cell(inputs, length, size):
   """One row of the table below."""
   inputs.config.train.update({'length': length, 'batch': size})
-  batches = common.batches(inputs, 3, 0.0)
+  plan, batches = common.batches(inputs, 3, 0.0)
   common.forget_peak()
-  ours = Ours(inputs, batches[0])
+  ours = Ours(inputs, plan, batches[0])
   ours.step(batches[0])
   seconds = float(min(common.once(lambda b=batch: ours.step(b))
                       for batch in batches[1:]))

@@ -14,8 +14,6 @@ from behaviorlm_jax import config as config_lib
 
 def get_config():
   config = config_lib.default()
-  config.plan.window = 48  # Rows of 512 tokens hold about 40 events.
-  config.plan.targets_per_row = 40
   config.plan.content = 'all'
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 5

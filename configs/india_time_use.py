@@ -16,8 +16,6 @@ def get_config():
   config = config_lib.default()
   config.data.columns.group = 'household'
   config.data.weekday = False
-  config.plan.window = 48
-  config.plan.targets_per_row = 40
   config.plan.content = 'all'
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 5

@@ -36,7 +36,7 @@ TOO_SMALL = {
   'eval.validation_samples': 0, 'data.history': 0, 'data.profile': -1,
   'plan.min_context': 0, 'plan.targets_per_row': 0, 'plan.per_behavior': 0,
   'plan.per_anchor': -2, 'plan.gamma': -0.5, 'difficulty.candidates': 0,
-  'seed': -3,
+  'seed': -3, 'score.tolerance': -1e-3,
 }
 NOT_A_CHOICE = {
   'model.dtype': 'float16', 'model.remat': 'all', 'score.dtype': 'int8',
@@ -86,6 +86,11 @@ def test_a_number_that_is_too_small_is_refused(name, value):
   with pytest.raises(
     InputError, match=rf'^{name} is {value}; it must be at least \d+\.$'):
     config_lib.check(config)
+
+
+def test_a_number_that_is_none_is_refused():
+  with pytest.raises(InputError, match=r'^score\.tolerance is nan; '):
+    config_lib.check(changed(**{'score.tolerance': float('nan')}))
 
 
 @pytest.mark.parametrize(('name', 'value'), NOT_A_CHOICE.items())

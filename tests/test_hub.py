@@ -333,6 +333,10 @@ def test_a_run_resumes_with_the_commit_it_began_with(hub, run_stages, tmp_path):
   for folder in ('events', 'base', 'a_tuning'):
     kept = json.loads((work / folder / 'config.json').read_text())
     assert kept['model']['address'] == f'{MODEL}@{FIRST}'
+  settings = json.loads(
+    (work / 'a_tuning/adapter/adapter_config.json').read_text())
+  assert f'hf://{settings["base_model_name_or_path"]}' == MODEL
+  assert settings['revision'] == FIRST
   adapter = work / 'a_tuning/adapter/adapter_model.safetensors'
   (work / 'a_tuning/evaluation.json').unlink()
   before = adapter.read_bytes()

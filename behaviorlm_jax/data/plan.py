@@ -331,9 +331,25 @@ def take(stream, config, steps, made_from):
   """The plan of `steps` steps from an endless stream of segments."""
   rows = pack(stream, steps * config.train.batch, config.train.length)
   most = max(sum(s.answers for s in row) for row in rows)
-  # Shapes in multiples of 16 keep compilations few across plans.
   return Plan([[dataclasses.asdict(s) for s in row] for row in rows],
-              -(-most // 16) * 16, made_from)
+              _rounded(most), made_from)
+
+
+def _rounded(count):
+  """Shapes in multiples of 16 keep compilations few across plans."""
+  return -(-int(count) // 16) * 16
+
+
+def most_answers(plan, batch, accumulate, groups):
+  """Answer tokens of the fullest group of rows, rounded up.
+
+  A step's rows go to micro-batches in turn (row i to i % accumulate), those of
+  a micro-batch to `groups` devices one after the other.
+  """
+  answers = np.array([sum(s['answers'] for s in row) for row in plan.rows])
+  rows = batch // accumulate // groups
+  parts = answers.reshape(-1, groups, rows, accumulate).sum(axis=2)
+  return _rounded(parts.max())
 
 
 def summary(plan, length):

@@ -98,8 +98,9 @@ def _lora_dot_backward(scale, saved, dy):
   dy, last = dy.astype(x.dtype), (x.ndim - 1,)
   dlow = (scale * _contract(dy, b, last, (0,))).astype(x.dtype)
   dx = _contract(dy, w, last, (0,)) + _contract(dlow, a, last, (0,))
-  # The narrow factor first: a product transposes its first, the wide one would
-  # cost more to transpose than to multiply.
+  # The narrow factor first: XLA for CPU transposes the first one in memory, and
+  # the wide one costs more to transpose than to multiply. The barrier keeps it
+  # from turning the product round again.
   return (dx.astype(x.dtype), _outer(dy, x).astype(w.dtype), _outer(dlow, x),
           jax.lax.optimization_barrier(scale * _outer(low, dy)).T)
 
@@ -262,18 +263,19 @@ class Decoder(nnx.Module):
     graphdef, state = nnx.split(self.layers)
 
     def block(x, scanned):
-      state, memory = scanned
-      layer = nnx.merge(graphdef, self._unpacked(state))
+      state, memory = self._unpacked(scanned)
+      layer = nnx.merge(graphdef, state)
       x, cache = layer(x, cos, sin, attend, memory)
-      return x, cache if keep_cache else None
+      return x, self._bits(cache) if keep_cache else None
 
     if self.remat != 'none':
       block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat],
                              prevent_cse=False)
-    return jax.lax.scan(block, x, (self._bits(state), memory))
+    x, cache = jax.lax.scan(block, x, self._bits((state, memory)))
+    return x, self._unpacked(cache)
 
   def _bits(self, state):
-    """On CPU, bfloat16 weights as the integers they are stored in.
+    """On CPU, bfloat16 arrays as the integers they are stored in.
 
     XLA for CPU cannot slice bfloat16: it would convert all layers' weights to
     float32 before the loop, and each layer's back inside.

@@ -70,8 +70,16 @@ def _module(name, layer):
   return 'base_model.model.' + hf.removesuffix('.weight')
 
 
-def export(folder, adapter, alpha, base_address):
-  """Writes `adapter` as a PEFT folder."""
+def export(folder, adapter, alpha, base, revision=None):
+  """Writes `adapter` as a PEFT folder.
+
+  Args:
+    folder: is replaced whole.
+    adapter: see the module.
+    alpha: of the adapter; PEFT scales by alpha / rank.
+    base: folder or hub name of the base model, for those who load it.
+    revision: of a hub name.
+  """
   folder = pathlib.Path(folder)
   half = folder.with_name(folder.name + '.tmp')
   shutil.rmtree(half, ignore_errors=True)  # Of a run that was killed.
@@ -88,7 +96,8 @@ def export(folder, adapter, alpha, base_address):
   settings = {
       'peft_type': 'LORA',
       'task_type': 'CAUSAL_LM',
-      'base_model_name_or_path': str(base_address),
+      'base_model_name_or_path': str(base),
+      'revision': revision,
       'r': next(iter(adapter.values()))['a'].shape[1],
       'lora_alpha': alpha,
       'lora_dropout': 0.0,

@@ -16,8 +16,6 @@ from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import metrics
 
-TOP = 5
-
 
 def draw_samples(events, split, most, config):
   """Positions int64 of at most `most` samples (0: all), sorted."""
@@ -41,11 +39,11 @@ def test_samples(events, config):
 
 def summarize(events, samples, scores):
   """metrics.evaluate of scores [n, Y]."""
-  return metrics.evaluate(events.behavior[samples], labels.best(scores, TOP),
+  return metrics.evaluate(events.behavior[samples], labels.best(scores),
                           plan_lib.anchor_mask(events))
 
 
-def write(folder, prompts, samples, questions, scores, redone=None):
+def write(folder, prompts, samples, questions, scores, uncertified=None):
   """Writes what one arm predicted, and how good that is.
 
   Args:
@@ -54,12 +52,12 @@ def write(folder, prompts, samples, questions, scores, redone=None):
     samples: positions int64 [n].
     questions: token ids of each prompt.
     scores: s(y), float [n, Y].
-    redone: bool [n], samples whose pruned tree did not do; None: not pruned.
+    uncertified: bool [n] or None, see scorer.Scorer.
   """
   events = prompts.events
   summary = summarize(events, samples, scores)
-  if redone is not None:
-    summary['uncertified'] = float(redone.mean())
+  if uncertified is not None:
+    summary['uncertified'] = float(uncertified.mean())
   files.write_parquet(folder / 'predictions.parquet',
                       _predictions(prompts, samples, questions, scores))
   # Last, because its presence says that the stage is finished.
@@ -70,7 +68,7 @@ def _predictions(prompts, samples, questions, scores):
   events = prompts.events
   true = events.behavior[samples]
   log_probs = labels.log_softmax(scores)
-  top = labels.best(scores, TOP)
+  top = labels.best(scores)
   name = lambda b: events.behaviors[b].name
   return pa.table({
       'sample': pa.array(samples, pa.int64()),

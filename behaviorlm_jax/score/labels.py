@@ -13,6 +13,7 @@ names, each with a tree of its own, over the same keys and values.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ import numpy as np
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import attention
+
+TOP = 5  # Best answers that are told.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,11 +35,27 @@ class Tree:
   """
   tokens: np.ndarray  # int32 [N], of nodes 1..N.
   depths: np.ndarray  # int32 [N], 1 for children of the root.
-  ancestors: np.ndarray  # bool [N, N], [i, j]: node j + 1 is i + 1 or above it.
   edge_nodes: np.ndarray  # int32 [E], node that predicts the edge's token.
   edge_tokens: np.ndarray  # int32 [E].
   edge_children: np.ndarray  # int32 [E], node that the edge leads to; 0: leaf.
   paths: np.ndarray  # int32 [Y, T], edges of each answer; E: none.
+
+  @functools.cached_property
+  def parents(self):
+    """int32 [1 + N], of each node; 0 has itself."""
+    parents = np.zeros(len(self.tokens) + 1, np.int32)
+    inner = self.edge_children > 0
+    parents[self.edge_children[inner]] = self.edge_nodes[inner]
+    return parents
+
+  @functools.cached_property
+  def ancestors(self):
+    """bool [N, N]: [i, j] says that node j + 1 is i + 1 or above it."""
+    ancestors = np.eye(len(self.tokens), dtype=bool)
+    for node, parent in enumerate(self.parents[1:], start=1):
+      if parent:  # Parents come first.
+        ancestors[node - 1] |= ancestors[parent - 1]
+    return ancestors
 
 
 def build(answers):
@@ -56,17 +75,13 @@ def build(answers):
     raise InputError('data.events: two behavior names have the same tokens, or '
                      'one begins with all of another; rename one of them.')
   inner = [prefix for prefix in nodes if prefix]
-  ancestors = np.zeros((len(inner), len(inner)), bool)
-  for i, prefix in enumerate(inner):
-    for depth in range(1, len(prefix) + 1):
-      ancestors[i, nodes[prefix[:depth]] - 1] = True
   paths = np.full((len(answers), max(map(len, answers))), len(edges), np.int32)
   for y, answer in enumerate(map(tuple, answers)):
     for i in range(len(answer)):
       paths[y, i] = edges[answer[:i + 1]]
   return Tree(
       np.array([p[-1] for p in inner], np.int32),
-      np.array([len(p) for p in inner], np.int32), ancestors,
+      np.array([len(p) for p in inner], np.int32),
       np.array([nodes[p[:-1]] for p in edges], np.int32),
       np.array([p[-1] for p in edges], np.int32),
       np.array([nodes.get(p, 0) for p in edges], np.int32), paths)
@@ -144,7 +159,7 @@ def log_softmax(scores):
   return scores - top - np.log(np.exp(scores - top).sum(axis=1, keepdims=True))
 
 
-def best(scores, k=5):
+def best(scores, k=TOP):
   """Ids int64 [n, min(k, Y)] by falling score; equals by id."""
   return np.argsort(-scores, axis=1, kind='stable')[:, :k]
 

@@ -96,11 +96,11 @@ def _headlines(run) -> list[str]:
 
 
 def uncertified(run) -> list[Text]:
-  """How often a pruned label tree did not do, where stages noted it."""
+  """How often a search was not certified, where stages noted it."""
   shares = [
       f'{stage.evaluation["uncertified"]:.1%} ({stage.name})'
       for stage in run.scored if 'uncertified' in stage.evaluation]
   if not shares:
     return []
-  return [Text('Prompts whose pruned scores had to be redone with the full '
-               'tree: ' + ', '.join(shares) + '.')]
+  return [Text('Prompts whose search of the label tree was not certified, so '
+               'that they were scored whole: ' + ', '.join(shares) + '.')]

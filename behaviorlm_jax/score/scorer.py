@@ -13,7 +13,6 @@ from behaviorlm_jax.score import labels as labels_lib
 from behaviorlm_jax.score import search
 from behaviorlm_jax.train import sharding
 
-TOP = 5  # Best names that a search must be certain of.
 WIDTH = 32  # Prompts are padded to a multiple of this many tokens.
 _ROUND = 32  # Nodes of each prompt that run together.
 _SLOTS = 12 * _ROUND  # Nodes that a search may run.
@@ -27,7 +26,7 @@ class Scorer:
     searches: whether prompts are searched, and not scored whole.
   """
 
-  def __init__(self, attach, params, labels, score, mesh, long=_LONG):
+  def __init__(self, attach, params, labels, score, mesh, long=None):
     """Compiles nothing yet.
 
     Args:
@@ -36,7 +35,8 @@ class Scorer:
       labels: answer tokens of each behavior.
       score: the config's section.
       mesh: the devices.
-      long: nodes of a tree from which on it is searched.
+      long: nodes of a tree from which on it is searched; None: where that is
+        faster.
     """
     self.mesh, self.params = mesh, params
     rows = sharding.row_parts(mesh)
@@ -45,9 +45,10 @@ class Scorer:
     step = score.names_per_pass
     trees = [labels_lib.build(labels[i:i + step])
              for i in range(0, len(labels), step)]
-    self.index = search.Index(labels_lib.build(labels))  # Refuses clashes.
-    self.searches = bool(self.tolerance) and len(
-        self.index.tree.tokens) >= long
+    tree = labels_lib.build(labels)  # Refuses clashes.
+    self.index, nodes = search.Index(tree), len(tree.tokens)
+    self.searches = bool(self.tolerance) and nodes >= (
+        _LONG if long is None else long)
 
     def whole(adapter, params, tokens, lengths):
       model = attach(params, adapter)
@@ -66,12 +67,14 @@ class Scorer:
           jnp.pad(x, room) for x in cache)
 
     def expand(adapter, params, cache, *arguments):
-      return search.expand(attach(params, adapter), self.index, cache,
-                           *arguments)
+      return search.expand(attach(params, adapter), tree, cache, *arguments)
 
     everywhere = sharding.replicated(mesh)
     self._whole = jax.jit(whole, out_shardings=everywhere)
-    outputs = (everywhere, None)  # The cache stays where it is.
+    # The cache of a prompt stays with it.
+    rows = sharding.sharding(mesh, (None, 'batch', None, None, None),
+                             (1, self.batch, 1, 1, 1))
+    outputs = (everywhere, (rows, rows))
     self._start = jax.jit(start, out_shardings=outputs)
     self._expand = jax.jit(expand, donate_argnums=2, out_shardings=outputs)
 
@@ -86,8 +89,9 @@ class Scorer:
 
     Returns:
       float32 [n, Y]: s(y), in nats. Where a search was certified, those of
-        `wanted` and the best are exact and the others bounds, such that log p
-        over the list is right to score.tolerance.
+        `wanted` and the best five are exact, and log p over the list follows
+        from them to score.tolerance; names that were not scored share the mass
+        of the prefix that was left out.
       bool [n]: prompts whose search was not certified, and that were scored
         whole; None where nothing was searched.
     """
@@ -103,10 +107,10 @@ class Scorer:
 
       self._batches(prompts, left, searched, scores, progress)
       left = [i for i in left if scores[i] is None]
-    redone = np.isin(np.arange(len(prompts)), left)
+    uncertified = np.isin(np.arange(len(prompts)), left)
     self._batches(prompts, left, lambda chosen: self._batch(
         adapter, [prompts[i] for i in chosen]), scores, progress)
-    return np.stack(scores), redone if self.searches else None
+    return np.stack(scores), uncertified if self.searches else None
 
   def _batches(self, prompts, left, score, scores, progress):
     """scores[i] of the prompts `left`, by length, where `score` has one."""
@@ -138,7 +142,8 @@ class Scorer:
     root, cache = self._start(adapter, self.params, tokens, lengths)
     root = np.asarray(root)
     searches = [search.Search(self.index, guesses, root[row], self.tolerance,
-                              TOP, wanted[row]) for row in range(len(prompts))]
+                              labels_lib.TOP, wanted[row])
+                for row in range(len(prompts))]
     for begin in range(0, _SLOTS, _ROUND):
       chosen = [[] if one.certified() else one.choose(_ROUND)
                 for one in searches]
@@ -146,13 +151,15 @@ class Scorer:
         break
       nodes = np.zeros((self.batch, _ROUND), np.int32)
       seen = np.zeros((self.batch, _ROUND, _SLOTS), bool)
+      children = np.zeros((self.batch, _ROUND, self.index.most), np.int32)
       for row, (one, some) in enumerate(zip(searches, chosen, strict=True)):
         nodes[row, :len(some)] = some
-        one.place(some, begin, seen[row])
-      placed = sharding.put_same(self.mesh, {'nodes': nodes, 'seen': seen})
+        one.place(some, begin, seen[row], children[row])
+      placed = sharding.put_same(self.mesh, {
+          'nodes': nodes, 'seen': seen, 'children': children})
       found, cache = self._expand(adapter, self.params, cache, lengths,
                                   placed['nodes'], placed['seen'],
-                                  np.int32(begin))
+                                  placed['children'], np.int32(begin))
       found = np.asarray(found)
       for row, (one, some) in enumerate(zip(searches, chosen, strict=True)):
         one.learn(some, found[row, :len(some)])

@@ -24,29 +24,33 @@ from behaviorlm_jax.model import attention
 
 
 class Index:
-  """Tables of a tree that all its searches share."""
+  """Tables of a tree that all its searches share.
+
+  Attributes:
+    tree: labels.Tree.
+    edges: of each node, its edges to its children.
+    names: {edge: name} of the edges that end a name.
+    below: of each node, the names that begin with it.
+    paths: of each name, the nodes that predict its tokens but for the root.
+    most: F, children of the node that has most of them, but for the root.
+    root_tokens: int32 [R], tokens of the root's edges.
+  """
 
   def __init__(self, tree):
     self.tree = tree
     count = len(tree.tokens) + 1
-    self.edges = [[] for _ in range(count)]  # Of each node, to its children.
+    self.edges = [[] for _ in range(count)]
     for edge, node in enumerate(tree.edge_nodes.tolist()):
       self.edges[node].append(edge)
-    self.parents = np.zeros(count, np.int32)
-    self.parents[tree.edge_children] = tree.edge_nodes
-    self.names = {}  # Of the edges that end a name.
-    self.below = [[] for _ in range(count)]  # Names that begin with a node.
-    self.paths = []  # Nodes of each name.
+    self.names, self.paths = {}, []
+    self.below = [[] for _ in range(count)]
     for name, path in enumerate(tree.paths.tolist()):
       path = [edge for edge in path if edge < len(tree.edge_tokens)]
       self.names[path[-1]] = name
       self.paths.append([int(tree.edge_children[edge]) for edge in path[:-1]])
       for node in self.paths[-1]:
         self.below[node].append(name)
-    most = max(map(len, self.edges[1:]), default=0)
-    self.child_tokens = np.zeros((count, most), np.int32)
-    for node, edges in enumerate(self.edges[1:], start=1):
-      self.child_tokens[node, :len(edges)] = tree.edge_tokens[edges]
+    self.most = max(map(len, self.edges[1:]), default=0)
     self.root_tokens = tree.edge_tokens[self.edges[0]]
 
 
@@ -62,6 +66,7 @@ class Guesses:
     self._count = np.ones(len(self.mean))
 
   def learn(self, edges, log_probs):
+    """Adds one observation of log p, float [n], of each of some edges."""
     self._count[edges] += 1
     self.mean[edges] += (log_probs - self.mean[edges]) / self._count[edges]
 
@@ -81,7 +86,7 @@ class Search:
     Args:
       index: Index of the tree.
       guesses: Guesses, shared by searches under one model.
-      root: log p of index.root_tokens.
+      root: log p float [R] of index.root_tokens.
       tolerance: nats that log p of a scored name over the list may move by.
       top: number of best names that must be certain.
       wanted: id of a name that must be scored, or None.
@@ -93,13 +98,14 @@ class Search:
     self._learn(0, 0.0, root)
 
   def certified(self):
+    """Whether nothing that has not run can change the answer."""
     if not self.open:
       return True
     if len(self.scores) < self.top or self._wanted & self.open.keys():
       return False
     bounds = np.array(list(self.open.values()))
     scores = np.sort(list(self.scores.values()))
-    if bounds.max() > scores[-self.top]:
+    if bounds.max() >= scores[-self.top]:
       return False
     gap = np.logaddexp.reduce(bounds) - np.logaddexp.reduce(scores)
     return np.logaddexp(0.0, gap) <= self.tolerance
@@ -123,7 +129,7 @@ class Search:
     return chosen
 
   def learn(self, chosen, log_probs):
-    """log_probs[i]: log p of chosen[i]'s children, as index.edges has them."""
+    """Takes log_probs float [n, F]: of chosen[i], of its index.edges first."""
     for node, children in zip(chosen, log_probs, strict=True):
       edges = self.index.edges[node]
       self.guesses.learn(edges, children[:len(edges)])
@@ -137,20 +143,23 @@ class Search:
       else:
         self.scores[self.index.names[edge]] = bound + float(log_p)
 
-  def place(self, chosen, begin, seen):
-    """Gives the chosen nodes the slots from `begin` on; what each then sees.
+  def place(self, chosen, begin, seen, children):
+    """Gives the chosen nodes the slots from `begin` on.
 
     Args:
       chosen: as `choose` returned them.
       begin: a slot.
-      seen: bool [M, C], to be set: of the i-th node, its own slot and those of
-        its ancestors.
+      seen: bool [M, C], to be set: slots that the i-th node sees, its own and
+        those of its ancestors.
+      children: int32 [M, F], to be set: tokens of its edges.
     """
     for i, node in enumerate(chosen):
       self.slots[node] = begin + i
+      edges = self.index.edges[node]
+      children[i, :len(edges)] = self.index.tree.edge_tokens[edges]
       while node:
         seen[i, self.slots[node]] = True
-        node = int(self.index.parents[node])
+        node = int(self.index.tree.parents[node])
 
   def result(self):
     """float32 [Y]: s(y); names below an open prefix share its mass evenly."""
@@ -162,23 +171,24 @@ class Search:
     return result
 
 
-def expand(model, index, cache, lengths, nodes, seen, begin):
+def expand(model, tree, cache, lengths, nodes, seen, children, begin):
   """Runs nodes behind their prompts.
 
   Args:
     model: decoder.Decoder.
-    index: Index.
-    cache: keys and values [layers, B, P + C, K, C'] of prompts and slots.
+    tree: labels.Tree.
+    cache: keys and values [layers, B, P + C, K, head_dim], of P tokens of the
+      prompts and C slots.
     lengths: int32 [B], of the prompts.
     nodes: int32 [B, M], to run; 0 is none.
     seen: bool [B, M, C], slots that each sees.
-    begin: int32, slot of nodes[:, 0]; a multiple of M.
+    children: int32 [B, M, F], tokens that may follow each.
+    begin: int32, slot of nodes[:, 0]; at most C - M.
 
   Returns:
-    log p float32 [B, M, F] of index.child_tokens of each node, and the cache
-    with the nodes in it.
+    log p float32 [B, M, F] of `children`, and the cache with the nodes in it.
   """
-  tree, (batch, count) = index.tree, nodes.shape
+  batch, count = nodes.shape
   slots = seen.shape[-1]
   width = cache[0].shape[2] - slots
   prompt = jnp.broadcast_to((jnp.arange(width) < lengths[:, None])[:, None],
@@ -199,7 +209,6 @@ def expand(model, index, cache, lengths, nodes, seen, begin):
   cache = tuple(
       jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
       for old, more in zip(cache, new, strict=True))
-  children = jnp.asarray(index.child_tokens)[nodes]
   return jax.lax.map(lambda x: log_probs(model, *x), (hidden, children)), cache
 
 

@@ -2,9 +2,9 @@
 
 The loss is a weighted sum over answer tokens divided by the global sum of
 weights, so micro-batches and devices cannot change the gradient. Hidden states
-are gathered at answer positions before the output head: logits have shape
-[B, A, V], never [B, L, V]. Only the adapter is differentiated, and optimizer
-state exists for it alone.
+are gathered at answer positions before the output head: logits exist for
+answers alone, never [B, L, V]. Only the adapter is differentiated, and
+optimizer state exists for it alone.
 """
 
 import functools
@@ -30,26 +30,52 @@ def make_optimizer(train):
   return adam, schedule
 
 
-def loss_sums(model, batch):
+def loss_sums(model, batch, groups=1, answers=None):
   """Weighted negative log-likelihood of the answer tokens, and the weights.
 
-  `batch`: see data.loader. Returns two float32 scalars, sums and not means.
+  Args:
+    model: decoder.Decoder.
+    batch: see data.loader.
+    groups: G, of rows as they lie on devices; each keeps its own answers.
+    answers: N, the most of some weight that a group has (plan.most_answers).
+      Rows differ in how many they have, and the head runs on G x N of them.
+      None: on all B x A.
+
+  Returns:
+    Two float32 scalars, sums and not means.
   """
   hidden, _ = model.packed_hidden(batch['tokens'], batch['positions'],
                                   batch['segments'])
+  names = ('answer_positions', 'answer_tokens', 'answer_weights')
+  most = answers or batch['answer_weights'].size // groups
+  split = lambda x: x.reshape(groups, -1, *x.shape[1:])
+  where, tokens, weights = jax.vmap(functools.partial(
+      _compact, length=hidden.shape[1], most=most))(
+          *(split(batch[name]) for name in names))
   at_answers = jnp.take_along_axis(
-      hidden, batch['answer_positions'][:, :, None], axis=1)
+      hidden.reshape(groups, -1, hidden.shape[-1]), where[..., None], axis=1)
   losses = optax.softmax_cross_entropy_with_integer_labels(
-      model.logits(at_answers), batch['answer_tokens'])
-  weights = batch['answer_weights']
+      model.logits(at_answers), tokens)
   return jnp.sum(losses * weights), jnp.sum(weights)
 
 
-def gradient(adapter, params, batch, attach, accumulate):
+def _compact(where, tokens, weights, length, most):
+  """Those of some weight of a group's answers [rows, A], as [most] each.
+
+  `where` becomes positions in all rows of the group, one after the other.
+  """
+  where = where + length * jnp.arange(len(where))[:, None]
+  (chosen,) = jnp.nonzero(weights.ravel(), size=most, fill_value=weights.size)
+  pick = lambda x: x.ravel().at[chosen].get(mode='fill', fill_value=0)
+  return pick(where), pick(tokens), pick(weights)
+
+
+def gradient(adapter, params, batch, attach, accumulate, groups=1,
+             answers=None):
   """Loss (mean over the batch's weights), its gradient and the weight sum."""
 
   def sums(adapter, part):
-    return loss_sums(attach(params, adapter), part)
+    return loss_sums(attach(params, adapter), part, groups, answers)
 
   if accumulate == 1:
     (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
@@ -124,12 +150,17 @@ def init_state(adapter, optimizer, shardings):
   return jax.jit(init, out_shardings=shardings)(adapter)
 
 
-def make_step(attach, optimizer, schedule, accumulate, shardings, mesh):
-  """jitted (state, params, batch) -> (state, metrics); state is donated."""
+def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
+              answers=None):
+  """jitted (state, params, batch) -> (state, metrics); state is donated.
+
+  `answers`: the most in a device's rows of a micro-batch, see loss_sums.
+  """
+  groups = sharding.row_parts(mesh)
 
   def step(state, params, batch):
     loss, grads, weight = gradient(state['adapter'], params, batch, attach,
-                                   accumulate)
+                                   accumulate, groups, answers)
     updates, moments = optimizer.update(grads, state['optimizer'],
                                         state['adapter'])
     new = {'adapter': optax.apply_updates(state['adapter'], updates),
@@ -146,8 +177,11 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, mesh):
                  out_shardings=(shardings, sharding.replicated(mesh)))
 
 
-def make_validation(attach, mesh):
+def make_validation(attach, mesh, answers=None):
   """jitted (adapter, params, batch) -> (loss sum, weight sum)."""
-  return jax.jit(
-      lambda adapter, params, batch: loss_sums(attach(params, adapter), batch),
-      out_shardings=sharding.replicated(mesh))
+  groups = sharding.row_parts(mesh)
+
+  def sums(adapter, params, batch):
+    return loss_sums(attach(params, adapter), batch, groups, answers)
+
+  return jax.jit(sums, out_shardings=sharding.replicated(mesh))

@@ -18,7 +18,7 @@ import arms
 def test_an_arm_sets_targets_and_window_and_nothing_else(name, targets, window):
   config = config_lib.default()
   changed = arms.arm_config(config, name)
-  assert (config.plan.targets_per_row, config.plan.window) == (24, 32)
+  assert (config.plan.targets_per_row, config.plan.window) == (40, 48)
   config.plan.update({'targets_per_row': targets, 'window': window})
   assert changed == config
 

@@ -280,3 +280,16 @@ def test_a_stage_without_samples_is_refused(make_windows):
                  plan_lib.balanced(make_windows(), {0: np.array([])}, rng)):
     with pytest.raises(InputError, match=r'data\.events.*plan\.min_context'):
       next(stream)
+
+
+def test_most_answers_are_those_of_the_fullest_rows_of_a_device():
+  rng = np.random.default_rng(0)
+  counts = 16 * rng.integers(0, 100, 24)  # So that nothing is rounded.
+  rows = [[{'answers': int(n) // 2}, {'answers': int(n) - int(n) // 2}]
+          for n in counts]
+  found = plan_lib.most_answers(plan_lib.Plan(rows, 0, ''), 12, 2, 3)
+  # Steps of 12 rows, even and odd ones a micro-batch, 3 devices of 2 rows each.
+  sums = [step[part::2][2 * device:2 * device + 2].sum()
+          for step in (counts[:12], counts[12:]) for part in (0, 1)
+          for device in (0, 1, 2)]
+  assert found == max(sums)

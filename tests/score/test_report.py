@@ -305,13 +305,13 @@ def test_time_shows_only_what_was_noted(tmp_path):
 
 
 def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
-  assert 'full tree' not in done.text
+  assert 'scored whole' not in done.text
   work = Work(tmp_path)
   work.add_predictions('a_tuning', 0.5)
   path = 'a_tuning/evaluation.json'
   scores = json.loads((tmp_path / path).read_text())
   work.json(path, scores | {'uncertified': 0.025})
-  assert 'the full tree: 2.5% (A-Tuning).' in write_report(work)
+  assert 'scored whole: 2.5% (A-Tuning).' in write_report(work)
 
 
 def test_absent_stages_leave_no_rows(tmp_path):

@@ -94,7 +94,7 @@ def test_parents_come_before_their_children():
   for some in run(index, edges, start(index, edges, tolerance=0.0), most=7):
     assert 0 < len(some) <= 7
     for node in some:
-      assert index.parents[node] in seen
+      assert tree.parents[node] in seen
       seen.add(node)
 
 
@@ -106,11 +106,12 @@ def test_a_node_sees_itself_and_its_ancestors():
   """
   index = search.Index(labels.build([[5, 6, 9], [5, 7, 9], [8, 9]]))
   one = search.Search(index, search.Guesses(index), np.log([0.5, 0.2]), 0, 1)
-  seen = np.zeros((2, 8), bool)
-  one.place([1, 3], 0, seen)
+  seen, children = np.zeros((2, 8), bool), np.zeros((2, 2), int)
+  one.place([1, 3], 0, seen, children)
   assert np.argwhere(seen).tolist() == [[0, 0], [1, 0], [1, 1]]
+  assert children.tolist() == [[6, 7], [9, 0]]
   seen = np.zeros((2, 8), bool)
-  one.place([2], 4, seen)  # A later round; one slot of the first is empty.
+  one.place([2], 4, seen, children)  # Later; some slots before are empty.
   assert np.argwhere(seen).tolist() == [[0, 0], [0, 4]]
 
 

@@ -12,13 +12,15 @@ import jax
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
+from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
-ROWS, LENGTH, ANSWERS, STEPS = 8, 16, 5, 3
+ROWS, LENGTH, ANSWERS, STEPS, PARTS = 16, 16, 5, 3, 2
 
 
 def draw_batch(generator):
@@ -32,16 +34,19 @@ def draw_batch(generator):
     'positions': positions.astype(np.int32),
     'answer_positions': draw(LENGTH, ANSWERS),
     'answer_tokens': draw(256, ANSWERS),
-    'answer_weights': generator.uniform(0, 2, (ROWS, ANSWERS)).astype('f4'),
+    # Some are none: rows differ in how many answers they have.
+    'answer_weights': generator.uniform(-1, 2, (ROWS, ANSWERS)).astype('f4')
+                      .clip(0),
     'samples': np.ones(ROWS, 'i4'),
   }
 
 
 def train(sizes):
-  """Losses of three steps on a mesh, and bytes of weights on one device."""
+  """Of a mesh: losses of three steps, searched scores after them, and bytes of
+  weights on one device."""
   config = config_lib.default()
   config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2})
-  mesh = sharding.make_mesh(sizes, ROWS)
+  mesh = sharding.make_mesh(sizes, ROWS, PARTS)
   base = weights.open_base('random://tiny')
   params = weights.read_params(base, np.float32, sharding.placer(mesh))
   adapter = lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
@@ -50,14 +55,24 @@ def train(sizes):
   places = step_lib.state_shardings(mesh, shapes, optimizer)
   state = step_lib.init_state(adapter, optimizer, places)
   attach = step_lib.attacher(base.config, config, mesh, 'float32')
-  run = step_lib.make_step(attach, optimizer, schedule, 1, places, mesh)
-  batch = sharding.put_rows(mesh, draw_batch(np.random.default_rng(0)))
+  batch = draw_batch(np.random.default_rng(0))
+  counts = (batch['answer_weights'] > 0).sum(axis=1)
+  plan = plan_lib.Plan([[{'answers': int(n)}] for n in counts], ANSWERS, '')
+  most = plan_lib.most_answers(plan, ROWS, PARTS, sharding.row_parts(mesh))
+  run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, mesh,
+                           most)
+  batch = sharding.put_rows(mesh, batch)
   losses = []
   for _ in range(STEPS):
     state, metrics = run(state, params, batch)
     losses.append(float(metrics['loss']))
   local = sum(p.addressable_shards[0].data.nbytes for p in params.values())
-  return {'losses': losses, 'bytes': local, 'devices': jax.device_count()}
+  names = [np.array([a, b, 1]) for a in range(10, 15) for b in range(20, 24)]
+  scorer = scorer_lib.Scorer(attach, params, names, config.score, mesh, long=0)
+  prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
+  scores, _ = scorer(state['adapter'], prompts)
+  return {'losses': losses, 'bytes': local, 'devices': jax.device_count(),
+          'scores': scores.tolist(), 'compiled': scorer._expand._cache_size()}
 
 
 if __name__ == '__main__':

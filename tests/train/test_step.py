@@ -38,7 +38,7 @@ def make_config(**fields):
 
 
 # One function and one `attach`, so that the tests share compilations.
-gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4))
+gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6))
 
 
 @pytest.fixture(scope='module')
@@ -117,6 +117,24 @@ def test_accumulation_changes_neither_loss_nor_gradient(
   assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
   assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
   assert_close(parts, whole, 1e-5)
+
+
+@pytest.mark.parametrize('groups, accumulate', [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_room_for_the_fullest_group_changes_neither_loss_nor_gradient(
+  params, adapter, attach, make_batch, groups, accumulate
+):
+  batch = make_batch(ROWS)
+  answers = (batch['answer_weights'] > 0).sum(axis=1)
+  # Row i goes to micro-batch i % accumulate, whose rows go to groups in order.
+  most = max(part.sum() for i in range(accumulate)
+             for part in np.split(answers[i::accumulate], groups))
+  assert groups * accumulate * most < batch['answer_weights'].size
+  loss, expected, weight = gradient(adapter, params, batch, attach, 1)
+  other_loss, found, other_weight = gradient(
+    adapter, params, batch, attach, accumulate, groups, int(most))
+  assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+  assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
+  assert_close(found, expected, 1e-5)
 
 
 def test_padded_answers_and_tokens_count_for_nothing(
@@ -232,12 +250,14 @@ def run_worker(devices, meshes):
 
 
 @pytest.mark.slow
-def test_one_and_eight_devices_give_the_same_losses():
+def test_one_and_eight_devices_give_the_same_losses_and_scores():
   [alone] = run_worker(1, [{'data': 1, 'fsdp': 1, 'tensor': 1}])
   assert np.diff(alone['losses']).max() < -0.01  # it does train
   found = run_worker(8, MESHES)
   for mesh, result in zip(MESHES, found, strict=True):
     assert result['devices'] == 8
     np.testing.assert_allclose(result['losses'], alone['losses'], rtol=1e-4)
+    np.testing.assert_allclose(result['scores'], alone['scores'], atol=1e-3)
+    assert result['compiled'] == 1  # Rounds keep the cache where it is.
     parts = mesh['fsdp'] * mesh['tensor']  # norms are on every device
     assert result['bytes'] < 1.1 * alone['bytes'] / parts
