@@ -211,7 +211,8 @@ def compare_targets(inputs, folder, repeats, setting):
 
 def grow_cell(inputs, length, size):
   """One row of the table below."""
-  inputs.config.train.update({'length': length, 'batch': size})
+  inputs.config.train.update({'length': length, 'batch': size,
+                              'accumulate': 1})
   plan, batches = common.batches(inputs, 3, 0.0)
   common.forget_peak()
   ours = Ours(inputs, plan, batches[0])
