@@ -20,11 +20,12 @@ def get_config():
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 5
   config.plan.neighbours = True
-  config.difficulty.candidates = 10
+  config.difficulty.candidates = 6
   config.train.batch = 4
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
   config.train.steps = 900
   config.train.balanced_steps = 60
   config.train.balanced_learning_rate = 2e-4
   config.checkpoint.every = 100
+  config.eval.max_samples = 500
   return config
