@@ -111,8 +111,8 @@ def _plan():
   return _section(
       window=48,  # Events of a training row's window, at most.
       min_context=4,  # Events before every target, at least.
-      # Of one window in stages a and one; benchmarks/supervision.py: 24 and 40
-      # learn alike in equal time, 40 fill rows of 512 tokens best.
+      # Of one window in stages a and one; 40 fill rows of 512 tokens best, and
+      # could not be told from 24 in equal time (docs/speed.md).
       targets_per_row=40,
       content='anchors',  # Stage a learns anchors | all.
       conversation_share=0.2,  # Of the answer tokens of stage a.

@@ -347,3 +347,13 @@ def test_a_run_resumes_with_the_commit_it_began_with(hub, run_stages, tmp_path):
   assert adapter.read_bytes() == before
   with pytest.raises(InputError, match=rf'tiny@{FIRST}.*now .*tiny@{SECOND}'):
     run_stages({'model.address': f'{MODEL}@{SECOND}'}, only='a')
+
+
+@pytest.mark.parametrize('address, expected', [
+  (f'{MODEL}@{FIRST}', ('org/tiny', FIRST)),
+  (MODEL, ('org/tiny', None)),
+  ('hf://org/tiny/file.gguf', None),
+  ('/a/folder', None),
+])
+def test_only_a_whole_model_of_the_hub_has_a_name_for_others(address, expected):
+  assert hub_lib.repository(address) == expected
