@@ -25,5 +25,6 @@ def get_config():
   config.train.balanced_steps = 60
   config.train.balanced_learning_rate = 2e-4
   config.checkpoint.every = 100
+  config.score.batch = 2  # Faster on CPU, as above.
   config.eval.max_samples = 500
   return config

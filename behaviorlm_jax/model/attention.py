@@ -52,18 +52,11 @@ _BLOCK = 64  # Queries at a time: scores of a block stay in a CPU's cache.
 def blocked(q, k, v, segments):
   """The reference in blocks of queries, for CPUs.
 
-  A block sees only keys up to its own end, which saves up to half of the work,
-  and batched products get the layout that XLA for CPU multiplies fastest.
+  A block sees only keys up to its own end, which saves up to half of the work.
   """
-  blocks, begin = [], 0
-  # Not slices: the gradient of each would be as large as q.
-  cuts = list(range(_BLOCK, q.shape[1], _BLOCK))
-  for part in jnp.split(scaled(q), cuts, axis=1):
-    end = begin + part.shape[1]
-    mask = causal_mask(segments[:, :end])[:, :, begin:]
-    blocks.append(grouped(part, k[:, :end], v[:, :end], mask))
-    begin = end
-  return jnp.concatenate(blocks, axis=1)
+  q = _by_key_head(scaled(q), k.shape[2])
+  y = _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segments)
+  return _by_position(y)
 
 
 def scaled(q):
@@ -74,55 +67,125 @@ def scaled(q):
 def grouped(q, k, v, mask):
   """Masked attention of scaled queries; float32 [B, L, H, C].
 
-  The query heads of one key head stand below each other, as rows of one
-  product. mask bool [B, 1, L, M].
+  mask bool [B, 1, L, M], k and v [B, M, K, C].
   """
+  q = _by_key_head(q, k.shape[2])
+  y, _ = _attend(_rows(q), k.swapaxes(1, 2), v.swapaxes(1, 2),
+                 _bias(mask[:, 0], q.shape[2]))
+  return _by_position(y.reshape(q.shape))
+
+
+# From here on heads come before positions, the layout that XLA for CPU
+# multiplies fastest, and the G query heads of a key head stand below each other
+# as rows of one product: q [B, K, G, L, C], its rows [B, K, G L, C], k and v
+# [B, K, M, C].
+
+
+def _by_key_head(q, kv_heads):
   batch, length, heads, size = q.shape
-  kv_heads = k.shape[2]
-  groups = heads // kv_heads
-  q = q.reshape(batch, length, kv_heads, groups, size)
-  q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
-  mask = jnp.tile(mask, (1, 1, groups, 1))
-  y = _attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-  y = y.reshape(batch, kv_heads, groups, length, size)
-  return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+  q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
+  return q.transpose(0, 2, 3, 1, 4)
+
+
+def _by_position(y):
+  y = y.transpose(0, 3, 1, 2, 4)
+  return y.reshape(*y.shape[:2], -1, y.shape[-1])
+
+
+def _rows(x):
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _bias(mask, groups, axis=1):
+  """float32 [B, 1, G L, M], to add to scores: 0 where mask [B, L, M], or -inf.
+
+  `axis`: of the queries in mask, which may be the last. The barrier has XLA
+  make the bias once: it would work out the mask again for every score of every
+  head, which takes longer than the products.
+  """
+  mask = jnp.concatenate([mask] * groups, axis=axis)[:, None]
+  bias = jnp.where(mask, jnp.float32(0), -jnp.inf)
+  return jax.lax.optimization_barrier(bias)
+
+
+def _attend(q, k, v, bias):
+  """Attention of rows q, float32, and the logsumexp of its scores [.., 1]."""
+  scores = _products(q, k, 3, 3) + bias
+  top = scores.max(axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  total = weights.sum(axis=-1, keepdims=True)
+  y = _products(weights.astype(q.dtype), v, 3, 2) / total
+  return y, top + jnp.log(total)
 
 
 @jax.custom_vjp
-def _attention(q, k, v, mask):
-  """float32 [B, K, Q, C] of q [B, K, Q, C], k and v [B, K, M, C].
+def _blocked(q, k, v, segments):
+  """Causal attention inside each segment; float32 [B, K, G, L, C].
 
   The backward pass computes the weights again, and multiplies in the dtype of
   q (gradients: Dao et al., FlashAttention, appendix B.2).
   """
-  return _attention_forward(q, k, v, mask)[0]
+  return _blocked_forward(q, k, v, segments)[0]
 
 
-def _attention_forward(q, k, v, mask):
-  weights = _weights(q, k, mask).astype(q.dtype)
-  y = checkpoint_name(_products(weights, v, 3, 2), 'product')
-  return y, (q, k, v, mask, y)
+def _blocked_forward(q, k, v, segments):
+  groups, parts = q.shape[2], []
+  for begin, end in _blocks(q.shape[3]):
+    block = q[:, :, :, begin:end]
+    bias = _bias(causal_mask(segments[:, :end])[:, 0, begin:], groups)
+    parts.append([x.reshape(*block.shape[:4], -1) for x in _attend(
+        _rows(block), k[:, :, :end], v[:, :, :end], bias)])
+  y, sums = (checkpoint_name(jnp.concatenate(x, axis=3), 'product')
+             for x in zip(*parts, strict=True))
+  return y, (q, k, v, segments, y, sums)
 
 
-def _attention_backward(saved, dy):
-  q, k, v, mask, y = saved
-  weights = _weights(q, k, mask)
+def _blocked_backward(saved, dy):
+  """Scores stand transposed here, [B, K, M, G L].
+
+  So every product but that of dq sums over the last axis of its first factor,
+  the only form that XLA for CPU multiplies in bfloat16; for dq the narrow
+  factor is transposed, and the narrow result back.
+  """
+  q, k, v, segments, y, sums = saved
+  groups, length = q.shape[2:4]
   inside = jnp.sum(dy * y, axis=-1, keepdims=True)
   dy = dy.astype(q.dtype)
-  dv = _products(weights.astype(q.dtype), dy, 2, 2)
-  dscores = weights * (_products(dy, v, 3, 3) - inside)
-  dscores = dscores.astype(q.dtype)
-  dq, dk = _products(dscores, k, 3, 2), _products(dscores, q, 2, 2)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+  flat = jax.lax.optimization_barrier(k.swapaxes(2, 3))
+  dqs, dks, dvs = [], [], []
+  for begin, end in _blocks(length):
+    block, dy_block, sum_block, inside_block = (
+        _rows(x[:, :, :, begin:end]) for x in (q, dy, sums, inside))
+    mask = causal_mask(segments[:, :end])[:, 0, begin:]
+    bias = _bias(mask.swapaxes(1, 2), groups, axis=2)
+    weights = jnp.exp(_products(k[:, :, :end], block, 3, 3) + bias
+                      - sum_block.swapaxes(2, 3))
+    dscores = weights * (_products(v[:, :, :end], dy_block, 3, 3)
+                         - inside_block.swapaxes(2, 3))
+    dscores = dscores.astype(q.dtype)
+    dvs.append(_products(weights.astype(q.dtype), dy_block, 3, 2))
+    dks.append(_products(dscores, block, 3, 2))
+    dq = _products(flat[..., :end], dscores, 3, 2)
+    dq = jax.lax.optimization_barrier(dq).swapaxes(2, 3)
+    dqs.append(dq.reshape(*dq.shape[:2], groups, -1, dq.shape[-1]))
+  dq = jnp.concatenate(dqs, axis=3)
+  return (dq.astype(q.dtype), _add_up(dks, length).astype(k.dtype),
+          _add_up(dvs, length).astype(v.dtype), None)
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+def _blocks(length):
+  return [(begin, min(begin + _BLOCK, length))
+          for begin in range(0, length, _BLOCK)]
 
 
-def _weights(q, k, mask):
-  scores = jnp.where(mask, _products(q, k, 3, 3), -jnp.inf)
-  scores = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-  return scores / scores.sum(axis=-1, keepdims=True)
+def _add_up(parts, length):
+  """Sum of what the blocks say of keys, each of those up to its own end."""
+  return jnp.concatenate(
+      [sum(part[:, :, begin:end] for part in parts[i:])
+       for i, (begin, end) in enumerate(_blocks(length))], axis=2)
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def _products(x, y, x_axis, y_axis):

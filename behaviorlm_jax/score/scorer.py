@@ -63,7 +63,7 @@ class Scorer:
       root = jnp.broadcast_to(self.index.root_tokens,
                               (len(last), len(self.index.root_tokens)))
       room = [(0, 0)] * 2 + [(0, _SLOTS)] + [(0, 0)] * 2
-      return search.log_probs(model, last, root), tuple(
+      return labels_lib.log_probs(model, last, root), tuple(
           jnp.pad(x, room) for x in cache)
 
     def expand(adapter, params, cache, *arguments):

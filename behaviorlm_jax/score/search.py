@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.model import attention
+from behaviorlm_jax.score import labels
 
 
 class Index:
@@ -209,11 +210,6 @@ def expand(model, tree, cache, lengths, nodes, seen, children, begin):
   cache = tuple(
       jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
       for old, more in zip(cache, new, strict=True))
-  return jax.lax.map(lambda x: log_probs(model, *x), (hidden, children)), cache
-
-
-def log_probs(model, hidden, tokens):
-  """log p float32 [..., F] of tokens [..., F] after hidden states [..., D]."""
-  logits = model.logits(hidden)
-  totals = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  return jnp.take_along_axis(logits, tokens, axis=-1) - totals
+  found = jax.lax.map(lambda x: labels.log_probs(model, *x),
+                      (hidden, children))
+  return found, cache
