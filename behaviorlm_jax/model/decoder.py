@@ -108,6 +108,22 @@ def _lora_dot_backward(scale, saved, dy):
 _lora_dot.defvjp(_lora_dot_forward, _lora_dot_backward)
 
 
+@jax.custom_vjp
+def _keep_bits(y):
+  """y as bfloat16, saved for the backward pass as integers.
+
+  XLA for CPU would convert the saved arrays of all layers to float32 and back
+  to write one layer's.
+  """
+  bits = jax.lax.bitcast_convert_type(y.astype(jnp.bfloat16), jnp.uint16)
+  bits = checkpoint_name(bits, 'product')
+  return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+_keep_bits.defvjp(lambda y: (_keep_bits(y), jnp.zeros((), y.dtype)),
+                  lambda like, dy: (dy.astype(like.dtype),))
+
+
 def _rms_norm(x, weight, eps):
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -180,21 +196,26 @@ class Layer(nnx.Module):
     attended, cache = self._attend(y, cos, sin, attend, memory)
     x = self._keep(x + attended)
     y = _rms_norm(x, self.mlp_norm[...], eps)
-    gate, up = self._keep(self.gate_proj(y)), self._keep(self.up_proj(y))
-    y = jax.nn.silu(gate.astype(jnp.float32)) * up
+    gate, up = self._round(self.gate_proj(y)), self._round(self.up_proj(y))
+    y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return (x + self.down_proj(y)).astype(x.dtype), cache
 
   def _keep(self, y):
     return checkpoint_name(y.astype(self.between), 'product')
 
+  def _round(self, y):
+    """The same, in the weights' dtype: what products or their like take up."""
+    dtype = self.o_proj.kernel[...].dtype
+    if dtype == self.between:
+      return self._keep(y)
+    return _keep_bits(y)
+
   def _attend(self, x, cos, sin, attend, memory):
     batch, length = x.shape[:2]
     heads = lambda y: y.reshape(batch, length, -1, self.config.head_dim)
-    q = self._keep(_rotate(heads(self.q_proj(x)), cos, sin))
-    k = self._keep(_rotate(heads(self.k_proj(x)), cos, sin))
-    v = self._keep(heads(self.v_proj(x)))
-    dtype = self.o_proj.kernel[...].dtype
-    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    q = self._round(_rotate(heads(self.q_proj(x)), cos, sin))
+    k = self._round(_rotate(heads(self.k_proj(x)), cos, sin))
+    v = self._round(heads(self.v_proj(x)))
     y = attend(q, k, v) if memory is None else attend(q, k, v, *memory)
     return self.o_proj(y.reshape(batch, length, -1)), (k, v)
 
@@ -243,7 +264,7 @@ class Decoder(nnx.Module):
     Returns:
       Hidden states [B, L, D] in the compute dtype, and the cache or None.
     """
-    embedded = self.embed[...][tokens]
+    embedded = self._unpacked(self._bits(self.embed[...])[tokens])
     x = embedded.astype(self.layers.between)
     precise = 'highest' if embedded.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precise):
@@ -277,8 +298,8 @@ class Decoder(nnx.Module):
   def _bits(self, state):
     """On CPU, bfloat16 arrays as the integers they are stored in.
 
-    XLA for CPU cannot slice bfloat16: it would convert all layers' weights to
-    float32 before the loop, and each layer's back inside.
+    XLA for CPU cannot slice bfloat16: it would convert the whole embedding, and
+    all layers' weights before the loop and each layer's back inside.
     """
     return self._recast(state, jnp.bfloat16, jnp.uint16)
 

@@ -16,6 +16,7 @@ from behaviorlm_jax.data import chat
 from behaviorlm_jax.model import attention
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
+from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
 
 LONG = 120  # tokens; rope scaling starts to matter beyond 64
@@ -185,6 +186,31 @@ def test_remat_policies_give_equal_losses_and_gradients(untied):
       np.testing.assert_allclose(
         other[name], value, rtol=1e-4, atol=1e-6 * np.abs(value).max()
       )
+
+
+def test_remat_policies_give_equal_adapters_around_bfloat16_weights(untied):
+  config, params = untied
+  params = {name: jnp.asarray(x, jnp.bfloat16) for name, x in params.items()}
+  adapter = lora.init(config, 2, decoder.PROJECTIONS, jax.random.key(0))
+  adapter = jax.tree.map(lambda x: x + 0.1, adapter)  # B is zero at first.
+  tokens = draw((2, 16))
+
+  def loss(adapter, remat):
+    model = lora.attach(config, params, adapter, 4.0, remat=remat)
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
+    return jax.nn.logsumexp(model.logits(hidden), axis=-1).mean()
+
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  expected, gradient = run(adapter, 'none')
+  for remat in set(decoder.REMAT_POLICIES) - {'none'}:
+    found, other = run(adapter, remat)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    for value, same in zip(jax.tree.leaves(gradient), jax.tree.leaves(other),
+                           strict=True):
+      assert np.abs(value).max() > 0
+      np.testing.assert_allclose(same, value,
+                                 atol=0.02 * np.abs(value).max())
 
 
 def test_no_position_depends_on_a_later_token(untied):
