@@ -165,7 +165,12 @@ def ablate(config, names):
       raise InputError(f'--ablation={pair[0]} and --ablation={pair[1]} cannot '
                        f'be combined: {reason}; drop one of them.')
   for name in names:
-    config.update_from_flattened_dict(ABLATIONS[name])
+    fields = ABLATIONS[name]
+    if fields and all(_get(config, f) == value for f, value in fields.items()):
+      already = ' and '.join(f'{f} = {value!r}' for f, value in fields.items())
+      raise InputError(f'--ablation={name} changes nothing: this config has '
+                       f'{already} already; leave it out.')
+    config.update_from_flattened_dict(fields)
   if 'one_stage' in names:  # As many steps as both stages together.
     config.train.steps += of_stage(config, 'b').train.steps
   config.stages = _stages(tuple(config.stages), names)

@@ -18,14 +18,16 @@ def get_config():
   config.data.weekday = False
   config.plan.content = 'all'
   config.plan.conversation_share = 0.1
-  config.plan.per_behavior = 5
+  config.plan.per_behavior = 2
   config.plan.neighbours = True
-  config.difficulty.candidates = 6
+  config.difficulty.candidates = 4
   config.train.batch = 4
+  config.train.length = 640
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
-  config.train.steps = 900
-  config.train.balanced_steps = 60
+  config.train.steps = 505
+  config.train.balanced_steps = 48
   config.train.balanced_learning_rate = 2e-4
   config.checkpoint.every = 100
+  config.score.batch = 2  # Faster on CPU, as above.
   config.eval.max_samples = 500
   return config

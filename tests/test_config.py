@@ -171,6 +171,17 @@ def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
     config_lib.ablate(changed(stages=(stage,)), [name])
 
 
+@pytest.mark.parametrize(('name', 'fields', 'already'), [
+  ('all_behaviors_first', {'plan__content': 'all'}, "plan.content = 'all'"),
+  ('no_auxiliary', {'plan__conversation_share': 0.0},
+   'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0'),
+])
+def test_an_ablation_that_changes_nothing_is_refused(name, fields, already):
+  with pytest.raises(InputError, match=(
+    f'^--ablation={name} changes nothing: this config has {already} already')):
+    config_lib.ablate(changed(**fields), [name])
+
+
 def test_an_unknown_ablation_names_the_nearest():
   with pytest.raises(InputError, match=(
     r'^--ablation=no_dificulty is unknown \(did you mean no_difficulty\?\); '

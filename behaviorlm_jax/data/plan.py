@@ -140,8 +140,11 @@ class Windows:
     context = max(self.plan.min_context, self.plan.window - per_row)
     context = min(context, self.history)
     tiles, i = [], 0
-    # A random first cut gives a target another context in every epoch.
-    limit = int(rng.integers(1, min(per_row, len(positions)) + 1))
+    limit = per_row
+    # A random first cut gives a target another context in every epoch; those
+    # that fit one window see their whole past instead.
+    if len(positions) > per_row:
+      limit = int(rng.integers(1, per_row + 1))
     while i < len(positions):
       start = max(self.events.first[positions[i]], positions[i] - context)
       inside = np.searchsorted(positions, start + self.plan.window)
