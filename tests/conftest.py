@@ -16,6 +16,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors import numpy as safetensors_numpy
 
@@ -95,6 +97,26 @@ def write_model(folder, seed=0):
        for name, shape in families.hf_shapes(base.config)},
       folder / 'model.safetensors')
   return folder
+
+
+@pytest.fixture(scope='session')
+def make_llama(tmp_path_factory):
+  """(tied, spread) -> a tiny Llama in torch, and its base as we open it."""
+
+  def make(tied, spread):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, tie_word_embeddings=tied, max_position_embeddings=512))
+    for parameter in model.parameters():  # Norms would all be ones.
+      torch.nn.init.normal_(parameter, std=spread if parameter.ndim == 2 else 1)
+    folder = tmp_path_factory.mktemp('llama')
+    model.save_pretrained(folder)
+    weights.open_base('random://tiny').tokenizer.save_pretrained(folder)
+    return model.eval(), weights.open_base(str(folder))
+
+  return make
 
 
 @pytest.fixture(scope='session')

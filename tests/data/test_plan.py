@@ -108,6 +108,24 @@ def test_behaviors_of_the_test_split_alone_are_no_samples(make_events):
   assert not len(plan_lib.eligible(events, 'test', 4))
 
 
+def test_only_users_with_more_targets_than_a_window_are_cut_at_random(
+  table, make_windows
+):
+  windows = make_windows(plan__targets_per_row=20, plan__window=28,
+                         train__length=2048)
+  samples = plan_lib.eligible(table, 'train', 4)
+  few, many = (samples[table.user[samples] == user] for user in (2, 3))
+  assert len(few) == 6 and len(many) == 60
+  firsts = set()
+  for seed in range(10):
+    rng = np.random.default_rng(seed)
+    whole, = windows.user_tiles(few, rng)
+    assert whole.targets == tuple(few)
+    assert whole.start == table.first[few[0]]  # All of their past.
+    firsts.add(len(windows.user_tiles(many, rng)[0].targets))
+  assert len(firsts) > 3 and max(firsts) <= 20
+
+
 def test_one_target_per_row_is_the_classic_prompt(table, make_windows):
   windows = make_windows(plan__targets_per_row=1, data__history=6,
                          plan__window=9)

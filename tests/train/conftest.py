@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
@@ -15,21 +13,9 @@ TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
 
 
 @pytest.fixture(scope='session')
-def llama(tmp_path_factory):
+def llama(make_llama):
   """The opened base of a tiny random Llama that transformers saved."""
-  torch.manual_seed(0)
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, tie_word_embeddings=True, max_position_embeddings=512,
-  ))
-  for parameter in model.parameters():
-    spread = 0.2 if parameter.ndim == 2 else 1.0
-    torch.nn.init.normal_(parameter, std=spread)
-  folder = tmp_path_factory.mktemp('llama')
-  model.save_pretrained(folder)
-  weights.open_base('random://tiny').tokenizer.save_pretrained(folder)
-  return weights.open_base(str(folder))
+  return make_llama(tied=True, spread=0.2)[1]
 
 
 @pytest.fixture(scope='session')
