@@ -195,9 +195,10 @@ def _stages(stages, names):
   left = tuple(s for s in stages
                if s not in [dropped.get(name) for name in names])
   # Ablations of a stage that this config does not run are refused, too.
-  needs = {'no_difficulty': 'b', 'no_balance': 'b', 'all_behaviors_first': 'a'}
+  needs = {'no_difficulty': 'b', 'no_balance': 'b', 'all_behaviors_first': 'a',
+           'no_balanced_stage': 'b'}
   for name in names:
-    if not left or (name in needs and needs[name] not in left):
+    if not left or (name in needs and needs[name] not in stages):
       raise InputError(
           f'--ablation={name} leaves nothing to change or run: this config '
           f'runs stages {", ".join(stages)}; use a config that runs the stage.'
@@ -284,6 +285,9 @@ def _check_shares(config):
 
 
 def _check_sums(config):
+  if not 0 < config.lora.alpha < float('inf'):  # NaN, too.
+    raise InputError(f'lora.alpha is {config.lora.alpha}; it must be above 0, '
+                     'or nothing is learned.')
   split = config.data.split
   if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
     raise InputError(f'data.split is {tuple(split)}; it must be three positive '

@@ -69,7 +69,7 @@ class Run:
 def run(config, workdir):
   """Runs the config's stages in `workdir` and writes the report."""
   config_lib.check(config)
-  workdir = pathlib.Path(workdir)
+  workdir = workdir_lib.make(workdir)
   config = workdir_lib.pin(config, workdir)
   workdir_lib.check_config(config, workdir)
   mesh = sharding.make_mesh(config.mesh, config.train.batch,
@@ -96,6 +96,7 @@ def _open(config, workdir, mesh):
   events = workdir_lib.open_events(config, workdir)
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
+  prompts.check_lengths(base.config.max_length, config.train.length)
   evaluation.test_samples(events, config)  # Refuses a log without any.
   attach = step_lib.attacher(base.config, config, mesh, config.model.dtype)
   place = sharding.placer(mesh)
@@ -277,6 +278,12 @@ def choose_subset(this, adapter, folder):
   pools = plan_lib.candidates(this.events, config, draw('candidates'))
   scores = None
   if config.difficulty.score != 'random':
+    if config.difficulty.candidates <= config.plan.per_behavior:
+      logging.warning(
+          'difficulty.candidates is %d and plan.per_behavior %d: every '
+          'candidate is drawn, however difficult; raise the first, or save the '
+          'scoring with difficulty.score=random.',
+          config.difficulty.candidates, config.plan.per_behavior)
     scores = score_difficulty(this, adapter, folder, pools)
   return plan_lib.choose_subset(pools, scores, this.events, config,
                                 draw('subset'))

@@ -62,6 +62,17 @@ def _differences(mine, theirs, name):
   return found
 
 
+def make(workdir):
+  """Makes the work directory, before anything is fetched; its Path."""
+  workdir = pathlib.Path(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f'--workdir={workdir} is no folder that can be made '
+                     f'({error.strerror}); give another.') from error
+  return workdir
+
+
 def pin(config, workdir):
   """The config with a commit in every hf:// address, and without 'auto' dtypes.
 

@@ -22,7 +22,7 @@ def get_config():
   config.plan.window = 20
   config.plan.targets_per_row = 16
   config.plan.content = 'all'
-  config.plan.per_behavior = 4
+  config.plan.per_behavior = 2
   config.plan.neighbours = True
   config.difficulty.candidates = 4
   config.train.learning_rate = 2e-3

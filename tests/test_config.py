@@ -88,6 +88,12 @@ def test_a_number_that_is_too_small_is_refused(name, value):
     config_lib.check(config)
 
 
+@pytest.mark.parametrize('alpha', [0.0, -1.0, float('nan'), float('inf')])
+def test_an_alpha_that_teaches_nothing_is_refused(alpha):
+  with pytest.raises(InputError, match=r'^lora\.alpha is .*; it must be above'):
+    config_lib.check(changed(**{'lora.alpha': alpha}))
+
+
 def test_a_number_that_is_none_is_refused():
   with pytest.raises(InputError, match=r'^score\.tolerance is nan; '):
     config_lib.check(changed(**{'score.tolerance': float('nan')}))
@@ -165,6 +171,7 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
 
 @pytest.mark.parametrize(('stage', 'name'), [
   ('a', 'no_difficulty'), ('a', 'no_balance'), ('a', 'no_anchor_stage'),
+  ('a', 'no_balanced_stage'),
   ('b', 'all_behaviors_first'), ('b', 'no_balanced_stage')])
 def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
   with pytest.raises(InputError, match=f'^--ablation={name} .* stages {stage}'):

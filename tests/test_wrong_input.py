@@ -96,6 +96,18 @@ def test_model_that_does_not_exist(refused, tmp_path):
           {'model.address': str(tmp_path / 'none')})
 
 
+def test_more_positions_than_the_model_knows(refused, write_model, tmp_path):
+  folder = write_model(tmp_path / 'model')
+  path = folder / 'config.json'
+  few = json.loads(path.read_text()) | {'max_position_embeddings': 200}
+  path.write_text(json.dumps(few))
+  fields = {'model.address': str(folder)}
+  refused(r'train\.length is 256, .* has 200 positions', fields | {
+      'train.length': 256}, left=['events'])
+  refused(r'data\.history is 30, .* has \d+ tokens, .* has 200 positions',
+          fields | {'data.history': 30}, left=['events'])
+
+
 def test_corrupt_safetensors(refused, write_model, tmp_path):
   folder = write_model(tmp_path / 'model')
   file = folder / 'model.safetensors'
@@ -202,6 +214,13 @@ def test_the_command_ends_with_one_line(
   assert sentence in line
   assert 'Traceback' not in done.stderr + done.stdout
   assert not list((tmp_path / 'work').glob('*'))
+
+
+def test_a_work_directory_that_is_a_file_is_refused(run_stages, tmp_path):
+  (tmp_path / 'file').write_text('')
+  for workdir in (tmp_path / 'file', tmp_path / 'file' / 'inside'):
+    with pytest.raises(InputError, match=f'^--workdir={workdir} is no folder'):
+      run_stages(workdir=workdir)
 
 
 def test_unknown_ablation_is_refused_by_name(run_stages):

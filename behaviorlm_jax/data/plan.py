@@ -325,7 +325,12 @@ def choose_subset(pools, scores, events, config, rng):
 
 
 def neighbour_weights(events, config):
-  """float [known]: min(1, m / n_c), so that neighbours teach in balance."""
+  """float [known]: min(1, m / n_c), so that neighbours teach in balance.
+
+  Under a natural budget all are 1: neighbours come at their natural rates.
+  """
+  if config.plan.budget == 'natural':
+    return np.ones(events.known)
   counts = np.array([b.train_count for b in events.behaviors[:events.known]])
   return np.minimum(1.0, config.plan.per_behavior / np.maximum(counts, 1))
 

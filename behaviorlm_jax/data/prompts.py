@@ -130,6 +130,21 @@ class Prompts:
     return max(int(self.events.first[position]),
                int(position) - self.data.history)
 
+  def check_lengths(self, most, train_length):
+    """Refuses questions, or rows, of more positions than the model knows."""
+    if train_length > most:
+      raise InputError(f'train.length is {train_length}, but the model of '
+                       f'model.address has {most} positions; lower it.')
+    positions = np.arange(len(self.events.behavior))
+    starts = np.maximum(self.events.first, positions - self.data.history)
+    worst = np.argmax(self.line_ends[1:] - self.line_ends[starts])
+    longest = self.window_length(starts[worst], worst + 1)
+    if longest > most:
+      raise InputError(
+          f'data.history is {self.data.history}, with which a question has '
+          f'{longest} tokens, but the model of model.address has {most} '
+          'positions; lower it.')
+
   def question(self, position):
     """Tokens int32 [n] that ask for the behavior of `position`."""
     start = self.question_start(position)

@@ -120,11 +120,19 @@ def load(folder):
     return _load(pathlib.Path(folder))
   except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
     raise InputError(f'{folder} is no adapter that can be read ({error!r}); '
-                     'export it again.') from error
+                     'use one that this project exported.') from error
+
+
+# Of other kinds of adapters; a plain one has them off, empty or left out.
+_FOREIGN = ('use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern',
+            'modules_to_save', 'layers_to_transform', 'lora_bias')
 
 
 def _load(folder):
   settings = json.loads((folder / 'adapter_config.json').read_text())
+  foreign = [name for name in _FOREIGN if settings.get(name)]
+  if settings['peft_type'] != 'LORA' or foreign:
+    raise ValueError(f'peft_type {settings["peft_type"]}, with {foreign}')
   tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
   adapter = {}
   for name in settings['target_modules']:
@@ -132,8 +140,10 @@ def _load(folder):
     for short, side in (('a', 'lora_A'), ('b', 'lora_B')):
       layers, layer = [], 0
       while (key := f'{_module(name, layer)}.{side}.weight') in tensors:
-        layers.append(tensors[key].astype(np.float32))
+        layers.append(tensors.pop(key).astype(np.float32))
         layer += 1
       sides[short] = np.stack(layers)
     adapter[name] = sides
+  if tensors:
+    raise ValueError(f'{len(tensors)} more tensors, such as {min(tensors)}')
   return adapter, settings['lora_alpha']

@@ -128,4 +128,4 @@ def escape(value) -> str:
   text = re.sub(r'\s*[\r\n]\s*', ' ', str(value))
   for character in '\\`*~&[]<|':
     text = text.replace(character, '\\' + character)
-  return text
+  return re.sub(r'(?<!\w)_|_(?!\w)', r'\\_', text)  # a_b is no markup.

@@ -194,6 +194,9 @@ def test_neighbours_are_taught_with_class_balanced_weights(table, make_windows):
   # Without room for all, the drawn sample keeps its context.
   tight = make_windows(train__length=segment.length - 1)
   assert tight.draw(40, weight_of).targets == (40,)
+  natural = plan_lib.neighbour_weights(table, make_config(
+    plan__budget='natural'))
+  assert natural.tolist() == [1.0] * table.known
 
 
 def sequential_draws(weights, size):

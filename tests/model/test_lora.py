@@ -157,6 +157,23 @@ def test_an_exported_adapter_is_read_back_exactly(tmp_path, save_llama):
   assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize(('fields', 'says'), [
+  ({'use_rslora': True}, 'use_rslora'), ({'alpha_pattern': {'x': 1}},
+                                         'alpha_pattern'),
+  ({'peft_type': 'LOHA'}, 'LOHA'), ({'target_modules': ['o_proj']},
+                                    r'more tensors, such as .*up_proj')])
+def test_other_kinds_of_adapters_are_refused(
+  tmp_path, save_llama, fields, says
+):
+  save_llama(tmp_path)
+  adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'))
+  lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
+  path = tmp_path / 'adapter' / 'adapter_config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+  with pytest.raises(InputError, match=f'is no adapter .*{says}'):
+    lora.load(tmp_path / 'adapter')
+
+
 def test_adapter_config_says_rank_alpha_targets_and_base(tmp_path, save_llama):
   save_llama(tmp_path)
   adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'), rank=3)

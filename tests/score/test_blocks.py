@@ -10,6 +10,7 @@ from behaviorlm_jax.score.blocks import Text
 def test_text_becomes_one_line_without_markup():
   assert blocks.escape('a\n# b') == 'a # b'
   assert blocks.escape('x | <b>*\\') == 'x \\| \\<b>\\*\\\\'
+  assert blocks.escape('a_b _c_ _') == 'a_b \\_c\\_ \\_'
   assert blocks.escape('[a](b) `c`') == '\\[a\\](b) \\`c\\`'
 
 
