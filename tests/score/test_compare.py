@@ -41,6 +41,21 @@ def test_points_are_those_of_the_metrics():
   assert outcome.users == 25 and outcome.final == 'A-Tuning'
 
 
+def test_intervals_hold_the_score_where_every_behavior_is_rare():
+  # Each of 60 behaviors is shown once: a third of them are missing from a draw.
+  true = np.arange(60)
+  guess = np.where(true % 2, true, 0)
+  outcome = compare.outcome(run_of(
+      stage('base', true, np.zeros(60, int), true),
+      stage('a_tuning', true, guess, true), count=60))
+  value, (low, high) = outcome.scores['tail macro-F1']
+  assert value == 0.5 and low < value < high
+  change, = (c for c in outcome.contrasts['the untuned model']
+             if c.score == 'tail macro-F1')
+  low, high = change.interval
+  assert low < change.size == 0.5 < high and change.outcome == 'better'
+
+
 def test_equal_predictions_differ_by_nothing():
   true, guess, user = case()
   outcome = compare.outcome(run_of(
