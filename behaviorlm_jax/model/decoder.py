@@ -108,6 +108,12 @@ def _lora_dot_backward(scale, saved, dy):
 _lora_dot.defvjp(_lora_dot_forward, _lora_dot_backward)
 
 
+def _as_bits(y):
+  bits = jax.lax.bitcast_convert_type(y.astype(jnp.bfloat16), jnp.uint16)
+  bits = checkpoint_name(bits, 'product')
+  return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
 @jax.custom_vjp
 def _keep_bits(y):
   """y as bfloat16, saved for the backward pass as integers.
@@ -115,12 +121,11 @@ def _keep_bits(y):
   XLA for CPU would convert the saved arrays of all layers to float32 and back
   to write one layer's.
   """
-  bits = jax.lax.bitcast_convert_type(y.astype(jnp.bfloat16), jnp.uint16)
-  bits = checkpoint_name(bits, 'product')
-  return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+  return _as_bits(y)
 
 
-_keep_bits.defvjp(lambda y: (_keep_bits(y), jnp.zeros((), y.dtype)),
+# Not _keep_bits again: remat policies see no name inside a custom gradient.
+_keep_bits.defvjp(lambda y: (_as_bits(y), jnp.zeros((), y.dtype)),
                   lambda like, dy: (dy.astype(like.dtype),))
 
 

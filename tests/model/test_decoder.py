@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,29 @@ def test_remat_policies_give_equal_adapters_around_bfloat16_weights(untied):
       assert np.abs(value).max() > 0
       np.testing.assert_allclose(same, value,
                                  atol=0.02 * np.abs(value).max())
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_saved_products_are_not_multiplied_again(untied, dtype):
+  config, params = untied
+  params = {name: jnp.asarray(x, dtype) for name, x in params.items()}
+  adapter = lora.init(config, 2, decoder.PROJECTIONS, jax.random.key(0))
+  tokens = draw((2, 16))
+  positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+
+  def loss(adapter, remat):
+    model = lora.attach(config, params, adapter, 4.0, remat=remat,
+                        packed=attention.blocked)
+    hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
+    return hidden.astype(jnp.float32).sum()
+
+  products = {}
+  for remat in decoder.REMAT_POLICIES:
+    # As XLA gets it: what nothing needs is gone.
+    text = jax.jit(jax.grad(loss), static_argnums=1).lower(
+      adapter, remat).compile().as_text()
+    products[remat] = len(re.findall(r' dot\(', text))
+  assert products['products'] == products['none'] < products['full']
 
 
 def test_no_position_depends_on_a_later_token(untied):
