@@ -28,6 +28,5 @@ def get_config():
   config.train.balanced_steps = 48
   config.train.balanced_learning_rate = 2e-4
   config.checkpoint.every = 100
-  config.score.batch = 2  # Faster on CPU, as above.
   config.eval.max_samples = 500
   return config
