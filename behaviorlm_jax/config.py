@@ -45,8 +45,13 @@ def default():
   )
   config.plan = _plan()
   config.difficulty = _section(
-      score='nll',  # nll | random (uniform draws, nothing is scored).
+      # nll | error | margin | ifd | rho (score.difficulty has the formulas) or
+      # random: uniform draws, nothing is scored.
+      score='nll',
       candidates=64,  # Samples scored per behavior, at most.
+      # Of rho: adapter, stage or work directory of the reference model; '': the
+      # untuned model.
+      reference='',
   )
   config.train = _section(
       steps=200,  # Of each stage; of stage b only if the next is not set.
@@ -77,7 +82,10 @@ def default():
   config.eval = _section(
       max_samples=1000,  # Of the test split, a uniform seeded draw; 0: all.
       validation_rows=32,  # Rows behind the validation loss.
-      validation_samples=200,  # Prompts behind the validation f1_macro.
+      # Prompts behind what is fitted, and behind the validation f1_macro.
+      validation_samples=200,
+      # Also evaluate each model adjusted and mixed with counts (score.adjust).
+      fit=True,
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
   return config.lock()  # A config file cannot invent fields.
@@ -114,13 +122,23 @@ def _plan():
       # Of one window in stages a and one; 40 fill rows of 512 tokens best, and
       # could not be told from 24 in equal time (docs/speed.md).
       targets_per_row=40,
-      content='anchors',  # Stage a learns anchors | all.
+      # Stage a learns anchors | all | balanced (all, in turns).
+      content='anchors',
+      # Training samples of each tail behavior that has at least 50; unset: all.
+      shots=config_dict.placeholder(int),
       conversation_share=0.2,  # Of the answer tokens of stage a.
       balanced_conversation_share=0.0,  # Of the answer tokens of stage b.
-      budget='balanced',  # Stage b: balanced | natural.
+      # Of stage b: balanced | tempered | effective (data.subset has the
+      # formulas) | natural (one pool of all behaviors).
+      budget='balanced',
       per_behavior=20,  # Samples of each behavior in stage b's subset.
-      per_anchor=config_dict.placeholder(int),  # The same for anchors.
-      gamma=1.0,  # Draw weight is difficulty ** gamma.
+      # The same for anchors; other budgets than balanced take the sum alone.
+      per_anchor=config_dict.placeholder(int),
+      temper=0.5,  # Of the tempered budget: 0 is balanced, 1 natural.
+      effective_beta=0.999,  # Of the effective budget.
+      selection='weighted',  # weighted | hardest | middle | easiest.
+      gamma=1.0,  # Weighted: draw weight is difficulty ** gamma.
+      noise_cut=0.0,  # Share of a behavior's hardest candidates left out.
       neighbours=False,  # Stage b also learns its windows' other events.
   )
 
@@ -131,24 +149,33 @@ ABLATIONS = {
         'plan.conversation_share': 0.0,
         'plan.balanced_conversation_share': 0.0,
     },
-    'no_difficulty': {'difficulty.score': 'random'},
+    'no_difficulty': {
+        'difficulty.score': 'random',
+        'plan.selection': 'weighted',
+        'plan.noise_cut': 0.0,
+    },
     'no_balance': {'plan.budget': 'natural'},
     'no_balanced_stage': {},
     'no_anchor_stage': {},
     'all_behaviors_first': {'plan.content': 'all'},
     'one_stage': {},
+    'one_stage_balanced': {'plan.content': 'balanced'},
 }
+# Those whose one stage takes the place of both.
+_ONE_STAGE = ('one_stage', 'one_stage_balanced')
 # Pairs that contradict each other, with the reason.
 _CLASHES = {
     ('no_balanced_stage', 'no_anchor_stage'): 'no stage would be left',
     ('no_balanced_stage', 'no_difficulty'): 'there is no stage b to change',
     ('no_balanced_stage', 'no_balance'): 'there is no stage b to change',
     ('no_anchor_stage', 'all_behaviors_first'): 'there is no stage a to change',
-    ('one_stage', 'no_balanced_stage'): 'one_stage replaces both stages',
-    ('one_stage', 'no_anchor_stage'): 'one_stage replaces both stages',
-    ('one_stage', 'no_difficulty'): 'one_stage draws no subset',
-    ('one_stage', 'no_balance'): 'one_stage draws no subset',
-    ('one_stage', 'all_behaviors_first'): 'one_stage replaces both stages',
+    ('one_stage', 'one_stage_balanced'): 'both name what the one stage draws',
+    **{(name, other): reason for name in _ONE_STAGE for other, reason in (
+        ('no_balanced_stage', f'{name} replaces both stages'),
+        ('no_anchor_stage', f'{name} replaces both stages'),
+        ('no_difficulty', f'{name} draws no subset'),
+        ('no_balance', f'{name} draws no subset'),
+        ('all_behaviors_first', f'{name} replaces both stages'))},
 }
 
 
@@ -171,7 +198,7 @@ def ablate(config, names):
       raise InputError(f'--ablation={name} changes nothing: this config has '
                        f'{already} already; leave it out.')
     config.update_from_flattened_dict(fields)
-  if 'one_stage' in names:  # As many steps as both stages together.
+  if set(_ONE_STAGE) & set(names):  # As many steps as both stages together.
     config.train.steps += of_stage(config, 'b').train.steps
   config.stages = _stages(tuple(config.stages), names)
   config.ablations = tuple(names)
@@ -189,7 +216,7 @@ def of_stage(config, stage):
 
 
 def _stages(stages, names):
-  if 'one_stage' in names:
+  if set(_ONE_STAGE) & set(names):
     return ('one',)
   dropped = {'no_balanced_stage': 'b', 'no_anchor_stage': 'a'}
   left = tuple(s for s in stages
@@ -229,9 +256,10 @@ _CHOICES = {
     'model.remat': ('none', 'products', 'full'),
     'model.attention': ('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
     'score.dtype': ('auto', 'bfloat16', 'float32'),
-    'plan.content': ('anchors', 'all'),
-    'plan.budget': ('balanced', 'natural'),
-    'difficulty.score': ('nll', 'random'),
+    'plan.content': ('anchors', 'all', 'balanced'),
+    'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
+    'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
+    'difficulty.score': ('nll', 'error', 'margin', 'ifd', 'rho', 'random'),
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
 }
 _MINIMA = {
@@ -245,11 +273,13 @@ _MINIMA = {
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
     'score.tolerance': 0,
 }
-_OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'train.balanced_steps': 1,
+_OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'plan.shots': 0,
+                    'train.balanced_steps': 1,
                     'train.balanced_learning_rate': 0}
 _SHARES = {'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
            'plan.conversation_share': 0.99,
-           'plan.balanced_conversation_share': 0.99}
+           'plan.balanced_conversation_share': 0.99, 'plan.temper': 1,
+           'plan.effective_beta': 0.999999, 'plan.noise_cut': 0.99}
 
 
 def _get(config, name):
@@ -307,6 +337,7 @@ def _check_sums(config):
         f'train.batch is {config.train.batch} and train.accumulate is '
         f'{config.train.accumulate}; the batch must be a multiple of it.'
     )
+  _check_draws(config)
   if tuple(config.stages) not in _STAGES:
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '
                      f'{", ".join(map(str, _STAGES))}.')
@@ -315,6 +346,23 @@ def _check_sums(config):
   if config.init_from and not starts_from_a:
     raise InputError(f'init_from is {config.init_from}, but this run starts no '
                      'stage b from an earlier stage a; leave it out.')
+
+
+def _check_draws(config):
+  """Refuses settings of stage b's draws that would change nothing."""
+  score = config.difficulty.score
+  if score == 'random':
+    for name, default in (('selection', 'weighted'), ('noise_cut', 0.0)):
+      value = config.plan[name]
+      if value != default:
+        raise InputError(
+            f'plan.{name} is {value!r}, but difficulty.score is random and '
+            f'nothing is scored; set plan.{name}={default} or another score.')
+  if config.difficulty.reference and score != 'rho':
+    raise InputError(
+        f'difficulty.reference is {config.difficulty.reference!r}, but '
+        f'difficulty.score is {score}, which has no reference model; leave it '
+        'out or set difficulty.score=rho.')
 
 
 def explain_flag_error(argv, error):

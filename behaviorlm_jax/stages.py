@@ -30,6 +30,8 @@ from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.data import subset as subset_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
@@ -138,18 +140,24 @@ def evaluate(this, folder, adapter, samples):
   """Writes predictions and evaluation of one arm, unless they stand there."""
   if (folder / 'evaluation.json').exists():
     return
-  scores, uncertified, questions = score(this, adapter, samples,
-                                         f'{folder.name}: evaluate')
-  evaluation.write(folder, this.prompts, samples, questions, scores,
-                   uncertified)
+  config = this.config
+  test = score(this, adapter, samples, f'{folder.name}: evaluate')
+  validation = None
+  if config.eval.fit:
+    drawn = evaluation.draw_samples(this.events, 'validation',
+                                    config.eval.validation_samples, config)
+    if len(drawn):
+      validation = score(this, adapter, drawn, f'{folder.name}: validation')
+  evaluation.write(folder, this.prompts, test, validation, config)
 
 
-def score(this, adapter, samples, what, stop=preemption.check):
-  """What scorer.Scorer says of samples, and their questions.
+def score(this, adapter, samples, what, stop=preemption.check, past=True):
+  """What scorer.Scorer says of samples: evaluation.Scored.
 
-  `stop` is called between batches and may raise.
+  `stop` is called between batches and may raise; `past`: whether questions show
+  the events before the sample.
   """
-  questions = [this.prompts.question(p) for p in samples]
+  questions = [this.prompts.question(p, past) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
 
     def progress(done):
@@ -158,7 +166,7 @@ def score(this, adapter, samples, what, stop=preemption.check):
 
     scores, uncertified = this.scorer(
         adapter, questions, this.events.behavior[samples], progress)
-    return scores, uncertified, questions
+    return evaluation.Scored(samples, scores, questions, uncertified)
 
 
 def run_stage(this, stage):
@@ -188,16 +196,22 @@ def first_adapter(this, stage):
   config = this.config
   shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
   if stage == 'b' and workdir_lib.needs_stage_a(config):
-    folder = workdir_lib.stage_a_adapter(config, this.workdir)
-    adapter, alpha = lora.load(folder)
-    if jax.tree.map(np.shape, adapter) != shapes or alpha != config.lora.alpha:
-      raise InputError(
-          f'{folder} holds an adapter with other lora.rank, lora.alpha, '
-          'lora.targets or for another model than this config; use the config '
-          'of stage a.')
-  else:
-    adapter = lora.init(this.base.config, config.lora.rank,
-                        config.lora.targets, jax.random.key(config.seed))
+    return load_adapter(this, workdir_lib.stage_a_adapter(config, this.workdir))
+  adapter = lora.init(this.base.config, config.lora.rank, config.lora.targets,
+                      jax.random.key(config.seed))
+  return jax.device_put(adapter, sharding.adapter(this.mesh, shapes))
+
+
+def load_adapter(this, folder):
+  """An adapter of this config's shapes, on the devices."""
+  config = this.config
+  shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
+  adapter, alpha = lora.load(folder)
+  if jax.tree.map(np.shape, adapter) != shapes or alpha != config.lora.alpha:
+    raise InputError(
+        f'{folder} holds an adapter with other lora.rank, lora.alpha, '
+        'lora.targets or for another model than this config; use the config '
+        'that made it.')
   return jax.device_put(adapter, sharding.adapter(this.mesh, shapes))
 
 
@@ -214,9 +228,10 @@ def fingerprint(this, stage, adapter, sections):
     digest.update(part.encode())
   for conversation in this.conversations:
     digest.update(conversation.tokens.tobytes())
-  for name in sorted(adapter):
-    for side in ('a', 'b'):
-      digest.update(np.asarray(adapter[name][side]).tobytes())
+  for one in (adapter, reference(this)):
+    for name in sorted(one or {}):
+      for side in ('a', 'b'):
+        digest.update(np.asarray(one[name][side]).tobytes())
   return digest.hexdigest()
 
 
@@ -240,42 +255,51 @@ def segments(this, stage, split, rng, adapter=None, folder=None):
   """The endless stream of segments of a stage, for training or validation."""
   config, plan = this.config, this.config.plan
   windows = plan_lib.Windows(this.prompts, config)
+  share = plan.conversation_share
   if stage == 'b':
     share = plan.balanced_conversation_share
-    if split == 'train':
-      subset = choose_subset(this, adapter, folder)
-    else:
-      subset = by_behavior(this, split)
-    stream_of = (plan_lib.natural if plan.budget == 'natural'
-                 else plan_lib.balanced)
-    neighbours = None
-    if plan.neighbours:
-      neighbours = plan_lib.neighbour_weights(this.events, config)
-    stream = stream_of(windows, subset, rng, neighbours)
+    stream = drawn(this, split, windows, rng, adapter, folder)
+  elif plan.content == 'balanced':
+    samples = samples_lib.by_behavior(
+        this.events, samples_lib.eligible(this.events, split, config))
+    rates = dict.fromkeys(samples, 1)
+    stream = plan_lib.spread(windows, samples, rates, rng, neighbours(this))
   else:
-    share = plan.conversation_share
     only_anchors = stage == 'a' and plan.content == 'anchors'
-    samples = plan_lib.eligible(this.events, split, plan.min_context,
-                                only_anchors)
+    samples = samples_lib.eligible(this.events, split, config, only_anchors)
     stream = plan_lib.tile(windows, samples, rng)
   if split == 'train':
     stream = plan_lib.mix(stream, this.conversations, share, rng)
   return stream
 
 
-def by_behavior(this, split):
-  """{behavior: positions of its samples in a split}."""
-  samples = plan_lib.eligible(this.events, split,
-                              this.config.plan.min_context)
-  behavior = this.events.behavior[samples]
-  return {int(b): samples[behavior == b] for b in np.unique(behavior)}
+def drawn(this, split, windows, rng, adapter, folder):
+  """Stage b's stream: a subset, each behavior at the rate of its budget."""
+  config, events = this.config, this.events
+  if split == 'train':
+    samples = choose_subset(this, adapter, folder)
+    rates = {b: len(s) for b, s in samples.items()}
+  else:
+    every = samples_lib.eligible(events, split, config)
+    samples = samples_lib.by_behavior(events, every)
+    rates = dict(enumerate(subset_lib.budgets(events, config)))
+    if config.plan.budget == 'natural':
+      samples, rates = {subset_lib.NATURAL: every}, {subset_lib.NATURAL: 1}
+  return plan_lib.spread(windows, samples, rates, rng, neighbours(this))
+
+
+def neighbours(this):
+  """Loss weights of a drawn sample's neighbours, or None: not learned."""
+  if this.config.plan.neighbours:
+    return subset_lib.neighbour_weights(this.events, this.config)
+  return None
 
 
 def choose_subset(this, adapter, folder):
   """Stage b's subset: candidates, their difficulty, the weighted draw."""
   config = this.config
   draw = lambda purpose: seeds.stream(config.seed, 'b', purpose)
-  pools = plan_lib.candidates(this.events, config, draw('candidates'))
+  pools = subset_lib.candidates(this.events, config, draw('candidates'))
   scores = None
   if config.difficulty.score != 'random':
     if config.difficulty.candidates <= config.plan.per_behavior:
@@ -285,21 +309,38 @@ def choose_subset(this, adapter, folder):
           'scoring with difficulty.score=random.',
           config.difficulty.candidates, config.plan.per_behavior)
     scores = score_difficulty(this, adapter, folder, pools)
-  return plan_lib.choose_subset(pools, scores, this.events, config,
-                                draw('subset'))
+  return subset_lib.choose(pools, scores, this.events, config, draw('subset'))
 
 
 def score_difficulty(this, adapter, folder, pools):
   """{sample: difficulty} under the model that stage b starts from."""
-  path = folder / 'difficulty.parquet'
+  path, name = folder / 'difficulty.parquet', this.config.difficulty.score
   made_from = fingerprint(this, 'difficulty', adapter,
                           ('data', 'plan', 'difficulty', 'seed', 'score'))
   if not path.exists():
     samples = np.concatenate(list(pools.values()))
-    scores, *_ = score(this, adapter, samples, f'{folder.name}: difficulty')
-    values = difficulty.nll(scores, this.events.behavior[samples])
+    scores = score(this, adapter, samples, f'{folder.name}: difficulty').scores
+    others = None
+    if name == 'ifd':
+      others = score(this, adapter, samples, f'{folder.name}: without past',
+                     past=False).scores
+    elif name == 'rho':
+      others = score(this, reference(this), samples,
+                     f'{folder.name}: reference').scores
+    values = difficulty.compute(name, scores, this.events.behavior[samples],
+                                others)
     difficulty.write(path, this.events, samples, values, made_from)
   return difficulty.read(path, made_from)
+
+
+def reference(this):
+  """The adapter of difficulty.reference; None is the untuned model."""
+  config = this.config
+  if not config.difficulty.reference:
+    return None
+  folder = workdir_lib.adapter_folder(config.difficulty.reference,
+                                      'difficulty.reference')
+  return load_adapter(this, folder)
 
 
 def train(this, stage, folder, plan, plan_hash, adapter):
@@ -376,8 +417,8 @@ def validator(this, stage):
     result = {'val_loss': loss / weight, 'score': -loss / weight}
     if config.checkpoint.best_by == 'f1_macro':
       # Training stops after this, with everything saved.
-      scores, *_ = score(this, adapter, samples, 'validate', lambda: None)
-      summary = evaluation.summarize(this.events, samples, scores)
+      scored = score(this, adapter, samples, 'validate', lambda: None)
+      summary = evaluation.summarize(this.events, samples, scored.scores)
       result['val_f1_macro'] = summary['all']['f1_macro']
       result['score'] = result['val_f1_macro']
     return result

@@ -32,6 +32,16 @@ _DECIDES = {
 # events serve any model.
 _ADDRESSES = ('model.address', 'data.events', 'data.conversations')
 _PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
+_NO_ADAPTER = {
+    'init_from': 'stage b starts from stage a, but {place} (init_from) holds '
+                 'no finished a_tuning/adapter; run stage a there, or give '
+                 'another --config.init_from.',
+    '--workdir': 'stage b starts from stage a, but {place} (--workdir) holds '
+                 'no finished a_tuning/adapter; run stage a there, or give '
+                 '--config.init_from=DIR.',
+    'difficulty.reference': 'difficulty.reference is {place}, which holds no '
+                            'finished adapter; give the folder of one.',
+}
 _OTHER = {'events': 'other events', 'base': 'another base model'}
 
 
@@ -119,6 +129,8 @@ def check_config(config, workdir):
           f'{", ".join(found)}; use another --workdir or the old values.')
   if needs_stage_a(config) and 'a' not in config.stages:
     stage_a_adapter(config, workdir)
+  if config.difficulty.reference and 'b' in config.stages:
+    adapter_folder(config.difficulty.reference, 'difficulty.reference')
 
 
 def _read(folder):
@@ -175,14 +187,20 @@ def needs_stage_a(config):
 
 def stage_a_adapter(config, workdir):
   """The adapter folder that stage b starts from."""
-  root = pathlib.Path(config.init_from or workdir)
+  return (adapter_folder(config.init_from, 'init_from') if config.init_from
+          else adapter_folder(workdir, '--workdir'))
+
+
+def adapter_folder(place, name):
+  """The adapter in a work directory, a stage or an adapter folder.
+
+  Of a work directory that of stage a, or of its only stage. `name`: the field.
+  """
+  root = pathlib.Path(place)
   for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
     if (folder / 'adapter_config.json').exists():
       return folder
-  where = 'init_from' if config.init_from else '--workdir'
-  raise InputError(
-      f'stage b starts from stage a, but {root} ({where}) holds no finished '
-      'a_tuning/adapter; run stage a there, or give --config.init_from=DIR.')
+  raise InputError(_NO_ADAPTER[name].format(place=place, name=name))
 
 
 def open_events(config, workdir):

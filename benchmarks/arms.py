@@ -16,6 +16,7 @@ from absl import logging
 
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.score import evaluation
@@ -84,8 +85,7 @@ class Arm:
     self.name, self.shared, self.mesh = name, shared, inputs.mesh
     self.config = arm_config(inputs.config, name)
     rng = np.random.default_rng(self.config.seed)
-    samples = plan_lib.eligible(inputs.events, 'train',
-                                self.config.plan.min_context)
+    samples = samples_lib.eligible(inputs.events, 'train', self.config)
     windows = plan_lib.Windows(inputs.prompts, self.config)
     self.plan = plan_lib.take(plan_lib.tile(windows, samples, rng),
                               self.config, steps, '')

@@ -31,6 +31,7 @@ from behaviorlm_jax.data import conversations  # noqa: E402
 from behaviorlm_jax.data import loader  # noqa: E402
 from behaviorlm_jax.data import plan as plan_lib  # noqa: E402
 from behaviorlm_jax.data import prompts as prompts_lib  # noqa: E402
+from behaviorlm_jax.data import samples as samples_lib  # noqa: E402
 from behaviorlm_jax.errors import InputError  # noqa: E402
 from behaviorlm_jax.model import lora  # noqa: E402
 from behaviorlm_jax.model import weights  # noqa: E402
@@ -104,7 +105,7 @@ def batches(inputs, steps, share):
   """
   config = inputs.config
   rng = np.random.default_rng(config.seed)
-  samples = plan_lib.eligible(inputs.events, 'train', config.plan.min_context)
+  samples = samples_lib.eligible(inputs.events, 'train', config)
   windows = plan_lib.Windows(inputs.prompts, config)
   stream = plan_lib.mix(plan_lib.tile(windows, samples, rng),
                         inputs.conversations, share, rng)

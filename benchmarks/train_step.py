@@ -17,6 +17,7 @@ import peers
 from absl import flags
 
 from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
@@ -172,8 +173,9 @@ def questions(inputs, count):
   """One-question prompts with their answers, batches of similar lengths."""
   prompts, config = inputs.prompts, inputs.config
   rng = np.random.default_rng(config.seed)
-  context = max(_CONTEXT, config.plan.min_context)
-  positions = plan_lib.eligible(inputs.events, 'train', context)
+  positions = samples_lib.eligible(inputs.events, 'train', config)
+  past = positions - inputs.events.first[positions]
+  positions = positions[past >= _CONTEXT]
   samples = []
   for position in np.resize(rng.permutation(positions), count * _PROMPTS):
     question = prompts.question(position)

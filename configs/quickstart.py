@@ -34,4 +34,5 @@ def get_config():
   config.checkpoint.every = 12
   config.eval.max_samples = 150
   config.eval.validation_rows = 8
+  config.eval.validation_samples = 75
   return config

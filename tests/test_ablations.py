@@ -16,7 +16,7 @@ from pyarrow import parquet
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import samples as samples_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
@@ -193,9 +193,9 @@ def test_stage2_starts_from_stage_a_of_another_directory(
       finished / 'b_tuning' / ADAPTER).read_bytes()
 
 
-def test_eligible_tails_exist_for_these_tests(finished):
+def test_eligible_tails_exist_for_these_tests(finished, make_run_config):
   # Guards the counts above: tails can be taught and are few.
   events = events_lib.open_events(finished / 'events')
-  samples = plan_lib.eligible(events, 'train', 2)
+  samples = samples_lib.eligible(events, 'train', make_run_config())
   names = [events.behaviors[b].name for b in events.behavior[samples]]
   assert 4 <= names.count('airport') < names.count('home') / 20

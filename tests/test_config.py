@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from behaviorlm_jax import cli
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import main
 from behaviorlm_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -64,7 +64,7 @@ def read_flags(*arguments, name='stage1.py'):
 
 def explained(*arguments, name='stage1.py'):
   """The sentence for arguments that cannot be used."""
-  with pytest.raises(main._UNUSABLE) as caught:
+  with pytest.raises(cli.UNUSABLE) as caught:
     config_lib.field_names(read_flags(*arguments, name=name))
   argv = ['main', f'--config={CONFIGS / name}', *arguments]
   sentence = config_lib.explain_flag_error(argv, caught.value)
@@ -139,6 +139,8 @@ def test_values_that_contradict_each_other_are_refused(fields, parts):
   ('no_anchor_stage', ('b',), {}),
   ('all_behaviors_first', ('a', 'b'), {'plan.content': 'all'}),
   ('one_stage', ('one',), {'train.steps': 400}),
+  ('one_stage_balanced', ('one',),
+   {'train.steps': 400, 'plan.content': 'balanced'}),
 ])
 def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
   before = changed(plan__balanced_conversation_share=0.1)
@@ -152,12 +154,13 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
 
 
 def test_every_pair_works_in_both_orders_or_is_refused_in_both():
-  without_b = {'no_difficulty', 'no_balance', 'no_anchor_stage', 'one_stage'}
+  alone = {'one_stage', 'one_stage_balanced'}
+  without_b = {'no_difficulty', 'no_balance', 'no_anchor_stage', *alone}
   refused = {frozenset(('no_balanced_stage', name)) for name in without_b} | {
-    frozenset(('one_stage', name)) for name in (
+    frozenset((one, name)) for one in alone for name in (
       'no_anchor_stage', 'no_difficulty', 'no_balance', 'all_behaviors_first')
-  } | {frozenset(('no_anchor_stage', 'all_behaviors_first'))}
-  assert len(refused) == 9
+  } | {frozenset(('no_anchor_stage', 'all_behaviors_first')), frozenset(alone)}
+  assert len(refused) == 15
   for pair in itertools.permutations(config_lib.ABLATIONS, 2):
     if frozenset(pair) in refused:
       with pytest.raises(InputError) as caught:
@@ -192,7 +195,7 @@ def test_an_ablation_that_changes_nothing_is_refused(name, fields, already):
 def test_an_unknown_ablation_names_the_nearest():
   with pytest.raises(InputError, match=(
     r'^--ablation=no_dificulty is unknown \(did you mean no_difficulty\?\); '
-    r'choose from no_auxiliary, .*one_stage\.$')):
+    r'choose from no_auxiliary, .*one_stage_balanced\.$')):
     config_lib.ablate(config_lib.default(), ['no_dificulty'])
 
 

@@ -13,10 +13,12 @@ from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import stages
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
+from behaviorlm_jax.score import adjust
+from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.score import scorer as scorer_lib
 
@@ -101,6 +103,7 @@ def test_events_folder(finished):
 @pytest.mark.parametrize('arm', ARMS)
 def test_evaluation_has_all_scores_of_every_group(finished, arm):
   found = read_json(finished / arm / 'evaluation.json')
+  fitted = found.pop('fitted')
   assert list(found) == ['all', 'anchor', 'tail']
   for group in found.values():
     assert set(group) == SCORES
@@ -111,11 +114,34 @@ def test_evaluation_has_all_scores_of_every_group(finished, arm):
   rows = predictions(finished, arm)
   hits = np.mean([row['predicted'] == row['behavior'] for row in rows])
   assert math.isclose(found['all']['accuracy@1'], hits)
+  assert list(fitted) == list(adjust.NAMES)
+  for name, scores in fitted.items():
+    assert set(scores['all']) == SCORES and scores['validation_samples'] > 0
+    hits = np.mean([row[name] == row['behavior'] for row in rows])
+    assert math.isclose(scores['all']['accuracy@1'], hits)
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_fitted_predictions_follow_from_the_log_probs(finished, arm):
+  rows = predictions(finished, arm)
+  known = [b for b in read_json(finished / 'events' / 'behaviors.json')
+           if b['group'] != 'unseen']
+  log_p = parquet.read_table(finished / arm / 'log_probs.parquet').to_pylist()
+  test = [row for row in log_p if row['split'] == 'test']
+  assert [row['sample'] for row in test] == [row['sample'] for row in rows]
+  fitted = read_json(finished / arm / 'evaluation.json')['fitted']
+  share = np.array([b['train_count'] + 1 for b in known], float)
+  prior = np.log(share / share.sum())
+  for row, one in zip(test, rows, strict=True):
+    assert math.isclose(np.exp(row['log_p']).sum(), 1, rel_tol=1e-4)
+    adjusted = np.array(row['log_p']) - fitted['adjusted']['tau'] * prior
+    best = adjusted[[b['name'] for b in known].index(one['adjusted'])]
+    assert best >= adjusted.max() - 1e-4
 
 
 def test_baselines_have_the_same_scores_on_the_same_samples(finished):
   found = read_json(finished / 'baselines.json')
-  assert len(found) == 4
+  assert tuple(found) == baselines.NAMES
   for name, one in found.items():
     assert set(one['all']) == SCORES, name
     assert one['all']['n'] == 60
@@ -230,7 +256,7 @@ def test_plan_holds_the_rows_of_every_step(finished, steps, stage):
 
 def test_plans_teach_training_events_and_conversations(finished, prompts):
   events = prompts.events
-  anchors = plan_lib.anchor_mask(events)
+  anchors = samples_lib.anchor_mask(events)
   for stage in STAGES:
     targets = targets_of(finished, stage)
     assert (events.split[targets] == 0).all()

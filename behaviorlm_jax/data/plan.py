@@ -10,7 +10,8 @@ of one user's events or a conversation. Segments come from endless streams,
 whose every prefix keeps its promise:
 
   * `tile`: every eligible event is a target once per epoch;
-  * `balanced`: behaviors take turns, so any two differ by one draw at most;
+  * `spread`: behaviors come at their rates, to within one draw: equal rates
+    take turns;
   * `mix`: conversations make up a fixed share of the answer tokens.
 """
 
@@ -25,6 +26,7 @@ from pyarrow import parquet
 
 from behaviorlm_jax import files
 from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 
 WINDOW, CONVERSATION = 'window', 'conversation'
@@ -59,28 +61,10 @@ class Plan:
   made_from: str  # Fingerprint of everything that decided the plan.
 
 
-def eligible(events, split, min_context, anchors_only=False):
-  """Positions of the samples of a split: enough past, a known behavior."""
-  mask = events.split == events_lib.SPLITS.index(split)
-  mask = mask & (events.behavior < events.known)
-  positions = np.flatnonzero(mask)
-  positions = positions[positions - events.first[positions] >= min_context]
-  if anchors_only:
-    anchors = anchor_mask(events)
-    positions = positions[anchors[events.behavior[positions]]]
-  return positions
-
-
-def anchor_mask(events):
-  """bool [known]: which candidate behaviors are anchors."""
-  return np.array([b.group == 'anchor' for b in
-                   events.behaviors[:events.known]], bool)
-
-
 def check_lengths(prompts, config):
   """Refuses a train.length that cannot hold every sample with its context."""
   events, context = prompts.events, config.plan.min_context
-  samples = np.concatenate([eligible(events, split, context)
+  samples = np.concatenate([samples_lib.eligible(events, split, config)
                             for split in ('train', 'validation')])
   if not len(samples):
     return
@@ -105,6 +89,9 @@ class Windows:
     self.plan = config.plan
     self.length = config.train.length
     self.history = config.data.history
+    self.learnable = np.zeros(len(self.events.behavior), bool)
+    for split in events_lib.SPLITS:
+      self.learnable[samples_lib.eligible(self.events, split, config)] = True
 
   def make(self, start, targets, weights):
     """A segment of events from `start` to the last target.
@@ -163,7 +150,7 @@ class Windows:
     if weight_of is not None:
       near = np.arange(start + self.plan.min_context, position)
       near = near[self.events.split[near] == self.events.split[position]]
-      near = near[self.events.behavior[near] < self.events.known]
+      near = near[self.learnable[near]]
       targets = [*near, position]
       weights = [*weight_of[self.events.behavior[near]], 1.0]
       if self.prompts.window_length(start, position + 1) > self.length:
@@ -173,7 +160,7 @@ class Windows:
 
 def tile(windows, positions, rng):
   """Endless windows over `positions`; every epoch is a new tiling, shuffled."""
-  _require(positions, 'stage a or one')
+  samples_lib.require(positions, 'stage a or one')
   users = np.split(positions, 1 + np.flatnonzero(
       np.diff(windows.events.user[positions])))
   while True:
@@ -182,44 +169,33 @@ def tile(windows, positions, rng):
       yield epoch[i]
 
 
-def balanced(windows, subset, rng, weight_of=None):
-  """Endless windows of drawn samples, behaviors taking turns.
+def spread(windows, samples, rates, rng, weight_of=None):
+  """Endless windows that end with samples, each behavior evenly spread.
+
+  A behavior of rate m comes m times an epoch, the j-th time at (j + u) / m of
+  the epoch with u uniform. Its samples come in shuffled rounds of their own.
 
   Args:
     windows: maker of segments.
-    subset: {behavior: positions}, the drawn samples of each behavior.
-    rng: numpy Generator, shuffles samples and the order of behaviors.
+    samples: {behavior: positions}.
+    rates: {behavior: int}, windows an epoch; behaviors without samples or rate
+      are left out.
+    rng: numpy Generator.
     weight_of: float [known] or None, see Windows.draw.
   """
-  subset = {b: s for b, s in subset.items() if len(s)}
-  _require(subset, 'stage b')
-  queues = {b: _reshuffled(s, rng) for b, s in subset.items()}
+  rates = {b: m for b, m in rates.items() if m and len(samples[b])}
+  samples_lib.require(rates, 'stage b')
+  queues = {b: _reshuffled(samples[b], rng) for b in rates}
+  owner = np.repeat(list(rates), list(rates.values()))
   while True:
-    for behavior in rng.permutation(list(queues)):
-      yield windows.draw(int(next(queues[behavior])), weight_of)
+    times = [(np.arange(m) + rng.random(m)) / m for m in rates.values()]
+    for b in owner[np.argsort(np.concatenate(times))]:
+      yield windows.draw(int(next(queues[int(b)])), weight_of)
 
 
 def _reshuffled(items, rng):
   while True:
     yield from items[rng.permutation(len(items))]
-
-
-class NoSamples(InputError):
-  """A split has nothing that a stage could learn from."""
-
-
-def _require(samples, stage):
-  if not len(samples):
-    raise NoSamples(f'data.events: no sample is left for {stage}; '
-                     'give users more events or lower plan.min_context.')
-
-
-def natural(windows, subset, rng, weight_of=None):
-  """Endless windows of drawn samples in shuffled epochs, no balance."""
-  _require(subset, 'stage b')
-  samples = np.concatenate(list(subset.values()))
-  for position in _reshuffled(samples, rng):
-    yield windows.draw(int(position), weight_of)
 
 
 def mix(stream, conversations, share, rng):
@@ -266,73 +242,6 @@ def pack(stream, rows, length):
       used.append(0)
     packed[row].append(segment)
     used[row] += segment.length
-
-
-def weighted_draw(positions, weights, size, rng):
-  """`size` of `positions` with probability by weight, without replacement.
-
-  Efraimidis and Spirakis (2006): the largest keys u ** (1 / w), here as
-  log(u) / w. A class with fewer members repeats all of them evenly.
-  """
-  whole, rest = divmod(size, len(positions))
-  weights = np.maximum(np.asarray(weights, np.float64), 1e-12)
-  keys = np.log(rng.random(len(positions))) / weights
-  chosen = positions[np.argsort(-keys, kind='stable')[:rest]]
-  return np.concatenate([np.tile(positions, whole), chosen])
-
-
-def candidates(events, config, rng):
-  """{behavior: positions} that stage b may draw from, chosen before scoring.
-
-  Natural budget: one pool under key -1, as large as the balanced one.
-  """
-  samples = eligible(events, 'train', config.plan.min_context)
-  _require(samples, 'stage b')
-  limit = config.difficulty.candidates
-  pools, behavior = {}, events.behavior[samples]
-  for b in range(events.known):
-    pool = samples[behavior == b]
-    pools[b] = np.sort(rng.permutation(pool)[:limit])
-  if config.plan.budget == 'natural':
-    size = sum(map(len, pools.values()))
-    return {-1: np.sort(rng.permutation(samples)[:size])}
-  return pools
-
-
-def choose_subset(pools, scores, events, config, rng):
-  """Draws stage b's subset: {behavior: positions}, weight score ** gamma.
-
-  `scores`: {position: difficulty}, or None for uniform draws.
-  """
-  anchors = anchor_mask(events)
-  per_anchor = config.plan.per_anchor
-  if per_anchor is None:
-    per_anchor = config.plan.per_behavior
-  subset = {}
-  for b, pool in pools.items():
-    size = per_anchor if b >= 0 and anchors[b] else config.plan.per_behavior
-    if b < 0:  # The natural budget: as many draws in all.
-      drawn = np.unique(events.behavior[eligible(
-          events, 'train', config.plan.min_context)])
-      size = int(np.where(anchors[drawn], per_anchor,
-                          config.plan.per_behavior).sum())
-    if not len(pool) or not size:
-      continue
-    weights = np.ones(len(pool)) if scores is None else (
-        np.array([scores[int(p)] for p in pool]) ** config.plan.gamma)
-    subset[b] = weighted_draw(pool, weights, size, rng)
-  return subset
-
-
-def neighbour_weights(events, config):
-  """float [known]: min(1, m / n_c), so that neighbours teach in balance.
-
-  Under a natural budget all are 1: neighbours come at their natural rates.
-  """
-  if config.plan.budget == 'natural':
-    return np.ones(events.known)
-  counts = np.array([b.train_count for b in events.behaviors[:events.known]])
-  return np.minimum(1.0, config.plan.per_behavior / np.maximum(counts, 1))
 
 
 def take(stream, config, steps, made_from):

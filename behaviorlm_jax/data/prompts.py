@@ -145,9 +145,12 @@ class Prompts:
           f'{longest} tokens, but the model of model.address has {most} '
           'positions; lower it.')
 
-  def question(self, position):
-    """Tokens int32 [n] that ask for the behavior of `position`."""
-    start = self.question_start(position)
+  def question(self, position, past=True):
+    """Tokens int32 [n] that ask for the behavior of `position`.
+
+    `past`: whether they show the events before it.
+    """
+    start = self.question_start(position) if past else position
     pieces = [self.header(start)]
     for i in range(start, position):
       pieces += [*self.cut_line(i), self.names[self.events.behavior[i]]]

@@ -1,16 +1,17 @@
-"""Four predictors that cost nothing to train: what counting alone knows.
+"""Five predictors that cost nothing to train: what counting alone knows.
 
   user_frequent   the user's own counts over all of the past
   hour_frequent   training counts of the hour of day, over all users
   recent_counts   the user's counts over the last `history` events
   markov          the user's own transitions and habits, training transitions
                   and the hour, mixed log-linearly; logs of probabilities
+  markov_adjusted the same less tau times the log of the training frequency
 
 Invariants. The past of a sample is what stands before it in the log, of the
 same user, whatever its split: known when the prediction is made. Tables over
 all users come from the training split alone, which is why a sample must not
 be in it. Ties and behaviors never seen go by global training frequency, then
-by id. The weights of `markov` come from the validation split.
+by id. The weights of `markov` and tau come from the validation split.
 
 `events` has arrays user int32[n], time int64[n] (seconds, the user's clock),
 behavior int32[n], split int8[n] (0 train, 1 validation, 2 test), first
@@ -23,7 +24,10 @@ import itertools
 
 import numpy as np
 
-NAMES = ('user_frequent', 'hour_frequent', 'recent_counts', 'markov')
+from behaviorlm_jax.score import adjust
+
+NAMES = ('user_frequent', 'hour_frequent', 'recent_counts', 'markov',
+         'markov_adjusted')
 TRAIN, VALIDATION = 0, 1
 HOURS = 24
 BLOCK = 1 << 22  # events per step of a scan: bounds memory, not results
@@ -54,8 +58,14 @@ def scores(name, events, samples, history=24, seed=0):
   samples = np.asarray(samples, np.int64)
   assert name in NAMES, name
   assert (events.split[samples] != TRAIN).all(), 'sample of the training split'
-  if name == 'markov':
-    return _mix(_parts(events, samples), fit(events, seed))
+  if name.startswith('markov'):
+    weights = fit(events, seed)
+    log_p = _mix(_parts(events, samples), weights)
+    if name == 'markov':
+      return log_p
+    prior = adjust.log_prior(hour_table(events).sum(0))
+    return (log_p - fit_tau(events, weights, prior, seed) * prior).astype(
+        np.float32)
   hours = hour_table(events)
   if name == 'hour_frequent':
     counts = hours[_hour(events.time[samples])]
@@ -67,16 +77,29 @@ def scores(name, events, samples, history=24, seed=0):
 
 def fit(events, seed=0):
   """Weights of `markov` with the least loss on drawn validation samples."""
-  pool = np.flatnonzero(
-      (events.split == VALIDATION) & (events.behavior < events.known))
-  if not len(pool):
+  drawn = _fit_samples(events, seed)
+  if not len(drawn):
     return DEFAULT_WEIGHTS
-  rng = np.random.default_rng(seed)
-  drawn = np.sort(rng.choice(pool, min(len(pool), FIT_SAMPLES), replace=False))
   parts, true = _parts(events, drawn), events.behavior[drawn]
   rows = np.arange(len(drawn))
   loss = [-_mix(parts, weights)[rows, true].mean() for weights in GRID]
   return GRID[int(np.argmin(loss))]
+
+
+def fit_tau(events, weights, prior, seed=0):
+  """tau of `markov_adjusted` on the samples that `fit` draws; 0 without any."""
+  drawn = _fit_samples(events, seed)
+  if not len(drawn):
+    return 0.0
+  log_p = _mix(_parts(events, drawn), weights)
+  return adjust.fit_tau(log_p, prior, events.behavior[drawn])
+
+
+def _fit_samples(events, seed):
+  pool = np.flatnonzero(
+      (events.split == VALIDATION) & (events.behavior < events.known))
+  rng = np.random.default_rng(seed)
+  return np.sort(rng.choice(pool, min(len(pool), FIT_SAMPLES), replace=False))
 
 
 def hour_table(events):

@@ -35,10 +35,12 @@ class Arm:
   user: np.ndarray  # [n]
   anchor: np.ndarray  # bool[Y]
 
-  def value(self, score) -> float:
+  def value(self, score, weight=None) -> float:
+    """The score; `weight` float[n] says how often each sample counts."""
     if score == 'accuracy':
-      return float(np.mean(self.true == self.predicted))
-    f1 = metrics.per_behavior(self.true, self.predicted, len(self.anchor))[2]
+      return float(np.average(self.true == self.predicted, weights=weight))
+    f1 = metrics.per_behavior(
+        self.true, self.predicted, len(self.anchor), weight)[2]
     return float(f1[self._members(score)].mean())
 
   def draws(self, score):
@@ -64,24 +66,59 @@ def bootstrap_accuracy(right, user, draws=1000, seed=0):
   return result
 
 
+def paired(pairs, score, draws=1000, seed=0):
+  """What changed from one predictor to another, on average over seeds.
+
+  Args:
+    pairs: [(Arm before, Arm after)], a pair per seed of a run, both of the
+      same samples. A redrawn user counts alike in all of them.
+    score: key of SCORES.
+
+  Returns:
+    (mean before, mean change, interval or None: a single user).
+  """
+  sizes = [len(before.user) for before, _ in pairs]
+  names, owner = np.unique(
+      np.concatenate([before.user for before, _ in pairs]), return_inverse=True)
+  owners = np.split(owner, np.cumsum(sizes)[:-1])
+
+  def means(times):
+    """Before and after, float64[2], with each user counting so many times."""
+    return np.mean([
+        [one.value(score, times[owner]) for one in pair]
+        for pair, owner in zip(pairs, owners, strict=True)], axis=0)
+
+  before, after = means(np.ones(len(names)))
+  if len(names) < 2:
+    return float(before), float(after - before), None
+  rng, changes = np.random.default_rng(seed), []
+  while len(changes) < draws:
+    times = np.bincount(rng.integers(len(names), size=len(names)),
+                        minlength=len(names))
+    if all(times[owner].any() for owner in owners):  # No pair stays empty.
+      changes.append(np.diff(means(times))[0])
+  change = float(after - before)
+  return float(before), change, _interval(change, np.array(changes))
+
+
 def outcome(run) -> Outcome | None:
   """What the verdict needs; None where no stage predicted anything."""
   if not run.predicting or not len(run.predicting[-1].right):
     return None
   *others, final = run.predicting
-  arm = _arm(run, final, _predicted(run, final))
+  last = arm(run, final, _predicted(run, final))
   known = {'all': np.ones_like(run.anchor), 'tail': ~run.anchor,
            'anchor': run.anchor}
-  samples = {group: int(members[arm.true].sum())
+  samples = {group: int(members[last.true].sum())
              for group, members in known.items()}
   scores = [name for name, (group, _) in SCORES.items() if samples[group]]
-  values = {name: arm.value(name) for name in scores}
-  users = len(np.unique(arm.user))
-  draws = {name: arm.draws(name) for name in scores} if users > 1 else {}
-  change = functools.partial(_change, arm, draws)
+  values = {name: last.value(name) for name in scores}
+  users = len(np.unique(last.user))
+  draws = {name: last.draws(name) for name in scores} if users > 1 else {}
+  change = functools.partial(_change, last, draws)
   contrasts = {
       _called(stage): [
-          change(name, stage.name, _arm(run, final, _predicted(run, stage)))
+          change(name, stage.name, arm(run, final, _predicted(run, stage)))
           for name in scores]
       for stage in others if _same_samples(stage, final)}
   contrasts |= _baseline_contrast(run, final, scores, change)
@@ -98,33 +135,34 @@ def _baseline_contrast(run, final, scores, change):
   if not run.baselines or 'data' not in final.config:
     return {}
   names = {name for _, name in best.values()}
-  arms = {name: _arm(run, final, _counted(run, final, name)) for name in names}
+  first = lambda scores: labels.best(scores, 1)[:, 0]
+  arms = {name: arm(run, final, first(counted(run, final, name)))
+          for name in names}
   called = 'the best count baseline'
   called += f' ({names.pop()})' if len(names) == 1 else ' of each score'
   return {called: [
       change(score, name, arms[name]) for score, (_, name) in best.items()]}
 
 
-def _counted(run, final, name):
-  """What a baseline predicts for the final stage's samples: ids int64[n]."""
-  samples = final.column('sample')
-  scores = baselines.scores(
-      name, run.events, samples, final.config['data']['history'],
-      final.config['seed'])
-  return labels.best(scores, 1)[:, 0]
+def counted(run, stage, name):
+  """A baseline's scores for the samples of a stage: float32[n, Y]."""
+  return baselines.scores(
+      name, run.events, stage.column('sample'),
+      stage.config['data']['history'], stage.config['seed'])
 
 
-def _change(arm, draws, score, name, other):
-  before, after = other.value(score), arm.value(score)
+def _change(last, draws, score, name, other):
+  before, after = other.value(score), last.value(score)
   interval = None
   if score in draws:
     interval = _interval(after - before, draws[score] - other.draws(score))
   return Change(score, name, before, after, interval)
 
 
-def _arm(run, final, predicted):
-  return Arm(run.encode(final.column('behavior')), predicted,
-             final.column('user'), run.anchor)
+def arm(run, stage, predicted) -> Arm:
+  """First choices int64[n] for the samples of a stage."""
+  return Arm(run.encode(stage.column('behavior')), predicted,
+             stage.column('user'), run.anchor)
 
 
 def _predicted(run, stage):

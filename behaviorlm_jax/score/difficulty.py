@@ -1,9 +1,20 @@
 """Difficulty: how hard each candidate sample is for the model so far.
 
-`nll` is -log p(true behavior) over the closed list, under the model that
-stage b starts from. The table is an artifact: it carries the fingerprint of the
-events, the model and the candidates that made it, a finished one is reused, and
-one of another origin is refused.
+Under the model that stage b starts from, with s(y) the scores of the closed
+list after a prompt x and log p(y | x) their log-softmax:
+
+  nll      -log p(y | x) of the true behavior y, in nats
+  error    1 - p(y | x)
+  margin   max over y' != y of s(y') - s(y), in nats; negative where y leads
+  ifd      nll / (-log p(y | x without its past)): how little the past helps
+           (after IFD of Cherry LLM, Li et al., NAACL 2024, whose prompt is
+           dropped whole; here the header and the time stay)
+  rho      nll - nll under a reference model (RHO-LOSS, Mindermann et al., ICML
+           2022): what is hard for the model alone, and not merely noise
+
+The table is an artifact: it carries the fingerprint of the events, the models
+and the candidates that made it, a finished one is reused, and one of another
+origin is refused.
 """
 
 import numpy as np
@@ -15,10 +26,44 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import labels
 
 
+def compute(name, scores, true, others=None):
+  """The difficulty `name` of samples: float64 [n].
+
+  Args:
+    name: one of the module's, not 'random'.
+    scores: s(y) float [n, Y].
+    true: ids int [n].
+    others: of ifd and rho, s(y) of the same samples without their past or under
+      the reference model.
+  """
+  if name == 'margin':
+    return _margin(scores, true)
+  loss = nll(scores, true)
+  match name:
+    case 'nll':
+      return loss
+    case 'error':
+      return -np.expm1(-loss)
+    case 'ifd':
+      return loss / np.maximum(nll(others, true), 1e-6)
+    case 'rho':
+      return loss - nll(others, true)
+  raise AssertionError(name)
+
+
 def nll(scores, true):
   """-log p(true | prompt) [n] over the list, of s [n, Y]; in nats."""
   rows = np.arange(len(true))
   return -labels.log_softmax(scores)[rows, true]
+
+
+def _margin(scores, true):
+  rows = np.arange(len(true))
+  rivals = np.array(scores, np.float64)
+  rivals[rows, true] = -np.inf
+  best = rivals.max(axis=1)
+  # A list of one behavior has no rival, and no sample is hard.
+  return np.where(np.isfinite(best), best - np.asarray(scores)[rows, true], 0.0)
 
 
 def write(path, events, positions, difficulty, made_from):

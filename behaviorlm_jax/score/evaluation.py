@@ -2,24 +2,37 @@
 
 Every arm (base model, stages, baselines) is evaluated on the same samples: a
 uniform draw of the test split, by seed. Samples whose true behavior was never
-seen before the test split cannot be answered and are left out.
+seen before the test split cannot be answered and are left out. What may be
+fitted on top of a predictor is fitted on samples of the validation split.
 """
+
+import dataclasses
 
 import numpy as np
 import pyarrow as pa
 
 from behaviorlm_jax import files
 from behaviorlm_jax import seeds
-from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What a model says of samples of one split."""
+  samples: np.ndarray  # Positions int64 [n].
+  scores: np.ndarray  # s(y), float [n, Y].
+  questions: list  # Token ids of each prompt.
+  uncertified: np.ndarray | None  # bool [n], see scorer.Scorer.
+
+
 def draw_samples(events, split, most, config):
   """Positions int64 of at most `most` samples (0: all), sorted."""
-  samples = plan_lib.eligible(events, split, config.plan.min_context)
+  samples = samples_lib.eligible(events, split, config)
   if most and len(samples) > most:
     rng = seeds.stream(config.seed, 'evaluation', split)
     samples = np.sort(rng.choice(samples, most, replace=False))
@@ -40,28 +53,60 @@ def test_samples(events, config):
 def summarize(events, samples, scores):
   """metrics.evaluate of scores [n, Y]."""
   return metrics.evaluate(events.behavior[samples], labels.best(scores),
-                          plan_lib.anchor_mask(events))
+                          samples_lib.anchor_mask(events))
 
 
-def write(folder, prompts, samples, questions, scores, uncertified=None):
+def write(folder, prompts, test, validation, config):
   """Writes what one arm predicted, and how good that is.
 
   Args:
     folder: of the stage.
     prompts: data.prompts.Prompts.
-    samples: positions int64 [n].
-    questions: token ids of each prompt.
-    scores: s(y), float [n, Y].
-    uncertified: bool [n] or None, see scorer.Scorer.
+    test: Scored.
+    validation: Scored, or None: nothing is fitted.
+    config: the whole config.
   """
   events = prompts.events
-  summary = summarize(events, samples, scores)
-  if uncertified is not None:
-    summary['uncertified'] = float(uncertified.mean())
-  files.write_parquet(folder / 'predictions.parquet',
-                      _predictions(prompts, samples, questions, scores))
+  summary = summarize(events, test.samples, test.scores)
+  if test.uncertified is not None:
+    summary['uncertified'] = float(test.uncertified.mean())
+  table = _predictions(prompts, test.samples, test.questions, test.scores)
+  if validation is not None:
+    summary['fitted'] = {}
+    for name, (numbers, scores) in fitted(events, test, validation,
+                                          config).items():
+      summary['fitted'][name] = {
+          'validation_samples': len(validation.samples), **numbers,
+          **summarize(events, test.samples, scores)}
+      first = [events.behaviors[b].name for b in labels.best(scores, 1)[:, 0]]
+      table = table.append_column(name, pa.array(first))
+    files.write_parquet(folder / 'log_probs.parquet', pa.concat_tables([
+        _log_probs('validation', validation), _log_probs('test', test)]))
+  files.write_parquet(folder / 'predictions.parquet', table)
   # Last, because its presence says that the stage is finished.
   files.write_json(folder / 'evaluation.json', summary)
+
+
+def fitted(events, test, validation, config):
+  """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
+  counted = [baselines.scores('markov', events, part.samples,
+                              config.data.history, config.seed)
+             for part in (validation, test)]
+  prior = adjust.log_prior(
+      [b.train_count for b in events.behaviors[:events.known]])
+  numbers = adjust.fit(labels.log_softmax(validation.scores), counted[0], prior,
+                       events.behavior[validation.samples])
+  log_p = labels.log_softmax(test.scores)
+  return {name: (found, adjust.apply(found, log_p, counted[1], prior))
+          for name, found in numbers.items()}
+
+
+def _log_probs(split, scored):
+  log_p = labels.log_softmax(scored.scores)
+  return pa.table({
+      'split': [split] * len(scored.samples),
+      'sample': pa.array(scored.samples, pa.int64()),
+      'log_p': pa.array(log_p.tolist(), pa.list_(pa.float32()))})
 
 
 def _predictions(prompts, samples, questions, scores):

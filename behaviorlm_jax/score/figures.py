@@ -4,6 +4,8 @@ seen. A figure whose files are missing is left out.
 
 import numpy as np
 
+from behaviorlm_jax.score import adjust
+from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import plots
 from behaviorlm_jax.score import run_files
@@ -15,8 +17,8 @@ FOLDER = 'report'
 def draw(run, outcome) -> list[Figure]:
   """Draws what the files allow."""
   drawn = [
-      _stages(run), _changes(run, outcome), _f1(run), _difficulty(run),
-      _targets(run), _loss(run)]
+      _stages(run), _changes(run, outcome), _trade_off(run), _f1(run),
+      _difficulty(run), _targets(run), _loss(run)]
   return [figure for figure in drawn if figure]
 
 
@@ -71,6 +73,32 @@ def _changes(run, outcome):
           for against, changes in panels.items()) + '.')
 
 
+def _trade_off(run):
+  curves = {stage.name: stage.log_p('test') for stage in run.scored}
+  curves = {name: log_p for name, log_p in curves.items() if log_p is not None}
+  if not curves or run.anchor.all() or not run.anchor.any():
+    return None
+  stage = run.predicting[-1]
+  samples, true = stage.column('sample'), run.encode(stage.column('behavior'))
+  curves['markov'] = baselines.scores(
+      'markov', run.events, samples, stage.config['data']['history'],
+      stage.config['seed'])
+  prior = adjust.log_prior([row['train_count'] for row in run.behaviors])
+  curves = {name: adjust.trade_off(log_p, prior, true, run.anchor)
+            for name, log_p in curves.items()}
+  plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
+  return Figure(
+      f'{FOLDER}/trade_off.png', 'Anchors against tail',
+      'What each predictor reaches when rare names are raised (towards the '
+      f'upper left) or lowered, tau from {adjust.TAUS[0]} to '
+      f'{adjust.TAUS[-1]}; the large mark is the predictor as it is. A curve '
+      'further up and right is better at every balance. '
+      f'n = {len(true):,} test events.',
+      'Curves of tail against anchor macro-F1; the best tail macro-F1 of each '
+      'is ' + ', '.join(f'{name} {points[:, 1].max():.3f}'
+                        for name, points in curves.items()) + '.')
+
+
 def _f1(run):
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
@@ -95,7 +123,9 @@ def _difficulty(run):
     return None
   plots.difficulty_histogram(
       _path(run, 'difficulty.png'), rows.column('score').to_numpy(),
-      np.array(rows.column('group').to_pylist()))
+      np.array(rows.column('group').to_pylist()),
+      run_files.read_json(run.workdir / 'b_tuning/config.json', {}).get(
+          'difficulty', {}).get('score', 'nll'))
   return Figure(
       f'{FOLDER}/difficulty.png', 'Difficulty of the candidates',
       'How hard each training event scored for the balanced stage was for '

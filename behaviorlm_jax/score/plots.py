@@ -8,9 +8,12 @@ stand side by side on a page, or WIDE where they have the page to themselves.
 Behavior names are shown as they are: never read as mathematical text.
 """
 
+import itertools
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import NullFormatter
 
@@ -20,6 +23,15 @@ WIDE = 10.2
 COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
 MARKERS = {'anchor': 'o', 'tail': '^', 'all': 's'}
 HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
+# Of predictors side by side, told apart by line and mark, too.
+PREDICTORS = (('#0072B2', 'o', '-'), ('#D55E00', '^', '--'),
+              ('#009E73', 's', '-.'), ('#CC79A7', 'D', ':'),
+              ('#000000', 'v', '-'), ('#E69F00', 'P', '--'))
+DIFFICULTY = {'nll': '-log p of the true behavior (nats)',
+              'error': '1 - p of the true behavior',
+              'margin': 'lead of the best other behavior (nats)',
+              'ifd': 'share of -log p that the past leaves',
+              'rho': '-log p above the reference model\'s (nats)'}
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
 
@@ -71,6 +83,38 @@ def change_intervals(path, panels):
   _save(figure, path)
 
 
+def trade_off(path, panels, taus):
+  """Tail against anchor macro-F1, a curve over tau for each predictor.
+
+  Args:
+    panels: {title: {predictor: float[T, 2], anchor and tail}}; a predictor
+      looks the same in all panels.
+    taus: float[T]; the point of 0 has a large mark.
+  """
+  figure, row = _figure(
+      len(panels), height=4.4, width=WIDTH if len(panels) == 1 else WIDE,
+      sharey=False)
+  names = list(dict.fromkeys(itertools.chain(*panels.values())))
+  looks = dict(zip(names, itertools.cycle(PREDICTORS), strict=False))
+  start, drawn = taus.index(0.0), {}
+  for axes, (title, curves) in zip(row, panels.items(), strict=True):
+    for name, points in curves.items():
+      colour, mark, line = looks[name]
+      drawn[name], = axes.plot(
+          points[:, 0], points[:, 1], line, color=colour, marker=mark,
+          markersize=3, linewidth=1.4)
+      axes.plot(*points[start], mark, color=colour, markersize=10,
+                markeredgecolor='white')
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel('anchor macro-F1 (fraction)')
+    axes.grid(axis='x', color='#dddddd', linewidth=0.6)
+  row[0].set_ylabel('tail macro-F1 (fraction)')
+  figure.legend(
+      [drawn[name] for name in names], names, loc='outside upper center',
+      ncols=min(len(names), 3 * len(panels)), frameon=False, fontsize=9)
+  _save(figure, path)
+
+
 def f1_against_frequency(path, panels, train_count, anchor):
   """One marker per behavior, one panel per stage.
 
@@ -107,16 +151,17 @@ def _decades(axes, count):
       min(0.7 * 10 ** np.floor(low), 0.8 * count.min()),
       1.4 * 10 ** np.ceil(high))
   axes.set_xticks(10.0 ** np.arange(np.floor(low), np.ceil(high) + 1))
-  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.xaxis.set_major_formatter(EngFormatter(sep=''))  # 10k: it must fit.
   axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def difficulty_histogram(path, scores, groups):
+def difficulty_histogram(path, scores, groups, name='nll'):
   """Share of each group's candidates by difficulty.
 
   Args:
-    scores: float[n], difficulty of each scored sample, in nats.
+    scores: float[n], difficulty of each scored sample.
     groups: str[n], 'anchor' or 'tail'.
+    name: key of DIFFICULTY, which score it is.
   """
   figure, (axes,) = _figure(1, height=3.9)
   finite = np.isfinite(scores)
@@ -130,7 +175,7 @@ def difficulty_histogram(path, scores, groups):
     axes.stairs(
         share, edges, color=COLOURS[group], linewidth=1.8, linestyle=style,
         label=f'{group}: {len(values):,} samples, mean {values.mean():.3f}')
-  axes.set_xlabel('difficulty: -log p of the true behavior (nats)')
+  axes.set_xlabel(f'difficulty: {DIFFICULTY[name]}')
   axes.set_ylabel('share of the group (fraction)')
   _legend(figure, axes)
   _save(figure, path)
@@ -216,14 +261,14 @@ def _short(name):
   return name[:LONGEST_NAME - 1] + '…'
 
 
-def _figure(panels, height, stacked=False, width=WIDTH):
-  """A figure with `panels` axes in a row (sharing y) or stacked (sharing x)."""
+def _figure(panels, height, stacked=False, width=WIDTH, sharey=True):
+  """A figure with `panels` axes in a row or stacked (sharing x)."""
   figure = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasAgg(figure)
   if stacked:
     grid = figure.subplots(panels, 1, sharex=True, squeeze=False)
   else:
-    grid = figure.subplots(1, panels, sharey=True, squeeze=False)
+    grid = figure.subplots(1, panels, sharey=sharey, squeeze=False)
   for axes in grid.flat:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#dddddd', linewidth=0.6)

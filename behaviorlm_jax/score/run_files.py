@@ -31,9 +31,13 @@ class Stage:
 
   @property
   def name(self):
-    if self.key == 'b_tuning' and 'one_stage' in self.ablations:
-      return 'one stage'
-    return STAGES[self.key]
+    return 'one stage' if self.one_stage else STAGES[self.key]
+
+  @property
+  def one_stage(self):
+    """Whether stage 'one' made it, which stands in the place of stage b."""
+    return self.key == 'b_tuning' and any(
+        name.startswith('one_stage') for name in self.ablations)
 
   @property
   def ablations(self):
@@ -48,6 +52,14 @@ class Stage:
   def right(self):
     """bool[n], whether the first choice is the true behavior."""
     return self.column('behavior') == self.column('predicted')
+
+  def log_p(self, split):
+    """log p float[n, Y] of every behavior for the scored samples, or None."""
+    table = read_table(self.folder / 'log_probs.parquet')
+    if table is None:
+      return None
+    table = table.filter(pc.equal(table.column('split'), split))
+    return np.array(table.column('log_p').to_pylist(), np.float64)
 
   def column(self, name):
     return np.array(self.predictions.column(name).to_pylist())

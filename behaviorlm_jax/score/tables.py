@@ -8,11 +8,13 @@ from behaviorlm_jax.score.blocks import Table
 FILES = (  # of the work directory, in the order in which they come to be
     ('events/', 'the sorted log, its behaviors, counts and rejected rows'),
     ('base/', 'evaluation and predictions of the untuned model'),
-    ('baselines.json', 'scores of the four free baselines'),
+    ('baselines.json', 'scores of the free baselines'),
     ('a_tuning/', 'stage 1: config, plan, metrics, checkpoints, adapter, '
      'evaluation, predictions'),
     ('b_tuning/', 'stage 2: the same files and difficulty.parquet'),
     ('report/', 'the figures of this page'))
+FITTED = {'adjusted': 'adjusted', 'mixed': 'with counts',
+          'mixed_adjusted': 'with counts, adjusted'}
 
 
 def data(run) -> Table:
@@ -28,8 +30,13 @@ def data(run) -> Table:
 
 def _scored(run):
   """(name, evaluation) of baselines and stages that have one."""
-  return list(run.baselines.items()) + [
-      (s.name, s.evaluation) for s in run.scored]
+  rows = list(run.baselines.items())
+  for stage in run.scored:
+    rows.append((stage.name, stage.evaluation))
+    fitted = stage.evaluation.get('fitted', {})
+    rows += [(f'{stage.name}, {FITTED[name]}', scores)
+             for name, scores in fitted.items()]
+  return rows
 
 
 def results(run) -> Table:
@@ -40,7 +47,9 @@ def results(run) -> Table:
   return Table(
       ('all behaviors', *(key.replace('_', ' ') for key in keys)), rows,
       'Every predictor on the same test events, as fractions: first the free '
-      'baselines, which only count, then the stages.')
+      'baselines, which only count, then the stages. With counts: mixed with '
+      'markov; adjusted: rare names raised or lowered; both as the validation '
+      'split would have it.')
 
 
 def groups(run) -> Table:
@@ -167,7 +176,7 @@ def config(run) -> Table:
   for stage in run.stages:
     if stage.config and stage.key != 'base':
       train = dict(stage.config.get('train', {}))
-      if stage.key == 'b_tuning' and 'one_stage' not in stage.ablations:
+      if stage.key == 'b_tuning' and not stage.one_stage:
         for key in keys:  # As config.of_stage reads them.
           own = train.get(f'balanced_{key}')
           train[key] = train.get(key) if own is None else own

@@ -128,6 +128,16 @@ def make_tokenizer():
 
 
 @pytest.fixture
+def table(make_events):
+  """Four users, 157 events, 80 % of them for training; one user is short."""
+  generator = np.random.default_rng(0)
+  p = [0.4, 0.3, 0.2, 0.05, 0.03, 0.02]
+  histories = [''.join(generator.choice(list('abcxyz'), size, p=p))
+               for size in (60, 5, 12, 80)]
+  return make_events(histories, train=0.8, tails='xyz')
+
+
+@pytest.fixture
 def make_events():
   """Makes an event table by hand, without a log."""
   return make_table

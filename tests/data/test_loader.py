@@ -10,6 +10,7 @@ from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data import samples as samples_lib
 
 BATCH, STEPS = 4, 6
 HEADER = b'User: Go on.\nAssistant:\n'  # Of the tokenizer without template.
@@ -41,7 +42,7 @@ def plan(prompts):
   config.plan.update(window=8, targets_per_row=3)
   rng = np.random.default_rng(0)
   windows = plan_lib.Windows(prompts, config)
-  samples = plan_lib.eligible(prompts.events, 'train', 4)
+  samples = samples_lib.eligible(prompts.events, 'train', config)
   stream = plan_lib.mix(
     plan_lib.tile(windows, samples, rng), make_talks(), 0.2, rng)
   return plan_lib.take(stream, config, STEPS, '')

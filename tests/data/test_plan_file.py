@@ -10,6 +10,8 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.data import subset as subset_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import weights
 
@@ -46,13 +48,14 @@ def make_plan(tokenizer):
     windows = plan_lib.Windows(
       prompts_lib.Prompts(log, tokenizer, config.data), config)
     if stage == 'a':
-      samples = plan_lib.eligible(log, 'train', 4, anchors_only=True)
+      samples = samples_lib.eligible(log, 'train', config, anchors_only=True)
       stream = plan_lib.tile(windows, samples, rng)
     else:
-      pools = plan_lib.candidates(log, config, rng)
-      subset = plan_lib.choose_subset(pools, None, log, config, rng)
-      stream = plan_lib.balanced(
-        windows, subset, rng, plan_lib.neighbour_weights(log, config))
+      pools = subset_lib.candidates(log, config, rng)
+      subset = subset_lib.choose(pools, None, log, config, rng)
+      rates = {b: len(s) for b, s in subset.items()}
+      stream = plan_lib.spread(windows, subset, rates, rng,
+                               subset_lib.neighbour_weights(log, config))
     stream = plan_lib.mix(stream, make_talks(), 0.2, rng)
     return plan_lib.take(stream, config, config.train.steps, made_from)
   return make
@@ -194,7 +197,7 @@ def test_test_events_change_nothing_that_training_sees(
   assert groups[0] == groups[1]
   assert {group for _, group, _, _ in groups[0]} == {'anchor', 'tail'}
   config = make_config(difficulty__candidates=9)
-  pools = [plan_lib.candidates(log, config, np.random.default_rng(0))
+  pools = [subset_lib.candidates(log, config, np.random.default_rng(0))
            for log in (one, other)]
   assert all((pools[0][b] == pools[1][b]).all() for b in range(7))
   for stage in ('a', 'b'):

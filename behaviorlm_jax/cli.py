@@ -1,0 +1,47 @@
+"""What the commands share: logs, one sentence for what is wrong, exit codes."""
+
+import sys
+
+import jax
+from absl import flags
+from absl import logging
+
+from behaviorlm_jax import addresses
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.train import preemption
+
+# What flags and a config file, which is a program of the user's, may raise.
+UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
+            OSError, SyntaxError, TypeError, ValueError)
+# Orbax reports every file it writes; its warnings are wanted.
+_readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
+
+
+def fail(sentence):
+  print(f'error: {sentence}', file=sys.stderr)
+  sys.exit(2)
+
+
+def run(argv, work):
+  """Calls `work()`; wrong input and SIGTERM end the process with its codes."""
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_readable_log)
+  if len(argv) > 1:
+    fail(f'{argv[1]!r} is not a flag; every option starts with --.')
+  preemption.install()
+  _keep_compilations()
+  try:
+    work()
+  except InputError as error:
+    fail(str(error))
+  except preemption.Preempted as stop:
+    print(stop, file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
+
+
+def _keep_compilations():
+  """The next run starts sooner; JAX_COMPILATION_CACHE_DIR goes first."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir',
+                      str(addresses.cache_dir() / 'compiled'))
+    jax.config.update('jax_compilation_cache_max_size', 2 << 30)  # Bytes.

@@ -1,0 +1,140 @@
+"""Stage b's subset: how many samples of each behavior, and which ones.
+
+    budgets      m_c, the samples of each behavior
+    candidates   those that may be drawn, chosen before anything is scored
+    choose       the draw, by difficulty
+
+Behaviors are drawn from one by one; under the natural budget all candidates
+are one pool (key NATURAL), of which the difficulty alone decides.
+"""
+
+import numpy as np
+
+from behaviorlm_jax.data import samples as samples_lib
+
+NATURAL = -1  # Key of the pool of all behaviors.
+
+
+def budgets(events, config):
+  """m_c int64 [known]: samples that stage b draws of each behavior.
+
+  With n_c training samples of a behavior, plan.budget makes m_c
+    balanced   plan.per_behavior, or plan.per_anchor
+    tempered   proportional to n_c ** plan.temper: 0 is balanced, 1 natural
+    effective  proportional to n_c (1 - beta) / (1 - beta ** n_c), beta =
+               plan.effective_beta: each sample as often as its weight in the
+               class-balanced loss (Cui et al., CVPR 2019)
+  of the same sum, but for rounding and at least one sample of each behavior.
+  The natural budget, a pool of all behaviors, has that sum, too.
+  """
+  plan = config.plan
+  counts = _counts(events, config)
+  anchors = samples_lib.anchor_mask(events)
+  per_anchor = plan.per_anchor
+  if per_anchor is None:
+    per_anchor = plan.per_behavior
+  balanced = np.where(anchors, per_anchor, plan.per_behavior) * (counts > 0)
+  if plan.budget in ('balanced', 'natural'):
+    return balanced
+  n = np.maximum(counts, 1).astype(np.float64)
+  if plan.budget == 'tempered':
+    rates = n ** plan.temper
+  else:
+    rates = n * (1 - plan.effective_beta) / (1 - plan.effective_beta ** n)
+  rates *= counts > 0
+  shares = balanced.sum() * rates / max(rates.sum(), 1e-12)
+  return np.where(counts > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
+
+
+def _counts(events, config):
+  """n_c int64 [known], training samples of each behavior."""
+  samples = samples_lib.eligible(events, 'train', config)
+  samples_lib.require(samples, 'stage b')
+  return np.bincount(events.behavior[samples], minlength=events.known)
+
+
+def candidates(events, config, rng):
+  """{behavior: positions} that may be drawn; rng: numpy Generator.
+
+  At most difficulty.candidates of a behavior, but as many as its budget wants.
+  """
+  samples = samples_lib.eligible(events, 'train', config)
+  samples_lib.require(samples, 'stage b')
+  limits = np.maximum(budgets(events, config), config.difficulty.candidates)
+  pools = {b: np.sort(rng.permutation(pool)[:limits[b]]) for b, pool in
+           samples_lib.by_behavior(events, samples).items()}
+  if config.plan.budget == 'natural':
+    size = sum(map(len, pools.values()))
+    return {NATURAL: np.sort(rng.permutation(samples)[:size])}
+  return pools
+
+
+def choose(pools, scores, events, config, rng):
+  """Draws {behavior: positions}, as many of each behavior as its budget says.
+
+  A behavior with fewer candidates than that repeats all of them evenly.
+
+  Args:
+    pools: as `candidates` made them.
+    scores: {position: difficulty}, or None for uniform draws.
+    events, config: the log and the settings.
+    rng: numpy Generator.
+  """
+  sizes, subset = budgets(events, config), {}
+  for b, pool in pools.items():
+    size = int(sizes.sum() if b == NATURAL else sizes[b])
+    if not size:
+      continue
+    if scores is None:
+      subset[b] = weighted_draw(pool, np.ones(len(pool)), size, rng)
+    else:
+      difficulty = np.array([scores[int(p)] for p in pool])
+      subset[b] = select(pool, difficulty, size, config.plan, rng)
+  return subset
+
+
+def select(positions, difficulty, size, plan, rng):
+  """`size` of one behavior's positions, by plan.selection.
+
+  The hardest plan.noise_cut of them are left out first: their labels may be
+  mere noise. Then
+    weighted                    drawn by max(0, difficulty) ** plan.gamma
+    hardest, middle, easiest    those at that end, or around the median
+  """
+  order = np.argsort(difficulty, kind='stable')
+  order = order[:max(1, round(len(order) * (1 - plan.noise_cut)))]
+  if plan.selection == 'weighted':
+    kept = np.sort(order)
+    weights = np.maximum(difficulty[kept], 0) ** plan.gamma
+    return weighted_draw(positions[kept], weights, size, rng)
+  positions = positions[order]
+  whole, rest = divmod(size, len(positions))
+  spare = len(positions) - rest
+  begin = {'easiest': 0, 'middle': spare // 2, 'hardest': spare}
+  begin = begin[plan.selection]
+  return np.concatenate([np.tile(positions, whole),
+                         positions[begin:begin + rest]])
+
+
+def weighted_draw(positions, weights, size, rng):
+  """`size` of `positions` with probability by weight, without replacement.
+
+  Efraimidis and Spirakis (2006): the largest keys u ** (1 / w), here as
+  log(u) / w. A class with fewer members repeats all of them evenly.
+  """
+  whole, rest = divmod(size, len(positions))
+  weights = np.maximum(np.asarray(weights, np.float64), 1e-12)
+  keys = np.log(rng.random(len(positions))) / weights
+  chosen = positions[np.argsort(-keys, kind='stable')[:rest]]
+  return np.concatenate([np.tile(positions, whole), chosen])
+
+
+def neighbour_weights(events, config):
+  """float [known]: min(1, m_c / n_c), so that neighbours keep the budgets.
+
+  Under the natural budget all are 1: neighbours come at their natural rates.
+  """
+  if config.plan.budget == 'natural':
+    return np.ones(events.known)
+  counts = np.array([b.train_count for b in events.behaviors[:events.known]])
+  return np.minimum(1.0, budgets(events, config) / np.maximum(counts, 1))

@@ -1,0 +1,72 @@
+"""Samples: who may be asked for or learned, and how many shots."""
+
+import numpy as np
+import pytest
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import samples as samples_lib
+
+TAILS = 'xyz'
+
+
+@pytest.fixture
+def config():
+  return config_lib.default()
+
+
+def test_samples_have_enough_past_and_belong_to_the_split(table, config):
+  samples = samples_lib.eligible(table, 'train', config)
+  assert 60 not in samples  # The short user has 4 training events.
+  assert len(samples) == 48 - 4 + 0 + 10 - 4 + 64 - 4
+  assert (table.split[samples] == 0).all()
+  anchors = samples_lib.eligible(table, 'train', config, anchors_only=True)
+  names = [table.behaviors[b].name for b in table.behavior[samples]]
+  expected = [s for s, n in zip(samples, names, strict=True) if n not in TAILS]
+  assert anchors.tolist() == expected
+  assert 0 < len(anchors) < len(samples)
+  tests = samples_lib.eligible(table, 'test', config)
+  assert (table.split[tests] == 2).all() and len(tests) == 12 + 1 + 2 + 16
+
+
+def test_behaviors_of_the_test_split_alone_are_no_samples(make_events, config):
+  events = make_events(['ababababzz'], train=0.8)
+  object.__setattr__(events, 'known', 2)
+  assert not len(samples_lib.eligible(events, 'test', config))
+
+
+def test_shots_limit_tails_with_many_events_and_more_shots_add(
+  table, config, monkeypatch
+):
+  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 5)
+  limited = np.flatnonzero(samples_lib.few_shot_mask(table))
+  counts = {b: table.behaviors[b].train_count for b in range(6)}
+  assert limited.tolist() == [
+    b for b, n in counts.items()
+    if n >= 5 and table.behaviors[b].name in TAILS]
+  assert 0 < len(limited) < 3
+  every = samples_lib.eligible(table, 'train', config)
+  tests = samples_lib.eligible(table, 'test', config)
+  earlier = set()
+  for shots in (0, 1, 3, 1000):
+    config.plan.shots = shots
+    samples = samples_lib.eligible(table, 'train', config)
+    assert earlier <= set(samples) <= set(every)
+    earlier = set(samples)
+    for b in range(6):
+      whole = (table.behavior[every] == b).sum()
+      left = (table.behavior[samples] == b).sum()
+      assert left == (min(shots, whole) if b in limited else whole)
+    assert samples_lib.eligible(table, 'test', config).tolist() == (
+      tests.tolist())
+  config.plan.shots, first = 1, samples
+  chosen = {tuple(samples_lib.eligible(table, 'train', config))}
+  for config.seed in range(1, 6):
+    chosen.add(tuple(samples_lib.eligible(table, 'train', config)))
+  assert len(chosen) > 1 and len(first) == len(every)
+
+
+def test_samples_fall_into_behaviors(table, config):
+  samples = samples_lib.eligible(table, 'train', config)
+  groups = samples_lib.by_behavior(table, samples)
+  assert sorted(np.concatenate(list(groups.values()))) == samples.tolist()
+  assert all((table.behavior[mine] == b).all() for b, mine in groups.items())
