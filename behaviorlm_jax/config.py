@@ -64,6 +64,9 @@ def default():
       warmup=0.1,  # Share of the steps; then cosine to zero.
       weight_decay=0.0,
       clip=1.0,  # Global gradient norm.
+      # What conversations teach: answers (their likelihood) | kl (to stay where
+      # the untuned model is; costs its forward pass).
+      auxiliary='answers',
       workers=1,  # Loader threads.
   )
   config.checkpoint = _section(
@@ -86,6 +89,11 @@ def default():
       validation_samples=200,
       # Also evaluate each model adjusted and mixed with counts (score.adjust).
       fit=True,
+  )
+  config.retention = _section(  # What the model still knows of its base.
+      conversations=0.1,  # Share held out of training and measured on.
+      questions='',  # JSONL of multiple-choice questions (score.retention).
+      max_questions=200,  # Of them, a uniform seeded draw.
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
   return config.lock()  # A config file cannot invent fields.
@@ -111,7 +119,9 @@ def _data():
           'Continue the activity log of one person. Each line holds the local '
           'time and the activity.'
       ),
-      conversations='',  # JSONL of `messages`; '': the project's own set.
+      # JSONL of `messages`; '': the project's own set; self: its questions,
+      # answered by the untuned model (data.self_written).
+      conversations='',
   )
 
 
@@ -260,6 +270,7 @@ _CHOICES = {
     'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
     'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
     'difficulty.score': ('nll', 'error', 'margin', 'ifd', 'rho', 'random'),
+    'train.auxiliary': ('answers', 'kl'),
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
 }
 _MINIMA = {
@@ -271,12 +282,13 @@ _MINIMA = {
     'plan.min_context': 1, 'plan.targets_per_row': 1, 'plan.per_behavior': 1,
     'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
-    'score.tolerance': 0,
+    'score.tolerance': 0, 'retention.max_questions': 1,
 }
 _OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'plan.shots': 0,
                     'train.balanced_steps': 1,
                     'train.balanced_learning_rate': 0}
-_SHARES = {'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
+_SHARES = {'retention.conversations': 0.9,
+           'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
            'plan.conversation_share': 0.99,
            'plan.balanced_conversation_share': 0.99, 'plan.temper': 1,
            'plan.effective_beta': 0.999999, 'plan.noise_cut': 0.99}
@@ -341,11 +353,24 @@ def _check_sums(config):
   if tuple(config.stages) not in _STAGES:
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '
                      f'{", ".join(map(str, _STAGES))}.')
+  _check_auxiliary(config)
   starts_from_a = tuple(config.stages) == ('b',) and (
       'no_anchor_stage' not in config.ablations)
   if config.init_from and not starts_from_a:
     raise InputError(f'init_from is {config.init_from}, but this run starts no '
                      'stage b from an earlier stage a; leave it out.')
+
+
+def _check_auxiliary(config):
+  """Refuses a task of conversations where no stage that runs has any."""
+  fields = {'plan.balanced_conversation_share' if stage == 'b'
+            else 'plan.conversation_share' for stage in config.stages}
+  if config.train.auxiliary == 'kl' and not any(
+      _get(config, field) for field in fields):
+    raise InputError(
+        f"train.auxiliary is 'kl', but {' = '.join(sorted(fields))} = 0: no "
+        'stage of this run has conversations; raise the share or set '
+        'train.auxiliary=answers.')
 
 
 def _check_draws(config):

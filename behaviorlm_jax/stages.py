@@ -23,6 +23,7 @@ from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import files
 from behaviorlm_jax import hub
 from behaviorlm_jax import seeds
 from behaviorlm_jax import workdir as workdir_lib
@@ -31,13 +32,16 @@ from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.data import self_written
 from behaviorlm_jax.data import subset as subset_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import sample
 from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.score import report
+from behaviorlm_jax.score import retention as retention_lib
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop
@@ -54,10 +58,11 @@ class Run:
   mesh: jax.sharding.Mesh
   base: weights.Base
   prompts: prompts_lib.Prompts
-  conversations: list
+  conversations: list  # To train on.
   attach: object  # (params, adapter) -> Decoder
   params: dict  # Base weights in model.dtype.
   scorer: scorer_lib.Scorer
+  retention: retention_lib.Retention
 
   @property
   def events(self):
@@ -94,7 +99,7 @@ def _open(config, workdir, mesh):
   """Events, base model and scorer; every input is checked on the way."""
   base = weights.open_base(config.model.address)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
-  talks = _conversations(config, base)
+  talks, questions = _conversations(config, base), _questions(config, base)
   events = workdir_lib.open_events(config, workdir)
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
@@ -110,18 +115,69 @@ def _open(config, workdir, mesh):
                                       config.score.dtype, 'auto')
   scorer = scorer_lib.Scorer(attach_scored, scored, prompts.labels,
                              config.score, mesh)
+  if talks is None:  # At last: it takes minutes.
+    talks = _self_written(config, base, params)
+  talks, held = retention_lib.hold_out(talks, config.retention.conversations)
+  if not talks and _shares(config):
+    raise InputError(
+        f'data.conversations: all {len(held)} conversations are held out to '
+        'measure retention and none is left to train on; give more, or set '
+        'retention.conversations=0.')
+  retention = retention_lib.Retention(attach_scored, scored, mesh, held,
+                                      questions, config.score.batch)
   return Run(config, workdir, mesh, base, prompts, talks, attach, params,
-             scorer)
+             scorer, retention)
+
+
+def _shares(config):
+  """Whether any stage learns conversations."""
+  return (config.plan.conversation_share or
+          config.plan.balanced_conversation_share)
+
+
+def _questions(config, base):
+  """A seeded draw of the multiple-choice questions, in their order."""
+  if not config.retention.questions:
+    return []
+  path = addresses.resolve(config.retention.questions, 'retention.questions')
+  found = retention_lib.read_questions(path, base.tokenizer,
+                                       base.config.max_length)
+  if len(found) <= config.retention.max_questions:
+    return found
+  rng = seeds.stream(config.seed, 'retention', 'questions')
+  chosen = rng.choice(len(found), config.retention.max_questions, False)
+  return [found[i] for i in sorted(chosen)]
 
 
 def _conversations(config, base):
-  plan = config.plan
-  if not plan.conversation_share and not plan.balanced_conversation_share:
+  """What data.conversations names; None: the model is still to write it."""
+  if not _shares(config) and not config.retention.conversations:
     return []
+  if config.data.conversations == self_written.ADDRESS:
+    return None
   path = conversations.DEFAULT
   if config.data.conversations:
     path = addresses.resolve(config.data.conversations, 'data.conversations')
   return conversations.read(path, base.tokenizer, config.train.length)
+
+
+def _self_written(config, base, params):
+  """Conversations that the untuned model answers."""
+
+  def draw(task):
+    settings = sample.Settings(self_written.TOKENS, self_written.TEMPERATURE,
+                               task.ends)
+    with tqdm.tqdm(total=len(task.prompts), desc='conversations') as bar:
+
+      def progress(done):
+        bar.update(done)
+        preemption.check()
+
+      return sample.answers(base.config, params, task.prompts, config.seed,
+                            settings, progress)
+
+  return self_written.read(base, config.model.dtype, config.seed,
+                           config.train.length, draw)
 
 
 def evaluate_base(this):
@@ -141,6 +197,7 @@ def evaluate(this, folder, adapter, samples):
   if (folder / 'evaluation.json').exists():
     return
   config = this.config
+  measure_retention(this, folder, adapter)
   test = score(this, adapter, samples, f'{folder.name}: evaluate')
   validation = None
   if config.eval.fit:
@@ -149,6 +206,20 @@ def evaluate(this, folder, adapter, samples):
     if len(drawn):
       validation = score(this, adapter, drawn, f'{folder.name}: validation')
   evaluation.write(folder, this.prompts, test, validation, config)
+
+
+def measure_retention(this, folder, adapter):
+  """Writes retention.json, if there is anything to measure it on."""
+  path, rows = folder / 'retention.json', this.retention.rows(adapter)
+  if path.exists() or not rows:
+    return
+  with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
+
+    def progress(done):
+      bar.update(done)
+      preemption.check()
+
+    files.write_json(path, this.retention.measure(adapter, progress))
 
 
 def score(this, adapter, samples, what, stop=preemption.check, past=True):
@@ -359,12 +430,9 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   batches = loader.batches(
       plan, assemble, config.train.batch, int(state['step']),
       jax.process_index(), jax.process_count(), config.train.workers)
-  answers = plan_lib.most_answers(
-      plan, config.train.batch, config.train.accumulate,
-      sharding.row_parts(this.mesh))
   step_fn = step_lib.make_step(this.attach, optimizer, schedule,
                                config.train.accumulate, places, this.mesh,
-                               answers)
+                               *most_answers(this, plan))
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
@@ -374,6 +442,17 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   adapter = saved.restore_adapter(best, state)
   saved.close()
   return adapter
+
+
+def most_answers(this, plan):
+  """`answers` and `auxiliary` of step.make_step, from a plan."""
+  train = this.config.train
+  most = lambda kind: plan_lib.most_answers(
+      plan, train.batch, train.accumulate, sharding.row_parts(this.mesh), kind)
+  auxiliary = train.auxiliary == 'kl' and most(plan_lib.CONVERSATION)
+  if auxiliary:
+    return most(plan_lib.WINDOW), auxiliary
+  return most(None), None
 
 
 def show_example(this, assemble, plan):

@@ -41,6 +41,7 @@ FIELDS = {
     'train.learning_rate': 1e-3, 'train.balanced_learning_rate': 1e-3,
     'checkpoint.every': 3,
     'eval.max_samples': 60, 'eval.validation_rows': 2,
+    'eval.validation_samples': 75,
 }
 # JAX's settings and their names in the environment.
 CACHE = {'jax_persistent_cache_min_compile_time_secs': 0,

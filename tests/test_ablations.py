@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
+from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
 
@@ -87,6 +88,39 @@ def test_no_auxiliary_leaves_conversations_out(ablated):
   assert kinds(workdir / 'a_tuning') == {'window'}
   assert recorded(workdir / 'a_tuning') == ['no_auxiliary']
   assert is_finished(workdir / 'a_tuning')
+
+
+def test_conversations_are_taught_to_stay_where_the_base_is(
+  ablated, finished, read_rows
+):
+  workdir = ablated(only='a', fields={'train.auxiliary': 'kl'}) / 'a_tuning'
+  assert kinds(workdir) == {'window', 'conversation'}
+  assert is_finished(workdir)
+  first, theirs = (read_rows(folder / 'metrics.jsonl')[0] for folder in
+                   (workdir, finished / 'a_tuning'))
+  assert first['answer_weight'] == theirs['answer_weight']
+  # At first, conversations cost nothing.
+  assert 0.5 * theirs['loss'] < first['loss'] < 0.95 * theirs['loss']
+
+
+def test_the_model_writes_its_conversations_itself(
+  run_stages, run_fields, tmp_path, monkeypatch, read_rows
+):
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(conversations, 'DEFAULT',
+                      run_fields['data.conversations'])
+  fields = {'data.conversations': 'self', 'eval.max_samples': 5,
+            'eval.validation_samples': 5}
+  run_stages(fields, only='a')
+  workdir = tmp_path / 'work/a_tuning'
+  assert kinds(workdir) == {'window', 'conversation'}
+  assert is_finished(workdir)
+  (path,) = (tmp_path / 'cache').rglob('conversations.jsonl')
+  assert {s['length'] for s in segments(workdir)
+          if s['kind'] == 'conversation'} <= {
+              len(row['prompt']) + len(row['answer'])
+              for row in read_rows(path)}
 
 
 def test_no_difficulty_scores_nothing_and_stays_balanced(ablated):

@@ -42,6 +42,7 @@ NOT_A_CHOICE = {
   'model.dtype': 'float16', 'model.remat': 'all', 'score.dtype': 'int8',
   'plan.content': 'anchor', 'plan.budget': 'balance',
   'difficulty.score': 'nil', 'checkpoint.best_by': 'f1',
+  'train.auxiliary': 'kd',
 }
 
 
@@ -118,6 +119,11 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
   ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
   ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
   ({'stages': ()}, ('stages', '()')),
+  ({'train.auxiliary': 'kl', 'plan.conversation_share': 0.0},
+   ("train.auxiliary is 'kl'", 'plan.balanced_conversation_share = '
+    'plan.conversation_share = 0: ')),
+  ({'train.auxiliary': 'kl', 'stages': ('b',)},
+   ("train.auxiliary is 'kl'", 'but plan.balanced_conversation_share = 0: ')),
 ])
 def test_values_that_contradict_each_other_are_refused(fields, parts):
   with pytest.raises(InputError) as caught:

@@ -21,6 +21,7 @@ from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.score import scorer as scorer_lib
+from behaviorlm_jax.train import sharding
 
 STAGES = ('a_tuning', 'b_tuning')
 ARMS = ('base', *STAGES)
@@ -119,6 +120,28 @@ def test_evaluation_has_all_scores_of_every_group(finished, arm):
     assert set(scores['all']) == SCORES and scores['validation_samples'] > 0
     hits = np.mean([row[name] == row['behavior'] for row in rows])
     assert math.isclose(scores['all']['accuracy@1'], hits)
+
+
+def test_retention_is_measured_against_the_untuned_model(finished):
+  base, *stages = (read_json(finished / arm / 'retention.json')['conversations']
+                   for arm in ARMS)
+  assert base['perplexity_ratio'] == 1 and base['kl_to_base'] == 0
+  for one in stages:
+    assert one['n'] == base['n'] and one['kl_to_base'] > 0
+    assert math.isclose(one['perplexity_ratio'],
+                        one['perplexity'] / base['perplexity'], rel_tol=1e-6)
+
+
+def test_held_out_conversations_are_not_trained_on(
+    make_run_config, base, tmp_path):
+  for share in (0.3, 0.0):
+    config = make_run_config({'retention.conversations': share})
+    mesh = sharding.make_mesh(config.mesh, config.train.batch, 1)
+    this = stages._open(config, tmp_path, mesh)
+    held = this.retention.conversations
+    seen = {c.tokens.tobytes() for c in this.conversations}
+    assert len(seen) + len(held) == 6 and bool(held) == bool(share)
+    assert seen.isdisjoint(c.tokens.tobytes() for c in held)
 
 
 @pytest.mark.parametrize('arm', ARMS)

@@ -8,6 +8,7 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   tokens, segments, positions: int32 [B, L]; segment 0 is padding
   answer_positions: int32 [B, A], where the hidden state that predicts stands
   answer_tokens: int32 [B, A]; answer_weights: float32 [B, A], 0 is padding
+  answer_auxiliary: bool [B, A], whether a conversation's
   samples: int32 [B], targets of the row
 """
 
@@ -34,6 +35,7 @@ class Assembler:
         'answer_positions': np.zeros(self.answers, np.int32),
         'answer_tokens': np.zeros(self.answers, np.int32),
         'answer_weights': np.zeros(self.answers, np.float32),
+        'answer_auxiliary': np.zeros(self.answers, bool),
         'samples': np.int32(sum(len(s['targets']) for s in row)),
     }
     begin = filled = 0
@@ -47,6 +49,8 @@ class Assembler:
       arrays['answer_positions'][answers] = begin + where - 1
       arrays['answer_tokens'][answers] = tokens[where]
       arrays['answer_weights'][answers] = weights
+      arrays['answer_auxiliary'][answers] = (
+          segment['kind'] == plan_lib.CONVERSATION)
       begin, filled = end, filled + len(where)
     return arrays
 

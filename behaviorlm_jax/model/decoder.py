@@ -285,6 +285,19 @@ class Decoder(nnx.Module):
     attend = functools.partial(self.packed, segments=segments)
     return self(tokens, positions, attend, keep_cache=keep_cache)
 
+  def prefill(self, tokens, lengths):
+    """Runs prompts int32 [B, P] padded on the right; lengths int32 [B].
+
+    Returns the hidden state after each prompt [B, D] and the keys and values.
+    """
+    batch, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden, cache = self.packed_hidden(tokens, positions, segments,
+                                       keep_cache=True)
+    last = hidden[jnp.arange(batch), lengths - 1]
+    return last, cache
+
   def _scan(self, x, cos, sin, attend, memory, keep_cache):
     graphdef, state = nnx.split(self.layers)
 

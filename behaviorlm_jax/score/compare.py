@@ -39,9 +39,13 @@ class Arm:
     """The score; `weight` float[n] says how often each sample counts."""
     if score == 'accuracy':
       return float(np.average(self.true == self.predicted, weights=weight))
+    return self.macro_f1(self._members(score), weight)
+
+  def macro_f1(self, members, weight=None) -> float:
+    """Of the behaviors bool[Y], of which there is one at least."""
     f1 = metrics.per_behavior(
         self.true, self.predicted, len(self.anchor), weight)[2]
-    return float(f1[self._members(score)].mean())
+    return float(f1[members].mean())
 
   def draws(self, score):
     """The score under redrawn users: float64[draws]."""

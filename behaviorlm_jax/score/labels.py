@@ -87,20 +87,6 @@ def build(answers):
       np.array([nodes.get(p, 0) for p in edges], np.int32), paths)
 
 
-def prefill(model, tokens, lengths):
-  """Runs prompts int32 [B, P] padded on the right; lengths int32 [B].
-
-  Returns the hidden state after each prompt [B, D] and the keys and values.
-  """
-  batch, width = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-  segments = (positions < lengths[:, None]).astype(jnp.int32)
-  hidden, cache = model.packed_hidden(tokens, positions, segments,
-                                      keep_cache=True)
-  last = hidden[jnp.arange(batch), lengths - 1]
-  return last, cache
-
-
 def tree_scores(model, tree, last, cache, lengths):
   """Log-probabilities float32 [B, Y] of a tree's answers after prompts."""
   batch, width = last.shape[0], cache[0].shape[2]

@@ -87,30 +87,58 @@ def trade_off(path, panels, taus):
   """Tail against anchor macro-F1, a curve over tau for each predictor.
 
   Args:
-    panels: {title: {predictor: float[T, 2], anchor and tail}}; a predictor
-      looks the same in all panels.
+    panels: {title: {predictor: float[T, 2], anchor and tail}}.
     taus: float[T]; the point of 0 has a large mark.
+  """
+  start = taus.index(0.0)
+
+  def draw(axes, points, look):
+    line, = axes.plot(*points.T, **look, markersize=3, linewidth=1.4)
+    axes.plot(*points[start], **look, markersize=10, markeredgecolor='white')
+    return line
+
+  _curves(path, panels, draw, 'anchor macro-F1 (fraction)',
+          'tail macro-F1 (fraction)')
+
+
+def few_shot(path, panels):
+  """F1 against the number of samples learned.
+
+  Args:
+    panels: {title: {predictor: {samples: F1}}}.
+  """
+
+  def draw(axes, values, look):
+    places = np.log2(1 + np.array(list(values)))  # 0 has a place, too.
+    axes.set_xticks(places, list(map(str, values)))
+    line, = axes.plot(places, list(values.values()), **look, markersize=6)
+    return line
+
+  _curves(path, panels, draw, 'samples of each tail behavior (log scale)',
+          'mean F1 (fraction)')
+
+
+def _curves(path, panels, draw, x, y):
+  """Panels in a row; a predictor looks the same in all of them.
+
+  draw: (axes, values of a predictor, look) -> line.
   """
   figure, row = _figure(
       len(panels), height=4.4, width=WIDTH if len(panels) == 1 else WIDE,
       sharey=False)
   names = list(dict.fromkeys(itertools.chain(*panels.values())))
   looks = dict(zip(names, itertools.cycle(PREDICTORS), strict=False))
-  start, drawn = taus.index(0.0), {}
+  lines = {}
   for axes, (title, curves) in zip(row, panels.items(), strict=True):
-    for name, points in curves.items():
-      colour, mark, line = looks[name]
-      drawn[name], = axes.plot(
-          points[:, 0], points[:, 1], line, color=colour, marker=mark,
-          markersize=3, linewidth=1.4)
-      axes.plot(*points[start], mark, color=colour, markersize=10,
-                markeredgecolor='white')
+    for name, values in curves.items():
+      look = zip(('color', 'marker', 'linestyle'), looks[name], strict=True)
+      lines[name] = draw(axes, values, dict(look))
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel('anchor macro-F1 (fraction)')
+    axes.set_xlabel(x)
     axes.grid(axis='x', color='#dddddd', linewidth=0.6)
-  row[0].set_ylabel('tail macro-F1 (fraction)')
+  row[0].set_ylabel(y)
   figure.legend(
-      [drawn[name] for name in names], names, loc='outside upper center',
+      [lines[name] for name in names], names, loc='outside upper center',
       ncols=min(len(names), 3 * len(panels)), frameon=False, fontsize=9)
   _save(figure, path)
 

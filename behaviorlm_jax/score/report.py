@@ -47,6 +47,7 @@ def contents(run, title, decode=None) -> list:
           tables.changes(outcome)],
       'Figures': figures.draw(run, outcome),
       'True behavior in the context or not': [tables.context(run)],
+      'What the model still knows': [tables.retention(run)],
       'Every behavior': many and [
           Details(f'Scores of all {len(many.rows):,} behaviors', [many])],
       'Worked examples': examples.show(run, decode),

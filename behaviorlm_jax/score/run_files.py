@@ -53,6 +53,11 @@ class Stage:
     """bool[n], whether the first choice is the true behavior."""
     return self.column('behavior') == self.column('predicted')
 
+  @functools.cached_property
+  def retention(self) -> dict:
+    """What the model still knows, see score.retention; may be empty."""
+    return read_json(self.folder / 'retention.json', {})
+
   def log_p(self, split):
     """log p float[n, Y] of every behavior for the scored samples, or None."""
     table = read_table(self.folder / 'log_probs.parquet')

@@ -52,14 +52,14 @@ class Scorer:
 
     def whole(adapter, params, tokens, lengths):
       model = attach(params, adapter)
-      last, cache = labels_lib.prefill(model, tokens, lengths)
+      last, cache = model.prefill(tokens, lengths)
       parts = [labels_lib.tree_scores(model, tree, last, cache, lengths)
                for tree in trees]
       return jnp.concatenate(parts, axis=1)
 
     def start(adapter, params, tokens, lengths):
       model = attach(params, adapter)
-      last, cache = labels_lib.prefill(model, tokens, lengths)
+      last, cache = model.prefill(tokens, lengths)
       root = jnp.broadcast_to(self.index.root_tokens,
                               (len(last), len(self.index.root_tokens)))
       room = [(0, 0)] * 2 + [(0, _SLOTS)] + [(0, 0)] * 2

@@ -5,6 +5,10 @@ weights, so micro-batches and devices cannot change the gradient. Hidden states
 are gathered at answer positions before the output head: logits exist for
 answers alone, never [B, L, V]. Only the adapter is differentiated, and
 optimizer state exists for it alone.
+
+The answer tokens of conversations may be taught by the divergence from the
+frozen base instead of their likelihood (train.auxiliary): that costs a forward
+pass of the base.
 """
 
 import functools
@@ -30,33 +34,73 @@ def make_optimizer(train):
   return adam, schedule
 
 
-def loss_sums(model, batch, groups=1, answers=None):
-  """Weighted negative log-likelihood of the answer tokens, and the weights.
+def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None):
+  """Weighted loss of the answer tokens, and the weights.
+
+  A token's loss is its negative log-likelihood. With `base`, tokens that are
+  `answer_auxiliary` have the divergence from it instead:
+
+    KL(p0 || p) = sum_v p0(v | x_t) (log p0(v | x_t) - log p(v | x_t))
 
   Args:
     model: decoder.Decoder.
     batch: see data.loader.
     groups: G, of rows as they lie on devices; each keeps its own answers.
-    answers: N, the most of some weight that a group has (plan.most_answers).
-      Rows differ in how many they have, and the head runs on G x N of them.
-      None: on all B x A.
+    answers: N, the most of some weight that a group has (plan.most_answers);
+      with `base`, of those that are not auxiliary. Rows differ in how many they
+      have, and the head runs on G x N of them. None: on all B x A.
+    base: the decoder without the adapter, p0, or None.
+    auxiliary: as `answers`, of the auxiliary ones.
 
   Returns:
     Two float32 scalars, sums and not means.
   """
-  hidden, _ = model.packed_hidden(batch['tokens'], batch['positions'],
-                                  batch['segments'])
-  names = ('answer_positions', 'answer_tokens', 'answer_weights')
-  most = answers or batch['answer_weights'].size // groups
-  split = lambda x: x.reshape(groups, -1, *x.shape[1:])
-  where, tokens, weights = jax.vmap(functools.partial(
-      _compact, length=hidden.shape[1], most=most))(
-          *(split(batch[name]) for name in names))
-  at_answers = jnp.take_along_axis(
-      hidden.reshape(groups, -1, hidden.shape[-1]), where[..., None], axis=1)
+  hidden, weights = _hidden(model, batch), batch['answer_weights']
+  if base is None:
+    return _likelihood(model, hidden, batch, weights, groups, answers)
+  of_base, chosen = _hidden(base, batch), batch['answer_auxiliary']
+  own = _likelihood(model, hidden, batch, jnp.where(chosen, 0, weights),
+                    groups, answers)
+  kept = _divergence(model, hidden, of_base, batch,
+                     jnp.where(chosen, weights, 0), groups, auxiliary)
+  return own[0] + kept[0], own[1] + kept[1]
+
+
+def _hidden(model, batch):
+  return model.packed_hidden(batch['tokens'], batch['positions'],
+                             batch['segments'])[0]
+
+
+def _likelihood(model, hidden, batch, weights, groups, most):
+  where, tokens, weights = _chosen(batch, weights, groups, most)
   losses = optax.softmax_cross_entropy_with_integer_labels(
-      model.logits(at_answers), tokens)
+      model.logits(_at(hidden, where)), tokens)
   return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def _divergence(model, hidden, of_base, batch, weights, groups, most):
+  where, _, weights = _chosen(batch, weights, groups, most)
+  # An adapter does not touch the head, so the model's serves both.
+  ours, base = (jax.nn.log_softmax(model.logits(_at(x, where)))
+                for x in (hidden, of_base))
+  losses = jnp.sum(jnp.exp(base) * (base - ours), axis=-1)
+  return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def _chosen(batch, weights, groups, most):
+  """Positions, tokens and weights [G, N] of answers of some weight."""
+  most = most or weights.size // groups
+  split = lambda x: x.reshape(groups, -1, *x.shape[1:])
+  return jax.vmap(functools.partial(
+      _compact, length=batch['tokens'].shape[1], most=most))(
+          split(batch['answer_positions']), split(batch['answer_tokens']),
+          split(weights))
+
+
+def _at(hidden, where):
+  """Hidden states [G, N, D] of [B, L, D], at `where` [G, N] of _chosen."""
+  hidden = hidden.reshape(len(where), -1, hidden.shape[-1])
+  return jnp.take_along_axis(hidden, where[..., None], axis=1)
 
 
 def _compact(where, tokens, weights, length, most):
@@ -71,11 +115,16 @@ def _compact(where, tokens, weights, length, most):
 
 
 def gradient(adapter, params, batch, attach, accumulate, groups=1,
-             answers=None):
-  """Loss (mean over the batch's weights), its gradient and the weight sum."""
+             answers=None, auxiliary=None):
+  """Loss (mean over the batch's weights), its gradient and the weight sum.
+
+  `answers` and `auxiliary`: see make_step.
+  """
 
   def sums(adapter, part):
-    return loss_sums(attach(params, adapter), part, groups, answers)
+    base = attach(params, None) if auxiliary else None
+    return loss_sums(attach(params, adapter), part, groups, answers, base,
+                     auxiliary)
 
   if accumulate == 1:
     (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
@@ -151,16 +200,19 @@ def init_state(adapter, optimizer, shardings):
 
 
 def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
-              answers=None):
+              answers=None, auxiliary=None):
   """jitted (state, params, batch) -> (state, metrics); state is donated.
 
   `answers`: the most in a device's rows of a micro-batch, see loss_sums.
+  `auxiliary`: the most of conversations, if these are taught by their
+  divergence from the base, and `answers` the most of the rest; None: all are
+  taught alike, and no base runs.
   """
   groups = sharding.row_parts(mesh)
 
   def step(state, params, batch):
     loss, grads, weight = gradient(state['adapter'], params, batch, attach,
-                                   accumulate, groups, answers)
+                                   accumulate, groups, answers, auxiliary)
     updates, moments = optimizer.update(grads, state['optimizer'],
                                         state['adapter'])
     new = {'adapter': optax.apply_updates(state['adapter'], updates),

@@ -314,6 +314,21 @@ def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
   assert 'scored whole: 2.5% (A-Tuning).' in write_report(work)
 
 
+def test_what_is_still_known_is_told_where_measured(done, tmp_path):
+  assert 'What the model still knows' not in done.text
+  work = Work(tmp_path)
+  values = {'n': 7, 'perplexity': 9.5, 'perplexity_ratio': 1.25,
+            'kl_to_base': 0.125}
+  values |= {f'{name}_interval': [0.5, 10.0] for name in list(values)[1:]}
+  for stage in ('base', 'b_tuning'):
+    work.add_predictions(stage, 0.5)
+    work.json(f'{stage}/retention.json', {'conversations': values})
+  text = write_report(work)
+  assert '| stage | perplexity | perplexity ratio | kl to base |' in text
+  assert '| B-Tuning | 9.500 (0.500 to 10.000) | 1.250' in text
+  assert '(n = 7 conversations)' in text
+
+
 def test_absent_stages_leave_no_rows(tmp_path):
   work = Work(tmp_path)
   work.add_predictions('a_tuning', 0.5)

@@ -44,6 +44,7 @@ def make_batch():
     for name in ('answer_positions', 'answer_tokens'):
       batch[name] = np.zeros((len(rows), answers), np.int32)
     batch['answer_weights'] = np.zeros((len(rows), answers), np.float32)
+    batch['answer_auxiliary'] = np.zeros((len(rows), answers), bool)
     batch['samples'] = np.ones(len(rows), np.int32)
     for row, segments in enumerate(rows):
       fill(batch, row, segments, generator)
@@ -53,7 +54,10 @@ def make_batch():
 
 
 def fill(batch, row, segments, generator):
-  """Writes segments (tokens, answers) into a row; the last tokens count."""
+  """Writes segments (tokens, answers) into a row; the last tokens count.
+
+  Every other segment is a conversation.
+  """
   begin = filled = 0
   for number, (length, answers) in enumerate(segments, start=1):
     stop = begin + length
@@ -66,4 +70,5 @@ def fill(batch, row, segments, generator):
     batch['answer_positions'][row, chosen] = where - 1
     batch['answer_tokens'][row, chosen] = batch['tokens'][row, where]
     batch['answer_weights'][row, chosen] = generator.uniform(0.2, 3, answers)
+    batch['answer_auxiliary'][row, chosen] = number % 2 == 0
     begin, filled = stop, filled + answers

@@ -5,6 +5,7 @@ devices as XLA_FLAGS asks for. A test runs it so, because the number of devices
 of a process is fixed at its start.
 """
 
+import functools
 import json
 import sys
 
@@ -20,6 +21,7 @@ from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
+KINDS = (plan_lib.WINDOW, plan_lib.CONVERSATION)
 ROWS, LENGTH, ANSWERS, STEPS, PARTS = 16, 16, 5, 3, 2
 
 
@@ -37,13 +39,25 @@ def draw_batch(generator):
     # Some are none: rows differ in how many answers they have.
     'answer_weights': generator.uniform(-1, 2, (ROWS, ANSWERS)).astype('f4')
                       .clip(0),
+    'answer_auxiliary': np.tile(np.arange(ANSWERS) < 2, (ROWS, 1)),
     'samples': np.ones(ROWS, 'i4'),
   }
 
 
+def make_plan(batch):
+  """A plan whose rows have as many answers of each kind as the batch's."""
+  counted = batch['answer_weights'] > 0
+  counts = [(counted & (batch['answer_auxiliary'] == own)).sum(axis=1)
+            for own in (False, True)]
+  rows = [[{'kind': kind, 'answers': int(n)}
+           for kind, n in zip(KINDS, row, strict=True)]
+          for row in np.transpose(counts)]
+  return plan_lib.Plan(rows, ANSWERS, '')
+
+
 def train(sizes):
-  """Of a mesh: losses of three steps, searched scores after them, and bytes of
-  weights on one device."""
+  """Of a mesh: losses of three steps, of three with divergence, searched scores
+  after the first, and bytes of weights on one device."""
   config = config_lib.default()
   config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2})
   mesh = sharding.make_mesh(sizes, ROWS, PARTS)
@@ -53,26 +67,31 @@ def train(sizes):
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(mesh, shapes, optimizer)
-  state = step_lib.init_state(adapter, optimizer, places)
   attach = step_lib.attacher(base.config, config, mesh, 'float32')
   batch = draw_batch(np.random.default_rng(0))
-  counts = (batch['answer_weights'] > 0).sum(axis=1)
-  plan = plan_lib.Plan([[{'answers': int(n)}] for n in counts], ANSWERS, '')
-  most = plan_lib.most_answers(plan, ROWS, PARTS, sharding.row_parts(mesh))
-  run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, mesh,
-                           most)
-  batch = sharding.put_rows(mesh, batch)
-  losses = []
-  for _ in range(STEPS):
-    state, metrics = run(state, params, batch)
-    losses.append(float(metrics['loss']))
+  plan, batch = make_plan(batch), sharding.put_rows(mesh, batch)
+  most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS,
+                           sharding.row_parts(mesh))
+
+  def losses(*most):
+    state, found = step_lib.init_state(adapter, optimizer, places), []
+    run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, mesh,
+                             *most)
+    for _ in range(STEPS):
+      state, metrics = run(state, params, batch)
+      found.append(float(metrics['loss']))
+    return found, state
+
+  kept, _ = losses(*map(most, KINDS))
+  likely, state = losses(most())
   local = sum(p.addressable_shards[0].data.nbytes for p in params.values())
   names = [np.array([a, b, 1]) for a in range(10, 15) for b in range(20, 24)]
   scorer = scorer_lib.Scorer(attach, params, names, config.score, mesh, long=0)
   prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
   scores, _ = scorer(state['adapter'], prompts)
-  return {'losses': losses, 'bytes': local, 'devices': jax.device_count(),
-          'scores': scores.tolist(), 'compiled': scorer._expand._cache_size()}
+  return {'losses': likely, 'losses_kl': kept, 'bytes': local,
+          'scores': scores.tolist(), 'devices': jax.device_count(),
+          'compiled': scorer._expand._cache_size()}
 
 
 if __name__ == '__main__':

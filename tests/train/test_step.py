@@ -38,7 +38,7 @@ def make_config(**fields):
 
 
 # One function and one `attach`, so that the tests share compilations.
-gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6))
+gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7))
 
 
 @pytest.fixture(scope='module')
@@ -48,31 +48,41 @@ def attach(llama):
   return step_lib.attacher(llama.config, config, mesh, 'float32')
 
 
-def torch_loss(model, batch):
-  """The loss by its definition: full logits of every segment by itself."""
+def torch_loss(model, batch, base=None):
+  """The loss by its definition: full logits of every segment by itself.
+
+  With `base`, conversations have their divergence from it.
+  """
   total = torch.zeros(())
   for row, segments in enumerate(batch['segments']):
     for number in range(1, segments.max() + 1):
       where = np.flatnonzero(segments == number)
       tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
       scores = torch.log_softmax(model(tokens[None]).logits[0], -1)
-      for position, token, weight in zip(
+      for position, token, weight, auxiliary in zip(
         batch['answer_positions'][row], batch['answer_tokens'][row],
-        batch['answer_weights'][row], strict=True,
+        batch['answer_weights'][row], batch['answer_auxiliary'][row],
+        strict=True,
       ):
-        if weight and position in where:
-          total = total - weight * scores[position - where[0], token]
+        if not weight or position not in where:
+          continue
+        at = position - where[0]
+        if base and auxiliary:
+          expected = base(tokens[None]).logits[0, at].detach().softmax(-1)
+          total = total + weight * torch.nn.functional.kl_div(
+            scores[at], expected, reduction='sum')
+        else:
+          total = total - weight * scores[at, token]
   return total / batch['answer_weights'].sum()
 
 
-def torch_gradient(llama, adapter, folder, batch):
+def torch_gradient(llama, adapter, folder, batch, auxiliary='answers'):
   """Loss and gradient of the exported adapter by peft and autograd."""
   lora.export(folder, adapter, make_config().lora.alpha, llama.folder)
-  base = transformers.AutoModelForCausalLM.from_pretrained(
-    llama.folder, dtype=torch.float32
-  )
+  bare, base = (transformers.AutoModelForCausalLM.from_pretrained(
+    llama.folder, dtype=torch.float32) for _ in range(2))
   model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
-  loss = torch_loss(model, batch)
+  loss = torch_loss(model, batch, bare if auxiliary == 'kl' else None)
   loss.backward()
   found = {name: {'a': [], 'b': []} for name in adapter}
   for path, parameter in model.named_parameters():  # in the order of layers
@@ -150,10 +160,62 @@ def test_padded_answers_and_tokens_count_for_nothing(
   jax.tree.map(np.testing.assert_array_equal, other, whole)
 
 
+def test_conversations_can_be_taught_by_their_divergence_from_the_base(
+  tmp_path, llama, params, adapter, attach, make_batch
+):
+  batch = make_batch(ROWS)
+  expected, theirs = torch_gradient(llama, adapter, tmp_path, batch, 'kl')
+  loss, ours, weight = gradient(adapter, params, batch, attach, 1, 1, None,
+                                batch['answer_weights'].size)
+  assert float(weight) == pytest.approx(batch['answer_weights'].sum())
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
+  assert_close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize('groups, accumulate', [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_room_for_the_fullest_group_does_not_change_the_divergence(
+  params, adapter, attach, make_batch, groups, accumulate
+):
+  batch = make_batch(ROWS)
+  room = batch['answer_weights'].size
+  most = []
+  for kind in (False, True):
+    counted = (batch['answer_weights'] > 0) & (
+      batch['answer_auxiliary'] == kind)
+    most.append(max(int(part.sum()) for i in range(accumulate)
+                    for part in np.split(counted[i::accumulate], groups)))
+  assert min(most) > 0 and groups * accumulate * max(most) < room
+  loss, expected, weight = gradient(adapter, params, batch, attach, 1, 1, None,
+                                    room)
+  other_loss, found, other_weight = gradient(
+    adapter, params, batch, attach, accumulate, groups, *most)
+  assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+  assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
+  assert_close(found, expected, 1e-5)
+
+
+def of_conversations(batch):
+  """The same rows, every segment a conversation."""
+  return batch | {'answer_auxiliary': batch['answer_weights'] > 0}
+
+
+def test_a_fresh_adapter_has_no_divergence_and_no_gradient_of_it(
+  llama, params, attach, make_batch
+):
+  fresh = lora.init(llama.config, 3, ('q_proj', 'up_proj'), jax.random.key(0))
+  batch = of_conversations(make_batch(ROWS))
+  room = batch['answer_weights'].size
+  loss, grads, _ = gradient(fresh, params, batch, attach, 1, 1, None, room)
+  _, others, _ = gradient(fresh, params, batch, attach, 1)
+  largest = lambda tree: max(np.abs(x).max() for x in jax.tree.leaves(tree))
+  assert abs(float(loss)) < 1e-6
+  assert largest(others) > 0.01 and largest(grads) < 1e-5 * largest(others)
+
+
 class Trainer:
   """make_step and its state on the devices of this process."""
 
-  def __init__(self, attach, params, adapter, **fields):
+  def __init__(self, attach, params, adapter, auxiliary=None, **fields):
     train = make_config(**fields).train
     self.mesh = sharding.make_mesh(config_lib.default().mesh, train.batch)
     self.params = params
@@ -162,7 +224,8 @@ class Trainer:
     places = step_lib.state_shardings(self.mesh, shapes, optimizer)
     self.state = step_lib.init_state(adapter, optimizer, places)
     self.run = step_lib.make_step(
-      attach, optimizer, schedule, train.accumulate, places, self.mesh
+      attach, optimizer, schedule, train.accumulate, places, self.mesh,
+      auxiliary=auxiliary,
     )
 
   def __call__(self, batch):
@@ -200,6 +263,37 @@ def test_metrics_say_what_the_step_saw(params, adapter, attach, make_batch):
   assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
   assert float(metrics['grad_norm']) == pytest.approx(squares**0.5, rel=1e-4)
   assert float(metrics['learning_rate']) == pytest.approx(0.5e-3)
+
+
+def test_conversations_alone_keep_the_base_only_by_their_divergence(
+  llama, params, attach, make_batch
+):
+  batch = of_conversations(make_batch(ROWS))
+  room = batch['answer_weights'].size
+  moved = {}
+  for auxiliary in (None, room):
+    fresh = lora.init(llama.config, 3, ('q_proj', 'up_proj'), jax.random.key(0))
+    trainer = Trainer(attach, params, fresh, auxiliary, steps=8, clip=0.0,
+                      learning_rate=1e-2)
+    for _ in range(8):
+      trainer(batch)
+    divergence, _, _ = gradient(trainer.state['adapter'], params, batch, attach,
+                                1, 1, None, room)
+    moved[auxiliary] = float(divergence)
+  # Not zero: Adam makes whole steps even of rounding errors.
+  assert moved[None] > 0.1 and moved[room] < 0.02 * moved[None]
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_taught_by_their_likelihood_conversations_are_answers_like_others(
+  params, adapter, attach, make_batch, accumulate
+):
+  trainer = Trainer(attach, params, adapter, accumulate=accumulate)
+  batch = make_batch(ROWS)
+  without = {name: x for name, x in batch.items() if name != 'answer_auxiliary'}
+  texts = [trainer.run.lower(trainer.state, params, one).as_text()
+           for one in (batch, without)]
+  assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize('clip', [0.0, 0.5])
@@ -253,10 +347,12 @@ def run_worker(devices, meshes):
 def test_one_and_eight_devices_give_the_same_losses_and_scores():
   [alone] = run_worker(1, [{'data': 1, 'fsdp': 1, 'tensor': 1}])
   assert np.diff(alone['losses']).max() < -0.01  # it does train
+  assert max(alone['losses_kl']) < 0.9 * min(alone['losses'])
   found = run_worker(8, MESHES)
   for mesh, result in zip(MESHES, found, strict=True):
     assert result['devices'] == 8
-    np.testing.assert_allclose(result['losses'], alone['losses'], rtol=1e-4)
+    for name in ('losses', 'losses_kl'):
+      np.testing.assert_allclose(result[name], alone[name], rtol=1e-4)
     np.testing.assert_allclose(result['scores'], alone['scores'], atol=1e-3)
     assert result['compiled'] == 1  # Rounds keep the cache where it is.
     parts = mesh['fsdp'] * mesh['tensor']  # norms are on every device

@@ -1,0 +1,356 @@
+"""What many runs say together: three tables of rows, and a page of them.
+
+  results.csv      a score of one predictor of one run
+  differences.csv  what one predictor changes against another, over all seeds
+  trade_off.csv    anchor against tail macro-F1 of one predictor at one tau
+
+The page needs nothing but these files. A row names its run by log, method and
+seed, and by `settings`: a hash of all that its config changes, so that a row of
+other settings is not taken for it. Predictors that are fitted on the validation
+split are named after what they stand on: `one_stage_adjusted`.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import re
+
+import numpy as np
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import files
+from behaviorlm_jax import workdir as workdir_lib
+from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import adjust
+from behaviorlm_jax.score import blocks
+from behaviorlm_jax.score import compare
+from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import plots
+from behaviorlm_jax.score import run_files
+
+SCORES = (('all', 'accuracy@1'), ('all', 'precision_weighted'),
+          ('anchor', 'f1_macro'), ('tail', 'f1_macro'))  # Of the main table.
+METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro',
+           'ndcg@5')
+# What stands in the column `group` for scores of score.retention.
+RETENTION = (('conversations', 'perplexity_ratio'),
+             ('conversations', 'kl_to_base'), ('questions', 'accuracy'))
+# Of few-shot runs: tail behaviors that plan.shots limits.
+FEW_SHOT = 'few_shot', 'f1_macro'
+# Columns of each file; those before `:` name a row.
+_FILES = {
+    'results.csv': 'data method seed group metric : value n settings',
+    'differences.csv': 'data method control metric : seeds n before change low '
+                       'high settings',
+    'trade_off.csv': 'data method seed tau : anchor tail settings'}
+_NUMBERS = {'seed': int, 'seeds': int, 'n': int, **dict.fromkeys(
+    ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'),
+    float)}
+
+
+@dataclasses.dataclass
+class Rows:
+  """The rows of the three files, by what names them."""
+  tables: dict  # {file: {key: row}}
+
+  def add(self, name, **row):
+    key = tuple(row[column] for column in _columns(name)[0])
+    self.tables[name][key] = row
+
+  def of(self, name):
+    return list(self.tables[name].values())
+
+
+def _columns(name):
+  key, values = _FILES[name].split(':')
+  return key.split(), values.split()
+
+
+def read(folder) -> Rows:
+  """The rows that stand in a folder; none where a file is missing."""
+  rows = Rows({name: {} for name in _FILES})
+  for name in _FILES:
+    path = folder / name
+    if path.is_file():
+      with path.open(encoding='utf-8', newline='') as lines:
+        for row in csv.DictReader(lines):
+          rows.add(name, **{
+              column: _NUMBERS.get(column, str)(text) if text else None
+              for column, text in row.items()})
+  return rows
+
+
+def write(folder, rows):
+  for name in _FILES:
+    text, found = io.StringIO(), rows.tables[name]
+    columns = [*_columns(name)[0], *_columns(name)[1]]
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    for key in sorted(found):
+      writer.writerow({column: _short(found[key][column])
+                       for column in columns})
+    files.write_text(folder / name, text.getvalue())
+
+
+def _short(value):
+  return f'{value:.6g}' if isinstance(value, float) else value
+
+
+def settings_hash(config) -> str:
+  """8 hex digits of what a config changes, but for seed and local paths."""
+  default = workdir_lib.as_dict(config_lib.default())
+  changed = _flat(workdir_lib.as_dict(config))
+  default = _flat(default)
+  for name in ('seed', 'init_from', 'data.events', 'retention.questions'):
+    del changed[name]
+  different = {name: value for name, value in changed.items()
+               if value != default.get(name)}
+  text = json.dumps(different, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _flat(values, prefix=''):
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+class Finished:
+  """The predictors of one finished run.
+
+  Attributes:
+    evaluations: {name: evaluation}.
+    retention: {name: what score.retention measured}.
+    arms: {name: compare.Arm}, of those that may be compared.
+    log_p: {name: float [n, Y]}, of those that a curve is drawn of.
+  """
+
+  def __init__(self, job):
+    """`job`: what has log, seed, name, method, folder and config of a run."""
+    run = run_files.load(job.folder)
+    self.evaluations = dict(run.baselines)
+    self.retention, self.arms, self.log_p = {}, {}, {}
+    self.anchor = run.anchor
+    self.few_shot = ~run.anchor & np.array([
+        b['train_count'] >= samples_lib.FEW_SHOT_FROM for b in run.behaviors])
+    self.prior = adjust.log_prior([b['train_count'] for b in run.behaviors])
+    for stage in run.scored:
+      name = _method(job, stage)
+      if name:
+        self._add(run, stage, name)
+    stage = run.scored[-1]
+    self.true = run.encode(stage.column('behavior'))
+    for name in ('markov', 'markov_adjusted'):
+      scores = compare.counted(run, stage, name)
+      self.arms[name] = compare.arm(run, stage, labels.best(scores, 1)[:, 0])
+      if name == 'markov':
+        self.log_p[name] = scores
+
+  def _add(self, run, stage, name):
+    fitted = stage.evaluation.get('fitted', {})
+    self.retention[name] = stage.retention
+    columns = {name: 'predicted', **{f'{name}_{kind}': kind for kind in fitted}}
+    self.evaluations |= {name: stage.evaluation, **{
+        f'{name}_{kind}': scores for kind, scores in fitted.items()}}
+    for called, column in columns.items():
+      self.arms[called] = compare.arm(
+          run, stage, run.encode(stage.column(column)))
+    log_p = stage.log_p('test')
+    if log_p is not None:
+      self.log_p[name] = log_p
+
+
+def _method(job, stage):
+  """What a stage's predictor is called in the tables, or None: left out."""
+  if stage.key == 'base':
+    return 'untuned'
+  if stage.key == 'a_tuning' and tuple(job.config.stages) != ('a',):
+    return job.method.stage_a or None
+  return job.name
+
+
+def collect(jobs, contrasts, rows):
+  """Adds the rows of finished runs to `rows`.
+
+  Args:
+    jobs: finished runs.
+    contrasts: [(method, control)].
+    rows: Rows; those of the same name are replaced, but for a difference that
+      stands over more seeds.
+  """
+  arms, settings = {}, {}
+  for job in jobs:
+    found, one = Finished(job), {'data': job.log, 'seed': job.seed}
+    for name, measured in found.retention.items():
+      for part, metric in RETENTION:
+        if part in measured:
+          rows.add('results.csv', **one, method=name, group=part, metric=metric,
+                   value=measured[part][metric], n=measured[part]['n'],
+                   settings=job.settings)
+    for name, evaluation in found.evaluations.items():
+      for group in ('all', 'anchor', 'tail'):
+        for metric in METRICS:
+          rows.add('results.csv', **one, method=name, group=group,
+                   metric=metric, value=evaluation[group][metric],
+                   n=evaluation[group]['n'], settings=job.settings)
+    for name, arm in found.arms.items():
+      if found.few_shot.any():
+        group, metric = FEW_SHOT
+        rows.add('results.csv', **one, method=name, group=group, metric=metric,
+                 value=arm.macro_f1(found.few_shot), settings=job.settings,
+                 n=int(found.few_shot[arm.true].sum()))
+    for name, log_p in found.log_p.items():
+      points = adjust.trade_off(log_p, found.prior, found.true, found.anchor)
+      for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
+        rows.add('trade_off.csv', **one, method=name, tau=tau,
+                 anchor=float(anchor), tail=float(tail), settings=job.settings)
+    for name, arm in found.arms.items():
+      arms.setdefault((job.log, name), {})[job.seed] = arm
+      settings[job.log, name] = job.settings
+  for log in dict.fromkeys(job.log for job in jobs):
+    for method, control in contrasts:
+      _contrast(log, method, control, arms, settings, rows)
+
+
+def _contrast(log, method, control, arms, settings, rows):
+  after, before = (arms.get((log, name), {}) for name in (method, control))
+  seeds = sorted(set(after) & set(before))
+  pairs = [(before[seed], after[seed]) for seed in seeds]
+  if not pairs:
+    return
+  for score in compare.SCORES:
+    known = rows.tables['differences.csv'].get((log, method, control, score))
+    if known and known['seeds'] > len(seeds):
+      continue
+    value, change, interval = compare.paired(pairs, score)
+    low, high = interval or (None, None)
+    rows.add('differences.csv', data=log, method=method, control=control,
+             metric=score, seeds=len(seeds),
+             n=sum(len(arm.true) for arm, _ in pairs), before=value,
+             change=change, low=low, high=high, settings=settings[log, method])
+
+
+def report(folder, methods, drawn):
+  """Writes tables.md and its figures of the rows in a folder.
+
+  Args:
+    folder: pathlib.Path.
+    methods: names in the order of the tables; others follow.
+    drawn: names of those that have a curve in the figure.
+  """
+  rows = read(folder)
+  if not rows.of('results.csv'):
+    raise InputError(f'{folder} has no results.csv with rows; give the folder '
+                     'of a sweep.')
+  content = [blocks.Heading(1, 'Results of the runs so far')]
+  for log in sorted({row['data'] for row in rows.of('results.csv')}):
+    content += [
+        blocks.Heading(2, log),
+        _table(rows, log, methods, SCORES, 'Mean over the seeds and, where '
+               'there are several, their standard deviation; other seeds have '
+               'other test events, too.'),
+        _differences(rows, log),
+        _table(rows, log, methods, RETENTION, 'What each model still knows, on '
+               'held-out conversations and multiple-choice questions.')]
+  panels = _curves(rows, drawn)
+  if panels:
+    plots.trade_off(folder / 'trade_off.png', panels, adjust.TAUS)
+    content.append(blocks.Figure(
+        'trade_off.png', 'Anchors against tail',
+        'Each curve raises or lowers rare names, tau from '
+        f'{adjust.TAUS[0]} to {adjust.TAUS[-1]}, on average over the seeds; '
+        'the large mark is the predictor as it is. Further up and right is '
+        'better at every balance.', 'Curves of tail against anchor macro-F1.'))
+  panels = _shots(rows)
+  if panels:
+    plots.few_shot(folder / 'few_shot.png', panels)
+    content.append(blocks.Figure(
+        'few_shot.png', 'Learning from few samples',
+        'Mean F1 of the tail behaviors with '
+        f'{samples_lib.FEW_SHOT_FROM} training events or more, by how many '
+        'samples of each were learned; on average over the seeds.',
+        'Lines of F1 against the number of samples.'))
+  files.write_text(folder / 'tables.md', blocks.markdown(
+      [block for block in content if block]))
+
+
+def _table(rows, log, methods, columns, caption):
+  """A row per method that has one of these (group, metric) columns."""
+  values = {}
+  for row in rows.of('results.csv'):
+    if row['data'] == log:
+      scores = values.setdefault(row['method'], {})
+      scores.setdefault((row['group'], row['metric']), []).append(row)
+  names = [name for name in sorted(values, key=lambda n: _place(n, methods))
+           if values[name].keys() & set(columns)]
+  shown = []
+  for name in names:
+    found = [values[name].get(column, []) for column in columns]
+    first = next(filter(None, found))
+    shown.append((name, len(first), sum(row['n'] for row in first), *(
+        _spread([row['value'] for row in part]) for part in found)))
+  head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
+  return blocks.Table(('method', 'seeds', 'n', *head), shown, caption)
+
+
+def _spread(values):
+  if not values:
+    return None
+  if len(values) == 1:
+    return f'{values[0]:.3f}'
+  return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'
+
+
+def _place(name, methods):
+  """Sorts a method's variants behind it."""
+  found = [i for i, method in enumerate(methods)
+           if name == method or name.startswith(f'{method}_')]
+  longest = max(found, key=lambda i: len(methods[i]), default=len(methods))
+  return longest, name
+
+
+def _differences(rows, log):
+  table = [
+      (row['method'], row['control'], row['metric'], row['seeds'],
+       row['before'], row['change'], row['low'], row['high'])
+      for row in rows.of('differences.csv') if row['data'] == log]
+  return blocks.Table(
+      ('method', 'against', 'score', 'seeds', 'its score', 'change',
+       '95 % from', '95 % to'), table,
+      'Paired differences on the same test events; intervals from 1,000 '
+      'redraws of the users.')
+
+
+def _curves(rows, drawn):
+  """{log: {method: float [T, 2]}}, means over the seeds."""
+  found = {}
+  for row in rows.of('trade_off.csv'):
+    points = found.setdefault(row['data'], {}).setdefault(row['method'], {})
+    points.setdefault(row['tau'], []).append((row['anchor'], row['tail']))
+  return {
+      log: {name: np.array([np.mean(curves[name][tau], axis=0)
+                            for tau in sorted(curves[name])])
+            for name in drawn if name in curves}
+      for log, curves in sorted(found.items())}
+
+
+def _shots(rows):
+  """{log: {method: {shots: mean F1}}} of methods called NAME_N_shots."""
+  found = {}
+  for row in rows.of('results.csv'):
+    match = re.fullmatch(r'(.+)_(\d+)_shots(.*)', row['method'])
+    if match and (row['group'], row['metric']) == FEW_SHOT:
+      lines = found.setdefault(row['data'], {}).setdefault(
+          match[1] + match[3], {})
+      lines.setdefault(int(match[2]), []).append(row['value'])
+  return {log: {name: {shots: float(np.mean(values[shots]))
+                       for shots in sorted(values)}
+                for name, values in lines.items()
+                if 'mixed' not in name} for log, lines in found.items()}

@@ -1,0 +1,180 @@
+"""Many runs, one table: methods x logs x seeds.
+
+  python -m behaviorlm_jax.sweep --config=configs/ablations.py --workdir=DIR \
+    --config.logs.foursquare_nyc=foursquare_nyc.csv.gz
+
+Each run has a folder DIR/LOG/seedS/METHOD, a work directory like any other.
+Runs of one log and seed share the events, the evaluation of the untuned model
+and the baselines, and a method that starts from another's stage a takes its
+adapter. Runs whose rows stand in `config.results` with the same settings are
+not run again; a killed sweep goes on where it ended. After every run all rows
+are written to DIR (score.results has the files). --report writes DIR/tables.md
+and its figure from the rows in DIR, and runs nothing.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from behaviorlm_jax import cli
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
+from behaviorlm_jax import workdir as workdir_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import results
+from behaviorlm_jax.train import preemption
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
+_REPORT = flags.DEFINE_bool('report', False, 'Write the report, run nothing.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+# What runs of one log and seed have in common, and when it is finished.
+_SHARED = (('events', 'behaviors.json'), ('base', 'evaluation.json'),
+           ('baselines.json', ''))
+# Sections that a method may not change if it is to take what is shared.
+_FIXED = ('data', 'model', 'lora', 'score', 'eval')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run."""
+  log: str
+  seed: int
+  name: str  # Of the method.
+  method: object
+  folder: pathlib.Path
+  config: object  # Of the run, ablations applied.
+
+  @property
+  def key(self):
+    return self.log, self.name, self.seed
+
+  @property
+  def settings(self):
+    return results.settings_hash(self.config)
+
+  @property
+  def finished(self):
+    last = 'a_tuning' if tuple(self.config.stages) == ('a',) else 'b_tuning'
+    return (self.folder / last / 'evaluation.json').exists()
+
+
+def jobs(config, workdir):
+  """All runs: seed by seed, in each the methods in `config.order`."""
+  for name in config.order:
+    if name not in config.methods:
+      raise InputError(f'config.order names {name!r}'
+                       f'{config_lib.nearest(name, config.methods)}, which is '
+                       'not in config.methods.')
+  methods = {name: config.methods[name] for name in config.order}
+  seeds = max((m.seeds for m in methods.values()), default=0)
+  logs = [name for name, address in config.logs.items() if address]
+  if not logs or not methods:
+    raise InputError('config.logs names no log or config.order nothing to '
+                     'run; give --config.logs.NAME=FILE for one of '
+                     f'{", ".join(config.logs) or "none"}.')
+  return [_job(config, workdir, log, seed, name)
+          for seed in range(seeds) for name, m in methods.items()
+          if seed < m.seeds for log in logs]
+
+
+def _job(config, workdir, log, seed, name):
+  chosen = config.methods[name]
+  run = config.base.copy_and_resolve_references()
+  run.seed, run.data.events = seed, config.logs[log]
+  for changes in (config.log_fields.get(log, {}), chosen.fields):
+    run.update(changes)
+  place = pathlib.Path(workdir) / log / f'seed{seed}'
+  if chosen.start:
+    if chosen.start not in config.order:
+      raise InputError(f'config.methods.{name} starts from {chosen.start!r}'
+                       f'{config_lib.nearest(chosen.start, config.order)}, '
+                       'which is not in config.order.')
+    run.stages, run.init_from = ('b',), str(place / chosen.start)
+  run = config_lib.ablate(run, chosen.ablations)
+  config_lib.check(run)
+  return Job(log, seed, name, chosen, place / name, run)
+
+
+def run_all(config, workdir):
+  """Runs what is neither finished nor committed; writes all rows."""
+  every, committed = jobs(config, workdir), pathlib.Path(config.results)
+  workdir = workdir_lib.make(workdir)
+  known = {(row['data'], row['method'], row['seed'], row['settings'])
+           for row in results.read(committed).of('results.csv')}
+  todo = [job for job in every if not job.finished
+          and (*job.key, job.settings) not in known]
+  # A method whose stage a another one starts from is run for it again.
+  starts = {(job.log, job.seed, job.method.start) for job in todo}
+  todo += [job for job in every if not job.finished and job not in todo
+           and (job.log, job.seed, job.name) in starts]
+  for number, job in enumerate(sorted(todo, key=every.index), start=1):
+    logging.info('sweep: run %d of %d, %s.', number, len(todo), job.folder)
+    run_job(job)
+    collect(config, every, workdir)
+    preemption.check()
+  collect(config, every, workdir)
+
+
+def run_job(job):
+  """Runs one job, beginning with what its siblings have."""
+  job.folder.mkdir(parents=True, exist_ok=True)
+  if not set(job.method.fields) & set(_FIXED):
+    for name, last in _SHARED:
+      _take(job.folder, name, last)
+  stages.run(job.config, job.folder)
+  for stage in ('a_tuning', 'b_tuning'):  # The adapters stay.
+    shutil.rmtree(job.folder / stage / 'checkpoints', ignore_errors=True)
+
+
+def _take(folder, name, last):
+  """Copies a finished file or folder of a sibling."""
+  if (folder / name).exists():
+    return
+  for sibling in sorted(folder.parent.iterdir()):
+    if (sibling / name / last).exists() and sibling != folder:
+      if last:
+        copy = folder / f'{name}.tmp'
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sibling / name, copy)
+        copy.rename(folder / name)
+      else:
+        shutil.copy(sibling / name, folder / name)
+      return
+
+
+def collect(config, every, workdir):
+  """Writes the rows of all finished runs, and committed ones, in `workdir`."""
+  rows = results.read(pathlib.Path(config.results))
+  finished = [job for job in every if job.finished]
+  results.collect(finished, config.contrasts, rows)
+  results.write(workdir, rows)
+
+
+def report(config, workdir):
+  results.report(pathlib.Path(workdir), config.order, config.drawn)
+
+
+def _main(argv):
+  work = report if _REPORT.value else run_all
+  cli.run(argv, lambda: work(_CONFIG.value, _WORKDIR.value))
+
+
+def _parse(argv):
+  try:
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.lock()  # A missing file fails only here.
+    return rest
+  except cli.UNUSABLE as error:
+    text = [line.strip() for line in str(error).split('\n') if line.strip()]
+    cli.fail(f'{text[-1] if text else error!r}; see configs/ablations.py.')
+
+
+if __name__ == '__main__':
+  app.run(_main, flags_parser=_parse)

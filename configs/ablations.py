@@ -1,0 +1,94 @@
+"""The method, its controls and the untuned model, on two logs.
+
+  python -m behaviorlm_jax.sweep --config=configs/ablations.py --workdir=DIR \
+    --config.logs.foursquare_nyc=foursquare_nyc.csv.gz \
+    --config.logs.india_time_use=india_time_use.csv.gz
+
+All methods take 64 steps of 4 x 640 tokens: 48 of stage a and 16 of stage b, or
+64 of one stage. That is a sixth of a pass over either log: what two CPU cores
+can repeat often enough to tell methods apart.
+
+configs/ablations.py:few_shot runs the method and one stage where tail behaviors
+of 50 training events or more keep that many training samples, chosen by seed,
+more of them including fewer. Stage a learns anchors alone, so stage b is the
+first to see these.
+"""
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import sweep_config as sweep
+
+SHOTS = (0, 1, 2, 5, 10, 20, 50)
+
+
+def get_config(name='controls'):
+  config = sweep.default()
+  config.base = _base()
+  config.logs = dict.fromkeys(('foursquare_nyc', 'india_time_use'), '')
+  config.log_fields = {'india_time_use': {
+      'data': {'columns': {'group': 'household'}, 'weekday': False}}}
+  {'controls': _controls, 'few_shot': _few_shot}[name](config)
+  return config
+
+
+def _controls(config):
+  config.methods = {
+      'behaviorlm': sweep.method(seeds=3, stage_a='no_balanced_stage'),
+      'one_stage': sweep.method(('one_stage',), seeds=3),
+      'no_difficulty': sweep.method(('no_difficulty',), 'behaviorlm', seeds=3),
+      'all_behaviors_first': sweep.method(('all_behaviors_first',), seeds=3),
+      'one_stage_balanced': sweep.method(('one_stage_balanced',)),
+      'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
+      'no_balance': sweep.method(('no_balance',), 'behaviorlm'),
+      'no_anchor_stage': sweep.method(('no_anchor_stage',)),
+  }
+  config.order = (
+      'behaviorlm', 'one_stage', 'no_difficulty', 'all_behaviors_first',
+      'one_stage_balanced', 'no_auxiliary', 'no_balance', 'no_anchor_stage')
+  config.contrasts = (
+      *(('behaviorlm', name) for name in config.order[1:]),
+      ('behaviorlm', 'no_balanced_stage'), ('behaviorlm', 'untuned'),
+      ('behaviorlm', 'markov'), ('behaviorlm', 'one_stage_adjusted'),
+      ('behaviorlm_adjusted', 'one_stage_adjusted'),
+      ('behaviorlm_adjusted', 'markov_adjusted'),
+      ('behaviorlm_mixed_adjusted', 'one_stage_mixed_adjusted'),
+      ('behaviorlm_mixed_adjusted', 'markov_adjusted'))
+  config.drawn = ('behaviorlm', 'one_stage', 'one_stage_balanced',
+                  'all_behaviors_first', 'no_difficulty', 'markov')
+
+
+def _few_shot(config):
+  config.methods = {'behaviorlm': sweep.method(stage_a='no_balanced_stage')}
+  for shots in SHOTS:
+    few = {'plan': {'shots': shots}}
+    config.methods[f'behaviorlm_{shots}_shots'] = sweep.method(
+        (), 'behaviorlm', fields=few)
+    config.methods[f'one_stage_{shots}_shots'] = sweep.method(
+        ('one_stage',), fields=few)
+  config.order = ('behaviorlm', *(
+      f'{name}_{shots}_shots' for shots in (0, 5, 50, 1, 20, 2, 10)
+      for name in ('behaviorlm', 'one_stage')))
+  config.contrasts = tuple(
+      (f'behaviorlm_{shots}_shots', f'one_stage_{shots}_shots')
+      for shots in SHOTS)
+  config.results = 'docs/results/few_shot'
+
+
+def _base():
+  config = config_lib.default()
+  config.plan.conversation_share = 0.1
+  config.plan.per_behavior = 2
+  config.plan.neighbours = True
+  config.difficulty.candidates = 4
+  config.train.batch = 4
+  config.train.length = 640
+  config.train.accumulate = 2
+  config.train.steps = 48
+  config.train.balanced_steps = 16
+  config.train.balanced_learning_rate = 2e-4
+  config.checkpoint.every = 100
+  config.score.batch = 2
+  config.score.tolerance = 0.0  # Tuned models are too unsure for the search.
+  config.eval.max_samples = 200
+  config.eval.validation_samples = 100
+  config.eval.validation_rows = 8
+  return config

@@ -1,0 +1,261 @@
+"""Sweeps: what runs, what is shared, what is not run again, the rows."""
+
+import csv
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import sweep
+from behaviorlm_jax import sweep_config
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import compare
+from behaviorlm_jax.score import results
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHORT = {'train.steps': 2, 'train.balanced_steps': 2, 'checkpoint.every': 2,
+         'eval.max_samples': 20, 'eval.validation_samples': 20}
+
+
+@pytest.fixture(scope='module')
+def make_sweep(make_run_config):
+  """A sweep of a log named `walks`; its committed rows lie in `committed`."""
+
+  def make(committed, order=('first', 'drawn', 'one'), **fields):
+    config = sweep_config.default()
+    config.base = make_run_config(SHORT | fields)
+    config.logs = {'walks': config.base.data.events, 'other': ''}
+    config.methods = {
+        'first': sweep_config.method(seeds=2, stage_a='stage_a'),
+        'drawn': sweep_config.method(('no_difficulty',), 'first'),
+        'one': sweep_config.method(('one_stage',))}
+    config.order = order
+    config.contrasts = (('first', 'one'), ('first', 'one_adjusted'),
+                        ('first', 'markov'), ('first', 'not_run'))
+    config.drawn = ('first', 'one', 'markov')
+    config.results = str(committed)
+    return config
+  return make
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory, make_sweep):
+  """The folder of a whole sweep, read only."""
+  folder = tmp_path_factory.mktemp('swept')
+  sweep.run_all(make_sweep(folder / 'none'), folder)
+  return folder
+
+
+def read(path):
+  with path.open(newline='') as lines:
+    return list(csv.DictReader(lines))
+
+
+def test_runs_go_seed_by_seed_in_the_order_asked_for(make_sweep, tmp_path):
+  config = make_sweep(tmp_path, order=('one', 'first', 'drawn'))
+  assert [job.key for job in sweep.jobs(config, tmp_path)] == [
+      ('walks', 'one', 0), ('walks', 'first', 0), ('walks', 'drawn', 0),
+      ('walks', 'first', 1)]
+
+
+@pytest.mark.parametrize(('fields', 'match'), [
+    ({'order': ('frist',)}, r"'frist' \(did you mean first\?\)"),
+    ({'order': ('drawn',)}, "drawn starts from 'first'.*not in config.order"),
+    ({'logs': {'walks': ''}}, 'names no log.*--config.logs.NAME=FILE')])
+def test_a_sweep_that_cannot_run_is_refused(make_sweep, tmp_path, fields,
+                                            match):
+  config = make_sweep(tmp_path)
+  config.update(fields)
+  with pytest.raises(InputError, match=match):
+    sweep.jobs(config, tmp_path)
+
+
+def test_settings_name_what_differs_from_the_defaults_but_for_seed_and_paths():
+  config = config_lib.default()
+  plain = results.settings_hash(config)
+  config.seed, config.data.events, config.init_from = 3, 'a.csv', 'runs/x'
+  assert results.settings_hash(config) == plain
+  config.train.steps += 1
+  assert results.settings_hash(config) != plain
+
+
+def test_every_predictor_has_the_scores_of_its_evaluation(swept):
+  rows = {(row['method'], row['seed'], row['group'], row['metric']): row
+          for row in read(swept / 'results.csv')}
+  assert {key[0] for key in rows if key[1] == '0'} >= {
+      'untuned', 'stage_a', 'first', 'drawn', 'one', 'one_adjusted',
+      'first_mixed_adjusted', 'markov', 'markov_adjusted', 'user_frequent'}
+  assert {key[0] for key in rows if key[1] == '1'}.isdisjoint({'drawn', 'one'})
+  for name, folder, kind in (('stage_a', 'first/a_tuning', None),
+                             ('one_adjusted', 'one/b_tuning', 'adjusted')):
+    path = swept / 'walks/seed0' / folder / 'evaluation.json'
+    found = json.loads(path.read_text())
+    found = found['fitted'][kind] if kind else found
+    row = rows[name, '0', 'tail', 'f1_macro']
+    np.testing.assert_allclose(float(row['value']), found['tail']['f1_macro'],
+                               rtol=1e-4)
+    assert int(row['n']) == found['tail']['n']
+
+
+def test_runs_share_the_untuned_scores_and_start_from_the_adapter(swept):
+  folder = swept / 'walks/seed0'
+  base = [(folder / name / 'base/predictions.parquet').read_bytes()
+          for name in ('first', 'drawn', 'one')]
+  assert base[0] == base[1] == base[2]
+  assert not (folder / 'drawn/a_tuning').exists()
+  config = json.loads((folder / 'drawn/b_tuning/config.json').read_text())
+  assert config['init_from'] == str(folder / 'first')
+  assert not list(swept.rglob('checkpoints'))
+
+
+def test_finished_and_committed_runs_are_not_run_again(
+    swept, make_sweep, tmp_path, monkeypatch):
+  ran = []
+  monkeypatch.setattr(sweep, 'run_job', lambda job: ran.append(job.key))
+  sweep.run_all(make_sweep(tmp_path / 'none'), swept)
+  assert not ran
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    (tmp_path / name).write_bytes((swept / name).read_bytes())
+  sweep.run_all(make_sweep(tmp_path), tmp_path / 'empty')
+  assert not ran
+  # Other settings are other runs, and so is the run that they start from.
+  config = make_sweep(tmp_path)
+  config.methods.drawn.fields = {'plan': {'per_behavior': 3}}
+  sweep.run_all(config, tmp_path / 'empty')
+  assert ran == [('walks', 'first', 0), ('walks', 'drawn', 0)]
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have(swept):
+  rows = {(row['control'], row['metric']): row
+          for row in read(swept / 'differences.csv')}
+  assert {control for control, _ in rows} == {'one', 'one_adjusted', 'markov'}
+  assert rows['markov', 'accuracy']['seeds'] == '2'
+  assert rows['one', 'accuracy']['seeds'] == '1'
+  for row in rows.values():
+    low, change, high = (float(row[k]) for k in ('low', 'change', 'high'))
+    assert low <= change <= high
+  scores = {(row['method'], row['seed']): float(row['value'])
+            for row in read(swept / 'results.csv')
+            if (row['group'], row['metric']) == ('all', 'accuracy@1')}
+  want = np.mean([scores['first', s] - scores['markov', s] for s in '01'])
+  np.testing.assert_allclose(
+      float(rows['markov', 'accuracy']['change']), want, atol=1e-5)
+
+
+def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    (tmp_path / name).write_bytes((swept / name).read_bytes())
+  sweep.report(make_sweep(tmp_path), tmp_path)
+  text = (tmp_path / 'tables.md').read_text()
+  assert '## walks' in text and '| one_adjusted | 1 | 20 |' in text
+  assert '±' in text and '![' in text
+  assert (tmp_path / 'trade_off.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_command_reports_and_explains(swept, tmp_path,
+                                          command_environment):
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    (tmp_path / name).write_bytes((swept / name).read_bytes())
+  command = [sys.executable, '-m', 'behaviorlm_jax.sweep',
+             '--config=configs/ablations.py', f'--workdir={tmp_path}']
+  call = lambda *more: subprocess.run(
+      [*command, *more], cwd=ROOT, env=command_environment,
+      capture_output=True, text=True, check=False, timeout=300)
+  done = call('--report')
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert '## walks' in (tmp_path / 'tables.md').read_text()
+  wrong = call()
+  assert wrong.returncode == 2
+  assert wrong.stderr.strip().endswith('foursquare_nyc, india_time_use.')
+
+
+def test_a_folder_without_rows_is_refused(tmp_path, make_sweep):
+  with pytest.raises(InputError, match='has no results.csv with rows'):
+    sweep.report(make_sweep(tmp_path), tmp_path)
+
+
+def test_rows_survive_being_written_and_read(swept, tmp_path):
+  rows = results.read(swept)
+  results.write(tmp_path, rows)
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
+
+
+# The paired interval.
+
+
+def arms(rng, users, right, lift, anchor):
+  """Two predictors of 4 events a user; the second is right more often."""
+  user = np.repeat(np.arange(users), 4)
+  true = rng.integers(len(anchor), size=len(user))
+  skill = np.repeat(rng.normal(0, 0.1, users), 4)  # Users differ.
+  wrong = (true + 1) % len(anchor)
+  before, after = (
+      np.where(rng.random(len(user)) < right + skill + more, true, wrong)
+      for more in (0, lift))
+  return (compare.Arm(true, before, user, anchor),
+          compare.Arm(true, after, user, anchor))
+
+
+def test_a_pair_alone_changes_by_the_difference_of_its_scores():
+  pair = arms(np.random.default_rng(0), 30, 0.4, 0.2, np.arange(6) < 2)
+  for score in compare.SCORES:
+    before, change, (low, high) = compare.paired([pair], score, draws=50)
+    assert before == pytest.approx(pair[0].value(score))
+    assert change == pytest.approx(pair[1].value(score) - before)
+    assert low < change < high
+
+
+def test_intervals_cover_the_true_change_at_about_their_rate():
+  rng, hits = np.random.default_rng(1), 0
+  for _ in range(150):
+    pairs = [arms(rng, 60, 0.4, 0.15, np.arange(6) < 2) for _ in range(2)]
+    _, _, (low, high) = compare.paired(pairs, 'accuracy', draws=200)
+    hits += low <= 0.15 <= high
+  # 95 %; 150 trials have a standard error of 2 %.
+  assert 0.89 <= hits / 150 <= 0.99
+
+
+def shipped(name):
+  """The config of configs/ablations.py:NAME."""
+  path = str(ROOT / 'configs/ablations.py')
+  config = runpy.run_path(path)['get_config'](name)
+  config.logs = {'foursquare_nyc': 'a.csv', 'india_time_use': 'b.csv'}
+  return config
+
+
+@pytest.mark.parametrize('name', ['controls', 'few_shot'])
+def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
+  config = shipped(name)
+  jobs = sweep.jobs(config, tmp_path)
+  assert len({job.key for job in jobs}) == len(jobs)
+  known = {job.name for job in jobs} | {
+      'no_balanced_stage', 'untuned', 'markov', 'markov_adjusted'}
+  known |= {f'{job.name}_{kind}' for job in jobs
+            for kind in ('adjusted', 'mixed', 'mixed_adjusted')}
+  assert {name for pair in config.contrasts for name in pair} <= known
+  assert set(config.order) == set(config.methods)
+
+
+def test_the_main_controls_have_three_seeds(tmp_path):
+  three = {job.name for job in sweep.jobs(shipped('controls'), tmp_path)
+           if job.seed == 2}
+  assert three == {'behaviorlm', 'one_stage', 'no_difficulty',
+                   'all_behaviors_first', 'no_auxiliary'}
+
+
+def test_few_shot_rows_become_a_curve(tmp_path):
+  rows = results.read(tmp_path)
+  for name, shots, value in (('b', 5, 0.1), ('b', 50, 0.3), ('one', 5, 0.2)):
+    rows.add('results.csv', data='log', method=f'{name}_{shots}_shots', seed=0,
+             group='few_shot', metric='f1_macro', value=value, n=9, settings='')
+  results.write(tmp_path, rows)
+  assert results._shots(results.read(tmp_path)) == {
+      'log': {'b': {5: 0.1, 50: 0.3}, 'one': {5: 0.2}}}
+  results.report(tmp_path, ('b', 'one'), ())
+  assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
