@@ -90,6 +90,16 @@ def default():
       # Also evaluate each model adjusted and mixed with counts (score.adjust).
       fit=True,
   )
+  config.sasrec = _section(  # The baseline of score.sasrec.
+      steps=0,  # 0: it is not trained.
+      batch=64,  # Windows per step.
+      history=48,  # Events of a window.
+      width=64,
+      layers=2,
+      heads=2,
+      dropout=0.3,
+      learning_rate=3e-3,
+  )
   config.retention = _section(  # What the model still knows of its base.
       conversations=0.1,  # Share held out of training and measured on.
       questions='',  # JSONL of multiple-choice questions (score.retention).
@@ -260,7 +270,7 @@ def field_names(config, prefix=''):
   return names
 
 
-_STAGES = (('a',), ('b',), ('a', 'b'), ('one',))
+_STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())  # (): baselines alone.
 _CHOICES = {
     'model.dtype': ('auto', 'bfloat16', 'float32'),
     'model.remat': ('none', 'products', 'full'),
@@ -282,12 +292,14 @@ _MINIMA = {
     'plan.min_context': 1, 'plan.targets_per_row': 1, 'plan.per_behavior': 1,
     'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
-    'score.tolerance': 0, 'retention.max_questions': 1,
+    'score.tolerance': 0, 'retention.max_questions': 1, 'sasrec.steps': 0,
+    'sasrec.batch': 1, 'sasrec.history': 1, 'sasrec.width': 1,
+    'sasrec.layers': 1, 'sasrec.heads': 1, 'sasrec.learning_rate': 0,
 }
 _OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'plan.shots': 0,
                     'train.balanced_steps': 1,
                     'train.balanced_learning_rate': 0}
-_SHARES = {'retention.conversations': 0.9,
+_SHARES = {'retention.conversations': 0.9, 'sasrec.dropout': 0.9,
            'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
            'plan.conversation_share': 0.99,
            'plan.balanced_conversation_share': 0.99, 'plan.temper': 1,
@@ -349,6 +361,10 @@ def _check_sums(config):
         f'train.batch is {config.train.batch} and train.accumulate is '
         f'{config.train.accumulate}; the batch must be a multiple of it.'
     )
+  if config.sasrec.width % config.sasrec.heads:
+    raise InputError(
+        f'sasrec.width is {config.sasrec.width} and sasrec.heads is '
+        f'{config.sasrec.heads}; the width must be a multiple of it.')
   _check_draws(config)
   if tuple(config.stages) not in _STAGES:
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '

@@ -42,6 +42,7 @@ from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.score import report
 from behaviorlm_jax.score import retention as retention_lib
+from behaviorlm_jax.score import sasrec
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop
@@ -190,6 +191,33 @@ def evaluate_base(this):
   if not path.exists():
     evaluation.write_baselines(path, this.events, samples, this.config)
   evaluate(this, folder, None, samples)
+  if this.config.sasrec.steps:
+    evaluate_sasrec(this, samples)
+
+
+def evaluate_sasrec(this, samples):
+  """Trains and evaluates the baseline, once per work directory."""
+  config, events = this.config, this.events
+  folder = this.workdir / 'sasrec'
+  if (folder / 'evaluation.json').exists():
+    return
+  workdir_lib.claim(folder, config, this.fingerprints)
+  with tqdm.tqdm(total=config.sasrec.steps, desc='sasrec', unit='step') as bar:
+
+    def progress(done):
+      bar.update(done)
+      preemption.check()
+
+    model = sasrec.fit(events, config, progress)
+  validation = evaluation.draw_samples(
+      events, 'validation', config.eval.validation_samples, config)
+  scored = [
+      evaluation.Scored(positions, sasrec.log_probs(model, events, positions,
+                                                    config),
+                        [this.prompts.question(p) for p in positions], None)
+      for positions in (samples, validation) if len(positions)]
+  fitted = scored[1] if config.eval.fit and len(validation) else None
+  evaluation.write(folder, this.prompts, scored[0], fitted, config)
 
 
 def evaluate(this, folder, adapter, samples):

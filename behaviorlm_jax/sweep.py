@@ -61,7 +61,11 @@ class Job:
 
   @property
   def finished(self):
-    last = 'a_tuning' if tuple(self.config.stages) == ('a',) else 'b_tuning'
+    stages, last = tuple(self.config.stages), 'b_tuning'
+    if stages == ('a',):
+      last = 'a_tuning'
+    elif not stages:
+      last = 'sasrec' if self.config.sasrec.steps else 'base'
     return (self.folder / last / 'evaluation.json').exists()
 
 
@@ -129,7 +133,7 @@ def run_job(job):
     for name, last in _SHARED:
       _take(job.folder, name, last)
   stages.run(job.config, job.folder)
-  for stage in ('a_tuning', 'b_tuning'):  # The adapters stay.
+  for stage in ('a_tuning', 'b_tuning'):  # Adapters stay.
     shutil.rmtree(job.folder / stage / 'checkpoints', ignore_errors=True)
 
 

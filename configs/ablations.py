@@ -40,20 +40,24 @@ def _controls(config):
       'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
       'no_balance': sweep.method(('no_balance',), 'behaviorlm'),
       'no_anchor_stage': sweep.method(('no_anchor_stage',)),
+      'sasrec': sweep.method(seeds=3, fields={
+          'stages': (), 'sasrec': {'steps': 1500}}),
   }
   config.order = (
-      'behaviorlm', 'one_stage', 'no_difficulty', 'all_behaviors_first',
-      'one_stage_balanced', 'no_auxiliary', 'no_balance', 'no_anchor_stage')
+      'behaviorlm', 'one_stage', 'sasrec', 'no_difficulty',
+      'all_behaviors_first', 'one_stage_balanced', 'no_auxiliary', 'no_balance',
+      'no_anchor_stage')
   config.contrasts = (
       *(('behaviorlm', name) for name in config.order[1:]),
       ('behaviorlm', 'no_balanced_stage'), ('behaviorlm', 'untuned'),
       ('behaviorlm', 'markov'), ('behaviorlm', 'one_stage_adjusted'),
       ('behaviorlm_adjusted', 'one_stage_adjusted'),
+      ('behaviorlm_adjusted', 'sasrec_adjusted'),
       ('behaviorlm_adjusted', 'markov_adjusted'),
       ('behaviorlm_mixed_adjusted', 'one_stage_mixed_adjusted'),
       ('behaviorlm_mixed_adjusted', 'markov_adjusted'))
   config.drawn = ('behaviorlm', 'one_stage', 'one_stage_balanced',
-                  'all_behaviors_first', 'no_difficulty', 'markov')
+                  'all_behaviors_first', 'sasrec', 'markov')
 
 
 def _few_shot(config):

@@ -132,6 +132,19 @@ def test_retention_is_measured_against_the_untuned_model(finished):
                         one['perplexity'] / base['perplexity'], rel_tol=1e-6)
 
 
+def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run,
+                                                           run_stages):
+  workdir = copy_run()
+  fields = {'stages': (), 'sasrec.steps': 2, 'sasrec.width': 8}
+  run_stages(fields, workdir)
+  found = read_json(workdir / 'sasrec' / 'evaluation.json')
+  assert set(found['all']) == SCORES and found['all']['n'] == 60
+  assert set(found['fitted']) == set(adjust.NAMES)
+  assert [row['sample'] for row in predictions(workdir, 'sasrec')] == [
+      row['sample'] for row in predictions(workdir, 'base')]
+  assert '| SASRec, adjusted |' in (workdir / 'report.md').read_text()
+
+
 def test_held_out_conversations_are_not_trained_on(
     make_run_config, base, tmp_path):
   for share in (0.3, 0.0):

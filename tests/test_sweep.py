@@ -26,14 +26,16 @@ SHORT = {'train.steps': 2, 'train.balanced_steps': 2, 'checkpoint.every': 2,
 def make_sweep(make_run_config):
   """A sweep of a log named `walks`; its committed rows lie in `committed`."""
 
-  def make(committed, order=('first', 'drawn', 'one'), **fields):
+  def make(committed, order=('first', 'drawn', 'one', 'sasrec'), **fields):
     config = sweep_config.default()
     config.base = make_run_config(SHORT | fields)
     config.logs = {'walks': config.base.data.events, 'other': ''}
     config.methods = {
         'first': sweep_config.method(seeds=2, stage_a='stage_a'),
         'drawn': sweep_config.method(('no_difficulty',), 'first'),
-        'one': sweep_config.method(('one_stage',))}
+        'one': sweep_config.method(('one_stage',)),
+        'sasrec': sweep_config.method(
+            fields={'stages': (), 'sasrec': {'steps': 3}})}
     config.order = order
     config.contrasts = (('first', 'one'), ('first', 'one_adjusted'),
                         ('first', 'markov'), ('first', 'not_run'))
@@ -89,9 +91,11 @@ def test_every_predictor_has_the_scores_of_its_evaluation(swept):
           for row in read(swept / 'results.csv')}
   assert {key[0] for key in rows if key[1] == '0'} >= {
       'untuned', 'stage_a', 'first', 'drawn', 'one', 'one_adjusted',
-      'first_mixed_adjusted', 'markov', 'markov_adjusted', 'user_frequent'}
+      'first_mixed_adjusted', 'sasrec', 'sasrec_adjusted', 'markov',
+      'markov_adjusted', 'user_frequent'}
   assert {key[0] for key in rows if key[1] == '1'}.isdisjoint({'drawn', 'one'})
-  for name, folder, kind in (('stage_a', 'first/a_tuning', None),
+  for name, folder, kind in (('sasrec_mixed', 'sasrec/sasrec', 'mixed'),
+                             ('stage_a', 'first/a_tuning', None),
                              ('one_adjusted', 'one/b_tuning', 'adjusted')):
     path = swept / 'walks/seed0' / folder / 'evaluation.json'
     found = json.loads(path.read_text())
@@ -105,8 +109,8 @@ def test_every_predictor_has_the_scores_of_its_evaluation(swept):
 def test_runs_share_the_untuned_scores_and_start_from_the_adapter(swept):
   folder = swept / 'walks/seed0'
   base = [(folder / name / 'base/predictions.parquet').read_bytes()
-          for name in ('first', 'drawn', 'one')]
-  assert base[0] == base[1] == base[2]
+          for name in ('first', 'drawn', 'one', 'sasrec')]
+  assert len(set(base)) == 1
   assert not (folder / 'drawn/a_tuning').exists()
   config = json.loads((folder / 'drawn/b_tuning/config.json').read_text())
   assert config['init_from'] == str(folder / 'first')
@@ -175,7 +179,7 @@ def test_the_command_reports_and_explains(swept, tmp_path,
 
 
 def test_a_folder_without_rows_is_refused(tmp_path, make_sweep):
-  with pytest.raises(InputError, match='has no results.csv with rows'):
+  with pytest.raises(InputError, match=r'no results\.csv with rows'):
     sweep.report(make_sweep(tmp_path), tmp_path)
 
 
@@ -246,7 +250,7 @@ def test_the_main_controls_have_three_seeds(tmp_path):
   three = {job.name for job in sweep.jobs(shipped('controls'), tmp_path)
            if job.seed == 2}
   assert three == {'behaviorlm', 'one_stage', 'no_difficulty',
-                   'all_behaviors_first', 'no_auxiliary'}
+                   'all_behaviors_first', 'no_auxiliary', 'sasrec'}
 
 
 def test_few_shot_rows_become_a_curve(tmp_path):

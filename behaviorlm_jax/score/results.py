@@ -145,6 +145,8 @@ class Finished:
       name = _method(job, stage)
       if name:
         self._add(run, stage, name)
+    if run.sasrec:
+      self._add(run, run.sasrec, 'sasrec')
     stage = run.scored[-1]
     self.true = run.encode(stage.column('behavior'))
     for name in ('markov', 'markov_adjusted'):

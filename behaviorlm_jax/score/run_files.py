@@ -31,7 +31,8 @@ class Stage:
 
   @property
   def name(self):
-    return 'one stage' if self.one_stage else STAGES[self.key]
+    names = STAGES | {'sasrec': 'SASRec'}
+    return 'one stage' if self.one_stage else names[self.key]
 
   @property
   def one_stage(self):
@@ -86,6 +87,7 @@ class Run:
   unseen: int  # behaviors of the test split only
   baselines: dict
   stages: list
+  sasrec: Stage | None = None  # The baseline that is trained.
 
   @functools.cached_property
   def events(self):
@@ -132,16 +134,17 @@ class Run:
 def load(workdir) -> Run:
   behaviors = read_json(workdir / 'events/behaviors.json', [])
   known = [row for row in behaviors if row['group'] != 'unseen']
-  stages = [
-      Stage(
+  found = {
+      key: Stage(
           key, folder, read_json(folder / 'config.json', {}),
           read_json(folder / 'evaluation.json', None),
           read_table(folder / 'predictions.parquet'))
-      for key in STAGES if (folder := workdir / key).is_dir()]
+      for key in (*STAGES, 'sasrec') if (folder := workdir / key).is_dir()}
+  sasrec = found.pop('sasrec', None)
   return Run(
       workdir, read_json(workdir / 'events/summary.json', {}), known,
       len(behaviors) - len(known), read_json(workdir / 'baselines.json', {}),
-      stages)
+      list(found.values()), sasrec if sasrec and sasrec.evaluation else None)
 
 
 def plan_targets(path):

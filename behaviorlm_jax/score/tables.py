@@ -31,7 +31,7 @@ def data(run) -> Table:
 def _scored(run):
   """(name, evaluation) of baselines and stages that have one."""
   rows = list(run.baselines.items())
-  for stage in run.scored:
+  for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
     rows.append((stage.name, stage.evaluation))
     fitted = stage.evaluation.get('fitted', {})
     rows += [(f'{stage.name}, {FITTED[name]}', scores)
