@@ -64,6 +64,9 @@ def default():
       warmup=0.1,  # Share of the steps; then cosine to zero.
       weight_decay=0.0,
       clip=1.0,  # Global gradient norm.
+      # How far stage b's adapter goes from the one it began with to the one it
+      # reached: 1 the whole way, 0 nowhere (stages.interpolate).
+      interpolation=1.0,
       # What conversations teach: answers (their likelihood) | kl (to stay where
       # the untuned model is; costs its forward pass).
       auxiliary='answers',
@@ -300,6 +303,7 @@ _OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'plan.shots': 0,
                     'train.balanced_steps': 1,
                     'train.balanced_learning_rate': 0}
 _SHARES = {'retention.conversations': 0.9, 'sasrec.dropout': 0.9,
+           'train.interpolation': 1,
            'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
            'plan.conversation_share': 0.99,
            'plan.balanced_conversation_share': 0.99, 'plan.temper': 1,
@@ -370,6 +374,10 @@ def _check_sums(config):
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '
                      f'{", ".join(map(str, _STAGES))}.')
   _check_auxiliary(config)
+  if config.train.interpolation != 1 and 'b' not in config.stages:
+    raise InputError(
+        f'train.interpolation is {config.train.interpolation}, but this run '
+        'has no stage b whose adapter it could change; leave it at 1.')
   starts_from_a = tuple(config.stages) == ('b',) and (
       'no_anchor_stage' not in config.ablations)
   if config.init_from and not starts_from_a:

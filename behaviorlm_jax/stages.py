@@ -280,7 +280,10 @@ def run_stage(this, stage):
     logging.info('%s is finished.', folder)
     return
   workdir_lib.claim(folder, whole, this.fingerprints)
+  start = jax.device_get(adapter)  # Training takes its place.
   adapter = train(this, stage, folder, plan, plan_hash, adapter)
+  if stage == 'b':
+    adapter = interpolate(start, adapter, config.train.interpolation)
   # A name that others have, too, before the folder it was fetched to.
   name, revision = hub.repository(config.model.address) or (
       this.base.folder or this.base.address, None)
@@ -288,6 +291,18 @@ def run_stage(this, stage):
   evaluation.write_labels(folder / 'labels.json', this.prompts)
   evaluate(this, folder, adapter,
            evaluation.test_samples(this.events, config))
+
+
+def interpolate(start, end, share):
+  """The adapter `share` of the way from one to the other, factor by factor.
+
+  After Wortsman et al., Robust fine-tuning of zero-shot models (CVPR 2022): a
+  point on the way often keeps what the start knew and has much of what was
+  learned since. On the factors a and b, not on their product: the rank stays.
+  """
+  if share == 1:
+    return end
+  return jax.tree.map(lambda x, y: (1 - share) * x + share * y, start, end)
 
 
 def first_adapter(this, stage):

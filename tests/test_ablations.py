@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from pyarrow import parquet
@@ -18,6 +19,7 @@ from behaviorlm_jax import stages
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.model import lora
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
@@ -225,6 +227,22 @@ def test_stage2_starts_from_stage_a_of_another_directory(
   assert not (workdir / 'a_tuning').exists()
   assert (workdir / 'b_tuning' / ADAPTER).read_bytes() == (
       finished / 'b_tuning' / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize('share', [0.0, 0.25])
+def test_interpolation_ends_on_the_way_between_the_stages(
+    script_config, finished, tmp_path, share):
+  config = script_config('stage2')
+  config.init_from, config.train.interpolation = str(finished), share
+  stages.run(config_lib.ablate(config, []), tmp_path / 'work')
+  start, end, found = (
+      lora.load(folder / 'adapter')[0] for folder in (
+          finished / 'a_tuning', finished / 'b_tuning',
+          tmp_path / 'work/b_tuning'))
+  jax.tree.map(lambda x, y, z: np.testing.assert_allclose(
+      z, (1 - share) * x + share * y, rtol=1e-6, atol=1e-8), start, end, found)
+  assert any(np.abs(x - y).max() > 1e-4 for x, y in zip(
+      jax.tree.leaves(start), jax.tree.leaves(end), strict=True))
 
 
 def test_eligible_tails_exist_for_these_tests(finished, make_run_config):
