@@ -517,7 +517,7 @@ def validator(this, stage):
   try:
     stream = segments(this, stage, 'validation', rng)
     plan = plan_lib.take(stream, config, steps, '')
-  except plan_lib.NoSamples:
+  except samples_lib.NoSamples:
     logging.warning('the validation split has no sample for stage %s; the last '
                     'checkpoint will be taken for the best.', stage)
     return lambda adapter: {}

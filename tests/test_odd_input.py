@@ -55,6 +55,23 @@ def test_odd_input_is_warned_of_and_runs(odd_run):
   assert (odd_run / 'report.md').exists()
 
 
+@pytest.mark.parametrize(('fields', 'warned'), [
+    ({}, False), ({'data.split': (0.5, 0.001, 0.499)}, True)])
+def test_a_validation_split_without_a_behavior_or_any_is_no_obstacle(
+    make_log, run_stages, tmp_path, caplog, fields, warned):
+  path = make_log(tmp_path / 'log.csv')
+  lines = path.read_text().splitlines()
+  for user in range(20):  # In training alone.
+    at = 1 + 40 * user + 8
+    lines[at] = lines[at].rpartition(',')[0] + ',museum'
+  path.write_text('\n'.join(lines) + '\n')
+  run_stages({'data.events': str(path), 'train.steps': 1,
+              'train.balanced_steps': 1, **fields})
+  work = tmp_path / 'work'
+  assert (work / 'b_tuning/evaluation.json').exists()
+  assert ('the validation split has no sample' in caplog.text) == warned
+
+
 def test_log_or_model_that_changed_in_place(
     odd_input, odd_run, refused, write_model):
   options = {'workdir': odd_run, 'ablations': ['no_balanced_stage']}

@@ -178,12 +178,12 @@ def spread(windows, samples, rates, rng, weight_of=None):
   Args:
     windows: maker of segments.
     samples: {behavior: positions}.
-    rates: {behavior: int}, windows an epoch; behaviors without samples or rate
-      are left out.
+    rates: {behavior: int}, windows an epoch; behaviors of no rate or without
+      samples are left out.
     rng: numpy Generator.
     weight_of: float [known] or None, see Windows.draw.
   """
-  rates = {b: m for b, m in rates.items() if m and len(samples[b])}
+  rates = {b: m for b, m in rates.items() if m and len(samples.get(b, ()))}
   samples_lib.require(rates, 'stage b')
   queues = {b: _reshuffled(samples[b], rng) for b in rates}
   owner = np.repeat(list(rates), list(rates.values()))
