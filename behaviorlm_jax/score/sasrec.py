@@ -137,7 +137,9 @@ def fit(events, config, progress=lambda n: None):
   held = _ends(events, 'validation', config)
   rng = seeds.stream(config.seed, 'sasrec', 'batches')
   checks = rng.choice(held, min(len(held), CHECKED), replace=False)
-  best, kept = np.inf, nnx.state(model, nnx.Param)
+  # A step changes the model's arrays in place.
+  copy = lambda: jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+  best, kept = np.inf, copy()
   every = -(-sasrec.steps // CHECKS)
   for step in range(1, sasrec.steps + 1):
     ends = rng.choice(draw, sasrec.batch)
@@ -146,7 +148,7 @@ def fit(events, config, progress=lambda n: None):
     if step % every == 0 or step == sasrec.steps:
       found = _validation(model, events, checks, config)
       if found < best or not len(checks):
-        best, kept = found, jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+        best, kept = found, copy()
     progress(1)
   nnx.update(model, kept)
   model.eval()

@@ -175,3 +175,38 @@ def test_only_the_training_split_teaches_and_a_seed_repeats():
   config.seed = 1
   third = sasrec.log_probs(sasrec.fit(events, config), events, samples, config)
   assert np.abs(first - third).max() > 1e-3
+
+
+def test_behaviors_that_training_does_not_know_share_one_id():
+  config, events = make_config(), make_events()
+  events.behavior[41:43] = events.known, events.known + 3
+  window = sasrec.windows(events, np.array([44]), config)
+  assert window['behavior'][0, -3:-1].tolist() == [events.known] * 2
+  batch = sasrec.targets(events, window, 'train')
+  np.testing.assert_array_equal(batch['weight'][0], [0, 0, 0, 0, 1, 1])
+
+
+def test_targets_are_those_of_the_split_alone():
+  config, events = make_config(), make_events()
+  window = sasrec.windows(events, np.array([32]), config)  # Training: to 29.
+  for split, want in (('train', [1, 1, 1, 0, 0, 0]),
+                      ('validation', [0, 0, 0, 1, 1, 1])):
+    weight = sasrec.targets(events, window, split)['weight'][0]
+    np.testing.assert_array_equal(weight, want)
+
+
+@pytest.mark.parametrize('losses, best', [
+    ((3, 1, 2), 1), ((np.nan, np.nan, np.nan), None)])
+def test_the_best_in_validation_is_kept(monkeypatch, losses, best):
+  seen, config = [], make_config(steps=3)
+  weights = lambda model: np.array(model.behaviors.embedding[...])
+
+  def validate(model, *_):
+    seen.append(weights(model))
+    return losses[len(seen) - 1]
+
+  monkeypatch.setattr(sasrec, '_validation', validate)
+  untrained = sasrec.SasRec(config.sasrec, 5, nnx.Rngs(config.seed))
+  model = sasrec.fit(make_events(), config)
+  want = weights(untrained) if best is None else seen[best]
+  np.testing.assert_array_equal(weights(model), want)
