@@ -67,6 +67,10 @@ def default():
       # How far stage b's adapter goes from the one it began with to the one it
       # reached: 1 the whole way, 0 nowhere (stages.interpolate).
       interpolation=1.0,
+      # Behaviors are taught within their list (names), the same less how
+      # frequent each is (balanced; train.step.names_of), or over the vocabulary
+      # (answers). The first two need score.softmax=names.
+      loss='names',
       # What conversations teach: answers (their likelihood) | kl (to stay where
       # the untuned model is; costs its forward pass).
       auxiliary='answers',
@@ -81,7 +85,11 @@ def default():
       # Of the model that scores: bfloat16 | float32 | auto (model.dtype).
       dtype='auto',
       batch=8,  # Prompts per pass.
-      names_per_pass=256,  # Behaviors whose token tree is scored at once.
+      # What each token of a name is normalised over: names (the tokens with
+      # which some behavior goes on; score.labels) | vocabulary.
+      softmax='names',
+      # Behaviors whose token tree is scored at once, over the vocabulary.
+      names_per_pass=256,
       # Nats that the search of a long list may move log p by; 0: no search.
       tolerance=1e-3,
   )
@@ -162,7 +170,9 @@ def _plan():
       selection='weighted',  # weighted | hardest | middle | easiest.
       gamma=1.0,  # Weighted: draw weight is difficulty ** gamma.
       noise_cut=0.0,  # Share of a behavior's hardest candidates left out.
-      neighbours=False,  # Stage b also learns its windows' other events.
+      # Stage b also learns its windows' other events, each weighted min(1, this
+      # times m_c / n_c) by its behavior's budget and training events; 0: not.
+      neighbours=0.0,
   )
 
 
@@ -279,11 +289,13 @@ _CHOICES = {
     'model.remat': ('none', 'products', 'full'),
     'model.attention': ('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
     'score.dtype': ('auto', 'bfloat16', 'float32'),
+    'score.softmax': ('vocabulary', 'names'),
     'plan.content': ('anchors', 'all', 'balanced'),
     'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
     'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
     'difficulty.score': ('nll', 'error', 'margin', 'ifd', 'rho', 'random'),
     'train.auxiliary': ('answers', 'kl'),
+    'train.loss': ('answers', 'names', 'balanced'),
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
 }
 _MINIMA = {
@@ -293,7 +305,8 @@ _MINIMA = {
     'eval.max_samples': 0, 'eval.validation_rows': 1,
     'eval.validation_samples': 1, 'data.history': 1, 'data.profile': 0,
     'plan.min_context': 1, 'plan.targets_per_row': 1, 'plan.per_behavior': 1,
-    'plan.gamma': 0, 'difficulty.candidates': 1, 'seed': 0,
+    'plan.gamma': 0, 'plan.neighbours': 0, 'difficulty.candidates': 1,
+    'seed': 0,
     'train.learning_rate': 0, 'train.clip': 0, 'train.weight_decay': 0,
     'score.tolerance': 0, 'retention.max_questions': 1, 'sasrec.steps': 0,
     'sasrec.batch': 1, 'sasrec.history': 1, 'sasrec.width': 1,
@@ -374,10 +387,11 @@ def _check_sums(config):
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '
                      f'{", ".join(map(str, _STAGES))}.')
   _check_auxiliary(config)
-  if config.train.interpolation != 1 and 'b' not in config.stages:
+  if config.train.loss != 'answers' and config.score.softmax != 'names':
     raise InputError(
-        f'train.interpolation is {config.train.interpolation}, but this run '
-        'has no stage b whose adapter it could change; leave it at 1.')
+        f'train.loss is {config.train.loss!r}, which teaches nothing of the '
+        f'rest of the vocabulary, and score.softmax is '
+        f'{config.score.softmax!r}; set score.softmax=names.')
   starts_from_a = tuple(config.stages) == ('b',) and (
       'no_anchor_stage' not in config.ablations)
   if config.init_from and not starts_from_a:

@@ -11,6 +11,7 @@ so the same command resumes a run wherever it ended.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -40,6 +41,7 @@ from behaviorlm_jax.model import sample
 from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import evaluation
+from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import report
 from behaviorlm_jax.score import retention as retention_lib
 from behaviorlm_jax.score import sasrec
@@ -68,6 +70,13 @@ class Run:
   @property
   def events(self):
     return self.prompts.events
+
+  @functools.cached_property
+  def tree(self):
+    """The names within which train.loss teaches, or None."""
+    if self.config.train.loss == 'answers':
+      return None
+    return labels.build(labels.shortest(self.prompts.labels))
 
   @property
   def fingerprints(self):
@@ -368,7 +377,7 @@ def make_plan(this, stage, folder, adapter):
 def segments(this, stage, split, rng, adapter=None, folder=None):
   """The endless stream of segments of a stage, for training or validation."""
   config, plan = this.config, this.config.plan
-  windows = plan_lib.Windows(this.prompts, config)
+  windows = plan_lib.Windows(this.prompts, config, this.tree)
   share = plan.conversation_share
   if stage == 'b':
     share = plan.balanced_conversation_share
@@ -468,14 +477,14 @@ def train(this, stage, folder, plan, plan_hash, adapter):
       folder / 'checkpoints', config.checkpoint.keep, plan_hash)
   state = saved.restore_latest(state)
   assemble = loader.Assembler(this.prompts, this.conversations,
-                              config.train.length, plan.answers)
+                              config.train.length, plan.answers, this.tree)
   show_example(this, assemble, plan)
   batches = loader.batches(
       plan, assemble, config.train.batch, int(state['step']),
       jax.process_index(), jax.process_count(), config.train.workers)
   step_fn = step_lib.make_step(this.attach, optimizer, schedule,
                                config.train.accumulate, places, this.mesh,
-                               *most_answers(this, plan))
+                               *most_answers(this, plan), names(this))
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
@@ -485,6 +494,16 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   adapter = saved.restore_adapter(best, state)
   saved.close()
   return adapter
+
+
+def names(this):
+  """`names` of step.make_step."""
+  if not this.tree:
+    return None
+  counts = None
+  if this.config.train.loss == 'balanced':
+    counts = [b.train_count for b in this.events.behaviors[:this.events.known]]
+  return step_lib.names_of(this.tree, counts)
 
 
 def most_answers(this, plan):
@@ -522,10 +541,11 @@ def validator(this, stage):
                     'checkpoint will be taken for the best.', stage)
     return lambda adapter: {}
   assemble = loader.Assembler(this.prompts, this.conversations,
-                              config.train.length, plan.answers)
+                              config.train.length, plan.answers, this.tree)
   sums = step_lib.make_validation(
       this.attach, this.mesh, plan_lib.most_answers(
-          plan, config.train.batch, 1, sharding.row_parts(this.mesh)))
+          plan, config.train.batch, 1, sharding.row_parts(this.mesh)),
+      names(this))
   samples = evaluation.draw_samples(this.events, 'validation',
                                     config.eval.validation_samples, config)
 

@@ -5,7 +5,8 @@
 The peer gets the log-probability of every name in its two usual ways, one
 forward pass per name and one pass over the prompt whose keys and values a
 batch of names then reads, and in an unusual one: all names in one row behind
-the prompt, under a mask made by hand.
+the prompt, under a mask made by hand. Both sides normalise every token over the
+vocabulary; ours is also timed as it is by default, within the names.
 Prompts are questions of the log's test split. The last lines
 are the ratios of the median prompts per second, ours over the peer's.
 
@@ -90,9 +91,9 @@ def questions(inputs, count):
 class Ours:
   """The project's Scorer with the adapter, in one type of weights."""
 
-  def __init__(self, inputs, names, dtype, **options):
+  def __init__(self, inputs, names, dtype, softmax='vocabulary', **options):
     config = inputs.config.copy_and_resolve_references()
-    config.score.dtype = dtype
+    config.score.update(dtype=dtype, softmax=softmax)
     attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
                                dtype)
     self.adapter = jax.device_put(inputs.adapter)
@@ -147,7 +148,12 @@ def compare(inputs, scorers, prompts, count, repeats, naive):
   best = {'naive': naive}
   for way, rows in (('cached', _CACHED_ROWS), ('row', (0,))):
     best[way] = choose(way, rows, scorers, middle, names)
-  sides = {name: lambda i, s=one: s(prompts) for name, one in ours.items()}
+  within = {f'within names {dtype}': Ours(inputs, names, dtype, 'names')
+            for dtype in _DTYPES}
+  for one in within.values():
+    one(prompts)
+  sides = {name: lambda i, s=one: s(prompts)
+           for name, one in (ours | within).items()}
   work = dict.fromkeys(sides, len(prompts))
   for way, (dtype, rows) in best.items():
     sides[f'{way} {dtype}'] = lambda i, w=way, d=dtype, r=rows: getattr(
@@ -219,7 +225,8 @@ def grow_cell(inputs, prompts, count):
   """(seconds per prompt, peak memory in GB) in the config's type."""
   names, _ = answers(inputs, count)
   common.forget_peak()
-  ours = Ours(inputs, names, inputs.config.score.dtype)
+  score = inputs.config.score
+  ours = Ours(inputs, names, score.dtype, score.softmax)
   ours(prompts)
   seconds = min(common.once(lambda: ours(prompts)) for _ in range(2))
   return float(seconds / len(prompts)), common.peak_memory()

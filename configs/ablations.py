@@ -4,8 +4,8 @@
     --config.logs.foursquare_nyc=foursquare_nyc.csv.gz \
     --config.logs.india_time_use=india_time_use.csv.gz
 
-All methods take 64 steps of 4 x 640 tokens: 48 of stage a and 16 of stage b, or
-64 of one stage. That is a sixth of a pass over either log: what two CPU cores
+All methods take 72 steps of 4 x 640 tokens: 48 of stage a and 24 of stage b, or
+72 of one stage. That is a sixth of a pass over either log: what two CPU cores
 can repeat often enough to tell methods apart.
 
 configs/ablations.py:few_shot runs the method and one stage where tail behaviors
@@ -35,28 +35,33 @@ def _controls(config):
       'behaviorlm': sweep.method(seeds=3, stage_a='no_balanced_stage'),
       'one_stage': sweep.method(('one_stage',), seeds=3),
       'no_difficulty': sweep.method(('no_difficulty',), 'behaviorlm', seeds=3),
-      'all_behaviors_first': sweep.method(('all_behaviors_first',), seeds=3),
       'one_stage_balanced': sweep.method(('one_stage_balanced',)),
+      'balanced_softmax': sweep.method(('one_stage',), fields={
+          'train': {'loss': 'balanced'}}),
+      'all_behaviors_first': sweep.method(('all_behaviors_first',), seeds=3),
       'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
       'no_balance': sweep.method(('no_balance',), 'behaviorlm'),
-      'no_anchor_stage': sweep.method(('no_anchor_stage',)),
+      # Nothing was learned before that it could go back to half-way.
+      'no_anchor_stage': sweep.method(('no_anchor_stage',), fields={
+          'train': {'interpolation': 1.0}}),
       'sasrec': sweep.method(seeds=3, fields={
           'stages': (), 'sasrec': {'steps': 1500}}),
   }
   config.order = (
       'behaviorlm', 'one_stage', 'sasrec', 'no_difficulty',
-      'all_behaviors_first', 'one_stage_balanced', 'no_auxiliary', 'no_balance',
-      'no_anchor_stage')
+      'one_stage_balanced', 'balanced_softmax', 'all_behaviors_first',
+      'no_auxiliary', 'no_balance', 'no_anchor_stage')
   config.contrasts = (
       *(('behaviorlm', name) for name in config.order[1:]),
       ('behaviorlm', 'no_balanced_stage'), ('behaviorlm', 'untuned'),
       ('behaviorlm', 'markov'), ('behaviorlm', 'one_stage_adjusted'),
       ('behaviorlm_adjusted', 'one_stage_adjusted'),
+      ('behaviorlm_adjusted', 'balanced_softmax_adjusted'),
       ('behaviorlm_adjusted', 'sasrec_adjusted'),
       ('behaviorlm_adjusted', 'markov_adjusted'),
       ('behaviorlm_mixed_adjusted', 'one_stage_mixed_adjusted'),
       ('behaviorlm_mixed_adjusted', 'markov_adjusted'))
-  config.drawn = ('behaviorlm', 'one_stage', 'one_stage_balanced',
+  config.drawn = ('behaviorlm', 'one_stage', 'balanced_softmax',
                   'all_behaviors_first', 'sasrec', 'markov')
 
 
@@ -79,20 +84,20 @@ def _few_shot(config):
 
 def _base():
   config = config_lib.default()
-  config.plan.conversation_share = 0.1
-  config.plan.per_behavior = 2
-  config.plan.neighbours = True
-  config.difficulty.candidates = 4
+  config.plan.conversation_share = 0.25
+  config.plan.per_behavior = 1  # Of at most 3, once each in stage b's steps.
+  config.plan.neighbours = 50.0
+  config.train.learning_rate = 2e-3
+  config.difficulty.candidates = 3
   config.train.batch = 4
   config.train.length = 640
   config.train.accumulate = 2
   config.train.steps = 48
-  config.train.balanced_steps = 16
+  config.train.balanced_steps = 24
   config.train.balanced_learning_rate = 2e-4
+  config.train.interpolation = 0.5
   config.checkpoint.every = 100
   config.score.batch = 2
-  config.score.tolerance = 0.0  # Tuned models are too unsure for the search.
-  config.eval.max_samples = 200
-  config.eval.validation_samples = 100
+  config.eval.max_samples = 400
   config.eval.validation_rows = 8
   return config

@@ -17,7 +17,7 @@ def get_config():
   config.plan.content = 'all'
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 2
-  config.plan.neighbours = True
+  config.plan.neighbours = 1.0
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640  # Two windows of stage 2 fit a row.

@@ -23,7 +23,7 @@ def get_config():
   config.plan.targets_per_row = 16
   config.plan.content = 'all'
   config.plan.per_behavior = 2
-  config.plan.neighbours = True
+  config.plan.neighbours = 1.0
   config.difficulty.candidates = 4
   config.train.learning_rate = 2e-3
   config.train.steps = 24

@@ -35,7 +35,7 @@ FIELDS = {
     'lora.targets': ('q_proj', 'v_proj'),
     'data.instruction': 'Log', 'data.history': 5, 'plan.window': 6,
     'plan.min_context': 2, 'plan.targets_per_row': 4, 'plan.per_behavior': 4,
-    'plan.content': 'anchors', 'plan.neighbours': False,
+    'plan.content': 'anchors', 'plan.neighbours': 0.0,
     'difficulty.candidates': 4, 'train.length': 192, 'train.batch': 2,
     'train.steps': STEPS, 'train.balanced_steps': STEPS, 'train.warmup': 0.1,
     'train.learning_rate': 1e-3, 'train.balanced_learning_rate': 1e-3,

@@ -117,12 +117,13 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
   ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
   ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
   ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
+  ({'score.softmax': 'vocabulary'},
+   ("train.loss is 'names'", "score.softmax is 'vocabulary'",
+    'set score.softmax=names')),
   ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
   ({'train.auxiliary': 'kl', 'plan.conversation_share': 0.0},
    ("train.auxiliary is 'kl'", 'plan.balanced_conversation_share = '
     'plan.conversation_share = 0: ')),
-  ({'train.interpolation': 0.5, 'stages': ('a',)},
-   ('train.interpolation is 0.5', 'no stage b', 'leave it at 1')),
   ({'train.auxiliary': 'kl', 'stages': ('b',)},
    ("train.auxiliary is 'kl'", 'but plan.balanced_conversation_share = 0: ')),
 ])

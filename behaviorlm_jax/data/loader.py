@@ -8,6 +8,8 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   tokens, segments, positions: int32 [B, L]; segment 0 is padding
   answer_positions: int32 [B, A], where the hidden state that predicts stands
   answer_tokens: int32 [B, A]; answer_weights: float32 [B, A], 0 is padding
+  answer_nodes: int32 [B, A], node of the tree of names that the token follows;
+    -1 of conversations, and of all where there is no tree
   answer_auxiliary: bool [B, A], whether a conversation's
   samples: int32 [B], targets of the row
 """
@@ -21,11 +23,13 @@ from behaviorlm_jax.data import plan as plan_lib
 class Assembler:
   """Turns a plan's row into arrays."""
 
-  def __init__(self, prompts, conversations, length, answers):
+  def __init__(self, prompts, conversations, length, answers, tree=None):
+    """`tree`: labels.Tree of what is taught of each name; None: all of it."""
     self.prompts = prompts
     self.conversations = conversations
     self.length = length
     self.answers = answers
+    self.tree = tree
 
   def __call__(self, row):
     arrays = {
@@ -34,13 +38,14 @@ class Assembler:
         'positions': np.zeros(self.length, np.int32),
         'answer_positions': np.zeros(self.answers, np.int32),
         'answer_tokens': np.zeros(self.answers, np.int32),
+        'answer_nodes': np.full(self.answers, -1, np.int32),
         'answer_weights': np.zeros(self.answers, np.float32),
         'answer_auxiliary': np.zeros(self.answers, bool),
         'samples': np.int32(sum(len(s['targets']) for s in row)),
     }
     begin = filled = 0
     for number, segment in enumerate(row, start=1):
-      tokens, where, weights = self._segment(segment)
+      tokens, where, nodes, weights = self._segment(segment)
       end = begin + len(tokens)
       arrays['tokens'][begin:end] = tokens
       arrays['segments'][begin:end] = number
@@ -48,6 +53,7 @@ class Assembler:
       answers = slice(filled, filled + len(where))
       arrays['answer_positions'][answers] = begin + where - 1
       arrays['answer_tokens'][answers] = tokens[where]
+      arrays['answer_nodes'][answers] = nodes
       arrays['answer_weights'][answers] = weights
       arrays['answer_auxiliary'][answers] = (
           segment['kind'] == plan_lib.CONVERSATION)
@@ -55,20 +61,26 @@ class Assembler:
     return arrays
 
   def _segment(self, segment):
-    """Tokens, the indices of its answer tokens, and their weights."""
+    """Tokens, the indices of its answer tokens, their nodes and weights."""
     if segment['kind'] == plan_lib.CONVERSATION:
       conversation = self.conversations[segment['start']]
       where = np.flatnonzero(conversation.answers)
-      return conversation.tokens, where, np.ones(len(where), np.float32)
+      return conversation.tokens, where, -1, np.ones(len(where), np.float32)
     start = segment['start']
     tokens, spans = self.prompts.window(start, segment['stop'])
-    where, weights = [], []
+    where, nodes, weights = [], [], []
     for target, weight in zip(segment['targets'], segment['weights'],
                               strict=True):
       begin, end = spans[target - start]
-      where.append(np.arange(begin, end))
-      weights.append(np.full(end - begin, weight, np.float32))
-    return tokens, np.concatenate(where), np.concatenate(weights)
+      taught, own = np.arange(end - begin), np.full(end - begin, -1)
+      if self.tree:
+        behavior = self.prompts.events.behavior[target]
+        taught = self.tree.choices(behavior)
+        own = self.tree.edge_nodes[self.tree.path(behavior)[taught]]
+      where.append(begin + taught)
+      nodes.append(own)
+      weights.append(np.full(len(taught), weight, np.float32))
+    return tokens, *map(np.concatenate, (where, nodes, weights))
 
 
 class _HostRows:

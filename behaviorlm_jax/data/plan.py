@@ -83,9 +83,14 @@ def check_lengths(prompts, config):
 class Windows:
   """Makes window segments that fit a row, from targets and their context."""
 
-  def __init__(self, prompts, config):
+  def __init__(self, prompts, config, tree=None):
+    """`tree`: see loader.Assembler."""
     self.prompts = prompts
     self.events = prompts.events
+    self.answer_lengths = prompts.answer_lengths[:self.events.known]
+    if tree:
+      self.answer_lengths = np.array([
+          len(tree.choices(b)) for b in range(self.events.known)])
     self.plan = config.plan
     self.length = config.train.length
     self.history = config.data.history
@@ -114,7 +119,7 @@ class Windows:
             f'train.length is {self.length} tokens, but event {targets[0]} '
             f'with {self.plan.min_context} events of context needs '
             f'{length(start, targets[-1] + 1)}; raise train.length.')
-    answers = self.prompts.answer_lengths[self.events.behavior[targets]].sum()
+    answers = self.answer_lengths[self.events.behavior[targets]].sum()
     stop = targets[-1] + 1
     return Segment(WINDOW, int(start), int(stop), tuple(map(int, targets)),
                    # As float32, so that a plan that is read back is the same.

@@ -130,11 +130,15 @@ def weighted_draw(positions, weights, size, rng):
 
 
 def neighbour_weights(events, config):
-  """float [known]: min(1, m_c / n_c), so that neighbours keep the budgets.
+  """float [known]: min(1, plan.neighbours m_c / n_c).
 
-  Under the natural budget all are 1: neighbours come at their natural rates.
+  So neighbours keep the proportions of the budgets m_c, whatever their
+  frequencies n_c, and plan.neighbours says how much they count beside what is
+  drawn. Under the natural budget all are 1: neighbours come at their natural
+  rates.
   """
   if config.plan.budget == 'natural':
     return np.ones(events.known)
   counts = np.array([b.train_count for b in events.behaviors[:events.known]])
-  return np.minimum(1.0, budgets(events, config) / np.maximum(counts, 1))
+  rates = config.plan.neighbours * budgets(events, config)
+  return np.minimum(1.0, rates / np.maximum(counts, 1))

@@ -10,8 +10,15 @@ behavior's score is the sum along its path:
 
 Leaves are never run: nothing follows them. Long lists are cut into chunks of
 names, each with a tree of its own, over the same keys and values.
+
+Each token's softmax runs over the vocabulary or, with score.softmax = names,
+over the tokens with which some name of the list goes on: the distribution of
+decoding that is held to the list. Then a token without an alternative costs
+nothing and says nothing, so names end where they differ from all others
+(`shortest`) and of most trees little is left.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -39,6 +46,32 @@ class Tree:
   edge_tokens: np.ndarray  # int32 [E].
   edge_children: np.ndarray  # int32 [E], node that the edge leads to; 0: leaf.
   paths: np.ndarray  # int32 [Y, T], edges of each answer; E: none.
+
+  @functools.cached_property
+  def node_edges(self):
+    """int32 [1 + N, F], edges of each node; E: none."""
+    edges = [[] for _ in range(len(self.tokens) + 1)]
+    for edge, node in enumerate(self.edge_nodes.tolist()):
+      edges[node].append(edge)
+    most = max(map(len, edges))
+    none = len(self.edge_nodes)
+    return np.array([[*mine, *[none] * (most - len(mine))] for mine in edges],
+                    np.int32)
+
+  def path(self, answer):
+    """Edges int32 [n] of an answer."""
+    path = self.paths[answer]
+    return path[path < len(self.edge_nodes)]
+
+  def choices(self, answer):
+    """Positions int64 [n] of an answer's tokens that have an alternative.
+
+    All, where none has: there is one answer alone.
+    """
+    path = self.path(answer)
+    count = np.bincount(self.edge_nodes)[self.edge_nodes[path]]
+    found = np.flatnonzero(count > 1)
+    return found if len(found) else np.arange(len(path))
 
   @functools.cached_property
   def parents(self):
@@ -87,7 +120,17 @@ def build(answers):
       np.array([nodes.get(p, 0) for p in edges], np.int32), paths)
 
 
-def tree_scores(model, tree, last, cache, lengths):
+def shortest(answers):
+  """The answers as tuples, each cut behind its first token of its own."""
+  answers = list(map(tuple, answers))
+  count = collections.Counter(answer[:i] for answer in answers
+                              for i in range(1, len(answer) + 1))
+  own = lambda answer: next(i for i in range(1, len(answer) + 1)
+                            if count[answer[:i]] == 1)
+  return [answer[:own(answer)] for answer in answers]
+
+
+def tree_scores(model, tree, last, cache, lengths, softmax='vocabulary'):
   """Log-probabilities float32 [B, Y] of a tree's answers after prompts."""
   batch, width = last.shape[0], cache[0].shape[2]
   nodes = len(tree.tokens)
@@ -98,12 +141,12 @@ def tree_scores(model, tree, last, cache, lengths):
     prompt = jnp.arange(width) < lengths[:, None]
     below, _ = model(tokens, positions, _attention(tree, prompt), memory=cache)
     hidden = jnp.concatenate([hidden, below], axis=1)
-  edges = _edge_scores(model, tree, hidden)
+  edges = _edge_scores(model, tree, hidden, softmax)
   edges = jnp.pad(edges, ((0, 0), (0, 1)))  # The edge that paths pad with.
   return edges[:, tree.paths].sum(axis=-1)
 
 
-def _edge_scores(model, tree, hidden):
+def _edge_scores(model, tree, hidden, softmax):
   """hidden [B, 1 + N, D] to log p float32 [B, E] of every edge.
 
   Some rows at a time: logits of [rows, V] that leave a CPU's cache take twice
@@ -111,27 +154,29 @@ def _edge_scores(model, tree, hidden):
   """
   batch, nodes, width = hidden.shape
   rows = 64 if model.on_cpu else 512
-  order, count = np.zeros(len(tree.edge_nodes), np.int32), [0] * nodes
-  for edge, node in enumerate(tree.edge_nodes):
-    order[edge], count[node] = count[node], count[node] + 1
-  children = np.zeros((nodes, max(count)), np.int32)
-  children[tree.edge_nodes, order] = tree.edge_tokens
+  children = np.append(tree.edge_tokens, -1)[tree.node_edges]
   blocks = -(-batch * nodes // rows)
   more = blocks * rows - batch * nodes
   hidden = jnp.pad(hidden.reshape(-1, width), ((0, more), (0, 0)))
   children = np.pad(np.tile(children, (batch, 1)), ((0, more), (0, 0)))
   found = jax.lax.map(
-      lambda x: log_probs(model, *x),
+      lambda x: log_probs(model, *x, softmax),
       (hidden.reshape(blocks, rows, -1), children.reshape(blocks, rows, -1)))
   found = found.reshape(blocks * rows, -1)[:batch * nodes]
-  return found.reshape(batch, nodes, -1)[:, tree.edge_nodes, order]
+  edges = np.argsort(tree.node_edges, axis=None)[:len(tree.edge_nodes)]
+  return found.reshape(batch, -1)[:, edges]
 
 
-def log_probs(model, hidden, tokens):
-  """log p float32 [..., F] of tokens [..., F] after hidden states [..., D]."""
+def log_probs(model, hidden, tokens, softmax='vocabulary'):
+  """log p float32 [..., F] of tokens [..., F] after hidden states [..., D].
+
+  `softmax`: over the vocabulary, or over these tokens ('names'); -1 is none.
+  """
   logits = model.logits(hidden)
-  totals = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  return jnp.take_along_axis(logits, tokens, axis=-1) - totals
+  chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
+  if softmax == 'names':
+    logits = jnp.where(tokens >= 0, chosen, -jnp.inf)
+  return chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 _BLOCK = 128  # Nodes whose attention is computed at a time.

@@ -42,10 +42,14 @@ class Scorer:
     rows = sharding.row_parts(mesh)
     self.batch = -(-score.batch // rows) * rows
     self.tolerance = score.tolerance
-    step = score.names_per_pass
-    trees = [labels_lib.build(labels[i:i + step])
-             for i in range(0, len(labels), step)]
+    softmax, step = score.softmax, score.names_per_pass
     tree = labels_lib.build(labels)  # Refuses clashes.
+    if softmax == 'names':  # Over all names, so they stay together.
+      tree = labels_lib.build(labels_lib.shortest(labels))
+      step = len(labels)
+    trees = [tree] if step >= len(labels) else [
+        labels_lib.build(labels[i:i + step])
+        for i in range(0, len(labels), step)]
     self.index, nodes = search.Index(tree), len(tree.tokens)
     self.searches = bool(self.tolerance) and nodes >= (
         _LONG if long is None else long)
@@ -53,7 +57,8 @@ class Scorer:
     def whole(adapter, params, tokens, lengths):
       model = attach(params, adapter)
       last, cache = model.prefill(tokens, lengths)
-      parts = [labels_lib.tree_scores(model, tree, last, cache, lengths)
+      parts = [labels_lib.tree_scores(model, tree, last, cache, lengths,
+                                      softmax)
                for tree in trees]
       return jnp.concatenate(parts, axis=1)
 
@@ -63,11 +68,12 @@ class Scorer:
       root = jnp.broadcast_to(self.index.root_tokens,
                               (len(last), len(self.index.root_tokens)))
       room = [(0, 0)] * 2 + [(0, _SLOTS)] + [(0, 0)] * 2
-      return labels_lib.log_probs(model, last, root), tuple(
+      return labels_lib.log_probs(model, last, root, softmax), tuple(
           jnp.pad(x, room) for x in cache)
 
     def expand(adapter, params, cache, *arguments):
-      return search.expand(attach(params, adapter), tree, cache, *arguments)
+      return search.expand(attach(params, adapter), tree, softmax, cache,
+                           *arguments)
 
     everywhere = sharding.replicated(mesh)
     self._whole = jax.jit(whole, out_shardings=everywhere)
@@ -151,7 +157,7 @@ class Scorer:
         break
       nodes = np.zeros((self.batch, _ROUND), np.int32)
       seen = np.zeros((self.batch, _ROUND, _SLOTS), bool)
-      children = np.zeros((self.batch, _ROUND, self.index.most), np.int32)
+      children = np.full((self.batch, _ROUND, self.index.most), -1, np.int32)
       for row, (one, some) in enumerate(zip(searches, chosen, strict=True)):
         nodes[row, :len(some)] = some
         one.place(some, begin, seen[row], children[row])

@@ -172,18 +172,19 @@ class Search:
     return result
 
 
-def expand(model, tree, cache, lengths, nodes, seen, children, begin):
+def expand(model, tree, softmax, cache, lengths, nodes, seen, children, begin):
   """Runs nodes behind their prompts.
 
   Args:
     model: decoder.Decoder.
     tree: labels.Tree.
+    softmax: see labels.log_probs.
     cache: keys and values [layers, B, P + C, K, head_dim], of P tokens of the
       prompts and C slots.
     lengths: int32 [B], of the prompts.
     nodes: int32 [B, M], to run; 0 is none.
     seen: bool [B, M, C], slots that each sees.
-    children: int32 [B, M, F], tokens that may follow each.
+    children: int32 [B, M, F], tokens that may follow each; -1: none.
     begin: int32, slot of nodes[:, 0]; at most C - M.
 
   Returns:
@@ -210,6 +211,6 @@ def expand(model, tree, cache, lengths, nodes, seen, children, begin):
   cache = tuple(
       jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
       for old, more in zip(cache, new, strict=True))
-  found = jax.lax.map(lambda x: labels.log_probs(model, *x),
+  found = jax.lax.map(lambda x: labels.log_probs(model, *x, softmax),
                       (hidden, children))
   return found, cache

@@ -8,18 +8,70 @@ optimizer state exists for it alone.
 
 The answer tokens of conversations may be taught by the divergence from the
 frozen base instead of their likelihood (train.auxiliary): that costs a forward
-pass of the base.
+pass of the base. Those of behaviors may be taught within the list of names
+(train.loss).
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from behaviorlm_jax.model import attention
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.train import sharding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Names:
+  """What may follow each node of the tree of names (score.labels).
+
+  Attributes:
+    tokens: int32 [nodes, F]; -1 is none.
+    bonus: float32 [nodes, F], added to the logits of these tokens.
+  """
+  tokens: np.ndarray
+  bonus: np.ndarray
+
+  def losses(self, logits, tokens, nodes):
+    """Negative log-likelihoods float32 [...] of tokens int32 [...].
+
+    Of a token at a node int32 [...] the softmax runs over what may follow that,
+    logits [..., V] with their bonus; at node -1 over the vocabulary.
+    """
+    options = jnp.asarray(self.tokens)[nodes]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(options, 0), axis=-1)
+    chosen = chosen + jnp.asarray(self.bonus)[nodes]
+    own = jnp.sum(jnp.where(options == tokens[..., None], chosen, 0), axis=-1)
+    chosen = jnp.where(options >= 0, chosen, -jnp.inf)
+    within = jax.nn.logsumexp(chosen, axis=-1) - own
+    return jnp.where(nodes >= 0, within, _over_vocabulary(logits, tokens))
+
+
+def names_of(tree, counts=None):
+  """The Names of a labels.Tree.
+
+  With `counts`, training samples int [Y] of each name, the bonus of a token is
+  the log count of the names below it: the balanced softmax of Ren et al.
+  (Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020) at
+  every node, under which the logits alone are those of equally frequent names.
+  """
+  edges = len(tree.edge_tokens)
+  below = np.ones(edges)
+  if counts is not None:
+    below = np.zeros(edges)
+    for name, count in enumerate(counts):
+      below[tree.path(name)] += count
+  pick = lambda values, none: np.append(values, none)[tree.node_edges]
+  return Names(pick(tree.edge_tokens, -1).astype(np.int32),
+               pick(np.log(below), 0).astype(np.float32))
+
+
+def _over_vocabulary(logits, tokens):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
 
 
 def make_optimizer(train):
@@ -34,10 +86,12 @@ def make_optimizer(train):
   return adam, schedule
 
 
-def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None):
+def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None,
+              names=None):
   """Weighted loss of the answer tokens, and the weights.
 
-  A token's loss is its negative log-likelihood. With `base`, tokens that are
+  A token's loss is its negative log-likelihood, over the vocabulary or within
+  `names`. With `base`, tokens that are
   `answer_auxiliary` have the divergence from it instead:
 
     KL(p0 || p) = sum_v p0(v | x_t) (log p0(v | x_t) - log p(v | x_t))
@@ -51,16 +105,17 @@ def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None):
       have, and the head runs on G x N of them. None: on all B x A.
     base: the decoder without the adapter, p0, or None.
     auxiliary: as `answers`, of the auxiliary ones.
+    names: Names, or None.
 
   Returns:
     Two float32 scalars, sums and not means.
   """
   hidden, weights = _hidden(model, batch), batch['answer_weights']
   if base is None:
-    return _likelihood(model, hidden, batch, weights, groups, answers)
+    return _likelihood(model, hidden, batch, weights, groups, answers, names)
   of_base, chosen = _hidden(base, batch), batch['answer_auxiliary']
   own = _likelihood(model, hidden, batch, jnp.where(chosen, 0, weights),
-                    groups, answers)
+                    groups, answers, names)
   kept = _divergence(model, hidden, of_base, batch,
                      jnp.where(chosen, weights, 0), groups, auxiliary)
   return own[0] + kept[0], own[1] + kept[1]
@@ -71,15 +126,16 @@ def _hidden(model, batch):
                              batch['segments'])[0]
 
 
-def _likelihood(model, hidden, batch, weights, groups, most):
-  where, tokens, weights = _chosen(batch, weights, groups, most)
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-      model.logits(_at(hidden, where)), tokens)
+def _likelihood(model, hidden, batch, weights, groups, most, names):
+  where, tokens, nodes, weights = _chosen(batch, weights, groups, most)
+  logits = model.logits(_at(hidden, where))
+  losses = (names.losses(logits, tokens, nodes) if names else
+            _over_vocabulary(logits, tokens))
   return jnp.sum(losses * weights), jnp.sum(weights)
 
 
 def _divergence(model, hidden, of_base, batch, weights, groups, most):
-  where, _, weights = _chosen(batch, weights, groups, most)
+  where, _, _, weights = _chosen(batch, weights, groups, most)
   # An adapter does not touch the head, so the model's serves both.
   ours, base = (jax.nn.log_softmax(model.logits(_at(x, where)))
                 for x in (hidden, of_base))
@@ -88,13 +144,13 @@ def _divergence(model, hidden, of_base, batch, weights, groups, most):
 
 
 def _chosen(batch, weights, groups, most):
-  """Positions, tokens and weights [G, N] of answers of some weight."""
+  """Positions, tokens, nodes and weights [G, N] of answers of some weight."""
   most = most or weights.size // groups
   split = lambda x: x.reshape(groups, -1, *x.shape[1:])
   return jax.vmap(functools.partial(
       _compact, length=batch['tokens'].shape[1], most=most))(
           split(batch['answer_positions']), split(batch['answer_tokens']),
-          split(weights))
+          split(batch['answer_nodes']), split(weights))
 
 
 def _at(hidden, where):
@@ -103,7 +159,7 @@ def _at(hidden, where):
   return jnp.take_along_axis(hidden, where[..., None], axis=1)
 
 
-def _compact(where, tokens, weights, length, most):
+def _compact(where, tokens, nodes, weights, length, most):
   """Those of some weight of a group's answers [rows, A], as [most] each.
 
   `where` becomes positions in all rows of the group, one after the other.
@@ -111,20 +167,20 @@ def _compact(where, tokens, weights, length, most):
   where = where + length * jnp.arange(len(where))[:, None]
   (chosen,) = jnp.nonzero(weights.ravel(), size=most, fill_value=weights.size)
   pick = lambda x: x.ravel().at[chosen].get(mode='fill', fill_value=0)
-  return pick(where), pick(tokens), pick(weights)
+  return pick(where), pick(tokens), pick(nodes), pick(weights)
 
 
 def gradient(adapter, params, batch, attach, accumulate, groups=1,
-             answers=None, auxiliary=None):
+             answers=None, auxiliary=None, names=None):
   """Loss (mean over the batch's weights), its gradient and the weight sum.
 
-  `answers` and `auxiliary`: see make_step.
+  `answers` and `auxiliary`: see make_step; `names`: see loss_sums.
   """
 
   def sums(adapter, part):
     base = attach(params, None) if auxiliary else None
     return loss_sums(attach(params, adapter), part, groups, answers, base,
-                     auxiliary)
+                     auxiliary, names)
 
   if accumulate == 1:
     (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
@@ -200,19 +256,20 @@ def init_state(adapter, optimizer, shardings):
 
 
 def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
-              answers=None, auxiliary=None):
+              answers=None, auxiliary=None, names=None):
   """jitted (state, params, batch) -> (state, metrics); state is donated.
 
   `answers`: the most in a device's rows of a micro-batch, see loss_sums.
   `auxiliary`: the most of conversations, if these are taught by their
   divergence from the base, and `answers` the most of the rest; None: all are
-  taught alike, and no base runs.
+  taught alike, and no base runs. `names`: see loss_sums.
   """
   groups = sharding.row_parts(mesh)
 
   def step(state, params, batch):
     loss, grads, weight = gradient(state['adapter'], params, batch, attach,
-                                   accumulate, groups, answers, auxiliary)
+                                   accumulate, groups, answers, auxiliary,
+                                   names)
     updates, moments = optimizer.update(grads, state['optimizer'],
                                         state['adapter'])
     new = {'adapter': optax.apply_updates(state['adapter'], updates),
@@ -229,11 +286,12 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
                  out_shardings=(shardings, sharding.replicated(mesh)))
 
 
-def make_validation(attach, mesh, answers=None):
+def make_validation(attach, mesh, answers=None, names=None):
   """jitted (adapter, params, batch) -> (loss sum, weight sum)."""
   groups = sharding.row_parts(mesh)
 
   def sums(adapter, params, batch):
-    return loss_sums(attach(params, adapter), batch, groups, answers)
+    return loss_sums(attach(params, adapter), batch, groups, answers,
+                     names=names)
 
   return jax.jit(sums, out_shardings=sharding.replicated(mesh))

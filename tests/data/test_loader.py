@@ -11,6 +11,7 @@ from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.score import labels
 
 BATCH, STEPS = 4, 6
 HEADER = b'User: Go on.\nAssistant:\n'  # Of the tokenizer without template.
@@ -87,6 +88,7 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
     # Where the token before each answer token stands.
     'answer_positions': [36, 37, 38, 40, 41, 72, 73, 74, 88, 89, 90] + [0] * 5,
     'answer_tokens': [*b' b\n', 71, 72, *b' c\n', *b' b\n'] + [0] * 5,
+    'answer_nodes': [-1] * 16,
     'answer_weights': [0.5] * 3 + [1.0] * 2 + [0.25] * 3 + [1.0] * 3 + [0] * 5,
     'answer_auxiliary': [False] * 3 + [True] * 2 + [False] * 11,
     'samples': 3,
@@ -97,6 +99,28 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
     'answer_auxiliary': 'bool'}
   predicted = arrays['answer_positions'][:11] + 1
   assert arrays['tokens'][predicted].tolist() == expected['answer_tokens'][:11]
+
+
+def test_within_names_only_what_tells_them_apart_is_taught(prompts):
+  """Of the answers ' a', ' b' and ' c' all begin alike."""
+  talk = conversations.Conversation(
+    np.array([70, 71, 72], np.int32), np.array([0, 1, 1], bool))
+  row = [
+    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [],
+     'weights': []},
+    {'kind': 'window', 'start': 2, 'stop': 5, 'targets': [2, 4],
+     'weights': [0.25, 1.0]},
+  ]
+  tree = labels.build(labels.shortest(prompts.labels))
+  arrays = loader.Assembler(prompts, [talk], 60, 8, tree)(row)
+  assert tree.tokens.tolist() == [*b' ']
+  taught = arrays['answer_positions'][:4] + 1
+  assert arrays['answer_tokens'].tolist() == [71, 72, *b'cb', 0, 0, 0, 0]
+  assert arrays['tokens'][taught].tolist() == [71, 72, *b'cb']
+  assert arrays['answer_nodes'].tolist() == [-1, -1, 1, 1, -1, -1, -1, -1]
+  assert arrays['answer_weights'].tolist() == [1, 1, .25, 1, 0, 0, 0, 0]
+  windows = plan_lib.Windows(prompts, config_lib.default(), tree)
+  assert windows.make(0, [4], [1.0]).answers == 1
 
 
 def test_a_planned_row_has_the_tokens_and_answers_of_its_plan(plan, assemble):

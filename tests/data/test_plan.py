@@ -161,7 +161,7 @@ def test_neighbours_are_taught_with_class_balanced_weights(table, make_windows):
   windows = make_windows()
   counts = [b.train_count for b in table.behaviors]
   weight_of = subset_lib.neighbour_weights(table, make_config(
-    plan__per_behavior=7))
+    plan__per_behavior=14, plan__neighbours=0.5))
   assert min(counts) < 7 < max(counts)
   np.testing.assert_allclose(weight_of, [min(1, 7 / n) for n in counts])
   segment = windows.draw(40, weight_of)

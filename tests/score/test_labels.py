@@ -27,6 +27,12 @@ def test_build_gives_the_tree_of_a_hand_example():
   assert tree.paths.tolist() == [[0, 1, 2], [0, 3, 4], [5, 6, 8], [7, 8, 8]]
 
 
+def test_a_token_is_a_choice_where_another_could_follow():
+  tree = labels.build([[5, 6, 9], [5, 6, 7, 7, 9], [8, 9]])
+  assert [tree.choices(y).tolist() for y in range(3)] == [[0, 2], [0, 2], [0]]
+  assert labels.build([[5, 6, 9]]).choices(0).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize('names', [
   pytest.param([[1, 2], [3], [1, 2]], id='equal'),
   pytest.param([[1, 2], [3], [1, 2, 3]], id='beginning of another'),
@@ -35,6 +41,13 @@ def test_build_gives_the_tree_of_a_hand_example():
 def test_names_that_cannot_be_told_apart_are_refused(names):
   with pytest.raises(InputError, match=r'data\.events: two behavior names'):
     labels.build(names)
+
+
+def test_shortest_cuts_behind_the_first_token_of_its_own():
+  names = [[5, 6, 9], [5, 7, 8, 9], [8, 9, 9], [9], [5, 7, 7, 7, 9]]
+  assert labels.shortest(names) == [
+    (5, 6), (5, 7, 8), (8,), (9,), (5, 7, 7)
+  ]
 
 
 def test_log_softmax_equals_scipys():

@@ -32,7 +32,7 @@ def make_prompts(lengths=LENGTHS):
 def make_scorer(base, names=NAMES, long=10**6, **fields):
   """A Scorer in float32 on all devices (here: one); `long`: see there."""
   config = config_lib.default()
-  config.score.update({'batch': 2} | fields)
+  config.score.update({'batch': 2, 'softmax': 'vocabulary'} | fields)
   mesh = sharding.make_mesh(config.mesh, config.train.batch)
   params = weights.read_params(base, np.float32, sharding.placer(mesh))
   attach = step.attacher(base.config, config, mesh, 'float32')
@@ -79,6 +79,39 @@ def test_scores_of_a_complete_tree_sum_to_one(llama):
   assert np.exp(scores.astype(np.float64)).sum() == pytest.approx(1, abs=1e-4)
 
 
+def within_names(model, prompts, names):
+  """log p of each name, every token among those that go on with some name."""
+  found = np.zeros((len(prompts), len(names)))
+  for row, prompt in enumerate(prompts):
+    for column, name in enumerate(names):
+      for i in range(len(name)):
+        nexts = {other[i] for other in names
+                 if len(other) > i and other[:i] == name[:i]}
+        tokens = torch.tensor([[*prompt, *name[:i]]])
+        with torch.no_grad():
+          logits = model(tokens.long()).logits[0, -1].double()
+        total = torch.logsumexp(logits[sorted(nexts)], 0)
+        found[row, column] += float(logits[name[i]] - total)
+  return found
+
+
+@pytest.mark.parametrize('fields', [{}, {'names_per_pass': 2}])
+def test_scores_within_names_equal_a_softmax_over_what_goes_on(llama, fields):
+  model, base = llama
+  prompts = make_prompts()
+  found = whole_scores(base, prompts, softmax='names', **fields)
+  np.testing.assert_allclose(found, within_names(model, prompts, NAMES),
+                             rtol=0, atol=1e-3)
+  np.testing.assert_allclose(np.exp(found.astype(np.float64)).sum(axis=1), 1,
+                             atol=1e-5)
+
+
+def test_within_names_only_what_tells_names_apart_is_run(llama):
+  nodes = lambda scorer: len(scorer.index.tree.tokens)
+  assert nodes(make_scorer(llama[1])) == 12
+  assert nodes(make_scorer(llama[1], softmax='names')) == 2  # 5 and 5, 6.
+
+
 def test_an_adapter_changes_the_scores(llama):
   _, base = llama
   scorer, prompts = make_scorer(base), make_prompts((9, 30))
@@ -115,13 +148,16 @@ def many_names():
   return [list(name) for name in sorted(names)]
 
 
+@pytest.mark.parametrize('softmax', ['vocabulary', 'names'])
 @pytest.mark.parametrize('tolerance', [1e-3, 0.3])
-def test_a_certified_search_equals_the_whole_list(llama, tolerance):
+def test_a_certified_search_equals_the_whole_list(llama, tolerance, softmax):
   names, prompts = many_names(), make_prompts((40, 1, 17, 33, 70))
-  expected = labels.log_softmax(whole_scores(llama[1], prompts, names))
+  expected = labels.log_softmax(
+    whole_scores(llama[1], prompts, names, softmax=softmax))
   # A bad name, too, is scored where it is wanted.
   wanted = np.argsort(expected, axis=1)[:, [0, 3, -9, -2, -1]].diagonal()
-  scorer = make_scorer(llama[1], names, long=1, tolerance=tolerance)
+  scorer = make_scorer(llama[1], names, long=1, tolerance=tolerance,
+                       softmax=softmax)
   scores, uncertified = scorer(None, prompts, wanted)
   assert uncertified.tolist() == [False] * len(prompts)
   found, rows = labels.log_softmax(scores), np.arange(len(prompts))

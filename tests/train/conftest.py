@@ -43,6 +43,7 @@ def make_batch():
              for name in ('tokens', 'segments', 'positions')}
     for name in ('answer_positions', 'answer_tokens'):
       batch[name] = np.zeros((len(rows), answers), np.int32)
+    batch['answer_nodes'] = np.full((len(rows), answers), -1, np.int32)
     batch['answer_weights'] = np.zeros((len(rows), answers), np.float32)
     batch['answer_auxiliary'] = np.zeros((len(rows), answers), bool)
     batch['samples'] = np.ones(len(rows), np.int32)

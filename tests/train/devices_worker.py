@@ -17,17 +17,23 @@ from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
+from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
 KINDS = (plan_lib.WINDOW, plan_lib.CONVERSATION)
 ROWS, LENGTH, ANSWERS, STEPS, PARTS = 16, 16, 5, 3, 2
+NAMES = [np.array([a, b, 1]) for a in range(10, 15) for b in range(20, 24)]
+TREE = labels.build(NAMES)
 
 
 def draw_batch(generator):
-  """Rows of two segments and unequal weights."""
+  """Rows of two segments and unequal weights; two answers of each are those of
+  a conversation, the others of names."""
   draw = lambda high, n: generator.integers(0, high, (ROWS, n), np.int32)
+  own = np.tile(np.arange(ANSWERS) >= 2, (ROWS, 1))
+  edges = generator.integers(0, len(TREE.edge_tokens), (ROWS, ANSWERS))
   segments = np.repeat([[1, 2]], LENGTH // 2, axis=1).repeat(ROWS, axis=0)
   positions = np.tile(np.arange(LENGTH // 2), 2)[None].repeat(ROWS, axis=0)
   return {
@@ -35,11 +41,13 @@ def draw_batch(generator):
     'segments': segments.astype(np.int32),
     'positions': positions.astype(np.int32),
     'answer_positions': draw(LENGTH, ANSWERS),
-    'answer_tokens': draw(256, ANSWERS),
+    'answer_tokens': np.where(own, TREE.edge_tokens[edges],
+                              draw(256, ANSWERS)).astype('i4'),
+    'answer_nodes': np.where(own, TREE.edge_nodes[edges], -1).astype('i4'),
     # Some are none: rows differ in how many answers they have.
     'answer_weights': generator.uniform(-1, 2, (ROWS, ANSWERS)).astype('f4')
                       .clip(0),
-    'answer_auxiliary': np.tile(np.arange(ANSWERS) < 2, (ROWS, 1)),
+    'answer_auxiliary': ~own,
     'samples': np.ones(ROWS, 'i4'),
   }
 
@@ -76,7 +84,7 @@ def train(sizes):
   def losses(*most):
     state, found = step_lib.init_state(adapter, optimizer, places), []
     run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, mesh,
-                             *most)
+                             *most, names=step_lib.names_of(TREE))
     for _ in range(STEPS):
       state, metrics = run(state, params, batch)
       found.append(float(metrics['loss']))
@@ -85,8 +93,8 @@ def train(sizes):
   kept, _ = losses(*map(most, KINDS))
   likely, state = losses(most())
   local = sum(p.addressable_shards[0].data.nbytes for p in params.values())
-  names = [np.array([a, b, 1]) for a in range(10, 15) for b in range(20, 24)]
-  scorer = scorer_lib.Scorer(attach, params, names, config.score, mesh, long=0)
+  config.score.softmax = 'vocabulary'  # A tree that is worth a search.
+  scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, mesh, long=0)
   prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
   scores, _ = scorer(state['adapter'], prompts)
   return {'losses': likely, 'losses_kl': kept, 'bytes': local,

@@ -16,6 +16,7 @@ import transformers
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.model import lora
+from behaviorlm_jax.score import labels
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
@@ -38,7 +39,7 @@ def make_config(**fields):
 
 
 # One function and one `attach`, so that the tests share compilations.
-gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7))
+gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7, 8))
 
 
 @pytest.fixture(scope='module')
@@ -192,6 +193,91 @@ def test_room_for_the_fullest_group_does_not_change_the_divergence(
   assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
   assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
   assert_close(found, expected, 1e-5)
+
+
+NAMES = [[5, 6, 1], [5, 7, 1], [5, 7, 8, 1], [9, 1], [10, 11, 1], [12, 1]]
+COUNTS = [40, 3, 2, 100, 7, 1]
+
+
+def taught(batch, tree, generator):
+  """The batch with answers that are nodes of a tree, of windows alone."""
+  edges = generator.integers(0, len(tree.edge_tokens),
+                             batch['answer_tokens'].shape)
+  own = ~batch['answer_auxiliary']
+  return batch | {
+    'answer_tokens': np.where(own, tree.edge_tokens[edges],
+                              batch['answer_tokens']),
+    'answer_nodes': np.where(own, tree.edge_nodes[edges], -1).astype('i4')}
+
+
+def torch_names_loss(model, batch, tree, bonus):
+  """Of tokens at a node, within the rows of its edges, one by one."""
+  total = torch.zeros(())
+  for row, segments in enumerate(batch['segments']):
+    for number in range(1, segments.max() + 1):
+      where = np.flatnonzero(segments == number)
+      tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
+      logits = model(tokens[None]).logits[0]
+      for position, token, weight, node in zip(*(
+          batch[f'answer_{name}'][row] for name in
+          ('positions', 'tokens', 'weights', 'nodes')), strict=True):
+        if not weight or position not in where:
+          continue
+        own = logits[position - where[0]]
+        options = list(range(len(own)))
+        if node >= 0:
+          edges = np.flatnonzero(tree.edge_nodes == node)
+          options = tree.edge_tokens[edges].tolist()
+          own = own[options] + torch.tensor(bonus[edges])
+        total = total - weight * torch.log_softmax(own, -1)[
+          options.index(token)]
+  return total / batch['answer_weights'].sum()
+
+
+@pytest.mark.parametrize('counts', [None, COUNTS])
+@pytest.mark.parametrize('accumulate, most', [(1, None), (2, 40)])
+def test_names_are_taught_within_their_list(
+  tmp_path, llama, params, adapter, attach, make_batch, counts, accumulate, most
+):
+  tree = labels.build(NAMES)
+  batch = taught(make_batch(ROWS), tree, np.random.default_rng(1))
+  assert (batch['answer_nodes'] >= 0).any()
+  assert (batch['answer_weights'][batch['answer_nodes'] < 0] > 0).any()
+  # Names below each edge, by their beginnings.
+  below = [sum(c for name, c in zip(NAMES, counts or (), strict=False)
+               if edge in tree.paths[NAMES.index(name)])
+           for edge in range(len(tree.edge_tokens))]
+  bonus = np.log(below).astype('f4') if counts else np.zeros(len(below), 'f4')
+  lora.export(tmp_path, adapter, make_config().lora.alpha, llama.folder)
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    llama.folder, dtype=torch.float32)
+  model = peft.PeftModel.from_pretrained(base, tmp_path)
+  with torch.no_grad():
+    expected = torch_names_loss(model, batch, tree, bonus).item()
+  names = step_lib.names_of(tree, counts)
+  loss, _, _ = gradient(adapter, params, batch, attach, accumulate, 1, most,
+                        None, names)
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_balanced_loss_of_a_name_is_that_of_the_whole_list():
+  """Along a path, log n_y + s(y) against all of them (Ren et al., eq. 3)."""
+  tree = labels.build(labels.shortest(NAMES))
+  logits = np.random.default_rng(0).normal(0, 3, (1 + len(tree.tokens), 20))
+  names = step_lib.names_of(tree, COUNTS)
+  log_p = np.zeros(len(NAMES))
+  for name in range(len(NAMES)):
+    for edge in tree.path(name):
+      node = tree.edge_nodes[edge]
+      log_p[name] -= names.losses(logits[node], tree.edge_tokens[edge], node)
+  assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-5)
+  flat = labels.build([[y] for y in range(len(COUNTS))])  # Every name a token.
+  scores = logits[0, :len(COUNTS)]
+  found = [step_lib.names_of(flat, COUNTS).losses(scores, np.int32(y), 0)
+           for y in range(len(COUNTS))]
+  joint = np.log(COUNTS) + scores
+  np.testing.assert_allclose(found, np.logaddexp.reduce(joint) - joint,
+                             rtol=1e-4)
 
 
 def of_conversations(batch):
