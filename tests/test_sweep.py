@@ -9,6 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.metrics
+from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import sweep
@@ -117,6 +119,39 @@ def test_runs_share_the_untuned_scores_and_start_from_the_adapter(swept):
   assert not list(swept.rglob('checkpoints'))
 
 
+def test_deciles_go_from_the_most_frequent_behaviors_on(swept):
+  """F1 of each tenth, of one run, by hand."""
+  folder = swept / 'walks/seed0/one'
+  behaviors = json.loads((folder / 'events/behaviors.json').read_text())
+  counts = {b['name']: -b['train_count'] for b in behaviors if b['train_count']}
+  names = sorted(counts, key=counts.get)  # Stable: equals by id.
+  table = parquet.read_table(folder / 'b_tuning/predictions.parquet')
+  true, predicted = (table[c].to_pylist() for c in ('behavior', 'predicted'))
+  f1 = sklearn.metrics.f1_score(true, predicted, labels=names, average=None,
+                                zero_division=0)
+  rows = {row['group']: float(row['value'])
+          for row in read(swept / 'results.csv')
+          if row['method'] == 'one' and row['metric'] == 'f1_macro'}
+  for i, part in enumerate(np.array_split(f1, 10), start=1):
+    if len(part):
+      assert rows[f'decile_{i}'] == pytest.approx(part.mean(), abs=1e-5)
+  assert 'decile_1' in rows
+
+
+def test_cost_is_that_of_both_stages(swept):
+  rows = {(row['method'], row['metric']): float(row['value'])
+          for row in read(swept / 'results.csv')
+          if row['group'] == 'training' and row['seed'] == '0'}
+  targets = lambda folder: sum(json.loads(line)['samples'] for line in (
+      swept / 'walks/seed0' / folder / 'metrics.jsonl').open())
+  first = targets('first/a_tuning')
+  assert rows['stage_a', 'targets'] == first
+  for name in ('first', 'drawn'):
+    assert rows[name, 'targets'] == first + targets(f'{name}/b_tuning')
+  assert rows['one', 'targets'] == targets('one/b_tuning')
+  assert rows['one', 'seconds'] > 0
+
+
 def test_finished_and_committed_runs_are_not_run_again(
     swept, make_sweep, tmp_path, monkeypatch):
   ran = []
@@ -158,7 +193,9 @@ def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
   text = (tmp_path / 'tables.md').read_text()
   assert '## walks' in text and '| one_adjusted | 1 | 20 |' in text
   assert '±' in text and '![' in text
-  assert (tmp_path / 'trade_off.png').read_bytes().startswith(b'\x89PNG')
+  for name in ('trade_off', 'deciles', 'retention'):
+    data = (tmp_path / f'{name}.png').read_bytes()
+    assert data.startswith(b'\x89PNG')
 
 
 def test_the_command_reports_and_explains(swept, tmp_path,

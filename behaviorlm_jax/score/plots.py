@@ -118,6 +118,44 @@ def few_shot(path, panels):
           'mean F1 (fraction)')
 
 
+def deciles(path, panels):
+  """F1 against how frequent behaviors are.
+
+  Args:
+    panels: {title: {predictor: {decile: F1}}}, 1 the most frequent tenth.
+  """
+
+  def draw(axes, values, look):
+    axes.set_xticks(range(1, 11))
+    line, = axes.plot(list(values), list(values.values()), **look, markersize=6)
+    return line
+
+  _curves(path, panels, draw, 'tenth of the behaviors, 1 the most frequent',
+          'mean F1 (fraction)')
+
+
+def kept(path, panels, x):
+  """A mark per predictor, one below the other, and a line at 1.
+
+  Args:
+    panels: {title: {predictor: values over the seeds}}.
+    x: what they are.
+  """
+  names = list(dict.fromkeys(itertools.chain(*panels.values())))[::-1]
+  figure, row = _figure(len(panels), height=1.4 + 0.3 * len(names), width=WIDE)
+  for axes, (title, found) in zip(row, panels.items(), strict=True):
+    for y, name in enumerate(names):
+      values = found.get(name, [])
+      axes.plot(values, [y] * len(values), MARKERS['all'],
+                color=COLOURS['all'], markersize=7, alpha=0.75)
+    axes.axvline(1, color='#444444', linewidth=0.9, linestyle=':')
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.grid(axis='y', color='#dddddd', linewidth=0.6)
+  _save(figure, path)
+
+
 def _curves(path, panels, draw, x, y):
   """Panels in a row; a predictor looks the same in all of them.
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -38,6 +39,10 @@ METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro',
 # What stands in the column `group` for scores of score.retention.
 RETENTION = (('conversations', 'perplexity_ratio'),
              ('conversations', 'kl_to_base'), ('questions', 'accuracy'))
+# Training steps alone, of both stages; neither compilation nor scoring.
+COST = (('training', 'seconds'), ('training', 'targets'))
+# Groups of behaviors by training frequency, the most frequent tenth first.
+DECILES = {f'decile_{i}': i for i in range(1, 11)}
 # Of few-shot runs: tail behaviors that plan.shots limits.
 FEW_SHOT = 'few_shot', 'f1_macro'
 # Columns of each file; those before `:` name a row.
@@ -130,6 +135,7 @@ class Finished:
     retention: {name: what score.retention measured}.
     arms: {name: compare.Arm}, of those that may be compared.
     log_p: {name: float [n, Y]}, of those that a curve is drawn of.
+    cost: {name: {metric: value}} of COST.
   """
 
   def __init__(self, job):
@@ -137,7 +143,9 @@ class Finished:
     run = run_files.load(job.folder)
     self.evaluations = dict(run.baselines)
     self.retention, self.arms, self.log_p = {}, {}, {}
-    self.anchor = run.anchor
+    self.anchor, self.cost = run.anchor, {}
+    self.deciles = dict(zip(DECILES, np.array_split(run.by_frequency, 10),
+                            strict=True))
     self.few_shot = ~run.anchor & np.array([
         b['train_count'] >= samples_lib.FEW_SHOT_FROM for b in run.behaviors])
     self.prior = adjust.log_prior([b['train_count'] for b in run.behaviors])
@@ -145,6 +153,7 @@ class Finished:
       name = _method(job, stage)
       if name:
         self._add(run, stage, name)
+        self.cost[name] = _cost(job, stage)
     if run.sasrec:
       self._add(run, run.sasrec, 'sasrec')
     stage = run.scored[-1]
@@ -167,6 +176,20 @@ class Finished:
     log_p = stage.log_p('test')
     if log_p is not None:
       self.log_p[name] = log_p
+
+
+def _cost(job, stage):
+  """What the training of a stage, and of the one it began with, took."""
+  if stage.key == 'base':
+    return {}
+  folders = [stage.folder]
+  if stage.key == 'b_tuning' and workdir_lib.needs_stage_a(job.config):
+    origin = job.config.init_from or job.folder
+    folders.append(pathlib.Path(origin) / 'a_tuning')
+  steps = [row for folder in folders
+           for row in run_files.read_json_lines(folder / 'metrics.jsonl')]
+  return {'seconds': sum(row.get('seconds', 0.0) for row in steps),
+          'targets': sum(row['samples'] for row in steps)}
 
 
 def _method(job, stage):
@@ -202,7 +225,17 @@ def collect(jobs, contrasts, rows):
           rows.add('results.csv', **one, method=name, group=group,
                    metric=metric, value=evaluation[group][metric],
                    n=evaluation[group]['n'], settings=job.settings)
+    for name, cost in found.cost.items():
+      for metric, value in cost.items():
+        rows.add('results.csv', **one, method=name, group='training',
+                 metric=metric, value=value, n=1, settings=job.settings)
     for name, arm in found.arms.items():
+      for group, members in found.deciles.items():
+        if len(members):
+          rows.add('results.csv', **one, method=name, group=group,
+                   metric='f1_macro', value=arm.macro_f1(members),
+                   n=int(np.isin(arm.true, members).sum()),
+                   settings=job.settings)
       if found.few_shot.any():
         group, metric = FEW_SHOT
         rows.add('results.csv', **one, method=name, group=group, metric=metric,
@@ -260,8 +293,16 @@ def report(folder, methods, drawn):
                'other test events, too.'),
         _differences(rows, log),
         _table(rows, log, methods, RETENTION, 'What each model still knows, on '
-               'held-out conversations and multiple-choice questions.')]
-  panels = _curves(rows, drawn)
+               'held-out conversations and multiple-choice questions.'),
+        _table(rows, log, methods, COST, 'What training took, both stages: '
+               'seconds of its steps, and targets.')]
+  content += _figures(folder, rows, methods, drawn)
+  files.write_text(folder / 'tables.md', blocks.markdown(
+      [block for block in content if block]))
+
+
+def _figures(folder, rows, methods, drawn):
+  content, panels = [], _curves(rows, drawn)
   if panels:
     plots.trade_off(folder / 'trade_off.png', panels, adjust.TAUS)
     content.append(blocks.Figure(
@@ -279,8 +320,23 @@ def report(folder, methods, drawn):
         f'{samples_lib.FEW_SHOT_FROM} training events or more, by how many '
         'samples of each were learned; on average over the seeds.',
         'Lines of F1 against the number of samples.'))
-  files.write_text(folder / 'tables.md', blocks.markdown(
-      [block for block in content if block]))
+  panels = _deciles(rows, drawn)
+  if panels:
+    plots.deciles(folder / 'deciles.png', panels)
+    content.append(blocks.Figure(
+        'deciles.png', 'F1 by frequency',
+        'Mean F1 of each tenth of the behaviors, ordered by their training '
+        'events; on average over the seeds.', 'Lines of F1 per decile.'))
+  panels = _kept(rows, methods)
+  if panels:
+    plots.kept(folder / 'retention.png', panels,
+               'perplexity, over that of the untuned model')
+    content.append(blocks.Figure(
+        'retention.png', 'Conversations held out of training',
+        'Perplexity of each model over that of the untuned one, a mark per '
+        'seed; right of 1 it has lost something.',
+        'Marks of the ratio of perplexities per method.'))
+  return content
 
 
 def _table(rows, log, methods, columns, caption):
@@ -341,6 +397,31 @@ def _curves(rows, drawn):
                             for tau in sorted(curves[name])])
             for name in drawn if name in curves}
       for log, curves in sorted(found.items())}
+
+
+def _deciles(rows, drawn):
+  """{log: {method: {decile: mean F1}}}."""
+  found = {}
+  for row in rows.of('results.csv'):
+    if row['group'] in DECILES and row['method'] in drawn:
+      lines = found.setdefault(row['data'], {}).setdefault(row['method'], {})
+      lines.setdefault(DECILES[row['group']], []).append(row['value'])
+  return {log: {name: {i: float(np.mean(lines[name][i]))
+                       for i in sorted(lines[name])}
+                for name in drawn if name in lines}
+          for log, lines in sorted(found.items())}
+
+
+def _kept(rows, methods):
+  """{log: {method: ratios of perplexity, a seed each}}."""
+  found = {}
+  for row in rows.of('results.csv'):
+    if (row['group'], row['metric']) == RETENTION[0]:
+      values = found.setdefault(row['data'], {})
+      values.setdefault(row['method'], []).append(row['value'])
+  return {log: {name: values[name] for name in sorted(
+      values, key=lambda n: _place(n, methods)) if name != 'untuned'}
+          for log, values in sorted(found.items())}
 
 
 def _shots(rows):
