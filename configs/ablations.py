@@ -31,9 +31,13 @@ def get_config(name='controls'):
 
 
 def _controls(config):
+  # Questions, if there are any, take minutes; these three tell what is kept.
+  asked = ('behaviorlm', 'one_stage', 'no_auxiliary')
   config.methods = {
       'behaviorlm': sweep.method(seeds=3, stage_a='no_balanced_stage'),
       'one_stage': sweep.method(('one_stage',), seeds=3),
+      'sasrec': sweep.method(seeds=3, fields={
+          'stages': (), 'sasrec': {'steps': 1500}}),
       'no_difficulty': sweep.method(('no_difficulty',), 'behaviorlm', seeds=3),
       'one_stage_balanced': sweep.method(('one_stage_balanced',)),
       'balanced_softmax': sweep.method(('one_stage',), fields={
@@ -44,9 +48,10 @@ def _controls(config):
       # Nothing was learned before that it could go back to half-way.
       'no_anchor_stage': sweep.method(('no_anchor_stage',), fields={
           'train': {'interpolation': 1.0}}),
-      'sasrec': sweep.method(seeds=3, fields={
-          'stages': (), 'sasrec': {'steps': 1500}}),
   }
+  for name, method in config.methods.items():
+    if name not in asked:
+      method.fields.update({'retention': {'questions': ''}})
   config.order = (
       'behaviorlm', 'one_stage', 'sasrec', 'no_difficulty',
       'one_stage_balanced', 'balanced_softmax', 'all_behaviors_first',
@@ -60,7 +65,10 @@ def _controls(config):
       ('behaviorlm_adjusted', 'sasrec_adjusted'),
       ('behaviorlm_adjusted', 'markov_adjusted'),
       ('behaviorlm_mixed_adjusted', 'one_stage_mixed_adjusted'),
-      ('behaviorlm_mixed_adjusted', 'markov_adjusted'))
+      ('behaviorlm_mixed_adjusted', 'markov_adjusted'),
+      *(('behaviorlm_matched', name) for name in (
+          'one_stage_adjusted', 'one_stage_balanced',
+          'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')))
   config.drawn = ('behaviorlm', 'one_stage', 'balanced_softmax',
                   'all_behaviors_first', 'sasrec', 'markov')
 

@@ -16,6 +16,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import sweep
 from behaviorlm_jax import sweep_config
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import results
 
@@ -40,7 +41,8 @@ def make_sweep(make_run_config):
             fields={'stages': (), 'sasrec': {'steps': 3}})}
     config.order = order
     config.contrasts = (('first', 'one'), ('first', 'one_adjusted'),
-                        ('first', 'markov'), ('first', 'not_run'))
+                        ('first', 'markov'), ('first', 'not_run'),
+                        ('first_matched', 'one_adjusted'))
     config.drawn = ('first', 'one', 'markov')
     config.results = str(committed)
     return config
@@ -171,7 +173,8 @@ def test_finished_and_committed_runs_are_not_run_again(
 
 def test_differences_are_paired_over_the_seeds_that_both_have(swept):
   rows = {(row['control'], row['metric']): row
-          for row in read(swept / 'differences.csv')}
+          for row in read(swept / 'differences.csv')
+          if row['method'] == 'first'}
   assert {control for control, _ in rows} == {'one', 'one_adjusted', 'markov'}
   assert rows['markov', 'accuracy']['seeds'] == '2'
   assert rows['one', 'accuracy']['seeds'] == '1'
@@ -252,6 +255,18 @@ def test_a_pair_alone_changes_by_the_difference_of_its_scores():
     assert low < change < high
 
 
+def test_matched_arms_have_equally_good_anchors():
+  rng, anchor = np.random.default_rng(2), np.arange(6) < 2
+  prior = np.log(np.where(anchor, 0.4, 0.05))
+  true = rng.choice(6, size=800, p=np.exp(prior))
+  log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
+  as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
+  goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
+  found = compare.matched(goal, log_p, prior, adjust.TAUS)
+  np.testing.assert_array_equal(found.predicted, goal.predicted)
+  assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
+
+
 def test_intervals_cover_the_true_change_at_about_their_rate():
   rng, hits = np.random.default_rng(1), 0
   for _ in range(150):
@@ -278,7 +293,7 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
   known = {job.name for job in jobs} | {
       'no_balanced_stage', 'untuned', 'markov', 'markov_adjusted'}
   known |= {f'{job.name}_{kind}' for job in jobs
-            for kind in ('adjusted', 'mixed', 'mixed_adjusted')}
+            for kind in ('adjusted', 'mixed', 'mixed_adjusted', 'matched')}
   assert {name for pair in config.contrasts for name in pair} <= known
   assert set(config.order) == set(config.methods)
 

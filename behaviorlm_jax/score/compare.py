@@ -58,6 +58,20 @@ class Arm:
     return ~self.anchor if score.startswith('tail') else self.anchor
 
 
+def matched(control, log_p, prior, taus) -> Arm:
+  """A predictor adjusted so that its anchors are as good as the control's.
+
+  Of log p - tau log prior (score.adjust), float [n, Y] and [Y], the tau is the
+  one whose anchor macro-F1 is nearest to that of `control` on these very
+  samples: no predictor to use, but what two are to be compared at.
+  """
+  arms = [dataclasses.replace(
+      control, predicted=labels.best(log_p - tau * prior, 1)[:, 0])
+      for tau in sorted(taus, key=abs)]
+  goal = control.value('anchor macro-F1')
+  return min(arms, key=lambda arm: abs(arm.value('anchor macro-F1') - goal))
+
+
 def bootstrap_accuracy(right, user, draws=1000, seed=0):
   """Accuracy under redrawn users, as metrics.bootstrap_macro_f1 draws them."""
   rng = np.random.default_rng(seed)

@@ -7,7 +7,8 @@
 The page needs nothing but these files. A row names its run by log, method and
 seed, and by `settings`: a hash of all that its config changes, so that a row of
 other settings is not taken for it. Predictors that are fitted on the validation
-split are named after what they stand on: `one_stage_adjusted`.
+split are named after what they stand on: `one_stage_adjusted`. In differences
+`NAME_matched` is NAME at the anchor macro-F1 of its control (compare.matched).
 """
 
 import csv
@@ -45,6 +46,7 @@ COST = (('training', 'seconds'), ('training', 'targets'))
 DECILES = {f'decile_{i}': i for i in range(1, 11)}
 # Of few-shot runs: tail behaviors that plan.shots limits.
 FEW_SHOT = 'few_shot', 'f1_macro'
+_MATCHED = '_matched'
 # Columns of each file; those before `:` name a row.
 _FILES = {
     'results.csv': 'data method seed group metric : value n settings',
@@ -210,7 +212,7 @@ def collect(jobs, contrasts, rows):
     rows: Rows; those of the same name are replaced, but for a difference that
       stands over more seeds.
   """
-  arms, settings = {}, {}
+  arms, curves, settings = {}, {}, {}
   for job in jobs:
     found, one = Finished(job), {'data': job.log, 'seed': job.seed}
     for name, measured in found.retention.items():
@@ -249,13 +251,21 @@ def collect(jobs, contrasts, rows):
     for name, arm in found.arms.items():
       arms.setdefault((job.log, name), {})[job.seed] = arm
       settings[job.log, name] = job.settings
+    for name, log_p in found.log_p.items():
+      curves.setdefault((job.log, name), {})[job.seed] = log_p, found.prior
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
-      _contrast(log, method, control, arms, settings, rows)
+      before, after = (arms.get((log, name), {}) for name in (control, method))
+      name = method.removesuffix(_MATCHED)
+      if name != method:
+        after = {seed: compare.matched(before[seed], *curve, adjust.TAUS)
+                 for seed, curve in curves.get((log, name), {}).items()
+                 if seed in before}
+      _contrast(log, method, control, before, after,
+                settings.get((log, name)), rows)
 
 
-def _contrast(log, method, control, arms, settings, rows):
-  after, before = (arms.get((log, name), {}) for name in (method, control))
+def _contrast(log, method, control, before, after, settings, rows):
   seeds = sorted(set(after) & set(before))
   pairs = [(before[seed], after[seed]) for seed in seeds]
   if not pairs:
@@ -269,7 +279,7 @@ def _contrast(log, method, control, arms, settings, rows):
     rows.add('differences.csv', data=log, method=method, control=control,
              metric=score, seeds=len(seeds),
              n=sum(len(arm.true) for arm, _ in pairs), before=value,
-             change=change, low=low, high=high, settings=settings[log, method])
+             change=change, low=low, high=high, settings=settings)
 
 
 def report(folder, methods, drawn):
@@ -383,7 +393,8 @@ def _differences(rows, log):
       ('method', 'against', 'score', 'seeds', 'its score', 'change',
        '95 % from', '95 % to'), table,
       'Paired differences on the same test events; intervals from 1,000 '
-      'redraws of the users.')
+      'redraws of the users. What is called matched is adjusted to the anchor '
+      'macro-F1 of what it stands against.')
 
 
 def _curves(rows, drawn):
