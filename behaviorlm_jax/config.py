@@ -64,9 +64,10 @@ def default():
       warmup=0.1,  # Share of the steps; then cosine to zero.
       weight_decay=0.0,
       clip=1.0,  # Global gradient norm.
-      # How far stage b's adapter goes from the one it began with to the one it
-      # reached: 1 the whole way, 0 nowhere (stages.interpolate).
+      # How far a stage's adapter goes from where it began to where training
+      # took it: 1 the whole way, 0 nowhere (stages.interpolate).
       interpolation=1.0,
+      balanced_interpolation=config_dict.placeholder(float),  # Of stage b.
       # Behaviors are taught within their list (names), the same less how
       # frequent each is (balanced; train.step.names_of), or over the vocabulary
       # (answers). The first two need score.softmax=names.
@@ -239,9 +240,9 @@ def ablate(config, names):
 
 
 def of_stage(config, stage):
-  """A copy whose train.steps and .learning_rate are those of one stage."""
+  """A copy whose train.steps, .learning_rate, ... are those of one stage."""
   config = config.copy_and_resolve_references()
-  for name in ('steps', 'learning_rate'):
+  for name in ('steps', 'learning_rate', 'interpolation'):
     own = config.train[f'balanced_{name}']
     if stage == 'b' and own is not None:
       config.train[name] = own
@@ -316,7 +317,7 @@ _OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'plan.shots': 0,
                     'train.balanced_steps': 1,
                     'train.balanced_learning_rate': 0}
 _SHARES = {'retention.conversations': 0.9, 'sasrec.dropout': 0.9,
-           'train.interpolation': 1,
+           'train.interpolation': 1, 'train.balanced_interpolation': 1,
            'data.max_rejected': 1, 'data.anchor_share': 1, 'train.warmup': 1,
            'plan.conversation_share': 0.99,
            'plan.balanced_conversation_share': 0.99, 'plan.temper': 1,
@@ -350,9 +351,9 @@ def check(config):
 
 def _check_shares(config):
   for name, most in _SHARES.items():
-    if not 0 <= _get(config, name) <= most:
-      raise InputError(f'{name} is {_get(config, name)}; it must be from 0 to '
-                       f'{most}.')
+    value = _get(config, name)
+    if value is not None and not 0 <= value <= most:
+      raise InputError(f'{name} is {value}; it must be from 0 to {most}.')
 
 
 def _check_sums(config):

@@ -291,8 +291,7 @@ def run_stage(this, stage):
   workdir_lib.claim(folder, whole, this.fingerprints)
   start = jax.device_get(adapter)  # Training takes its place.
   adapter = train(this, stage, folder, plan, plan_hash, adapter)
-  if stage == 'b':
-    adapter = interpolate(start, adapter, config.train.interpolation)
+  adapter = interpolate(start, adapter, config.train.interpolation)
   # A name that others have, too, before the folder it was fetched to.
   name, revision = hub.repository(config.model.address) or (
       this.base.folder or this.base.address, None)
@@ -308,10 +307,15 @@ def interpolate(start, end, share):
   After Wortsman et al., Robust fine-tuning of zero-shot models (CVPR 2022): a
   point on the way often keeps what the start knew and has much of what was
   learned since. On the factors a and b, not on their product: the rank stays.
+  From a fresh adapter, whose b is zero, a is the end's, so that the product has
+  `share` of what was learned.
   """
   if share == 1:
     return end
-  return jax.tree.map(lambda x, y: (1 - share) * x + share * y, start, end)
+  mix = lambda x, y: (1 - share) * x + share * y
+  return {name: {
+      'a': mix(ab['a'], end[name]['a']) if np.any(ab['b']) else end[name]['a'],
+      'b': mix(ab['b'], end[name]['b'])} for name, ab in start.items()}
 
 
 def first_adapter(this, stage):

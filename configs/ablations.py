@@ -47,7 +47,7 @@ def _controls(config):
       'no_balance': sweep.method(('no_balance',), 'behaviorlm'),
       # Nothing was learned before that it could go back to half-way.
       'no_anchor_stage': sweep.method(('no_anchor_stage',), fields={
-          'train': {'interpolation': 1.0}}),
+          'train': {'balanced_interpolation': 1.0}}),
   }
   for name, method in config.methods.items():
     if name not in asked:
@@ -103,7 +103,7 @@ def _base():
   config.train.steps = 48
   config.train.balanced_steps = 24
   config.train.balanced_learning_rate = 2e-4
-  config.train.interpolation = 0.5
+  config.train.balanced_interpolation = 0.5
   config.checkpoint.every = 100
   config.score.batch = 2
   config.eval.max_samples = 400

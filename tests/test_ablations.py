@@ -250,7 +250,8 @@ def test_stage2_starts_from_stage_a_of_another_directory(
 def test_interpolation_ends_on_the_way_between_the_stages(
     script_config, finished, tmp_path, share):
   config = script_config('stage2')
-  config.init_from, config.train.interpolation = str(finished), share
+  config.init_from = str(finished)
+  config.train.balanced_interpolation = share
   stages.run(config_lib.ablate(config, []), tmp_path / 'work')
   start, end, found = (
       lora.load(folder / 'adapter')[0] for folder in (
@@ -260,6 +261,27 @@ def test_interpolation_ends_on_the_way_between_the_stages(
       z, (1 - share) * x + share * y, rtol=1e-6, atol=1e-8), start, end, found)
   assert any(np.abs(x - y).max() > 1e-4 for x, y in zip(
       jax.tree.leaves(start), jax.tree.leaves(end), strict=True))
+
+
+def test_from_nothing_a_share_of_what_was_learned_is_kept():
+  rng = np.random.default_rng(0)
+  end = {'q_proj': {'a': rng.normal(size=(2, 5, 3)),
+                    'b': rng.normal(size=(2, 3, 4))}}
+  start = {'q_proj': {'a': rng.normal(size=(2, 5, 3)),
+                      'b': np.zeros((2, 3, 4))}}
+  found = stages.interpolate(start, end, 0.3)['q_proj']
+  np.testing.assert_allclose(found['a'] @ found['b'], 0.3 * (
+      end['q_proj']['a'] @ end['q_proj']['b']))
+
+
+def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  run_stages({'train.interpolation': 0.0}, only='a')
+  folder = tmp_path / 'work'
+  assert (folder / 'a_tuning' / ADAPTER).exists()
+  shown = [(folder / name / 'predictions.parquet').read_bytes()
+           for name in ('base', 'a_tuning')]
+  assert shown[0] == shown[1]
 
 
 def test_eligible_tails_exist_for_these_tests(finished, make_run_config):

@@ -36,13 +36,13 @@ TOO_SMALL = {
   'eval.validation_samples': 0, 'data.history': 0, 'data.profile': -1,
   'plan.min_context': 0, 'plan.targets_per_row': 0, 'plan.per_behavior': 0,
   'plan.per_anchor': -2, 'plan.gamma': -0.5, 'difficulty.candidates': 0,
-  'seed': -3, 'score.tolerance': -1e-3,
+  'seed': -3, 'score.tolerance': -1e-3, 'plan.neighbours': -1.0,
 }
 NOT_A_CHOICE = {
   'model.dtype': 'float16', 'model.remat': 'all', 'score.dtype': 'int8',
   'plan.content': 'anchor', 'plan.budget': 'balance',
   'difficulty.score': 'nil', 'checkpoint.best_by': 'f1',
-  'train.auxiliary': 'kd',
+  'train.auxiliary': 'kd', 'train.loss': 'name', 'score.softmax': 'list',
 }
 
 
@@ -111,6 +111,8 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
   ({'data.split': (0.5, 0.5)}, ('data.split', '(0.5, 0.5)')),
   ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
   ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
+  ({'train.balanced_interpolation': 1.5},
+   ('train.balanced_interpolation is 1.5', 'from 0 to 1')),
   ({'plan.conversation_share': 1.0}, ('plan.conversation_share', '1.0')),
   ({'plan.balanced_conversation_share': -0.1},
    ('plan.balanced_conversation_share', '-0.1')),
