@@ -42,6 +42,8 @@ def _controls(config):
       'one_stage_balanced': sweep.method(('one_stage_balanced',)),
       'balanced_softmax': sweep.method(('one_stage',), fields={
           'train': {'loss': 'balanced'}}),
+      'over_vocabulary': sweep.method(('one_stage',), fields={
+          'train': {'loss': 'answers'}}),
       'all_behaviors_first': sweep.method(('all_behaviors_first',), seeds=3),
       'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
       'no_balance': sweep.method(('no_balance',), 'behaviorlm'),
@@ -55,9 +57,10 @@ def _controls(config):
   config.order = (
       'behaviorlm', 'one_stage', 'sasrec', 'no_difficulty',
       'one_stage_balanced', 'balanced_softmax', 'all_behaviors_first',
-      'no_auxiliary', 'no_balance', 'no_anchor_stage')
+      'no_auxiliary', 'over_vocabulary', 'no_balance', 'no_anchor_stage')
   config.contrasts = (
       *(('behaviorlm', name) for name in config.order[1:]),
+      ('one_stage', 'over_vocabulary'),
       ('behaviorlm', 'no_balanced_stage'), ('behaviorlm', 'untuned'),
       ('behaviorlm', 'markov'), ('behaviorlm', 'one_stage_adjusted'),
       ('behaviorlm_adjusted', 'one_stage_adjusted'),

@@ -140,6 +140,19 @@ def test_deciles_go_from_the_most_frequent_behaviors_on(swept):
   assert 'decile_1' in rows
 
 
+def test_nll_is_the_mean_over_the_events_of_a_group(swept):
+  table = parquet.read_table(
+      swept / 'walks/seed0/one/b_tuning/predictions.parquet').to_pydict()
+  rows = {row['group']: row for row in read(swept / 'results.csv')
+          if (row['method'], row['metric']) == ('one', 'nll')}
+  for group, row in rows.items():
+    part = [-x for x, g in zip(table['log_prob'], table['group'], strict=True)
+            if group in ('all', g)]
+    assert float(row['value']) == pytest.approx(np.mean(part), rel=1e-4)
+    assert int(row['n']) == len(part)
+  assert {'all', 'anchor'} <= rows.keys()
+
+
 def test_cost_is_that_of_both_stages(swept):
   rows = {(row['method'], row['metric']): float(row['value'])
           for row in read(swept / 'results.csv')

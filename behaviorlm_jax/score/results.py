@@ -29,12 +29,14 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import blocks
 from behaviorlm_jax.score import compare
+from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import plots
 from behaviorlm_jax.score import run_files
 
 SCORES = (('all', 'accuracy@1'), ('all', 'precision_weighted'),
-          ('anchor', 'f1_macro'), ('tail', 'f1_macro'))  # Of the main table.
+          ('anchor', 'f1_macro'), ('tail', 'f1_macro'),
+          ('all', 'nll'))  # Of the main table.
 METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro',
            'ndcg@5')
 # What stands in the column `group` for scores of score.retention.
@@ -244,6 +246,14 @@ def collect(jobs, contrasts, rows):
                  value=arm.macro_f1(found.few_shot), settings=job.settings,
                  n=int(found.few_shot[arm.true].sum()))
     for name, log_p in found.log_p.items():
+      losses = difficulty.nll(log_p, found.true)
+      everyone = np.ones_like(found.anchor)
+      for group, chosen in (('all', everyone),
+                            ('anchor', found.anchor), ('tail', ~found.anchor)):
+        part = losses[chosen[found.true]]
+        if len(part):
+          rows.add('results.csv', **one, method=name, group=group, metric='nll',
+                   value=float(part.mean()), n=len(part), settings=job.settings)
       points = adjust.trade_off(log_p, found.prior, found.true, found.anchor)
       for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
         rows.add('trade_off.csv', **one, method=name, tau=tau,
@@ -300,7 +310,8 @@ def report(folder, methods, drawn):
         blocks.Heading(2, log),
         _table(rows, log, methods, SCORES, 'Mean over the seeds and, where '
                'there are several, their standard deviation; other seeds have '
-               'other test events, too.'),
+               'other test events, too. nll: mean -log p of what happened, in '
+               'nats; lower is better.'),
         _differences(rows, log),
         _table(rows, log, methods, RETENTION, 'What each model still knows, on '
                'held-out conversations and multiple-choice questions.'),
