@@ -31,6 +31,7 @@ def get_config():
   config.train.length = 256
   config.train.balanced_steps = 8
   config.train.balanced_learning_rate = 1e-4
+  config.train.balanced_interpolation = 0.5
   config.checkpoint.every = 12
   config.eval.max_samples = 150
   config.eval.validation_rows = 8
