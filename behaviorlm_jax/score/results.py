@@ -438,11 +438,12 @@ def _kept(rows, methods):
   """{log: {method: ratios of perplexity, a seed each}}."""
   found = {}
   for row in rows.of('results.csv'):
-    if (row['group'], row['metric']) == RETENTION[0]:
+    if ((row['group'], row['metric']) == RETENTION[0]
+        and row['method'] != 'untuned'):
       values = found.setdefault(row['data'], {})
       values.setdefault(row['method'], []).append(row['value'])
   return {log: {name: values[name] for name in sorted(
-      values, key=lambda n: _place(n, methods)) if name != 'untuned'}
+      values, key=lambda n: _place(n, methods))}
           for log, values in sorted(found.items())}
 
 
