@@ -46,17 +46,25 @@ def prompts(finished, base, make_run_config):
 
 @pytest.fixture(scope='module')
 def brute(finished, base):
-  """(stage or None, prompt) -> log p of every behavior, name by name."""
+  """(stage or None, prompt) -> log p of every behavior, name by name.
+
+  Each token's softmax runs over those with which some name goes on.
+  """
   params = jax.tree.map(jnp.asarray, weights.read_params(base, np.float32))
   answers = [label['tokens'] for label in
              read_json(finished / 'a_tuning/labels.json')]
+
+  def within(logits, answer, i):
+    nexts = sorted({other[i] for other in answers
+                    if other[:i] == answer[:i] and len(other) > i})
+    return logits[answer[i]] - np.logaddexp.reduce(logits[nexts])
 
   @functools.partial(jax.jit, static_argnums=1)
   def forward(adapter, alpha, tokens):
     model = lora.attach(base.config, params, adapter, alpha)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
-    return jax.nn.log_softmax(model.logits(hidden))
+    return model.logits(hidden)
 
   def scores(stage, prompt):
     adapter = alpha = None
@@ -66,10 +74,10 @@ def brute(finished, base):
     for row, answer in zip(tokens, answers, strict=True):
       row[:len(prompt) + len(answer)] = [*prompt, *answer]
     found = np.asarray(forward(adapter, alpha, tokens), np.float64)
-    sums = np.array([
-        row[len(prompt) - 1 + np.arange(len(answer)), answer].sum()
+    return np.array([
+        sum(within(row[len(prompt) - 1 + i], answer, i)
+            for i in range(len(answer)))
         for row, answer in zip(found, answers, strict=True)])
-    return sums - np.logaddexp.reduce(sums)
   return scores
 
 
