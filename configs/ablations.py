@@ -5,8 +5,8 @@
     --config.logs.india_time_use=india_time_use.csv.gz
 
 All methods take 72 steps of 4 x 640 tokens: 48 of stage a and 24 of stage b, or
-72 of one stage. That is a sixth of a pass over either log: what two CPU cores
-can repeat often enough to tell methods apart.
+72 of one stage. That is less than a fifth of a pass over either log: what two
+CPU cores can repeat often enough to tell methods apart.
 
 configs/ablations.py:few_shot runs the method and one stage where tail behaviors
 of 50 training events or more keep that many training samples, chosen by seed,

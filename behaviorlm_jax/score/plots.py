@@ -150,6 +150,7 @@ def kept(path, panels, x):
                 color=COLOURS['all'], markersize=7, alpha=0.75)
     axes.axvline(1, color='#444444', linewidth=0.9, linestyle=':')
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.grid(axis='y', color='#dddddd', linewidth=0.6)
