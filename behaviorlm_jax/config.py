@@ -68,10 +68,13 @@ def default():
       # took it: 1 the whole way, 0 nowhere (stages.interpolate).
       interpolation=1.0,
       balanced_interpolation=config_dict.placeholder(float),  # Of stage b.
-      # Behaviors are taught within their list (names), the same less how
-      # frequent each is (balanced; train.step.names_of), or over the vocabulary
-      # (answers). The first two need score.softmax=names.
+      # Behaviors are taught within their list as often as the stage draws them
+      # (names), or so that scores become those of a log in which they are as
+      # frequent as in this one (natural) or all equally (balanced), however
+      # often they are drawn (train.step.names_of); or over the vocabulary
+      # (answers). All but the last need score.softmax=names.
       loss='names',
+      balanced_loss=config_dict.placeholder(str),  # Of stage b.
       # What conversations teach: answers (their likelihood) | kl (to stay where
       # the untuned model is; costs its forward pass).
       auxiliary='answers',
@@ -242,7 +245,7 @@ def ablate(config, names):
 def of_stage(config, stage):
   """A copy whose train.steps, .learning_rate, ... are those of one stage."""
   config = config.copy_and_resolve_references()
-  for name in ('steps', 'learning_rate', 'interpolation'):
+  for name in ('steps', 'learning_rate', 'interpolation', 'loss'):
     own = config.train[f'balanced_{name}']
     if stage == 'b' and own is not None:
       config.train[name] = own
@@ -296,9 +299,11 @@ _CHOICES = {
     'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
     'difficulty.score': ('nll', 'error', 'margin', 'ifd', 'rho', 'random'),
     'train.auxiliary': ('answers', 'kl'),
-    'train.loss': ('answers', 'names', 'balanced'),
+    'train.loss': ('answers', 'names', 'natural', 'balanced'),
+    'train.balanced_loss': ('answers', 'names', 'natural', 'balanced'),
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
 }
+_OPTIONAL = ('train.balanced_loss',)
 _MINIMA = {
     'lora.rank': 1, 'train.steps': 1, 'train.batch': 1, 'train.length': 16,
     'train.accumulate': 1, 'train.workers': 0, 'checkpoint.every': 1,
@@ -334,7 +339,7 @@ def check(config):
   """Raises InputError for the first field that cannot work."""
   for name, choices in _CHOICES.items():
     value = _get(config, name)
-    if value not in choices:
+    if value not in choices and not (value is None and name in _OPTIONAL):
       raise InputError(f'{name} is {value!r}{nearest(str(value), choices)}; '
                        f'choose from {", ".join(choices)}.')
   for name, least in _MINIMA.items():
@@ -388,9 +393,12 @@ def _check_sums(config):
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '
                      f'{", ".join(map(str, _STAGES))}.')
   _check_auxiliary(config)
-  if config.train.loss != 'answers' and config.score.softmax != 'names':
+  losses = {stage: of_stage(config, stage).train.loss
+            for stage in config.stages}
+  within = [loss for loss in losses.values() if loss != 'answers']
+  if within and config.score.softmax != 'names':
     raise InputError(
-        f'train.loss is {config.train.loss!r}, which teaches nothing of the '
+        f'train.loss is {within[0]!r}, which teaches nothing of the '
         f'rest of the vocabulary, and score.softmax is '
         f'{config.score.softmax!r}; set score.softmax=names.')
   starts_from_a = tuple(config.stages) == ('b',) and (

@@ -392,8 +392,8 @@ def segments(this, stage, split, rng, adapter=None, folder=None):
     rates = dict.fromkeys(samples, 1)
     stream = plan_lib.spread(windows, samples, rates, rng, neighbours(this))
   else:
-    only_anchors = stage == 'a' and plan.content == 'anchors'
-    samples = samples_lib.eligible(this.events, split, config, only_anchors)
+    samples = samples_lib.eligible(this.events, split, config,
+                                   _only_anchors(this, stage))
     stream = plan_lib.tile(windows, samples, rng)
   if split == 'train':
     stream = plan_lib.mix(stream, this.conversations, share, rng)
@@ -488,11 +488,12 @@ def train(this, stage, folder, plan, plan_hash, adapter):
       jax.process_index(), jax.process_count(), config.train.workers)
   step_fn = step_lib.make_step(this.attach, optimizer, schedule,
                                config.train.accumulate, places, this.mesh,
-                               *most_answers(this, plan), names(this))
+                               *most_answers(this, plan),
+                               names(this, stage, plan))
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
-      validator(this, stage))
+      validator(this, stage, plan))
   best = saved.best_step(config.checkpoint.best_by != 'last')
   logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
   adapter = saved.restore_adapter(best, state)
@@ -500,14 +501,38 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   return adapter
 
 
-def names(this):
+def names(this, stage, plan):
   """`names` of step.make_step."""
+  loss = this.config.train.loss
   if not this.tree:
     return None
-  counts = None
-  if this.config.train.loss == 'balanced':
-    counts = [b.train_count for b in this.events.behaviors[:this.events.known]]
-  return step_lib.names_of(this.tree, counts)
+  if loss == 'names':
+    return step_lib.names_of(this.tree)
+  events = this.events
+  counts = [b.train_count for b in events.behaviors[:events.known]]
+  return step_lib.names_of(this.tree, drawn_counts(this, stage, plan),
+                           counts if loss == 'natural' else None)
+
+
+# Samples that stand for a behavior which a stage never draws, so that its
+# chances are next to nothing and their logarithm is finite.
+_NEVER_DRAWN = 1e-3
+
+
+def drawn_counts(this, stage, plan):
+  """How much a stage teaches of each behavior, float [known], of any sum."""
+  events = this.events
+  if stage == 'b' or this.config.plan.content == 'balanced':
+    drawn = plan_lib.taught(plan, events)
+  else:
+    samples = samples_lib.eligible(events, 'train', this.config,
+                                   _only_anchors(this, stage))
+    drawn = np.bincount(events.behavior[samples], minlength=events.known)
+  return np.maximum(drawn, _NEVER_DRAWN)
+
+
+def _only_anchors(this, stage):
+  return stage == 'a' and this.config.plan.content == 'anchors'
 
 
 def most_answers(this, plan):
@@ -532,8 +557,11 @@ def show_example(this, assemble, plan):
   logging.info('a row, the learned tokens in brackets:\n%s', text)
 
 
-def validator(this, stage):
-  """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
+def validator(this, stage, trained):
+  """adapter -> {'val_loss', 'score'} on the stage's own kind of samples.
+
+  `trained`: the stage's plan.
+  """
   config = this.config
   rng = seeds.stream(config.seed, stage, 'validation')
   steps = -(-config.eval.validation_rows // config.train.batch)
@@ -549,7 +577,7 @@ def validator(this, stage):
   sums = step_lib.make_validation(
       this.attach, this.mesh, plan_lib.most_answers(
           plan, config.train.batch, 1, sharding.row_parts(this.mesh)),
-      names(this))
+      names(this, stage, trained))
   samples = evaluation.draw_samples(this.events, 'validation',
                                     config.eval.validation_samples, config)
 

@@ -50,6 +50,7 @@ class Job:
   method: object
   folder: pathlib.Path
   config: object  # Of the run, ablations applied.
+  origin: str  # Settings of the run whose stage a it starts from, or ''.
 
   @property
   def key(self):
@@ -57,7 +58,7 @@ class Job:
 
   @property
   def settings(self):
-    return results.settings_hash(self.config)
+    return results.settings_hash(self.config, self.origin)
 
   @property
   def finished(self):
@@ -103,7 +104,9 @@ def _job(config, workdir, log, seed, name):
     run.stages, run.init_from = ('b',), str(place / chosen.start)
   run = config_lib.ablate(run, chosen.ablations)
   config_lib.check(run)
-  return Job(log, seed, name, chosen, place / name, run)
+  origin = chosen.start and _job(config, workdir, log, seed,
+                                 chosen.start).settings
+  return Job(log, seed, name, chosen, place / name, run, origin)
 
 
 def run_all(config, workdir):

@@ -19,16 +19,15 @@ def default():
   return config
 
 
-def method(ablations=(), start='', seeds=1, stage_a='', fields=None):
+def method(ablations=(), start='', seeds=1, fields=None):
   """One method of a sweep.
 
   Args:
     ablations: names.
     start: method whose stage a it starts from; '': it runs its own.
     seeds: 1 runs seed 0 alone, 3 also 1 and 2.
-    stage_a: name of the method that its own stage a is by itself, if any.
     fields: {section: {field: value}} to change.
   """
   return config_dict.ConfigDict({
       'ablations': tuple(ablations), 'start': start, 'seeds': seeds,
-      'stage_a': stage_a, 'fields': fields or {}})
+      'fields': fields or {}})

@@ -31,30 +31,36 @@ def get_config(name='controls'):
 
 
 def _controls(config):
-  # Questions, if there are any, take minutes; these three tell what is kept.
-  asked = ('behaviorlm', 'one_stage', 'no_auxiliary')
+  # Questions, if there are any, take minutes; these tell what is kept.
+  asked = ('no_balanced_stage', 'behaviorlm', 'one_stage', 'no_auxiliary')
   config.methods = {
-      'behaviorlm': sweep.method(seeds=3, stage_a='no_balanced_stage'),
+      # Stage a by itself, on anchors or on all behaviors, and then stage b.
+      'no_balanced_stage': sweep.method(('no_balanced_stage',), seeds=3),
+      'behaviorlm': sweep.method(start='no_balanced_stage', seeds=3),
+      'all_behaviors_alone': sweep.method(seeds=3, fields={
+          'stages': ('a',), 'plan': {'content': 'all'}}),
+      'all_behaviors_first': sweep.method(start='all_behaviors_alone', seeds=3),
       'one_stage': sweep.method(('one_stage',), seeds=3),
       'sasrec': sweep.method(seeds=3, fields={
           'stages': (), 'sasrec': {'steps': 1500}}),
-      'no_difficulty': sweep.method(('no_difficulty',), 'behaviorlm', seeds=3),
+      'no_difficulty': sweep.method(
+          ('no_difficulty',), 'no_balanced_stage', seeds=3),
       'one_stage_balanced': sweep.method(('one_stage_balanced',)),
       'balanced_softmax': sweep.method(('one_stage',), fields={
           'train': {'loss': 'balanced'}}),
       'over_vocabulary': sweep.method(('one_stage',), fields={
           'train': {'loss': 'answers'}}),
-      'all_behaviors_first': sweep.method(('all_behaviors_first',), seeds=3),
       'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
-      'no_balance': sweep.method(('no_balance',), 'behaviorlm'),
+      'no_balance': sweep.method(('no_balance',), 'no_balanced_stage'),
       'no_anchor_stage': sweep.method(('no_anchor_stage',)),
   }
   for name, method in config.methods.items():
     if name not in asked:
       method.fields.update({'retention': {'questions': ''}})
   config.order = (
-      'behaviorlm', 'one_stage', 'sasrec', 'no_difficulty',
-      'one_stage_balanced', 'balanced_softmax', 'all_behaviors_first',
+      'no_balanced_stage', 'behaviorlm', 'one_stage', 'all_behaviors_alone',
+      'all_behaviors_first', 'sasrec', 'no_difficulty', 'one_stage_balanced',
+      'balanced_softmax',
       'no_auxiliary', 'over_vocabulary', 'no_balance', 'no_anchor_stage')
   config.contrasts = (
       *(('behaviorlm', name) for name in config.order[1:]),
@@ -75,14 +81,15 @@ def _controls(config):
 
 
 def _few_shot(config):
-  config.methods = {'behaviorlm': sweep.method(stage_a='no_balanced_stage')}
+  config.methods = {
+      'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
     few = {'plan': {'shots': shots}}
     config.methods[f'behaviorlm_{shots}_shots'] = sweep.method(
-        (), 'behaviorlm', fields=few)
+        (), 'no_balanced_stage', fields=few)
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
         ('one_stage',), fields=few)
-  config.order = ('behaviorlm', *(
+  config.order = ('no_balanced_stage', *(
       f'{name}_{shots}_shots' for shots in (0, 5, 50, 1, 20, 2, 10)
       for name in ('behaviorlm', 'one_stage')))
   config.contrasts = tuple(

@@ -4,6 +4,7 @@ Runs begin as copies of the finished run without what they are about to make,
 so that only the ablated stages run.
 """
 
+import collections
 import importlib.util
 import json
 import pathlib
@@ -99,6 +100,33 @@ def test_other_losses_teach_other_things(ablated, finished, read_rows, loss):
   losses = [[row['loss'] for row in read_rows(one / 'metrics.jsonl')[:2]]
             for one in (folder, finished / 'a_tuning')]
   assert losses[0] != losses[1] and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize('loss', ['natural', 'balanced'])
+def test_stage_b_allows_for_how_often_it_draws_a_behavior(
+    ablated, monkeypatch, loss):
+  seen = []
+  names_of = stages.step_lib.names_of
+
+  def spied(tree, *counts):
+    seen.append(counts)
+    return names_of(tree, *counts)
+
+  monkeypatch.setattr(stages.step_lib, 'names_of', spied)
+  workdir = ablated('no_difficulty', only='b', fields={
+      'train.balanced_loss': loss, 'plan.neighbours': 3.0})
+  expected = collections.Counter()
+  events = events_lib.open_events(workdir / 'events')
+  for segment in segments(workdir / 'b_tuning'):
+    for target, weight in zip(segment['targets'], segment['weights'],
+                              strict=True):
+      expected[events.behavior[target]] += weight
+  trained, validated = seen
+  np.testing.assert_array_equal(trained[0], validated[0])
+  np.testing.assert_allclose(
+      trained[0], [expected[b] or 1e-3 for b in range(events.known)], rtol=1e-6)
+  kept = [b.train_count for b in events.behaviors[:events.known]]
+  assert trained[1] == (kept if loss == 'natural' else None)
 
 
 def test_names_can_be_taught_and_scored_over_the_vocabulary(

@@ -29,13 +29,15 @@ SHORT = {'train.steps': 2, 'train.balanced_steps': 2, 'checkpoint.every': 2,
 def make_sweep(make_run_config):
   """A sweep of a log named `walks`; its committed rows lie in `committed`."""
 
-  def make(committed, order=('first', 'drawn', 'one', 'sasrec'), **fields):
+  def make(committed, order=('stage_a', 'first', 'drawn', 'one', 'sasrec'),
+           **fields):
     config = sweep_config.default()
     config.base = make_run_config(SHORT | fields)
     config.logs = {'walks': config.base.data.events, 'other': ''}
     config.methods = {
-        'first': sweep_config.method(seeds=2, stage_a='stage_a'),
-        'drawn': sweep_config.method(('no_difficulty',), 'first'),
+        'stage_a': sweep_config.method(('no_balanced_stage',), seeds=2),
+        'first': sweep_config.method(start='stage_a', seeds=2),
+        'drawn': sweep_config.method(('no_difficulty',), 'stage_a'),
         'one': sweep_config.method(('one_stage',)),
         'sasrec': sweep_config.method(
             fields={'stages': (), 'sasrec': {'steps': 3}})}
@@ -63,15 +65,15 @@ def read(path):
 
 
 def test_runs_go_seed_by_seed_in_the_order_asked_for(make_sweep, tmp_path):
-  config = make_sweep(tmp_path, order=('one', 'first', 'drawn'))
+  config = make_sweep(tmp_path, order=('one', 'stage_a', 'first', 'drawn'))
   assert [job.key for job in sweep.jobs(config, tmp_path)] == [
-      ('walks', 'one', 0), ('walks', 'first', 0), ('walks', 'drawn', 0),
-      ('walks', 'first', 1)]
+      ('walks', 'one', 0), ('walks', 'stage_a', 0), ('walks', 'first', 0),
+      ('walks', 'drawn', 0), ('walks', 'stage_a', 1), ('walks', 'first', 1)]
 
 
 @pytest.mark.parametrize(('fields', 'match'), [
     ({'order': ('frist',)}, r"'frist' \(did you mean first\?\)"),
-    ({'order': ('drawn',)}, "drawn starts from 'first'.*not in config.order"),
+    ({'order': ('drawn',)}, "drawn starts from 'stage_a'.*not in config.order"),
     ({'logs': {'walks': ''}}, 'names no log.*--config.logs.NAME=FILE')])
 def test_a_sweep_that_cannot_run_is_refused(make_sweep, tmp_path, fields,
                                             match):
@@ -99,7 +101,7 @@ def test_every_predictor_has_the_scores_of_its_evaluation(swept):
       'markov_adjusted', 'user_frequent'}
   assert {key[0] for key in rows if key[1] == '1'}.isdisjoint({'drawn', 'one'})
   for name, folder, kind in (('sasrec_mixed', 'sasrec/sasrec', 'mixed'),
-                             ('stage_a', 'first/a_tuning', None),
+                             ('stage_a', 'stage_a/a_tuning', None),
                              ('one_adjusted', 'one/b_tuning', 'adjusted')):
     path = swept / 'walks/seed0' / folder / 'evaluation.json'
     found = json.loads(path.read_text())
@@ -117,7 +119,7 @@ def test_runs_share_the_untuned_scores_and_start_from_the_adapter(swept):
   assert len(set(base)) == 1
   assert not (folder / 'drawn/a_tuning').exists()
   config = json.loads((folder / 'drawn/b_tuning/config.json').read_text())
-  assert config['init_from'] == str(folder / 'first')
+  assert config['init_from'] == str(folder / 'stage_a')
   assert not list(swept.rglob('checkpoints'))
 
 
@@ -159,10 +161,10 @@ def test_cost_is_that_of_both_stages(swept):
           if row['group'] == 'training' and row['seed'] == '0'}
   targets = lambda folder: sum(json.loads(line)['samples'] for line in (
       swept / 'walks/seed0' / folder / 'metrics.jsonl').open())
-  first = targets('first/a_tuning')
-  assert rows['stage_a', 'targets'] == first
+  alone = targets('stage_a/a_tuning')
+  assert rows['stage_a', 'targets'] == alone
   for name in ('first', 'drawn'):
-    assert rows[name, 'targets'] == first + targets(f'{name}/b_tuning')
+    assert rows[name, 'targets'] == alone + targets(f'{name}/b_tuning')
   assert rows['one', 'targets'] == targets('one/b_tuning')
   assert rows['one', 'seconds'] > 0
 
@@ -181,7 +183,13 @@ def test_finished_and_committed_runs_are_not_run_again(
   config = make_sweep(tmp_path)
   config.methods.drawn.fields = {'plan': {'per_behavior': 3}}
   sweep.run_all(config, tmp_path / 'empty')
-  assert ran == [('walks', 'first', 0), ('walks', 'drawn', 0)]
+  assert ran == [('walks', 'stage_a', 0), ('walks', 'drawn', 0)]
+  # So is what starts from a run of other settings.
+  ran.clear()
+  config = make_sweep(tmp_path, order=('stage_a', 'drawn'))
+  config.methods.stage_a.fields = {'plan': {'window': 30}}
+  sweep.run_all(config, tmp_path / 'empty')
+  assert [name for _, name, seed in ran if not seed] == ['stage_a', 'drawn']
 
 
 def test_differences_are_paired_over_the_seeds_that_both_have(swept):

@@ -277,6 +277,16 @@ def most_answers(plan, batch, accumulate, groups, kind=None):
   return _rounded(parts.max())
 
 
+def taught(plan, events):
+  """Weights of each behavior's targets in a plan, summed: float64 [known]."""
+  targets, weights = [], []
+  for segment in itertools.chain.from_iterable(plan.rows):
+    targets += segment['targets']
+    weights += segment['weights']
+  behaviors = events.behavior[np.array(targets, np.int64)]
+  return np.bincount(behaviors, weights, events.known)
+
+
 def summary(plan, length):
   """One line on what the plan teaches, and how full its rows are."""
   segments = list(itertools.chain.from_iterable(plan.rows))

@@ -108,8 +108,11 @@ def _short(value):
   return f'{value:.6g}' if isinstance(value, float) else value
 
 
-def settings_hash(config) -> str:
-  """8 hex digits of what a config changes, but for seed and local paths."""
+def settings_hash(config, origin='') -> str:
+  """8 hex digits of what a config changes, but for seed and local paths.
+
+  `origin`: the hash of the run whose stage a it starts from, if any.
+  """
   default = workdir_lib.as_dict(config_lib.default())
   changed = _flat(workdir_lib.as_dict(config))
   default = _flat(default)
@@ -117,7 +120,7 @@ def settings_hash(config) -> str:
     del changed[name]
   different = {name: value for name, value in changed.items()
                if value != default.get(name)}
-  text = json.dumps(different, sort_keys=True)
+  text = json.dumps(different, sort_keys=True) + origin
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -201,7 +204,7 @@ def _method(job, stage):
   if stage.key == 'base':
     return 'untuned'
   if stage.key == 'a_tuning' and tuple(job.config.stages) != ('a',):
-    return job.method.stage_a or None
+    return None
   return job.name
 
 

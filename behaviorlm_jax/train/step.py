@@ -51,23 +51,35 @@ class Names:
     return jnp.where(nodes >= 0, within, _over_vocabulary(logits, tokens))
 
 
-def names_of(tree, counts=None):
+def names_of(tree, drawn=None, kept=None):
   """The Names of a labels.Tree.
 
-  With `counts`, training samples int [Y] of each name, the bonus of a token is
-  the log count of the names below it: the balanced softmax of Ren et al.
-  (Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020) at
-  every node, under which the logits alone are those of equally frequent names.
+  Teaching moves scores towards how often each name is drawn, in `drawn`, float
+  [Y] of any sum. The bonus of a token, log drawn - log kept of the names below
+  it, moves the softmax there instead, and the logits alone are left those of
+  names that come as often as in `kept`, float [Y]. None is equally often: then
+  it is the balanced softmax of Ren et al. (Balanced Meta-Softmax for Long-Tailed
+  Visual Recognition, NeurIPS 2020) at every node. With the frequencies of the
+  log it is the correction for sampled items of Yi et al. (Sampling-Bias-Corrected
+  Neural Modeling, RecSys 2019). Without `drawn` there is no bonus.
   """
   edges = len(tree.edge_tokens)
-  below = np.ones(edges)
-  if counts is not None:
-    below = np.zeros(edges)
-    for name, count in enumerate(counts):
-      below[tree.path(name)] += count
+  bonus = np.zeros(edges)
+  if drawn is not None:
+    bonus = np.log(_below(tree, drawn))
+    if kept is not None:
+      bonus -= np.log(_below(tree, kept))
   pick = lambda values, none: np.append(values, none)[tree.node_edges]
   return Names(pick(tree.edge_tokens, -1).astype(np.int32),
-               pick(np.log(below), 0).astype(np.float32))
+               pick(bonus, 0).astype(np.float32))
+
+
+def _below(tree, values):
+  """Sums float64 [E] of the names' values [Y] below each edge."""
+  below = np.zeros(len(tree.edge_tokens))
+  for name, value in enumerate(values):
+    below[tree.path(name)] += value
+  return below
 
 
 def _over_vocabulary(logits, tokens):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -278,6 +279,25 @@ def test_the_balanced_loss_of_a_name_is_that_of_the_whole_list():
   joint = np.log(COUNTS) + scores
   np.testing.assert_allclose(found, np.logaddexp.reduce(joint) - joint,
                              rtol=1e-4)
+
+
+@pytest.mark.parametrize('kept', [None, [3, 1, 4, 1, 5, 9]])
+def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
+  """At them the mean loss of what is drawn has no gradient."""
+  drawn = np.array(COUNTS, 'f8')
+  kept = kept and np.array((kept * 2)[:len(drawn)], 'f8')
+  flat = labels.build([[y] for y in range(len(drawn))])
+  names = step_lib.names_of(flat, drawn, kept)
+  nodes = np.zeros(len(drawn), np.int32)
+
+  def loss(scores):
+    losses = names.losses(jnp.tile(scores, (len(drawn), 1)),
+                          np.arange(len(drawn), dtype=np.int32), nodes)
+    return jnp.sum(losses * drawn / drawn.sum())
+
+  best = np.zeros(len(drawn)) if kept is None else np.log(kept)
+  assert np.abs(jax.grad(loss)(jnp.array(best, 'f4'))).max() < 1e-6
+  assert np.abs(jax.grad(loss)(jnp.log(jnp.array(drawn, 'f4')))).max() > 1e-2
 
 
 def of_conversations(batch):
