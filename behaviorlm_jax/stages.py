@@ -508,10 +508,11 @@ def names(this, stage, plan):
     return None
   if loss == 'names':
     return step_lib.names_of(this.tree)
-  events = this.events
-  counts = [b.train_count for b in events.behaviors[:events.known]]
+  kept = np.ones(this.events.known)
+  if loss == 'natural':
+    kept = subset_lib.counts(this.events, this.config)
   return step_lib.names_of(this.tree, drawn_counts(this, stage, plan),
-                           counts if loss == 'natural' else None)
+                           np.maximum(kept, _NEVER_DRAWN))
 
 
 # Samples that stand for a behavior which a stage never draws, so that its
@@ -525,9 +526,9 @@ def drawn_counts(this, stage, plan):
   if stage == 'b' or this.config.plan.content == 'balanced':
     drawn = plan_lib.taught(plan, events)
   else:
-    samples = samples_lib.eligible(events, 'train', this.config,
-                                   _only_anchors(this, stage))
-    drawn = np.bincount(events.behavior[samples], minlength=events.known)
+    drawn = subset_lib.counts(events, this.config)
+    if _only_anchors(this, stage):
+      drawn = drawn * samples_lib.anchor_mask(events)
   return np.maximum(drawn, _NEVER_DRAWN)
 
 

@@ -28,25 +28,26 @@ def budgets(events, config):
   The natural budget, a pool of all behaviors, has that sum, too.
   """
   plan = config.plan
-  counts = _counts(events, config)
+  n = counts(events, config)
   anchors = samples_lib.anchor_mask(events)
   per_anchor = plan.per_anchor
   if per_anchor is None:
     per_anchor = plan.per_behavior
-  balanced = np.where(anchors, per_anchor, plan.per_behavior) * (counts > 0)
+  balanced = np.where(anchors, per_anchor, plan.per_behavior) * (n > 0)
   if plan.budget in ('balanced', 'natural'):
     return balanced
-  n = np.maximum(counts, 1).astype(np.float64)
+  samples = np.maximum(n, 1).astype(np.float64)
   if plan.budget == 'tempered':
-    rates = n ** plan.temper
+    rates = samples ** plan.temper
   else:
-    rates = n * (1 - plan.effective_beta) / (1 - plan.effective_beta ** n)
-  rates *= counts > 0
+    beta = plan.effective_beta
+    rates = samples * (1 - beta) / (1 - beta ** samples)
+  rates *= n > 0
   shares = balanced.sum() * rates / max(rates.sum(), 1e-12)
-  return np.where(counts > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
+  return np.where(n > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
 
 
-def _counts(events, config):
+def counts(events, config):
   """n_c int64 [known], training samples of each behavior."""
   samples = samples_lib.eligible(events, 'train', config)
   samples_lib.require(samples, 'stage b')
@@ -139,6 +140,5 @@ def neighbour_weights(events, config):
   """
   if config.plan.budget == 'natural':
     return np.ones(events.known)
-  counts = np.array([b.train_count for b in events.behaviors[:events.known]])
   rates = config.plan.neighbours * budgets(events, config)
-  return np.minimum(1.0, rates / np.maximum(counts, 1))
+  return np.minimum(1.0, rates / np.maximum(counts(events, config), 1))

@@ -57,18 +57,17 @@ def names_of(tree, drawn=None, kept=None):
   Teaching moves scores towards how often each name is drawn, in `drawn`, float
   [Y] of any sum. The bonus of a token, log drawn - log kept of the names below
   it, moves the softmax there instead, and the logits alone are left those of
-  names that come as often as in `kept`, float [Y]. None is equally often: then
-  it is the balanced softmax of Ren et al. (Balanced Meta-Softmax for Long-Tailed
-  Visual Recognition, NeurIPS 2020) at every node. With the frequencies of the
-  log it is the correction for sampled items of Yi et al. (Sampling-Bias-Corrected
-  Neural Modeling, RecSys 2019). Without `drawn` there is no bonus.
+  names that come as often as in `kept`, float [Y]. With equal ones it is the
+  balanced softmax of Ren et al. (Balanced Meta-Softmax for Long-Tailed Visual
+  Recognition, NeurIPS 2020), with the frequencies of the log the correction for
+  sampled items of Yi et al. (Sampling-Bias-Corrected Neural Modeling, RecSys
+  2019), both at every node: where drawn / kept differs among the names below a
+  token, their sums are used, whatever the context says of which it will be.
+  Without `drawn` there is no bonus.
   """
-  edges = len(tree.edge_tokens)
-  bonus = np.zeros(edges)
+  bonus = np.zeros(len(tree.edge_tokens))
   if drawn is not None:
-    bonus = np.log(_below(tree, drawn))
-    if kept is not None:
-      bonus -= np.log(_below(tree, kept))
+    bonus = np.log(_below(tree, drawn)) - np.log(_below(tree, kept))
   pick = lambda values, none: np.append(values, none)[tree.node_edges]
   return Names(pick(tree.edge_tokens, -1).astype(np.int32),
                pick(bonus, 0).astype(np.float32))
