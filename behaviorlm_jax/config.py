@@ -175,7 +175,8 @@ def _plan():
       gamma=1.0,  # Weighted: draw weight is difficulty ** gamma.
       noise_cut=0.0,  # Share of a behavior's hardest candidates left out.
       # Stage b also learns its windows' other events, each weighted min(1, this
-      # times m_c / n_c) by its behavior's budget and training events; 0: not.
+      # times m_c / n_c) by its behavior's budget and training samples, or 1
+      # under the natural budget; 0: not.
       neighbours=0.0,
   )
 
@@ -228,6 +229,8 @@ def ablate(config, names):
     if set(pair) <= set(names):
       raise InputError(f'--ablation={pair[0]} and --ablation={pair[1]} cannot '
                        f'be combined: {reason}; drop one of them.')
+  if 'no_anchor_stage' in names:  # There is nothing to go part of the way from.
+    config.train.balanced_interpolation = None
   for name in names:
     fields = ABLATIONS[name]
     if fields and all(_get(config, f) == value for f, value in fields.items()):

@@ -283,7 +283,7 @@ def test_matched_arms_have_equally_good_anchors():
   log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
   as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
   goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
-  found = compare.matched(goal, log_p, prior, adjust.TAUS)
+  found = compare.matched(goal, goal, log_p, prior, adjust.TAUS)
   np.testing.assert_array_equal(found.predicted, goal.predicted)
   assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
 

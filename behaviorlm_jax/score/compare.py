@@ -58,15 +58,15 @@ class Arm:
     return ~self.anchor if score.startswith('tail') else self.anchor
 
 
-def matched(control, log_p, prior, taus) -> Arm:
-  """A predictor adjusted so that its anchors are as good as the control's.
+def matched(control, own, log_p, prior, taus) -> Arm:
+  """`own`, a predictor, adjusted so that its anchors are as the control's.
 
   Of log p - tau log prior (score.adjust), float [n, Y] and [Y], the tau is the
   one whose anchor macro-F1 is nearest to that of `control` on these very
   samples: no predictor to use, but what two are to be compared at.
   """
   arms = [dataclasses.replace(
-      control, predicted=labels.best(log_p - tau * prior, 1)[:, 0])
+      own, predicted=labels.best(log_p - tau * prior, 1)[:, 0])
       for tau in sorted(taus, key=abs)]
   goal = control.value('anchor macro-F1')
   return min(arms, key=lambda arm: abs(arm.value('anchor macro-F1') - goal))

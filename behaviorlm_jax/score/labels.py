@@ -8,8 +8,9 @@ behavior's score is the sum along its path:
 
   s(y) = sum_t log p(y_t | x, y_<t)
 
-Leaves are never run: nothing follows them. Long lists are cut into chunks of
-names, each with a tree of its own, over the same keys and values.
+Leaves are never run: nothing follows them. Over the vocabulary long lists are
+cut into chunks of names, each with a tree of its own, over the same keys and
+values.
 
 Each token's softmax runs over the vocabulary or, with score.softmax = names,
 over the tokens with which some name of the list goes on: the distribution of

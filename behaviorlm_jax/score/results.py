@@ -186,17 +186,25 @@ class Finished:
 
 
 def _cost(job, stage):
-  """What the training of a stage, and of the one it began with, took."""
+  """What the training of a stage, and of the one it began with, took.
+
+  Steps that wait for a compilation are not timed and count as the mean step.
+  """
   if stage.key == 'base':
     return {}
   folders = [stage.folder]
   if stage.key == 'b_tuning' and workdir_lib.needs_stage_a(job.config):
-    origin = job.config.init_from or job.folder
-    folders.append(pathlib.Path(origin) / 'a_tuning')
-  steps = [row for folder in folders
-           for row in run_files.read_json_lines(folder / 'metrics.jsonl')]
-  return {'seconds': sum(row.get('seconds', 0.0) for row in steps),
-          'targets': sum(row['samples'] for row in steps)}
+    origin = workdir_lib.stage_a_adapter(job.config, job.folder)
+    folders.append(origin.parent)
+  steps = [run_files.read_json_lines(folder / 'metrics.jsonl')
+           for folder in folders]
+  return {'seconds': sum(map(_seconds, steps)),
+          'targets': sum(row['samples'] for stage in steps for row in stage)}
+
+
+def _seconds(steps):
+  timed = [row['seconds'] for row in steps if 'seconds' in row]
+  return len(steps) * float(np.mean(timed)) if timed else 0.0
 
 
 def _method(job, stage):
@@ -271,7 +279,9 @@ def collect(jobs, contrasts, rows):
       before, after = (arms.get((log, name), {}) for name in (control, method))
       name = method.removesuffix(_MATCHED)
       if name != method:
-        after = {seed: compare.matched(before[seed], *curve, adjust.TAUS)
+        own = arms.get((log, name), {})
+        after = {seed: compare.matched(before[seed], own[seed], *curve,
+                                       adjust.TAUS)
                  for seed, curve in curves.get((log, name), {}).items()
                  if seed in before}
       _contrast(log, method, control, before, after,
@@ -283,6 +293,12 @@ def _contrast(log, method, control, before, after, settings, rows):
   pairs = [(before[seed], after[seed]) for seed in seeds]
   if not pairs:
     return
+  for one, other in pairs:
+    if not (np.array_equal(one.true, other.true)
+            and np.array_equal(one.user, other.user)):
+      raise InputError(
+          f'{method} and {control} were evaluated on different events of '
+          f'{log}; give both the same config.eval and config.data.')
   for score in compare.SCORES:
     known = rows.tables['differences.csv'].get((log, method, control, score))
     if known and known['seeds'] > len(seeds):
@@ -408,7 +424,8 @@ def _differences(rows, log):
        '95 % from', '95 % to'), table,
       'Paired differences on the same test events; intervals from 1,000 '
       'redraws of the users. What is called matched is adjusted to the anchor '
-      'macro-F1 of what it stands against.')
+      'macro-F1 of what it stands against, by a tau that these very events '
+      'choose, once for all redraws.')
 
 
 def _curves(rows, drawn):

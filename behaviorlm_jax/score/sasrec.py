@@ -137,7 +137,7 @@ def fit(events, config, progress=lambda n: None):
   held = _ends(events, 'validation', config)
   rng = seeds.stream(config.seed, 'sasrec', 'batches')
   checks = rng.choice(held, min(len(held), CHECKED), replace=False)
-  # A step changes the model's arrays in place.
+  # A step gives the model's variables, which `nnx.state` shares, new arrays.
   copy = lambda: jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
   best, kept = np.inf, copy()
   every = -(-sasrec.steps // CHECKS)

@@ -159,9 +159,10 @@ def test_every_prefix_keeps_the_rates_and_repeats_evenly(make_windows, rates):
 
 def test_neighbours_are_taught_with_class_balanced_weights(table, make_windows):
   windows = make_windows()
-  counts = [b.train_count for b in table.behaviors]
-  weight_of = subset_lib.neighbour_weights(table, make_config(
-    plan__per_behavior=14, plan__neighbours=0.5))
+  config = make_config(plan__per_behavior=14, plan__neighbours=0.5)
+  weight_of = subset_lib.neighbour_weights(table, config)
+  samples = samples_lib.eligible(table, 'train', config)
+  counts = np.bincount(table.behavior[samples], minlength=table.known)
   assert min(counts) < 7 < max(counts)
   np.testing.assert_allclose(weight_of, [min(1, 7 / n) for n in counts])
   segment = windows.draw(40, weight_of)
@@ -176,6 +177,17 @@ def test_neighbours_are_taught_with_class_balanced_weights(table, make_windows):
   natural = subset_lib.neighbour_weights(table, make_config(
     plan__budget='natural'))
   assert natural.tolist() == [1.0] * table.known
+
+
+def test_neighbours_of_which_shots_leave_few_count_more(table, monkeypatch):
+  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 1)
+  tails = ~samples_lib.anchor_mask(table)
+  weights = [subset_lib.neighbour_weights(table, make_config(
+    plan__per_behavior=2, plan__neighbours=0.5, plan__shots=shots))
+    for shots in (None, 2)]
+  assert (weights[0][tails] < 0.5).any()
+  np.testing.assert_array_equal(weights[1][tails], 0.5)
+  np.testing.assert_array_equal(weights[1][~tails], weights[0][~tails])
 
 
 def test_neighbours_that_shots_leave_out_are_context_alone(

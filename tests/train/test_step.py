@@ -198,6 +198,7 @@ def test_room_for_the_fullest_group_does_not_change_the_divergence(
 
 NAMES = [[5, 6, 1], [5, 7, 1], [5, 7, 8, 1], [9, 1], [10, 11, 1], [12, 1]]
 COUNTS = [40, 3, 2, 100, 7, 1]
+KEPT = [3, 1, 4, 1, 5, 9]
 
 
 def taught(batch, tree, generator):
@@ -235,69 +236,71 @@ def torch_names_loss(model, batch, tree, bonus):
   return total / batch['answer_weights'].sum()
 
 
-@pytest.mark.parametrize('counts', [None, COUNTS])
+@pytest.mark.parametrize('drawn', [None, COUNTS])
 @pytest.mark.parametrize('accumulate, most', [(1, None), (2, 40)])
 def test_names_are_taught_within_their_list(
-  tmp_path, llama, params, adapter, attach, make_batch, counts, accumulate, most
+  tmp_path, llama, params, adapter, attach, make_batch, drawn, accumulate, most
 ):
   tree = labels.build(NAMES)
   batch = taught(make_batch(ROWS), tree, np.random.default_rng(1))
   assert (batch['answer_nodes'] >= 0).any()
   assert (batch['answer_weights'][batch['answer_nodes'] < 0] > 0).any()
   # Names below each edge, by their beginnings.
-  below = [sum(c for name, c in zip(NAMES, counts or (), strict=False)
-               if edge in tree.paths[NAMES.index(name)])
+  below = [[i for i in range(len(NAMES)) if edge in tree.paths[i]]
            for edge in range(len(tree.edge_tokens))]
-  bonus = np.log(below).astype('f4') if counts else np.zeros(len(below), 'f4')
+  bonus = np.zeros(len(below), 'f4')
+  if drawn:
+    bonus = np.log([sum(drawn[i] for i in names) / sum(KEPT[i] for i in names)
+                    for names in below]).astype('f4')
   lora.export(tmp_path, adapter, make_config().lora.alpha, llama.folder)
   base = transformers.AutoModelForCausalLM.from_pretrained(
     llama.folder, dtype=torch.float32)
   model = peft.PeftModel.from_pretrained(base, tmp_path)
   with torch.no_grad():
     expected = torch_names_loss(model, batch, tree, bonus).item()
-  names = step_lib.names_of(tree, counts)
+  names = step_lib.names_of(tree, drawn, KEPT)
   loss, _, _ = gradient(adapter, params, batch, attach, accumulate, 1, most,
                         None, names)
   assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_balanced_loss_of_a_name_is_that_of_the_whole_list():
-  """Along a path, log n_y + s(y) against all of them (Ren et al., eq. 3)."""
-  tree = labels.build(labels.shortest(NAMES))
-  logits = np.random.default_rng(0).normal(0, 3, (1 + len(tree.tokens), 20))
-  names = step_lib.names_of(tree, COUNTS)
-  log_p = np.zeros(len(NAMES))
-  for name in range(len(NAMES)):
-    for edge in tree.path(name):
-      node = tree.edge_nodes[edge]
-      log_p[name] -= names.losses(logits[node], tree.edge_tokens[edge], node)
-  assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-5)
+def test_the_balanced_loss_is_that_of_the_balanced_softmax():
+  """log n_y + s(y) against all of them (Ren et al., eq. 3)."""
   flat = labels.build([[y] for y in range(len(COUNTS))])  # Every name a token.
-  scores = logits[0, :len(COUNTS)]
-  found = [step_lib.names_of(flat, COUNTS).losses(scores, np.int32(y), 0)
-           for y in range(len(COUNTS))]
+  names = step_lib.names_of(flat, COUNTS, np.ones(len(COUNTS)))
+  scores = np.random.default_rng(0).normal(0, 3, len(COUNTS))
+  found = [names.losses(scores, np.int32(y), 0) for y in range(len(COUNTS))]
   joint = np.log(COUNTS) + scores
   np.testing.assert_allclose(found, np.logaddexp.reduce(joint) - joint,
                              rtol=1e-4)
 
 
-@pytest.mark.parametrize('kept', [None, [3, 1, 4, 1, 5, 9]])
+@pytest.mark.parametrize('kept', [KEPT, [1] * len(NAMES)])
 def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
-  """At them the mean loss of what is drawn has no gradient."""
-  drawn = np.array(COUNTS, 'f8')
-  kept = kept and np.array((kept * 2)[:len(drawn)], 'f8')
-  flat = labels.build([[y] for y in range(len(drawn))])
-  names = step_lib.names_of(flat, drawn, kept)
-  nodes = np.zeros(len(drawn), np.int32)
+  """Where the loss of what is drawn has no gradient, p(y) is kept's share."""
+  tree = labels.build(NAMES)
+  nodes, drawn = 1 + len(tree.tokens), np.array(COUNTS) / sum(COUNTS)
+  names = step_lib.names_of(tree, COUNTS, kept)
+  plain = step_lib.names_of(tree)
 
-  def loss(scores):
-    losses = names.losses(jnp.tile(scores, (len(drawn), 1)),
-                          np.arange(len(drawn), dtype=np.int32), nodes)
-    return jnp.sum(losses * drawn / drawn.sum())
+  def loss_of(names, name, logits):
+    path = tree.path(name)
+    at = tree.edge_nodes[path]
+    return names.losses(logits[at], tree.edge_tokens[path], at).sum()
 
-  best = np.zeros(len(drawn)) if kept is None else np.log(kept)
-  assert np.abs(jax.grad(loss)(jnp.array(best, 'f4'))).max() < 1e-6
-  assert np.abs(jax.grad(loss)(jnp.log(jnp.array(drawn, 'f4')))).max() > 1e-2
+  def loss(logits):
+    return sum(share * loss_of(names, name, logits)
+               for name, share in enumerate(drawn))
+
+  below = [sum(k for name, k in enumerate(kept) if edge in tree.path(name))
+           for edge in range(len(tree.edge_tokens))]
+  best = np.zeros((nodes, 20), 'f4')
+  best[tree.edge_nodes, tree.edge_tokens] = np.log(below)
+  slope = jax.grad(loss)
+  assert np.abs(slope(jnp.array(best))).max() < 1e-6
+  assert np.abs(slope(jnp.zeros((nodes, 20)))).max() > 1e-2
+  found = np.exp([-loss_of(plain, name, best) for name in range(len(NAMES))])
+  np.testing.assert_allclose(found, np.array(kept) / sum(kept), rtol=1e-5)
 
 
 def of_conversations(batch):
