@@ -21,6 +21,7 @@ from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.model import lora
+from behaviorlm_jax.score import scorer
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
@@ -104,7 +105,7 @@ def test_other_losses_teach_other_things(ablated, finished, read_rows, loss):
 
 @pytest.mark.parametrize('loss', ['natural', 'balanced'])
 def test_stage_b_allows_for_how_often_it_draws_a_behavior(
-    ablated, monkeypatch, loss):
+    ablated, make_run_config, monkeypatch, loss):
   seen = []
   names_of = stages.step_lib.names_of
 
@@ -125,18 +126,33 @@ def test_stage_b_allows_for_how_often_it_draws_a_behavior(
   np.testing.assert_array_equal(trained[0], validated[0])
   np.testing.assert_allclose(
       trained[0], [expected[b] or 1e-3 for b in range(events.known)], rtol=1e-6)
-  samples = samples_lib.eligible(events, 'train', config_lib.default())
+  samples = samples_lib.eligible(events, 'train', make_run_config())
   kept = np.bincount(events.behavior[samples], minlength=events.known)
   np.testing.assert_array_equal(
       trained[1], kept if loss == 'natural' else np.ones(events.known))
 
 
-def test_names_can_be_taught_and_scored_over_the_vocabulary(
-  run_stages, tmp_path, monkeypatch
+def test_over_the_vocabulary_a_searched_list_has_the_scores_of_a_whole_one(
+  run_stages, finished, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
-  run_stages({'train.loss': 'answers', 'score.softmax': 'vocabulary'}, only='a')
-  assert is_finished(tmp_path / 'work/a_tuning')
+  """And others than within names."""
+  fields = {'train.loss': 'answers', 'score.softmax': 'vocabulary'}
+  folder = tmp_path / 'work/a_tuning'
+  run_stages(fields, only='a')
+  whole = json.loads((folder / 'evaluation.json').read_text())
+  log_p = lambda folder: parquet.read_table(
+      folder / 'predictions.parquet')['log_prob'].to_numpy()
+  expected = log_p(folder)
+  assert np.abs(expected - log_p(finished / 'a_tuning')).max() > 0.01
+  (folder / 'evaluation.json').unlink()
+  monkeypatch.setattr(scorer, '_LONG', 0)
+  run_stages(fields, only='a')
+  found = json.loads((folder / 'evaluation.json').read_text())
+  assert 0 <= found.pop('uncertified') <= 1
+  assert found == whole
+  np.testing.assert_allclose(log_p(folder), expected, rtol=0, atol=2e-3)
+  report = (tmp_path / 'work/report.md').read_text()
+  assert 'scored whole: ' in report
 
 
 def test_conversations_are_taught_to_stay_where_the_base_is(

@@ -20,7 +20,6 @@ from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 
 STAGES = ('a_tuning', 'b_tuning')
@@ -334,27 +333,6 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
     assert row['score'] == pytest.approx(-scores[behavior], abs=1e-4)
   chosen = set(targets_of(finished, 'b_tuning'))
   assert chosen <= {row['sample'] for row in rows}
-
-
-@pytest.mark.usefixtures('compile_once')
-def test_searched_scores_give_the_same_metrics_and_difficulty(
-    finished, copy_run, make_run_config, monkeypatch):
-  """As a long list would be scored."""
-  monkeypatch.setattr(scorer_lib, '_LONG', 0)
-  names = ('evaluation.json', 'predictions.parquet')
-  workdir = copy_run(*(f'a_tuning/{name}' for name in names), 'b_tuning')
-  stages.run(make_run_config(), workdir)
-  found, expected = (
-      read_json(folder / 'a_tuning/evaluation.json')
-      for folder in (workdir, finished))
-  assert 0 <= found.pop('uncertified') <= 1
-  assert found == expected
-  for path in ('a_tuning/predictions.parquet', 'b_tuning/difficulty.parquet'):
-    column = 'score' if 'difficulty' in path else 'log_prob'
-    np.testing.assert_allclose(*(
-        parquet.read_table(folder / path)[column].to_numpy()
-        for folder in (workdir, finished)), rtol=0, atol=2e-3)
-  assert 'scored whole: ' in (workdir / 'report.md').read_text()
 
 
 def test_report_shows_tables_plots_and_examples(finished):

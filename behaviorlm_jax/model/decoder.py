@@ -333,5 +333,13 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden):
     """Float32 logits [..., V] of hidden states [..., D]."""
-    head = self.embed[...] if self.config.tied else self.head[...]
-    return _dot(hidden, head)
+    return _dot(hidden, self._head)
+
+  def logits_of(self, hidden, tokens):
+    """Those float32 [n] of one token [n] after each hidden state [n, D]."""
+    return jnp.einsum('nd,nd->n', hidden, self._head[tokens],
+                      preferred_element_type=jnp.float32)
+
+  @property
+  def _head(self):
+    return self.embed[...] if self.config.tied else self.head[...]

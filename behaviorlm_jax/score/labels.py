@@ -131,7 +131,7 @@ def shortest(answers):
   return [answer[:own(answer)] for answer in answers]
 
 
-def tree_scores(model, tree, last, cache, lengths, softmax='vocabulary'):
+def tree_scores(model, tree, last, cache, lengths, softmax):
   """Log-probabilities float32 [B, Y] of a tree's answers after prompts."""
   batch, width = last.shape[0], cache[0].shape[2]
   nodes = len(tree.tokens)
@@ -142,13 +142,27 @@ def tree_scores(model, tree, last, cache, lengths, softmax='vocabulary'):
     prompt = jnp.arange(width) < lengths[:, None]
     below, _ = model(tokens, positions, _attention(tree, prompt), memory=cache)
     hidden = jnp.concatenate([hidden, below], axis=1)
-  edges = _edge_scores(model, tree, hidden, softmax)
+  score = _within_names if softmax == 'names' else _over_vocabulary
+  edges = score(model, tree, hidden)
   edges = jnp.pad(edges, ((0, 0), (0, 1)))  # The edge that paths pad with.
   return edges[:, tree.paths].sum(axis=-1)
 
 
-def _edge_scores(model, tree, hidden, softmax):
-  """hidden [B, 1 + N, D] to log p float32 [B, E] of every edge.
+def _within_names(model, tree, hidden):
+  """hidden [B, 1 + N, D] to log p float32 [B, E], over each node's edges."""
+  nodes, count = tree.edge_nodes, hidden.shape[1]
+
+  def score(hidden):
+    logits = model.logits_of(hidden[nodes], jnp.asarray(tree.edge_tokens))
+    logits -= jax.ops.segment_max(logits, nodes, count)[nodes]
+    return logits - jnp.log(
+        jax.ops.segment_sum(jnp.exp(logits), nodes, count))[nodes]
+
+  return jax.lax.map(score, hidden)  # A prompt at a time: E x D products.
+
+
+def _over_vocabulary(model, tree, hidden):
+  """hidden [B, 1 + N, D] to log p float32 [B, E], over the vocabulary.
 
   Some rows at a time: logits of [rows, V] that leave a CPU's cache take twice
   as long.
@@ -161,22 +175,20 @@ def _edge_scores(model, tree, hidden, softmax):
   hidden = jnp.pad(hidden.reshape(-1, width), ((0, more), (0, 0)))
   children = np.pad(np.tile(children, (batch, 1)), ((0, more), (0, 0)))
   found = jax.lax.map(
-      lambda x: log_probs(model, *x, softmax),
+      lambda x: log_probs(model, *x),
       (hidden.reshape(blocks, rows, -1), children.reshape(blocks, rows, -1)))
   found = found.reshape(blocks * rows, -1)[:batch * nodes]
   edges = np.argsort(tree.node_edges, axis=None)[:len(tree.edge_nodes)]
   return found.reshape(batch, -1)[:, edges]
 
 
-def log_probs(model, hidden, tokens, softmax='vocabulary'):
+def log_probs(model, hidden, tokens):
   """log p float32 [..., F] of tokens [..., F] after hidden states [..., D].
 
-  `softmax`: over the vocabulary, or over these tokens ('names'); -1 is none.
+  Token -1 is none; what is said of it means nothing.
   """
   logits = model.logits(hidden)
   chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
-  if softmax == 'names':
-    logits = jnp.where(tokens >= 0, chosen, -jnp.inf)
   return chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import pathlib
 import re
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Scores prompts in batches of similar length, one compilation per width.
 
-A list whose tree is short is scored whole (score.labels); of a long one only
-what matters is run (score.search), and a prompt whose search is not certified
-within its slots is scored whole after all.
+A list is scored whole (score.labels). Over the vocabulary, of one whose tree is
+long, only what matters is run (score.search), and a prompt whose search is not
+certified within its slots is scored whole after all.
 """
 
 import jax
@@ -50,9 +50,9 @@ class Scorer:
     trees = [tree] if step >= len(labels) else [
         labels_lib.build(labels[i:i + step])
         for i in range(0, len(labels), step)]
-    self.index, nodes = search.Index(tree), len(tree.tokens)
-    self.searches = bool(self.tolerance) and nodes >= (
-        _LONG if long is None else long)
+    self.index = search.Index(tree)
+    self.searches = bool(self.tolerance) and softmax == 'vocabulary' and (
+        len(tree.tokens) >= (_LONG if long is None else long))
 
     def whole(adapter, params, tokens, lengths):
       model = attach(params, adapter)
@@ -68,12 +68,11 @@ class Scorer:
       root = jnp.broadcast_to(self.index.root_tokens,
                               (len(last), len(self.index.root_tokens)))
       room = [(0, 0)] * 2 + [(0, _SLOTS)] + [(0, 0)] * 2
-      return labels_lib.log_probs(model, last, root, softmax), tuple(
+      return labels_lib.log_probs(model, last, root), tuple(
           jnp.pad(x, room) for x in cache)
 
     def expand(adapter, params, cache, *arguments):
-      return search.expand(attach(params, adapter), tree, softmax, cache,
-                           *arguments)
+      return search.expand(attach(params, adapter), tree, cache, *arguments)
 
     everywhere = sharding.replicated(mesh)
     self._whole = jax.jit(whole, out_shardings=everywhere)

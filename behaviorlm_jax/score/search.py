@@ -1,5 +1,7 @@
 """Best-first search of a long list's label tree: run only nodes that matter.
 
+For scores over the vocabulary (score.softmax); within names the tree is short.
+
 The probability of a prefix bounds that of all names that begin with it, so what
 has not been run has a known mass. Of every prompt a search knows
 
@@ -172,13 +174,12 @@ class Search:
     return result
 
 
-def expand(model, tree, softmax, cache, lengths, nodes, seen, children, begin):
+def expand(model, tree, cache, lengths, nodes, seen, children, begin):
   """Runs nodes behind their prompts.
 
   Args:
     model: decoder.Decoder.
     tree: labels.Tree.
-    softmax: see labels.log_probs.
     cache: keys and values [layers, B, P + C, K, head_dim], of P tokens of the
       prompts and C slots.
     lengths: int32 [B], of the prompts.
@@ -211,6 +212,6 @@ def expand(model, tree, softmax, cache, lengths, nodes, seen, children, begin):
   cache = tuple(
       jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
       for old, more in zip(cache, new, strict=True))
-  found = jax.lax.map(lambda x: labels.log_probs(model, *x, softmax),
+  found = jax.lax.map(lambda x: labels.log_probs(model, *x),
                       (hidden, children))
   return found, cache
