@@ -19,15 +19,15 @@ def get_config():
   config.plan.content = 'all'
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 2
-  config.plan.neighbours = 1.0
+  config.plan.neighbours = 1e4  # All of them count alike.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
   config.train.steps = 505
   config.train.balanced_steps = 48
-  config.train.balanced_learning_rate = 2e-4
-  config.train.balanced_interpolation = 0.5
+  config.train.balanced_learning_rate = 5e-4
+  config.train.balanced_loss = 'natural'
   config.checkpoint.every = 100
   config.eval.max_samples = 500
   return config
