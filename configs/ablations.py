@@ -8,6 +8,10 @@ All methods take 72 steps of 4 x 640 tokens: 48 of stage a and 24 of stage b, or
 72 of one stage. That is less than a fifth of a pass over either log: what two
 CPU cores can repeat often enough to tell methods apart.
 
+configs/ablations.py:one_pass first learns all behaviors, each training target
+once, as configs/foursquare_nyc.py and india_time_use.py do, and then compares
+stages b of 48 steps: of balanced or natural draws, by difficulty or at random.
+
 configs/ablations.py:few_shot runs the method and one stage where tail behaviors
 of 50 training events or more keep that many training samples, chosen by seed,
 more of them including fewer. Stage a learns anchors alone, so stage b is the
@@ -26,7 +30,8 @@ def get_config(name='controls'):
   config.logs = dict.fromkeys(('foursquare_nyc', 'india_time_use'), '')
   config.log_fields = {'india_time_use': {
       'data': {'columns': {'group': 'household'}, 'weekday': False}}}
-  {'controls': _controls, 'few_shot': _few_shot}[name](config)
+  {'controls': _controls, 'one_pass': _one_pass,
+   'few_shot': _few_shot}[name](config)
   return config
 
 
@@ -78,6 +83,38 @@ def _controls(config):
           'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')))
   config.drawn = ('behaviorlm', 'one_stage', 'balanced_softmax',
                   'all_behaviors_first', 'sasrec', 'markov')
+
+
+def _one_pass(config):
+  base = config.base
+  base.plan.content = 'all'
+  base.plan.conversation_share = 0.1
+  base.plan.per_behavior = 2
+  base.plan.neighbours = 1e4  # All of them count alike.
+  base.difficulty.candidates = 4
+  base.train.update({
+      'steps': 400, 'learning_rate': 1e-3, 'loss': 'answers',
+      'balanced_steps': 48, 'balanced_learning_rate': 5e-4,
+      'balanced_loss': 'natural'})
+  base.eval.max_samples = 500
+  base.eval.validation_rows = 32
+  config.log_fields.india_time_use.train = {'steps': 505}
+  start = 'all_behaviors_alone'
+  config.methods = {
+      start: sweep.method(seeds=3, fields={'stages': ('a',)}),
+      'behaviorlm': sweep.method(start=start, seeds=3),
+      'natural_stage': sweep.method(
+          ('no_balance', 'no_difficulty'), start, seeds=3),
+      'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3)}
+  config.order = tuple(config.methods)
+  config.drawn = (*config.order, 'markov')
+  others = ('all_behaviors_alone', 'natural_stage', 'no_difficulty', 'markov')
+  config.contrasts = tuple(
+      (f'behaviorlm{kind}', f'{other}{kind}') for other in others
+      for kind in ('', '_adjusted', '_mixed_adjusted')
+      if (other, kind) != ('markov', '_mixed_adjusted')) + tuple(
+          ('behaviorlm_matched', f'{other}_adjusted') for other in others)
+  config.results = 'docs/results/one_pass'
 
 
 def _few_shot(config):
