@@ -306,7 +306,7 @@ def shipped(name):
   return config
 
 
-@pytest.mark.parametrize('name', ['controls', 'few_shot'])
+@pytest.mark.parametrize('name', ['controls', 'one_pass', 'few_shot'])
 def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
   config = shipped(name)
   jobs = sweep.jobs(config, tmp_path)
@@ -322,8 +322,9 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
 def test_the_main_controls_have_three_seeds(tmp_path):
   three = {job.name for job in sweep.jobs(shipped('controls'), tmp_path)
            if job.seed == 2}
-  assert three == {'behaviorlm', 'one_stage', 'no_difficulty',
-                   'all_behaviors_first', 'no_auxiliary', 'sasrec'}
+  assert three == {
+      'no_balanced_stage', 'behaviorlm', 'one_stage', 'no_difficulty',
+      'all_behaviors_alone', 'all_behaviors_first', 'no_auxiliary', 'sasrec'}
 
 
 def test_few_shot_rows_become_a_curve(tmp_path):
