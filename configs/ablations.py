@@ -22,6 +22,10 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import sweep_config as sweep
 
 SHOTS = (0, 1, 2, 5, 10, 20, 50)
+# All neighbours count alike, and scores stay those of natural frequencies: on
+# validation events draws of equal frequency moved the prior further than tau
+# undoes. Of stage b's methods alone, so that the rows of others stay valid.
+_STAGE_B = {'plan': {'neighbours': 1e4}, 'train': {'balanced_loss': 'natural'}}
 
 
 def get_config(name='controls'):
@@ -59,6 +63,9 @@ def _controls(config):
       'no_balance': sweep.method(('no_balance',), 'no_balanced_stage'),
       'no_anchor_stage': sweep.method(('no_anchor_stage',)),
   }
+  for name in ('behaviorlm', 'all_behaviors_first', 'no_difficulty',
+               'no_auxiliary', 'no_balance', 'no_anchor_stage'):
+    config.methods[name].fields.update(_STAGE_B)
   for name, method in config.methods.items():
     if name not in asked:
       method.fields.update({'retention': {'questions': ''}})
