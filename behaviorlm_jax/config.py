@@ -70,9 +70,9 @@ def default():
       balanced_interpolation=config_dict.placeholder(float),  # Of stage b.
       # Behaviors are taught within their list as often as the stage draws them
       # (names), or so that scores become those of a log in which they are as
-      # frequent as in this one (natural) or all equally (balanced), however
-      # often they are drawn (train.step.names_of); or over the vocabulary
-      # (answers). All but the last need score.softmax=names.
+      # frequent as training samples are (natural) or all equally (balanced),
+      # however often they are drawn (train.step.names_of); or over the
+      # vocabulary (answers). All but the last need score.softmax=names.
       loss='names',
       balanced_loss=config_dict.placeholder(str),  # Of stage b.
       # What conversations teach: answers (their likelihood) | kl (to stay where
@@ -229,8 +229,6 @@ def ablate(config, names):
     if set(pair) <= set(names):
       raise InputError(f'--ablation={pair[0]} and --ablation={pair[1]} cannot '
                        f'be combined: {reason}; drop one of them.')
-  if 'no_anchor_stage' in names:  # There is nothing to go part of the way from.
-    config.train.balanced_interpolation = None
   for name in names:
     fields = ABLATIONS[name]
     if fields and all(_get(config, f) == value for f, value in fields.items()):
@@ -396,19 +394,25 @@ def _check_sums(config):
     raise InputError(f'stages is {tuple(config.stages)}; choose one of '
                      f'{", ".join(map(str, _STAGES))}.')
   _check_auxiliary(config)
-  losses = {stage: of_stage(config, stage).train.loss
-            for stage in config.stages}
-  within = [loss for loss in losses.values() if loss != 'answers']
-  if within and config.score.softmax != 'names':
-    raise InputError(
-        f'train.loss is {within[0]!r}, which teaches nothing of the '
-        f'rest of the vocabulary, and score.softmax is '
-        f'{config.score.softmax!r}; set score.softmax=names.')
+  _check_losses(config)
   starts_from_a = tuple(config.stages) == ('b',) and (
       'no_anchor_stage' not in config.ablations)
   if config.init_from and not starts_from_a:
     raise InputError(f'init_from is {config.init_from}, but this run starts no '
                      'stage b from an earlier stage a; leave it out.')
+
+
+def _check_losses(config):
+  """Refuses to score over a vocabulary of which nothing was taught."""
+  for stage in config.stages:
+    own = stage == 'b' and config.train.balanced_loss is not None
+    field = 'train.balanced_loss' if own else 'train.loss'
+    loss, softmax = _get(config, field), config.score.softmax
+    if loss != 'answers' and softmax != 'names':
+      raise InputError(
+          f'{field} is {loss!r}, which teaches nothing of the rest of the '
+          f'vocabulary, and score.softmax is {softmax!r}; set '
+          'score.softmax=names.')
 
 
 def _check_auxiliary(config):

@@ -493,7 +493,7 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
-      validator(this, stage, plan))
+      validator(this, stage))
   best = saved.best_step(config.checkpoint.best_by != 'last')
   logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
   adapter = saved.restore_adapter(best, state)
@@ -502,7 +502,7 @@ def train(this, stage, folder, plan, plan_hash, adapter):
 
 
 def names(this, stage, plan):
-  """`names` of step.make_step."""
+  """`names` of step.make_step and make_validation; `plan` is what is drawn."""
   loss = this.config.train.loss
   if not this.tree:
     return None
@@ -510,26 +510,18 @@ def names(this, stage, plan):
     return step_lib.names_of(this.tree)
   kept = np.ones(this.events.known)
   if loss == 'natural':
-    kept = subset_lib.counts(this.events, this.config)
-  return step_lib.names_of(this.tree, drawn_counts(this, stage, plan),
-                           np.maximum(kept, _NEVER_DRAWN))
-
-
-# Samples that stand for a behavior which a stage never draws, so that its
-# chances are next to nothing and their logarithm is finite.
-_NEVER_DRAWN = 1e-3
+    kept = np.maximum(subset_lib.counts(this.events, this.config), 1)
+  return step_lib.names_of(this.tree, drawn_counts(this, stage, plan), kept)
 
 
 def drawn_counts(this, stage, plan):
   """How much a stage teaches of each behavior, float [known], of any sum."""
-  events = this.events
   if stage == 'b' or this.config.plan.content == 'balanced':
-    drawn = plan_lib.taught(plan, events)
-  else:
-    drawn = subset_lib.counts(events, this.config)
-    if _only_anchors(this, stage):
-      drawn = drawn * samples_lib.anchor_mask(events)
-  return np.maximum(drawn, _NEVER_DRAWN)
+    return plan_lib.taught(plan, this.events)
+  drawn = subset_lib.counts(this.events, this.config)
+  if _only_anchors(this, stage):
+    drawn = drawn * samples_lib.anchor_mask(this.events)
+  return drawn
 
 
 def _only_anchors(this, stage):
@@ -558,11 +550,8 @@ def show_example(this, assemble, plan):
   logging.info('a row, the learned tokens in brackets:\n%s', text)
 
 
-def validator(this, stage, trained):
-  """adapter -> {'val_loss', 'score'} on the stage's own kind of samples.
-
-  `trained`: the stage's plan.
-  """
+def validator(this, stage):
+  """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
   config = this.config
   rng = seeds.stream(config.seed, stage, 'validation')
   steps = -(-config.eval.validation_rows // config.train.batch)
@@ -578,7 +567,7 @@ def validator(this, stage, trained):
   sums = step_lib.make_validation(
       this.attach, this.mesh, plan_lib.most_answers(
           plan, config.train.batch, 1, sharding.row_parts(this.mesh)),
-      names(this, stage, trained))
+      names(this, stage, plan))
   samples = evaluation.draw_samples(this.events, 'validation',
                                     config.eval.validation_samples, config)
 

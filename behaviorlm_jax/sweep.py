@@ -67,7 +67,9 @@ class Job:
       last = 'a_tuning'
     elif not stages:
       last = 'sasrec' if self.config.sasrec.steps else 'base'
-    return (self.folder / last / 'evaluation.json').exists()
+    settings = self.folder / 'settings.txt'
+    return ((self.folder / last / 'evaluation.json').exists()
+            and settings.exists() and settings.read_text() == self.settings)
 
 
 def jobs(config, workdir):
@@ -101,6 +103,10 @@ def _job(config, workdir, log, seed, name):
       raise InputError(f'config.methods.{name} starts from {chosen.start!r}'
                        f'{config_lib.nearest(chosen.start, config.order)}, '
                        'which is not in config.order.')
+    if config.methods[chosen.start].start:
+      raise InputError(
+          f'config.methods.{name} starts from {chosen.start!r}, which has no '
+          'stage a of its own; name the method that it starts from.')
     run.stages, run.init_from = ('b',), str(place / chosen.start)
   run = config_lib.ablate(run, chosen.ablations)
   config_lib.check(run)
@@ -138,6 +144,7 @@ def run_job(job):
   stages.run(job.config, job.folder)
   for stage in ('a_tuning', 'b_tuning'):  # Adapters stay.
     shutil.rmtree(job.folder / stage / 'checkpoints', ignore_errors=True)
+  (job.folder / 'settings.txt').write_text(job.settings)
 
 
 def _take(folder, name, last):

@@ -42,7 +42,8 @@ NOT_A_CHOICE = {
   'model.dtype': 'float16', 'model.remat': 'all', 'score.dtype': 'int8',
   'plan.content': 'anchor', 'plan.budget': 'balance',
   'difficulty.score': 'nil', 'checkpoint.best_by': 'f1',
-  'train.auxiliary': 'kd', 'train.loss': 'name', 'score.softmax': 'list',
+  'train.auxiliary': 'kd', 'train.loss': 'name',
+  'train.balanced_loss': 'naturel', 'score.softmax': 'list',
 }
 
 
@@ -119,6 +120,9 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
   ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
   ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
   ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
+  ({'train.loss': 'answers', 'train.balanced_loss': 'natural',
+    'score.softmax': 'vocabulary'},
+   ("train.balanced_loss is 'natural'", 'set score.softmax=names')),
   ({'score.softmax': 'vocabulary'},
    ("train.loss is 'names'", "score.softmax is 'vocabulary'",
     'set score.softmax=names')),

@@ -73,6 +73,8 @@ def test_runs_go_seed_by_seed_in_the_order_asked_for(make_sweep, tmp_path):
 
 @pytest.mark.parametrize(('fields', 'match'), [
     ({'order': ('frist',)}, r"'frist' \(did you mean first\?\)"),
+    ({'methods': {'drawn': {'start': 'first'}}},
+     "drawn starts from 'first', which has no stage a of its own"),
     ({'order': ('drawn',)}, "drawn starts from 'stage_a'.*not in config.order"),
     ({'logs': {'walks': ''}}, 'names no log.*--config.logs.NAME=FILE')])
 def test_a_sweep_that_cannot_run_is_refused(make_sweep, tmp_path, fields,
@@ -184,6 +186,10 @@ def test_finished_and_committed_runs_are_not_run_again(
   config.methods.drawn.fields = {'plan': {'per_behavior': 3}}
   sweep.run_all(config, tmp_path / 'empty')
   assert ran == [('walks', 'stage_a', 0), ('walks', 'drawn', 0)]
+  # A folder that other settings made is not taken for finished, but refused.
+  ran.clear()
+  sweep.run_all(config, swept)
+  assert ran == [('walks', 'drawn', 0)]
   # So is what starts from a run of other settings.
   ran.clear()
   config = make_sweep(tmp_path, order=('stage_a', 'drawn'))
@@ -283,7 +289,7 @@ def test_matched_arms_have_equally_good_anchors():
   log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
   as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
   goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
-  found = compare.matched(goal, goal, log_p, prior, adjust.TAUS)
+  found = compare.matched(goal, as_is, log_p, prior, adjust.TAUS)
   np.testing.assert_array_equal(found.predicted, goal.predicted)
   assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
 
@@ -312,10 +318,12 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
   jobs = sweep.jobs(config, tmp_path)
   assert len({job.key for job in jobs}) == len(jobs)
   known = {job.name for job in jobs} | {
-      'no_balanced_stage', 'untuned', 'markov', 'markov_adjusted'}
+      'untuned', 'markov', 'markov_adjusted'}
   known |= {f'{job.name}_{kind}' for job in jobs
             for kind in ('adjusted', 'mixed', 'mixed_adjusted', 'matched')}
   assert {name for pair in config.contrasts for name in pair} <= known
+  assert len(set(config.contrasts)) == len(config.contrasts)
+  assert all(method != control for method, control in config.contrasts)
   assert set(config.order) == set(config.methods)
 
 

@@ -337,8 +337,9 @@ class Decoder(nnx.Module):
 
   def logits_of(self, hidden, tokens):
     """Those float32 [n] of one token [n] after each hidden state [n, D]."""
-    return jnp.einsum('nd,nd->n', hidden, self._head[tokens],
-                      preferred_element_type=jnp.float32)
+    rows = self._head[tokens].astype(hidden.dtype)
+    products = hidden.astype(jnp.float32) * rows.astype(jnp.float32)
+    return jnp.sum(products, axis=-1)
 
   @property
   def _head(self):

@@ -70,9 +70,12 @@ class Tree:
     All, where none has: there is one answer alone.
     """
     path = self.path(answer)
-    count = np.bincount(self.edge_nodes)[self.edge_nodes[path]]
-    found = np.flatnonzero(count > 1)
+    found = np.flatnonzero(self._fan_out[self.edge_nodes[path]] > 1)
     return found if len(found) else np.arange(len(path))
+
+  @functools.cached_property
+  def _fan_out(self):
+    return np.bincount(self.edge_nodes)
 
   @functools.cached_property
   def parents(self):

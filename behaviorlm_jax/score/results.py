@@ -19,6 +19,7 @@ import json
 import re
 
 import numpy as np
+from absl import logging
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import files
@@ -295,9 +296,10 @@ def _contrast(log, method, control, before, after, settings, rows):
   for one, other in pairs:
     if not (np.array_equal(one.true, other.true)
             and np.array_equal(one.user, other.user)):
-      raise InputError(
-          f'{method} and {control} were evaluated on different events of '
-          f'{log}; give both the same config.eval and config.data.')
+      logging.warning(
+          '%s and %s were evaluated on different events of %s: no difference '
+          'is shown.', method, control, log)
+      return
   for score in compare.SCORES:
     known = rows.tables['differences.csv'].get((log, method, control, score))
     if known and known['seeds'] > len(seeds):

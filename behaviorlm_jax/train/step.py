@@ -51,22 +51,29 @@ class Names:
     return jnp.where(nodes >= 0, within, _over_vocabulary(logits, tokens))
 
 
+# Of kept's share, what a name that is never drawn is given: next to nothing,
+# but with a logarithm.
+_NEVER = 1e-3
+
+
 def names_of(tree, drawn=None, kept=None):
   """The Names of a labels.Tree.
 
   Teaching moves scores towards how often each name is drawn, in `drawn`, float
   [Y] of any sum. The bonus of a token, log drawn - log kept of the names below
   it, moves the softmax there instead, and the logits alone are left those of
-  names that come as often as in `kept`, float [Y]. With equal ones it is the
-  balanced softmax of Ren et al. (Balanced Meta-Softmax for Long-Tailed Visual
-  Recognition, NeurIPS 2020), with the frequencies of the log the correction for
-  sampled items of Yi et al. (Sampling-Bias-Corrected Neural Modeling, RecSys
-  2019), both at every node: where drawn / kept differs among the names below a
+  names that come as often as in `kept`, positive float [Y]: the logit-adjusted
+  loss of Menon et al. (Long-tail learning via logit adjustment, ICLR 2021) for
+  the prior drawn / kept, and with equal ones in `kept` the balanced softmax of
+  Ren et al. (Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS
+  2020). Both at every node: where drawn / kept differs among the names below a
   token, their sums are used, whatever the context says of which it will be.
   Without `drawn` there is no bonus.
   """
   bonus = np.zeros(len(tree.edge_tokens))
   if drawn is not None:
+    kept = np.asarray(kept, np.float64) / np.sum(kept)
+    drawn = np.maximum(np.asarray(drawn) / np.sum(drawn), _NEVER * kept)
     bonus = np.log(_below(tree, drawn)) - np.log(_below(tree, kept))
   pick = lambda values, none: np.append(values, none)[tree.node_edges]
   return Names(pick(tree.edge_tokens, -1).astype(np.int32),
@@ -102,8 +109,8 @@ def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None,
   """Weighted loss of the answer tokens, and the weights.
 
   A token's loss is its negative log-likelihood, over the vocabulary or within
-  `names`. With `base`, tokens that are
-  `answer_auxiliary` have the divergence from it instead:
+  `names`. With `base`, tokens that are `answer_auxiliary` have the divergence
+  from it instead:
 
     KL(p0 || p) = sum_v p0(v | x_t) (log p0(v | x_t) - log p(v | x_t))
 

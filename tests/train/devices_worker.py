@@ -97,8 +97,12 @@ def train(sizes):
   scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, mesh, long=0)
   prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
   scores, _ = scorer(state['adapter'], prompts)
+  config.score.softmax = 'names'
+  named, _ = scorer_lib.Scorer(attach, params, NAMES, config.score, mesh)(
+    state['adapter'], prompts)
   return {'losses': likely, 'losses_kl': kept, 'bytes': local,
-          'scores': scores.tolist(), 'devices': jax.device_count(),
+          'scores': scores.tolist(), 'named': named.tolist(),
+          'devices': jax.device_count(),
           'compiled': scorer._expand._cache_size()}
 
 
