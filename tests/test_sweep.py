@@ -1,6 +1,7 @@
 """Sweeps: what runs, what is shared, what is not run again, the rows."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -214,6 +215,12 @@ def test_differences_are_paired_over_the_seeds_that_both_have(swept):
   want = np.mean([scores['first', s] - scores['markov', s] for s in '01'])
   np.testing.assert_allclose(
       float(rows['markov', 'accuracy']['change']), want, atol=1e-5)
+  nll = {row['method']: float(row['value'])
+         for row in read(swept / 'results.csv')
+         if (row['group'], row['metric'], row['seed']) == ('all', 'nll', '0')}
+  assert float(rows['one', 'log p']['change']) == pytest.approx(
+      nll['one'] - nll['first'], abs=1e-4)
+  assert ('one_adjusted', 'log p') not in rows
 
 
 def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
@@ -280,6 +287,23 @@ def test_a_pair_alone_changes_by_the_difference_of_its_scores():
     assert before == pytest.approx(pair[0].value(score))
     assert change == pytest.approx(pair[1].value(score) - before)
     assert low < change < high
+
+
+def test_log_p_is_compared_over_the_samples_of_a_group():
+  rng = np.random.default_rng(3)
+  pair = arms(rng, 30, 0.4, 0.2, np.arange(6) < 2)
+  log_p = rng.normal(size=(2, len(pair[0].true)))
+  pair = [dataclasses.replace(arm, log_p=values)
+          for arm, values in zip(pair, log_p, strict=True)]
+  tail = pair[0].true >= 2
+  for score, part in (('log p', slice(None)), ('tail log p', tail),
+                      ('anchor log p', ~tail)):
+    before, change, (low, high) = compare.paired([pair], score, draws=200)
+    assert before == pytest.approx(log_p[0, part].mean())
+    assert change == pytest.approx((log_p[1] - log_p[0])[part].mean())
+    # Samples are independent here, so users are as good as samples.
+    error = (log_p[1] - log_p[0])[part].std() / len(log_p[0, part]) ** 0.5
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.3)
 
 
 def test_matched_arms_have_equally_good_anchors():

@@ -25,6 +25,9 @@ SCORES = {  # name: (group, key) in an evaluation
     'accuracy': ('all', 'accuracy@1'),
     'tail macro-F1': ('tail', 'f1_macro'),
     'anchor macro-F1': ('anchor', 'f1_macro')}
+# Mean log p of the true behavior, of samples of a group: tells predictors apart
+# where both name the same behavior first.
+LOG_P = {'log p': 'all', 'tail log p': 'tail', 'anchor log p': 'anchor'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,16 @@ class Arm:
   predicted: np.ndarray  # ids int64[n]
   user: np.ndarray  # [n]
   anchor: np.ndarray  # bool[Y]
+  log_p: np.ndarray | None = None  # Of the true behavior, float[n].
 
   def value(self, score, weight=None) -> float:
     """The score; `weight` float[n] says how often each sample counts."""
     if score == 'accuracy':
       return float(np.average(self.true == self.predicted, weights=weight))
+    if score in LOG_P:
+      part = self.counted(score)
+      weight = weight if weight is None else weight[part]
+      return float(np.average(self.log_p[part], weights=weight))
     return self.macro_f1(self._members(score), weight)
 
   def macro_f1(self, members, weight=None) -> float:
@@ -54,6 +62,13 @@ class Arm:
     return metrics.bootstrap_macro_f1(
         self.true, self.predicted, self._members(score), self.user)
 
+  def counted(self, score):
+    """Samples bool[n] without which there is no such score."""
+    group = LOG_P.get(score, 'all')
+    every = np.ones(len(self.true), bool)
+    return every if group == 'all' else (
+        self.anchor[self.true] == (group == 'anchor'))
+
   def _members(self, score):
     return ~self.anchor if score.startswith('tail') else self.anchor
 
@@ -66,7 +81,7 @@ def matched(control, own, log_p, prior, taus) -> Arm:
   samples: no predictor to use, but what two are to be compared at.
   """
   arms = [dataclasses.replace(
-      own, predicted=labels.best(log_p - tau * prior, 1)[:, 0])
+      own, predicted=labels.best(log_p - tau * prior, 1)[:, 0], log_p=None)
       for tau in sorted(taus, key=abs)]
   goal = control.value('anchor macro-F1')
   return min(arms, key=lambda arm: abs(arm.value('anchor macro-F1') - goal))
@@ -90,7 +105,7 @@ def paired(pairs, score, draws=1000, seed=0):
   Args:
     pairs: [(Arm before, Arm after)], a pair per seed of a run, both of the
       same samples. A redrawn user counts alike in all of them.
-    score: key of SCORES.
+    score: key of SCORES or LOG_P, of which every pair has samples.
 
   Returns:
     (mean before, mean change, interval or None: a single user).
@@ -113,7 +128,8 @@ def paired(pairs, score, draws=1000, seed=0):
   while len(changes) < draws:
     times = np.bincount(rng.integers(len(names), size=len(names)),
                         minlength=len(names))
-    if all(times[owner].any() for owner in owners):  # No pair stays empty.
+    if all(times[owner][one.counted(score)].any() for (one, _), owner
+           in zip(pairs, owners, strict=True)):  # No pair stays empty.
       changes.append(np.diff(means(times))[0])
   change = float(after - before)
   return float(before), change, _interval(change, np.array(changes))

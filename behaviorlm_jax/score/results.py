@@ -180,6 +180,8 @@ class Finished:
     for called, column in columns.items():
       self.arms[called] = compare.arm(
           run, stage, run.encode(stage.column(column)))
+    self.arms[name] = dataclasses.replace(
+        self.arms[name], log_p=stage.column('log_prob'))
     log_p = stage.log_p('test')
     if log_p is not None:
       self.log_p[name] = log_p
@@ -300,7 +302,11 @@ def _contrast(log, method, control, before, after, settings, rows):
           '%s and %s were evaluated on different events of %s: no difference '
           'is shown.', method, control, log)
       return
-  for score in compare.SCORES:
+  for score in (*compare.SCORES, *compare.LOG_P):
+    if score in compare.LOG_P and not all(
+        one.log_p is not None and other.log_p is not None
+        and one.counted(score).any() for one, other in pairs):
+      continue
     known = rows.tables['differences.csv'].get((log, method, control, score))
     if known and known['seeds'] > len(seeds):
       continue
