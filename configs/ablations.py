@@ -105,25 +105,33 @@ def _one_pass(config):
   base.train.update({
       'steps': 400, 'learning_rate': 1e-3, 'loss': 'answers',
       'balanced_steps': 48, 'balanced_learning_rate': 5e-4,
-      'balanced_loss': 'natural'})
+      'balanced_loss': 'natural', 'balanced_interpolation': 0.5})
   base.eval.max_samples = 500
   base.eval.validation_rows = 32
   config.log_fields.india_time_use.train = {'steps': 505}
   start = 'all_behaviors_alone'
+  whole = {'train': {'balanced_interpolation': 1.0}}
   config.methods = {
       start: sweep.method(seeds=3, fields={'stages': ('a',)}),
       'behaviorlm': sweep.method(start=start, seeds=3),
       'natural_stage': sweep.method(
           ('no_balance', 'no_difficulty'), start, seeds=3),
+      'behaviorlm_whole_way': sweep.method(start=start, fields=whole),
+      'natural_stage_whole_way': sweep.method(
+          ('no_balance', 'no_difficulty'), start, fields=whole),
       'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3)}
   config.order = tuple(config.methods)
-  config.drawn = (*config.order, 'markov')
+  config.drawn = (start, 'behaviorlm', 'natural_stage', 'no_difficulty',
+                  'markov')
   others = ('all_behaviors_alone', 'natural_stage', 'no_difficulty', 'markov')
   config.contrasts = tuple(
       (f'behaviorlm{kind}', f'{other}{kind}') for other in others
       for kind in ('', '_adjusted', '_mixed_adjusted')
       if (other, kind) != ('markov', '_mixed_adjusted')) + tuple(
-          ('behaviorlm_matched', f'{other}_adjusted') for other in others)
+          ('behaviorlm_matched', f'{other}_adjusted') for other in others) + (
+              ('behaviorlm', 'behaviorlm_whole_way'),
+              ('behaviorlm_whole_way', start),
+              ('behaviorlm_whole_way', 'natural_stage_whole_way'))
   config.results = 'docs/results/one_pass'
 
 

@@ -26,6 +26,7 @@ def get_config():
   config.train.balanced_steps = 48
   config.train.balanced_learning_rate = 5e-4
   config.train.balanced_loss = 'natural'
+  config.train.balanced_interpolation = 0.5
   config.checkpoint.every = 100
   config.score.batch = 2  # Faster on CPU, as above.
   config.eval.max_samples = 500
