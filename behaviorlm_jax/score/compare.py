@@ -74,17 +74,20 @@ class Arm:
 
 
 def matched(control, own, log_p, prior, taus) -> Arm:
-  """`own`, a predictor, adjusted so that its anchors are as the control's.
+  """`own`, a predictor, as far towards the tail as anchors stay as good.
 
-  Of log p - tau log prior (score.adjust), float [n, Y] and [Y], the tau is the
-  one whose anchor macro-F1 is nearest to that of `control` on these very
-  samples: no predictor to use, but what two are to be compared at.
+  Of log p - tau log prior (score.adjust), float [n, Y] and [Y], the largest tau
+  at which anchor macro-F1 on these very samples is that of `control` or better;
+  where none is, that of the best anchors. No predictor to use, but what two are
+  to be compared at.
   """
   arms = [dataclasses.replace(
       own, predicted=labels.best(log_p - tau * prior, 1)[:, 0], log_p=None)
-      for tau in sorted(taus, key=abs)]
-  goal = control.value('anchor macro-F1')
-  return min(arms, key=lambda arm: abs(arm.value('anchor macro-F1') - goal))
+      for tau in sorted(taus)]
+  anchors = [arm.value('anchor macro-F1') for arm in arms]
+  goal = min(control.value('anchor macro-F1'), max(anchors))
+  return max(zip(anchors, range(len(arms)), arms, strict=True),
+             key=lambda found: (found[0] >= goal, found[1]))[2]
 
 
 def bootstrap_accuracy(right, user, draws=1000, seed=0):

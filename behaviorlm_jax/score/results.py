@@ -430,9 +430,9 @@ def _differences(rows, log):
       ('method', 'against', 'score', 'seeds', 'its score', 'change',
        '95 % from', '95 % to'), table,
       'Paired differences on the same test events; intervals from 1,000 '
-      'redraws of the users. What is called matched is adjusted to the anchor '
-      'macro-F1 of what it stands against, by a tau that these very events '
-      'choose, once for all redraws.')
+      'redraws of the users. What is called matched is adjusted by the largest '
+      'tau at which its anchor macro-F1 is that of what it stands against, or '
+      'better; these very events choose it, once for all redraws.')
 
 
 def _curves(rows, drawn):
