@@ -289,6 +289,7 @@ def field_names(config, prefix=''):
 
 
 _STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())  # (): baselines alone.
+_LOSSES = ('answers', 'names', 'natural', 'balanced')
 _CHOICES = {
     'model.dtype': ('auto', 'bfloat16', 'float32'),
     'model.remat': ('none', 'products', 'full'),
@@ -300,8 +301,8 @@ _CHOICES = {
     'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
     'difficulty.score': ('nll', 'error', 'margin', 'ifd', 'rho', 'random'),
     'train.auxiliary': ('answers', 'kl'),
-    'train.loss': ('answers', 'names', 'natural', 'balanced'),
-    'train.balanced_loss': ('answers', 'names', 'natural', 'balanced'),
+    'train.loss': _LOSSES,
+    'train.balanced_loss': _LOSSES,
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
 }
 _OPTIONAL = ('train.balanced_loss',)

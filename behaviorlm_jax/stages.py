@@ -515,8 +515,15 @@ def names(this, stage, plan):
 
 
 def drawn_counts(this, stage, plan):
-  """How much a stage teaches of each behavior, float [known], of any sum."""
-  if stage == 'b' or this.config.plan.content == 'balanced':
+  """How much a stage teaches of each behavior, float [known], of any sum.
+
+  Counted where behaviors take turns. Natural draws are known beforehand: what
+  a short plan happens to hold of a rare behavior says little.
+  """
+  by_turns = this.config.plan.content == 'balanced'
+  if stage == 'b':
+    by_turns = this.config.plan.budget != 'natural'
+  if by_turns:
     return plan_lib.taught(plan, this.events)
   drawn = subset_lib.counts(this.events, this.config)
   if _only_anchors(this, stage):

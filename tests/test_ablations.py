@@ -104,12 +104,14 @@ def test_other_losses_teach_other_things(ablated, finished, read_rows, loss):
   assert losses[0] != losses[1] and np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize(('stage', 'content'), [
-    ('a', 'anchors'), ('a', 'all'), ('one', 'all'), ('one', 'balanced')])
+@pytest.mark.parametrize(('stage', 'content', 'budget'), [
+    ('a', 'anchors', 'balanced'), ('a', 'all', 'balanced'),
+    ('one', 'all', 'balanced'), ('one', 'balanced', 'natural'),
+    ('b', 'all', 'natural'), ('b', 'anchors', 'tempered')])
 def test_what_a_stage_draws_is_known_beforehand(
-    finished, make_run_config, stage, content):
+    finished, make_run_config, stage, content, budget):
   """Or counted, where behaviors take turns."""
-  config = make_run_config({'plan.content': content})
+  config = make_run_config({'plan.content': content, 'plan.budget': budget})
   events = events_lib.open_events(finished / 'events')
   samples = samples_lib.eligible(events, 'train', config)
   counts = np.bincount(events.behavior[samples], minlength=events.known)
@@ -118,9 +120,9 @@ def test_what_a_stage_draws_is_known_beforehand(
   plan = types.SimpleNamespace(rows=[[segment], [segment]])
   found = stages.drawn_counts(
       types.SimpleNamespace(config=config, events=events), stage, plan)
-  if content == 'anchors':
+  if (stage, content) == ('a', 'anchors'):
     counts[~anchors] = 0
-  elif content == 'balanced':
+  elif content == 'balanced' or budget == 'tempered':
     counts = np.zeros(events.known)
     for target, weight in zip(segment['targets'], segment['weights'],
                               strict=True):

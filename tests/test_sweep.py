@@ -191,6 +191,11 @@ def test_finished_and_committed_runs_are_not_run_again(
   ran.clear()
   sweep.run_all(config, swept)
   assert ran == [('walks', 'drawn', 0)]
+  monkeypatch.undo()
+  with pytest.raises(InputError,
+                     match=r'plan\.per_behavior.*another --workdir'):
+    sweep.run_all(config, swept)
+  monkeypatch.setattr(sweep, 'run_job', lambda job: ran.append(job.key))
   # So is what starts from a run of other settings.
   ran.clear()
   config = make_sweep(tmp_path, order=('stage_a', 'drawn'))
