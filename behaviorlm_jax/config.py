@@ -121,6 +121,27 @@ def default():
       max_questions=200,  # Of them, a uniform seeded draw.
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
+  # Along which axes of the mesh each logical axis of an array is divided
+  # (train.sharding says which arrays have which); (): not at all.
+  config.sharding = _section(
+      batch=('data', 'fsdp'),
+      layers=(),
+      embed=('fsdp',),
+      heads=('tensor',),
+      kv_heads=('tensor',),
+      mlp=('tensor',),
+      vocab=('tensor',),
+      rank=(),
+  )
+  config.distributed = _section(  # Of several processes, one on each host.
+      # host:port of the first process, the same for all; auto: what a TPU pod,
+      # GKE, Slurm or MPI says; '': this process is alone.
+      coordinator='',
+      processes=1,  # With host:port: how many there are,
+      process=0,  # and which this is.
+      timeout=300,  # Seconds that all have to come.
+      heartbeat=100,  # Seconds after which one that is silent counts as lost.
+  )
   return config.lock()  # A config file cannot invent fields.
 
 
@@ -319,6 +340,8 @@ _MINIMA = {
     'score.tolerance': 0, 'retention.max_questions': 1, 'sasrec.steps': 0,
     'sasrec.batch': 1, 'sasrec.history': 1, 'sasrec.width': 1,
     'sasrec.layers': 1, 'sasrec.heads': 1, 'sasrec.learning_rate': 0,
+    'distributed.processes': 1, 'distributed.process': 0,
+    'distributed.timeout': 1, 'distributed.heartbeat': 1,
 }
 _OPTIONAL_MINIMA = {'plan.per_anchor': 0, 'plan.shots': 0,
                     'train.balanced_steps': 1,

@@ -25,6 +25,7 @@ from absl import logging
 from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import files
+from behaviorlm_jax import hosts
 from behaviorlm_jax import hub
 from behaviorlm_jax import seeds
 from behaviorlm_jax import workdir as workdir_lib
@@ -58,7 +59,7 @@ class Run:
   """What the stages of one call have in common."""
   config: object
   workdir: pathlib.Path
-  mesh: jax.sharding.Mesh
+  layout: sharding.Layout
   base: weights.Base
   prompts: prompts_lib.Prompts
   conversations: list  # To train on.
@@ -86,18 +87,20 @@ class Run:
 def run(config, workdir):
   """Runs the config's stages in `workdir` and writes the report."""
   config_lib.check(config)
+  hosts.start(config.distributed)
   workdir = workdir_lib.make(workdir)
   config = workdir_lib.pin(config, workdir)
   workdir_lib.check_config(config, workdir)
-  mesh = sharding.make_mesh(config.mesh, config.train.batch,
-                            config.train.accumulate)
-  this = _open(config, workdir, mesh)
+  workdir_lib.check_hosts(config, workdir)
+  this = _open(config, workdir, sharding.make_layout(config))
+  hosts.agree({'the events': this.events.fingerprint,
+               'the base model': this.base.fingerprint})
   workdir_lib.check_fingerprints(config, workdir, this.fingerprints)
   evaluate_base(this)
   for stage in config.stages:
     run_stage(this, stage)
-  report.write(workdir, 'BehaviorLM: ' + _log_name(config),
-               this.base.tokenizer.decode)
+  hosts.first(report.write, workdir, 'BehaviorLM: ' + _log_name(config),
+              this.base.tokenizer.decode)
   logging.info('report: %s', workdir / 'report.html')
 
 
@@ -105,7 +108,7 @@ def _log_name(config):
   return pathlib.PurePosixPath(config.data.events).name
 
 
-def _open(config, workdir, mesh):
+def _open(config, workdir, layout):
   """Events, base model and scorer; every input is checked on the way."""
   base = weights.open_base(config.model.address)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
@@ -115,27 +118,29 @@ def _open(config, workdir, mesh):
   plan_lib.check_lengths(prompts, config)
   prompts.check_lengths(base.config.max_length, config.train.length)
   evaluation.test_samples(events, config)  # Refuses a log without any.
-  attach = step_lib.attacher(base.config, config, mesh, config.model.dtype)
-  place = sharding.placer(mesh)
-  params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
+  attach = step_lib.attacher(base.config, config, layout,
+                             config.model.dtype)
+  params = weights.read_params(base, jnp.dtype(config.model.dtype),
+                               layout.place)
   scored, attach_scored = params, attach
   if config.score.dtype != config.model.dtype:
-    scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
-    attach_scored = step_lib.attacher(base.config, config, mesh,
+    scored = weights.read_params(base, jnp.dtype(config.score.dtype),
+                                 layout.place)
+    attach_scored = step_lib.attacher(base.config, config, layout,
                                       config.score.dtype, 'auto')
   scorer = scorer_lib.Scorer(attach_scored, scored, prompts.labels,
-                             config.score, mesh)
+                             config.score, layout)
   if talks is None:  # At last: it takes minutes.
-    talks = _self_written(config, base, params)
+    talks = _self_written(config, base, params, layout)
   talks, held = retention_lib.hold_out(talks, config.retention.conversations)
   if not talks and _shares(config):
     raise InputError(
         f'data.conversations: all {len(held)} conversations are held out to '
         'measure retention and none is left to train on; give more, or set '
         'retention.conversations=0.')
-  retention = retention_lib.Retention(attach_scored, scored, mesh, held,
+  retention = retention_lib.Retention(attach_scored, scored, layout, held,
                                       questions, config.score.batch)
-  return Run(config, workdir, mesh, base, prompts, talks, attach, params,
+  return Run(config, workdir, layout, base, prompts, talks, attach, params,
              scorer, retention)
 
 
@@ -171,7 +176,7 @@ def _conversations(config, base):
   return conversations.read(path, base.tokenizer, config.train.length)
 
 
-def _self_written(config, base, params):
+def _self_written(config, base, params, layout):
   """Conversations that the untuned model answers."""
 
   def draw(task):
@@ -184,7 +189,7 @@ def _self_written(config, base, params):
         preemption.check()
 
       return sample.answers(base.config, params, task.prompts, config.seed,
-                            settings, progress)
+                            settings, progress, layout.replicated)
 
   return self_written.read(base, config.model.dtype, config.seed,
                            config.train.length, draw)
@@ -193,12 +198,13 @@ def _self_written(config, base, params):
 def evaluate_base(this):
   """The untuned model and the free baselines, once per work directory."""
   folder = this.workdir / 'base'
-  if not (folder / 'config.json').exists():
-    workdir_lib.claim(folder, this.config, this.fingerprints)
+  if not hosts.exists(folder / 'config.json'):
+    hosts.first(workdir_lib.claim, folder, this.config, this.fingerprints)
   samples = evaluation.test_samples(this.events, this.config)
   path = this.workdir / 'baselines.json'
-  if not path.exists():
-    evaluation.write_baselines(path, this.events, samples, this.config)
+  if not hosts.exists(path):
+    hosts.first(evaluation.write_baselines, path, this.events, samples,
+                this.config)
   evaluate(this, folder, None, samples)
   if this.config.sasrec.steps:
     evaluate_sasrec(this, samples)
@@ -208,9 +214,9 @@ def evaluate_sasrec(this, samples):
   """Trains and evaluates the baseline, once per work directory."""
   config, events = this.config, this.events
   folder = this.workdir / 'sasrec'
-  if (folder / 'evaluation.json').exists():
+  if hosts.exists(folder / 'evaluation.json'):
     return
-  workdir_lib.claim(folder, config, this.fingerprints)
+  hosts.first(workdir_lib.claim, folder, config, this.fingerprints)
   with tqdm.tqdm(total=config.sasrec.steps, desc='sasrec', unit='step') as bar:
 
     def progress(done):
@@ -226,12 +232,12 @@ def evaluate_sasrec(this, samples):
                         [this.prompts.question(p) for p in positions], None)
       for positions in (samples, validation) if len(positions)]
   fitted = scored[1] if config.eval.fit and len(validation) else None
-  evaluation.write(folder, this.prompts, scored[0], fitted, config)
+  hosts.first(evaluation.write, folder, this.prompts, scored[0], fitted, config)
 
 
 def evaluate(this, folder, adapter, samples):
   """Writes predictions and evaluation of one arm, unless they stand there."""
-  if (folder / 'evaluation.json').exists():
+  if hosts.exists(folder / 'evaluation.json'):
     return
   config = this.config
   measure_retention(this, folder, adapter)
@@ -242,13 +248,13 @@ def evaluate(this, folder, adapter, samples):
                                     config.eval.validation_samples, config)
     if len(drawn):
       validation = score(this, adapter, drawn, f'{folder.name}: validation')
-  evaluation.write(folder, this.prompts, test, validation, config)
+  hosts.first(evaluation.write, folder, this.prompts, test, validation, config)
 
 
 def measure_retention(this, folder, adapter):
   """Writes retention.json, if there is anything to measure it on."""
   path, rows = folder / 'retention.json', this.retention.rows(adapter)
-  if path.exists() or not rows:
+  if hosts.exists(path) or not rows:
     return
   with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
 
@@ -256,7 +262,8 @@ def measure_retention(this, folder, adapter):
       bar.update(done)
       preemption.check()
 
-    files.write_json(path, this.retention.measure(adapter, progress))
+    hosts.first(files.write_json, path,
+                this.retention.measure(adapter, progress))
 
 
 def score(this, adapter, samples, what, stop=preemption.check, past=True):
@@ -285,18 +292,19 @@ def run_stage(this, stage):
   this = dataclasses.replace(this, config=config)
   adapter = first_adapter(this, stage)
   plan, plan_hash = make_plan(this, stage, folder, adapter)
-  if (folder / 'evaluation.json').exists():
+  if hosts.exists(folder / 'evaluation.json'):
     logging.info('%s is finished.', folder)
     return
-  workdir_lib.claim(folder, whole, this.fingerprints)
-  start = jax.device_get(adapter)  # Training takes its place.
+  hosts.first(workdir_lib.claim, folder, whole, this.fingerprints)
+  start = this.layout.gather(adapter)  # Training takes its place.
   adapter = train(this, stage, folder, plan, plan_hash, adapter)
   adapter = interpolate(start, adapter, config.train.interpolation)
   # A name that others have, too, before the folder it was fetched to.
   name, revision = hub.repository(config.model.address) or (
       this.base.folder or this.base.address, None)
-  lora.export(folder / 'adapter', adapter, config.lora.alpha, name, revision)
-  evaluation.write_labels(folder / 'labels.json', this.prompts)
+  hosts.first(lora.export, folder / 'adapter', this.layout.gather(adapter),
+              config.lora.alpha, name, revision)
+  hosts.first(evaluation.write_labels, folder / 'labels.json', this.prompts)
   evaluate(this, folder, adapter,
            evaluation.test_samples(this.events, config))
 
@@ -324,9 +332,10 @@ def first_adapter(this, stage):
   shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
   if stage == 'b' and workdir_lib.needs_stage_a(config):
     return load_adapter(this, workdir_lib.stage_a_adapter(config, this.workdir))
-  adapter = lora.init(this.base.config, config.lora.rank, config.lora.targets,
-                      jax.random.key(config.seed))
-  return jax.device_put(adapter, sharding.adapter(this.mesh, shapes))
+  adapter = jax.device_get(
+      lora.init(this.base.config, config.lora.rank, config.lora.targets,
+                jax.random.key(config.seed)))
+  return jax.device_put(adapter, this.layout.adapter(shapes))
 
 
 def load_adapter(this, folder):
@@ -339,7 +348,7 @@ def load_adapter(this, folder):
         f'{folder} holds an adapter with other lora.rank, lora.alpha, '
         'lora.targets or for another model than this config; use the config '
         'that made it.')
-  return jax.device_put(adapter, sharding.adapter(this.mesh, shapes))
+  return jax.device_put(adapter, this.layout.adapter(shapes))
 
 
 def fingerprint(this, stage, adapter, sections):
@@ -356,9 +365,10 @@ def fingerprint(this, stage, adapter, sections):
   for conversation in this.conversations:
     digest.update(conversation.tokens.tobytes())
   for one in (adapter, reference(this)):
-    for name in sorted(one or {}):
+    one = this.layout.gather(one or {})
+    for name in sorted(one):
       for side in ('a', 'b'):
-        digest.update(np.asarray(one[name][side]).tobytes())
+        digest.update(one[name][side].tobytes())
   return digest.hexdigest()
 
 
@@ -367,7 +377,7 @@ def make_plan(this, stage, folder, adapter):
   config, path = this.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
   made_from = fingerprint(this, stage, adapter, sections)
-  if path.exists():
+  if hosts.exists(path):
     plan = plan_lib.load(path, made_from)
     return plan, plan_lib.content_hash(plan)
   rng = seeds.stream(config.seed, stage, 'plan')
@@ -375,7 +385,10 @@ def make_plan(this, stage, folder, adapter):
   plan = plan_lib.take(stream, config, config.train.steps, made_from)
   logging.info('%s: plan of %s.', folder.name,
                plan_lib.summary(plan, config.train.length))
-  return plan, plan_lib.save(path, plan, config.train.batch)
+  plan_hash = plan_lib.content_hash(plan)
+  hosts.agree({f'the plan of {folder.name}': plan_hash})
+  hosts.first(plan_lib.save, path, plan, config.train.batch)
+  return plan, plan_hash
 
 
 def segments(this, stage, split, rng, adapter=None, folder=None):
@@ -444,7 +457,7 @@ def score_difficulty(this, adapter, folder, pools):
   path, name = folder / 'difficulty.parquet', this.config.difficulty.score
   made_from = fingerprint(this, 'difficulty', adapter,
                           ('data', 'plan', 'difficulty', 'seed', 'score'))
-  if not path.exists():
+  if not hosts.exists(path):
     samples = np.concatenate(list(pools.values()))
     scores = score(this, adapter, samples, f'{folder.name}: difficulty').scores
     others = None
@@ -456,7 +469,7 @@ def score_difficulty(this, adapter, folder, pools):
                      f'{folder.name}: reference').scores
     values = difficulty.compute(name, scores, this.events.behavior[samples],
                                 others)
-    difficulty.write(path, this.events, samples, values, made_from)
+    hosts.first(difficulty.write, path, this.events, samples, values, made_from)
   return difficulty.read(path, made_from)
 
 
@@ -475,7 +488,7 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   config = this.config
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = jax.tree.map(np.shape, adapter)
-  places = step_lib.state_shardings(this.mesh, shapes, optimizer)
+  places = step_lib.state_shardings(this.layout, shapes, optimizer)
   state = step_lib.init_state(adapter, optimizer, places)
   saved = checkpoints_lib.Checkpoints(
       folder / 'checkpoints', config.checkpoint.keep, plan_hash)
@@ -483,16 +496,16 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   assemble = loader.Assembler(this.prompts, this.conversations,
                               config.train.length, plan.answers, this.tree)
   show_example(this, assemble, plan)
-  batches = loader.batches(
-      plan, assemble, config.train.batch, int(state['step']),
-      jax.process_index(), jax.process_count(), config.train.workers)
+  rows = config.train.batch
+  batches = loader.batches(plan, assemble, rows, int(state['step']),
+                           this.layout.host_rows(rows), config.train.workers)
   step_fn = step_lib.make_step(this.attach, optimizer, schedule,
-                               config.train.accumulate, places, this.mesh,
+                               config.train.accumulate, places, this.layout,
                                *most_answers(this, plan),
                                names(this, stage, plan))
   state = loop.run(
       folder, config, state, step_fn, this.params,
-      (sharding.put_rows(this.mesh, batch) for batch in batches), saved,
+      (this.layout.put_rows(batch, rows) for batch in batches), saved,
       validator(this, stage))
   best = saved.best_step(config.checkpoint.best_by != 'last')
   logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
@@ -539,7 +552,7 @@ def most_answers(this, plan):
   """`answers` and `auxiliary` of step.make_step, from a plan."""
   train = this.config.train
   most = lambda kind: plan_lib.most_answers(
-      plan, train.batch, train.accumulate, sharding.row_parts(this.mesh), kind)
+      plan, train.batch, train.accumulate, this.layout.row_parts, kind)
   auxiliary = train.auxiliary == 'kl' and most(plan_lib.CONVERSATION)
   if auxiliary:
     return most(plan_lib.WINDOW), auxiliary
@@ -559,9 +572,9 @@ def show_example(this, assemble, plan):
 
 def validator(this, stage):
   """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
-  config = this.config
+  config, rows = this.config, this.config.train.batch
   rng = seeds.stream(config.seed, stage, 'validation')
-  steps = -(-config.eval.validation_rows // config.train.batch)
+  steps = -(-config.eval.validation_rows // rows)
   try:
     stream = segments(this, stage, 'validation', rng)
     plan = plan_lib.take(stream, config, steps, '')
@@ -572,17 +585,17 @@ def validator(this, stage):
   assemble = loader.Assembler(this.prompts, this.conversations,
                               config.train.length, plan.answers, this.tree)
   sums = step_lib.make_validation(
-      this.attach, this.mesh, plan_lib.most_answers(
-          plan, config.train.batch, 1, sharding.row_parts(this.mesh)),
+      this.attach, this.layout, plan_lib.most_answers(
+          plan, rows, 1, this.layout.row_parts),
       names(this, stage, plan))
   samples = evaluation.draw_samples(this.events, 'validation',
                                     config.eval.validation_samples, config)
 
   def validate(adapter):
     loss = weight = 0.0
-    for batch in loader.batches(plan, assemble, config.train.batch, 0,
-                                jax.process_index(), jax.process_count()):
-      batch = sharding.put_rows(this.mesh, batch)
+    for batch in loader.batches(plan, assemble, rows,
+                                own=this.layout.host_rows(rows)):
+      batch = this.layout.put_rows(batch, rows)
       one, w = sums(adapter, this.params, batch)
       loss, weight = loss + float(one), weight + float(w)
     result = {'val_loss': loss / weight, 'score': -loss / weight}

@@ -5,6 +5,8 @@ fingerprints of events and base model. A run is refused where they differ,
 before anything is read, compiled or written.
 """
 
+import datetime
+import hashlib
 import json
 import pathlib
 
@@ -13,6 +15,7 @@ from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import files
+from behaviorlm_jax import hosts
 from behaviorlm_jax import hub
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
@@ -22,6 +25,8 @@ FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
 # What every stage of one work directory must share. model.remat and
 # model.attention may differ: they change speed and memory alone.
 SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
+# Where a run runs, which may change from call to call.
+_WHERE = ('mesh', 'sharding', 'distributed')
 # What decides each folder that no stage owns.
 _DECIDES = {
     'events': ('data.events', 'data.columns', 'data.collapse_repeats',
@@ -50,6 +55,17 @@ def as_dict(config):
   values = json.loads(config.to_json_best_effort())
   del values['stages']
   return values
+
+
+def flat(values, prefix=''):
+  """{dotted name: value} of nested dicts."""
+  found = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      found |= flat(value, f'{prefix}{name}.')
+    else:
+      found[prefix + name] = value
+  return found
 
 
 def _get(values, name):
@@ -112,7 +128,8 @@ def pin(config, workdir):
 def check_config(config, workdir):
   """Refuses a work directory whose folders another config made.
 
-  A stage that is run needs its own config; other stages need to share SHARED.
+  A stage that is run needs its own config, wherever it runs; other stages need
+  to share SHARED.
   """
   mine = as_dict(config)
   ran = {FOLDERS[stage] for stage in config.stages}
@@ -120,7 +137,9 @@ def check_config(config, workdir):
     theirs = _read(workdir / folder)
     if theirs is None:
       continue
-    names = tuple(mine) if folder in ran else _DECIDES.get(folder, SHARED)
+    names = _DECIDES.get(folder, SHARED)
+    if folder in ran:
+      names = [name for name in mine if name not in _WHERE]
     found = [difference for name in names for difference in
              _differences(_get(mine, name), _get(theirs, name), name)]
     if found:
@@ -131,6 +150,34 @@ def check_config(config, workdir):
     stage_a_adapter(config, workdir)
   if config.difficulty.reference and 'b' in config.stages:
     adapter_folder(config.difficulty.reference, 'difficulty.reference')
+
+
+def check_hosts(config, workdir):
+  """Refuses hosts of one run that differ, or do not see one work directory."""
+  if not hosts.several():
+    return
+  values = flat(as_dict(config), 'config.')
+  hosts.agree({'the program': _program(), 'jax': jax.__version__,
+               'their devices': f'{jax.local_device_count()} x '
+                                f'{jax.local_devices()[0].device_kind}',
+               **{name: str(value) for name, value in values.items()
+                  if not name.startswith('config.distributed.')}})
+  path = workdir / 'hosts.txt'
+  began = datetime.datetime.now(datetime.UTC).isoformat()
+  hosts.first(files.write_text, path,
+              f'{jax.process_count()} processes, from {began}\n')
+  found = path.read_text() if path.exists() else 'no such file'
+  hosts.agree({f'what they read in {path} (--workdir must be one that all '
+               'see)': found})
+
+
+def _program():
+  """SHA-256 of the package's own files."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).parent
+  for path in sorted(root.rglob('*.py')):
+    digest.update(f'{path.relative_to(root)}\0'.encode() + path.read_bytes())
+  return digest.hexdigest()
 
 
 def _read(folder):
@@ -205,14 +252,18 @@ def adapter_folder(place, name):
 
 def open_events(config, workdir):
   """The event table of this work directory, prepared at the first call."""
-  folder = workdir / 'events'
+  hosts.first(_prepare_events, config, workdir / 'events')
+  return events_lib.open_events(workdir / 'events')
+
+
+def _prepare_events(config, folder):
   if not config.data.events:
     raise InputError('data.events is empty; give --config.data.events=LOG.')
   path = addresses.resolve(config.data.events, 'data.events')
   if not folder.exists():
     origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
     events_lib.prepare(config.data, path, folder, config.seed, origin)
-    return events_lib.open_events(folder)
+    return
   origin = _read(folder)
   if origin is None:
     raise InputError(f'{folder} exists but was not made by this program; use '
@@ -220,4 +271,3 @@ def open_events(config, workdir):
   if origin['log_sha256'] != addresses.sha256(path):
     raise InputError(f'{folder} was made from another content of {path}; use '
                      'another --workdir.')
-  return events_lib.open_events(folder)

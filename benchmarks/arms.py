@@ -20,7 +20,6 @@ from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
 CONTEXT = 8  # Events before a window's first target.
@@ -49,7 +48,7 @@ class Shared:
   """What the arms have in common: base weights, first state, the step."""
 
   def __init__(self, inputs):
-    self.mesh = inputs.mesh
+    self.layout = inputs.layout
     config = inputs.config.copy_and_resolve_references()
     config.train.update({'steps': _ENDLESS, 'warmup': WARMUP / _ENDLESS})
     self.params = inputs.params(config.model.dtype)
@@ -59,18 +58,17 @@ class Shared:
     # Of endless cosine decay no run gets to see more than its flat top.
     self.optimizer, self.schedule = step_lib.make_optimizer(config.train)
     self.places = step_lib.state_shardings(
-        inputs.mesh, jax.tree.map(np.shape, self.adapter), self.optimizer)
-    self.attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
+        inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer)
+    self.attach = step_lib.attacher(inputs.base.config, config, inputs.layout,
                                     config.model.dtype)
     self.train = config.train
 
   def step(self, plan):
     """The jitted step for the batches of a plan, as a run makes it."""
     answers = plan_lib.most_answers(
-        plan, self.train.batch, self.train.accumulate,
-        sharding.row_parts(self.mesh))
+        plan, self.train.batch, self.train.accumulate, self.layout.row_parts)
     return step_lib.make_step(self.attach, self.optimizer, self.schedule,
-                              self.train.accumulate, self.places, self.mesh,
+                              self.train.accumulate, self.places, self.layout,
                               answers)
 
   def state(self):
@@ -82,7 +80,7 @@ class Arm:
 
   def __init__(self, inputs, shared, name, steps):
     """`name`: see arm_config. `steps`: of its plan, which then repeats."""
-    self.name, self.shared, self.mesh = name, shared, inputs.mesh
+    self.name, self.shared, self.layout = name, shared, inputs.layout
     self.config = arm_config(inputs.config, name)
     rng = np.random.default_rng(self.config.seed)
     samples = samples_lib.eligible(inputs.events, 'train', self.config)
@@ -102,7 +100,7 @@ class Arm:
     while True:
       for batch in loader.batches(self.plan, self.assemble,
                                   self.config.train.batch):
-        yield sharding.put_rows(self.mesh, batch)
+        yield self.layout.put_rows(batch, self.config.train.batch)
 
   def _warm(self):
     """Compiles, and runs some steps on a state that is thrown away."""
@@ -173,14 +171,15 @@ class Validation:
   def __init__(self, inputs, params, count):
     config = inputs.config.copy_and_resolve_references()
     rows, config.train.length = questions(inputs, count)
-    attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
+    attach = step_lib.attacher(inputs.base.config, config, inputs.layout,
                                config.model.dtype)
-    self.sums = step_lib.make_validation(attach, inputs.mesh)
+    self.sums = step_lib.make_validation(attach, inputs.layout)
     self.params, self.questions = params, len(rows)
     most = max(row[0]['answers'] for row in rows)
     assemble = loader.Assembler(inputs.prompts, [], config.train.length, most)
     self.batches = [
-        sharding.put_rows(inputs.mesh, batch) for batch in loader.batches(
+        inputs.layout.put_rows(batch, config.train.batch)
+        for batch in loader.batches(
             plan_lib.Plan(rows, most, ''), assemble, config.train.batch)]
     self.size = config.train.batch
 

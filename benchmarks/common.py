@@ -48,7 +48,7 @@ class Inputs:
   base: weights.Base
   prompts: prompts_lib.Prompts
   conversations: list
-  mesh: jax.sharding.Mesh
+  layout: sharding.Layout
   adapter_folder: str = ''  # Of a run; '': a random adapter.
 
   @property
@@ -74,7 +74,7 @@ class Inputs:
 
   def params(self, dtype):
     return weights.read_params(self.base, jnp.dtype(dtype),
-                               sharding.placer(self.mesh))
+                               self.layout.place)
 
   def export(self, folder):
     """The adapter as a PEFT folder, for the torch side."""
@@ -94,8 +94,8 @@ def open_inputs(config, workdir, adapter=''):
   plan_lib.check_lengths(prompts, config)
   talks = conversations.read(conversations.DEFAULT, base.tokenizer,
                              config.train.length)
-  mesh = sharding.make_mesh(config.mesh, config.train.batch)
-  return Inputs(config, base, prompts, talks, mesh, adapter)
+  layout = sharding.make_layout(config)
+  return Inputs(config, base, prompts, talks, layout, adapter)
 
 
 def batches(inputs, steps, share):

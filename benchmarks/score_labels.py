@@ -94,11 +94,11 @@ class Ours:
   def __init__(self, inputs, names, dtype, softmax='vocabulary', **options):
     config = inputs.config.copy_and_resolve_references()
     config.score.update(dtype=dtype, softmax=softmax)
-    attach = step_lib.attacher(inputs.base.config, config, inputs.mesh,
+    attach = step_lib.attacher(inputs.base.config, config, inputs.layout,
                                dtype)
     self.adapter = jax.device_put(inputs.adapter)
     self.scorer = scorer_lib.Scorer(attach, inputs.params(dtype), names,
-                                    config.score, inputs.mesh, **options)
+                                    config.score, inputs.layout, **options)
 
   def __call__(self, prompts):
     return self.scorer(self.adapter, prompts)[0]

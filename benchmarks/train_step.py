@@ -18,7 +18,6 @@ from absl import flags
 
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
-from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
 PARTS = flags.DEFINE_list('parts', ['train', 'targets'], 'What is compared.')
@@ -35,25 +34,25 @@ class Ours:
 
   def __init__(self, inputs, plan, example):
     """`plan`: of all batches to come; `example`: one of them."""
-    config, self.mesh = inputs.config, inputs.mesh
+    config, self.layout = inputs.config, inputs.layout
     self.params = inputs.params(config.model.dtype)
     optimizer, schedule = step_lib.make_optimizer(config.train)
     shapes = jax.tree.map(np.shape, inputs.adapter)
-    places = step_lib.state_shardings(self.mesh, shapes, optimizer)
+    places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(inputs.adapter, optimizer, places)
-    attach = step_lib.attacher(inputs.base.config, config, self.mesh,
+    attach = step_lib.attacher(inputs.base.config, config, self.layout,
                                config.model.dtype)
     step = step_lib.make_step(attach, optimizer, schedule,
-                              config.train.accumulate, places, self.mesh,
+                              config.train.accumulate, places, self.layout,
                               plan_lib.most_answers(
                                   plan, config.train.batch,
                                   config.train.accumulate,
-                                  sharding.row_parts(self.mesh)))
+                                  self.layout.row_parts))
     self.compiled = step.lower(self.state, self.params,
                                self.put(example)).compile()
 
   def put(self, batch):
-    return sharding.put_rows(self.mesh, batch)
+    return self.layout.put_rows(batch, len(batch['tokens']))
 
   def step(self, batch):
     """One update, with the batch's way to the device; mean loss and norm."""
@@ -69,11 +68,11 @@ def real_tokens(batch):
 
 def check_float32(inputs, folder, batch):
   """Both sides' losses on one batch agree in float32."""
-  attach = step_lib.attacher(inputs.base.config, inputs.config, inputs.mesh,
+  attach = step_lib.attacher(inputs.base.config, inputs.config, inputs.layout,
                              'float32')
-  sums = step_lib.make_validation(attach, inputs.mesh)
+  sums = step_lib.make_validation(attach, inputs.layout)
   loss, weight = sums(inputs.adapter, inputs.params('float32'),
-                      sharding.put_rows(inputs.mesh, batch))
+                      inputs.layout.put_rows(batch, len(batch['tokens'])))
   peer = trainer(inputs, folder, peers.Setting('float32', 'float32', ''))
   with peers.torch.no_grad():
     theirs = sum(peer.loss(part).item() for part in

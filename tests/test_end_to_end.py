@@ -156,8 +156,7 @@ def test_held_out_conversations_are_not_trained_on(
     make_run_config, base, tmp_path):
   for share in (0.3, 0.0):
     config = make_run_config({'retention.conversations': share})
-    mesh = sharding.make_mesh(config.mesh, config.train.batch, 1)
-    this = stages._open(config, tmp_path, mesh)
+    this = stages._open(config, tmp_path, sharding.make_layout(config))
     held = this.retention.conversations
     seen = {c.tokens.tobytes() for c in this.conversations}
     assert len(seen) + len(held) == 6 and bool(held) == bool(share)

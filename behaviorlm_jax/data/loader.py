@@ -86,27 +86,27 @@ class Assembler:
 class _HostRows:
   """Random access to one host's rows, step after step."""
 
-  def __init__(self, rows, batch, host, hosts):
-    assert batch % hosts == 0, (batch, hosts)
-    self._rows, self._batch = rows, batch
-    self._local, self._offset = batch // hosts, host * (batch // hosts)
+  def __init__(self, rows, batch, own):
+    self._rows, self._batch, self._own = rows, batch, own
 
   def __len__(self):
-    return len(self._rows) // self._batch * self._local
+    return len(self._rows) // self._batch * len(self._own)
 
   def __getitem__(self, index):
-    step, row = divmod(int(index), self._local)
-    return self._rows[step * self._batch + self._offset + row]
+    step, row = divmod(int(index), len(self._own))
+    return self._rows[step * self._batch + self._own[row]]
 
 
-def batches(plan, assemble, batch, step=0, host=0, hosts=1, threads=1):
+def batches(plan, assemble, batch, step=0, own=None, threads=1):
   """An iterator over this host's batches, from `step` (0 is the first) on.
 
-  The iterator ends with the plan; its state is the step alone.
+  `own`: range of the rows of a batch that this host reads; None: all. The
+  iterator ends with the plan; its state is the step alone.
   """
-  source = _HostRows(plan.rows, batch, host, hosts)
+  own = range(batch) if own is None else own
+  source = _HostRows(plan.rows, batch, own)
   dataset = grain.MapDataset.source(source).map(assemble)
-  dataset = dataset.batch(batch // hosts, drop_remainder=True)
+  dataset = dataset.batch(len(own), drop_remainder=True)
   options = grain.ReadOptions(num_threads=threads,
                               prefetch_buffer_size=2 * threads)
   iterator = iter(dataset.to_iter_dataset(options))

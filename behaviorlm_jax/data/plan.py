@@ -305,11 +305,9 @@ def save(path, plan, batch):
       'row': pa.array(index % batch, pa.int32()),
       'segments': pa.array(plan.rows, pa.list_(_SEGMENT)),
   })
-  digest = content_hash(plan)
   facts = {'made_from': plan.made_from, 'answers': str(plan.answers),
-           'plan_hash': digest}
+           'plan_hash': content_hash(plan)}
   files.write_parquet(path, table, facts)
-  return digest
 
 
 def content_hash(plan):

@@ -30,6 +30,7 @@ from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import files
+from behaviorlm_jax import hosts
 from behaviorlm_jax.data import chat
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.errors import InputError
@@ -65,7 +66,7 @@ def read(base, dtype, seed, max_length, draw):
   text = json.dumps(task.facts, sort_keys=True)
   root = addresses.cache_dir() / 'self_written'
   folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
-  if not folder.is_dir():
+  if not hosts.every(folder.is_dir()):  # Or all draw: their devices do it.
     logging.info('The base model answers %d questions once, into %s.',
                  len(task.prompts), folder)
     _write(folder, task, draw(task), base)

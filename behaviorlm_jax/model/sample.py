@@ -9,6 +9,7 @@ Shapes: B prompts at a time, P their width, T tokens drawn at most.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ class Settings:
   ends: tuple[int, ...]  # Tokens that end an answer, as its last one.
 
 
-def answers(config, params, prompts, seed, settings, progress=lambda n: None):
+def answers(config, params, prompts, seed, settings, progress=lambda n: None,
+            where=None):
   """Draws an answer to each prompt.
 
   Args:
@@ -40,12 +42,13 @@ def answers(config, params, prompts, seed, settings, progress=lambda n: None):
     settings: Settings.
     progress: called with the number of prompts of each finished batch; may
       raise.
+    where: Sharding of what the devices return; None: that of one device.
 
   Returns:
     List of int32 arrays of 1 to settings.tokens tokens.
   """
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=where)
   def run(params, *arguments):
     return _draw(decoder.Decoder(config, params), settings, *arguments)
 

@@ -114,24 +114,14 @@ def settings_hash(config, origin='') -> str:
   `origin`: the hash of the run whose stage a it starts from, if any.
   """
   default = workdir_lib.as_dict(config_lib.default())
-  changed = _flat(workdir_lib.as_dict(config))
-  default = _flat(default)
+  changed = workdir_lib.flat(workdir_lib.as_dict(config))
+  default = workdir_lib.flat(default)
   for name in ('seed', 'init_from', 'data.events', 'retention.questions'):
     del changed[name]
   different = {name: value for name, value in changed.items()
                if value != default.get(name)}
   text = json.dumps(different, sort_keys=True) + origin
   return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _flat(values, prefix=''):
-  flat = {}
-  for name, value in values.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
 
 
 class Finished:

@@ -38,7 +38,6 @@ from behaviorlm_jax.data import conversations as conversations_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import labels as labels_lib
 from behaviorlm_jax.score import scorer as scorer_lib
-from behaviorlm_jax.train import sharding
 
 _DRAWS = 1000
 
@@ -77,22 +76,22 @@ class _Numbers:
 class Retention:
   """Measures adapters against their base model, on the same items."""
 
-  def __init__(self, attach, params, mesh, conversations=None, questions=None,
+  def __init__(self, attach, params, layout, conversations=None, questions=None,
                batch=8):
     """Compiles nothing yet.
 
     Args:
       attach: (params, adapter) -> decoder.
       params: base weights.
-      mesh: the devices.
+      layout: train.sharding.Layout.
       conversations: list of data.conversations.Conversation, or None.
       questions: list of Question, or None.
       batch: rows per pass, each a conversation or one choice.
     """
-    self.mesh, self.params, self._base = mesh, params, None
+    self.layout, self.params, self._base = layout, params, None
     self.conversations, self.questions = conversations or [], questions or []
     self.choices = [row for one in self.questions for row in one.choices]
-    parts = sharding.row_parts(mesh)
+    parts = layout.row_parts
     self.batch = -(-batch // parts) * parts
     # Logits that leave a CPU's cache take twice as long.
     rows = 64 if jax.default_backend() == 'cpu' else 512
@@ -112,7 +111,7 @@ class Retention:
       base, ours = (jax.nn.log_softmax(logits(x)) for x in (base, ours))
       return jnp.sum(jnp.exp(base) * (base - ours), axis=-1)
 
-    compiled = lambda f: jax.jit(f, out_shardings=sharding.replicated(mesh))
+    compiled = lambda f: jax.jit(f, out_shardings=layout.replicated)
     self._hidden, self._log_probs = compiled(hidden), compiled(log_probs)
     self._divergence = compiled(divergence)
 
@@ -174,7 +173,7 @@ class Retention:
     for row, prompt in enumerate(prompts):
       tokens[row, :len(prompt)] = prompt
       lengths[row] = len(prompt)
-    placed = sharding.put_same(self.mesh, {'t': tokens, 'n': lengths})
+    placed = self.layout.put_same({'t': tokens, 'n': lengths})
     return placed['t'], placed['n']
 
   def _totals(self, states, rows):
@@ -193,7 +192,7 @@ class Retention:
       parts = [x[begin:begin + self.block] for x in arrays]
       more = self.block - len(parts[0])
       parts = [np.pad(x, ((0, more), (0, 0))) for x in parts]
-      placed = sharding.put_same(self.mesh, dict(enumerate(parts)))
+      placed = self.layout.put_same(dict(enumerate(parts)))
       found.append(np.asarray(function(self.params, *placed.values())))
     return np.concatenate(found)[:count]
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from behaviorlm_jax.score import labels as labels_lib
 from behaviorlm_jax.score import search
-from behaviorlm_jax.train import sharding
 
 WIDTH = 32  # Prompts are padded to a multiple of this many tokens.
 _ROUND = 32  # Nodes of each prompt that run together.
@@ -26,7 +25,7 @@ class Scorer:
     searches: whether prompts are searched, and not scored whole.
   """
 
-  def __init__(self, attach, params, labels, score, mesh, long=None):
+  def __init__(self, attach, params, labels, score, layout, long=None):
     """Compiles nothing yet.
 
     Args:
@@ -34,12 +33,12 @@ class Scorer:
       params: base weights.
       labels: answer tokens of each behavior.
       score: the config's section.
-      mesh: the devices.
+      layout: train.sharding.Layout.
       long: nodes of a tree from which on it is searched; None: where that is
         faster.
     """
-    self.mesh, self.params = mesh, params
-    rows = sharding.row_parts(mesh)
+    self.layout, self.params = layout, params
+    rows = layout.row_parts
     self.batch = -(-score.batch // rows) * rows
     self.tolerance = score.tolerance
     softmax, step = score.softmax, score.names_per_pass
@@ -74,11 +73,11 @@ class Scorer:
     def expand(adapter, params, cache, *arguments):
       return search.expand(attach(params, adapter), tree, cache, *arguments)
 
-    everywhere = sharding.replicated(mesh)
+    everywhere = layout.replicated
     self._whole = jax.jit(whole, out_shardings=everywhere)
     # The cache of a prompt stays with it.
-    rows = sharding.sharding(mesh, (None, 'batch', None, None, None),
-                             (1, self.batch, 1, 1, 1))
+    rows = layout.sharding((None, 'batch', None, None, None),
+                           (1, self.batch, 1, 1, 1))
     outputs = (everywhere, (rows, rows))
     self._start = jax.jit(start, out_shardings=outputs)
     self._expand = jax.jit(expand, donate_argnums=2, out_shardings=outputs)
@@ -134,7 +133,7 @@ class Scorer:
     for row, prompt in enumerate(prompts):
       tokens[row, :len(prompt)] = prompt
       lengths[row] = len(prompt)
-    placed = sharding.put_same(self.mesh, {'t': tokens, 'n': lengths})
+    placed = self.layout.put_same({'t': tokens, 'n': lengths})
     return placed['t'], placed['n']
 
   def _batch(self, adapter, prompts):
@@ -160,7 +159,7 @@ class Scorer:
       for row, (one, some) in enumerate(zip(searches, chosen, strict=True)):
         nodes[row, :len(some)] = some
         one.place(some, begin, seen[row], children[row])
-      placed = sharding.put_same(self.mesh, {
+      placed = self.layout.put_same({
           'nodes': nodes, 'seen': seen, 'children': children})
       found, cache = self._expand(adapter, self.params, cache, lengths,
                                   placed['nodes'], placed['seen'],

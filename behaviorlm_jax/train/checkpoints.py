@@ -1,16 +1,23 @@
 """Orbax checkpoints of one stage: adapter, optimizer, step and plan hash.
 
-Kept are the latest few, to resume from, and the best by the validation score,
-to hand on. Only finished steps count (Orbax renames a complete folder into
-place); one that cannot be read any more is skipped with a warning.
+All hosts write them together. Kept are the latest few, to resume from, and the
+best by the validation score, to hand on. Only finished steps count (Orbax
+renames a complete folder into place); one that cannot be read any more is
+skipped with a warning.
 """
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from behaviorlm_jax import hosts
 from behaviorlm_jax.errors import InputError
+
+# For what host 0 does alone, without waiting for the others.
+_ALONE = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix='alone')
 
 
 class Checkpoints:
@@ -45,29 +52,45 @@ class Checkpoints:
   def restore_latest(self, state):
     """`state`, or the newest readable checkpoint in its shape and place.
 
+    Host 0 reads each by itself first: a host that cannot read its part would
+    leave the others waiting.
+
     Raises:
       InputError: there are checkpoints, but none can be read.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    torn = []
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        restored = self._restore(step, abstract)
-      except InputError:
-        raise
-      except (OSError, KeyError, ValueError) as error:
-        logging.warning('checkpoint %d cannot be read (%s); trying the one '
-                        'before.', step, str(error).split('\n')[0])
-        torn.append(step)
-        continue
-      for newer in torn:  # Training will write these steps again.
-        self._manager.delete(newer)
-      return restored
-    if torn:
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    newest = hosts.told(hosts.first(self._newest, steps, state))
+    torn = [step for step in steps if step > newest]
+    if steps and not newest:
       raise InputError(
           f'{self._manager.directory}: none of the checkpoints {torn} can be '
           'read; delete the folder to train this stage from its start.')
-    return state
+    for step in torn:  # Training will write these steps again.
+      self._manager.delete(step)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return self._restore(newest, abstract) if newest else state
+
+  def _newest(self, steps, state):
+    """The first of `steps` that can be read, or 0; its arrays are let go."""
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                         state)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=_ALONE),
+        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=_ALONE),
+        facts=ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE))
+    with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
+      for step in steps:
+        try:
+          reader.restore(
+              self._manager.directory / str(step), ocp.args.Composite(
+                  state=ocp.args.PyTreeRestore(state, restore_args=whole),
+                  facts=ocp.args.JsonRestore()))
+        except (OSError, KeyError, ValueError) as error:
+          logging.warning('checkpoint %d cannot be read (%s); trying the one '
+                          'before.', step, str(error).split('\n')[0])
+        else:
+          return step
+    return 0
 
   def _restore(self, step, abstract):
     restored = self._manager.restore(step, args=ocp.args.Composite(

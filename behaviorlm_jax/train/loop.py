@@ -2,7 +2,8 @@
 
 Metrics of a step are read while the next one runs, so dispatch never waits.
 Every row of metrics.jsonl up to step s is on disk before checkpoint s is, and a
-resumed run drops the rows after its checkpoint: each step stands there once.
+resumed run drops the rows after its checkpoint: each step stands there once. Of
+several hosts the first one writes them.
 """
 
 import json
@@ -14,6 +15,7 @@ import tqdm
 from absl import logging
 
 from behaviorlm_jax import files
+from behaviorlm_jax import hosts
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import preemption
 
@@ -90,10 +92,10 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     preemption.Preempted: after saving, when SIGTERM came.
   """
   steps, done = config.train.steps, int(state['step'])
-  metrics_file = MetricsFile(folder, done)
+  metrics_file = MetricsFile(folder, done) if hosts.leader() else None
   clock = _Clock()
   bar = tqdm.tqdm(total=steps, initial=done, desc=folder.name, unit='step',
-                  mininterval=1.0)
+                  mininterval=1.0, disable=not hosts.leader())
 
   def note(step, metrics, validate=None):
     row = {'step': step, **{k: float(v) for k, v in metrics.items()}}
@@ -113,7 +115,8 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
             ' --workdir and a lower train.learning_rate, or '
             'train.balanced_learning_rate in stage b (it is '
             f'{config.train.learning_rate}).')
-    metrics_file.write(row)
+    if metrics_file:
+      metrics_file.write(row)
     bar.set_postfix_str(_postfix(row), refresh=False)
     bar.update()
     return row
@@ -141,7 +144,8 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
         preemption.check()
   finally:
     bar.close()
-    metrics_file.close()
+    if metrics_file:
+      metrics_file.close()
   checkpoints.wait()
   return state
 

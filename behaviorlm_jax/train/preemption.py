@@ -4,9 +4,15 @@ A machine that is taken away sends SIGTERM some seconds before. The train loop
 saves and stops; scoring stops between two batches and is done again. The
 process then exits with EXIT_CODE, so that a launcher can tell "run me again"
 from an error.
+
+Where several hosts run, JAX takes the signal, of one of them or of all, and
+they stop at the same call of `requested`.
 """
 
 import signal
+
+import jax
+from jax.experimental import multihost_utils
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again.
 
@@ -16,6 +22,7 @@ class Preempted(Exception):
 
 
 _requested = False
+_calls = 0
 
 
 def install():
@@ -30,10 +37,15 @@ def install():
 
 
 def requested():
+  """Whether to stop; all hosts call this equally often."""
+  global _requested, _calls
+  if jax.process_count() > 1 and not _requested:
+    _calls += 1
+    _requested = multihost_utils.reached_preemption_sync_point(_calls)
   return _requested
 
 
 def check():
   """Raises Preempted if a stop was asked for."""
-  if _requested:
+  if requested():
     raise Preempted('stopped by SIGTERM; run the same command to go on.')

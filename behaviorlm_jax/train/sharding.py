@@ -1,9 +1,12 @@
 """One table decides where every array lives; jit does the rest.
 
-Arrays have logical axes, RULES sends logical axes to mesh axes, and nothing
-else in the project places arrays. A dimension that its mesh axes do not divide
-is replicated, and the log names it.
+Arrays have logical axes, `config.sharding` sends logical axes to axes of the
+mesh, and nothing else in the project places arrays. A dimension that its mesh
+axes do not divide is replicated, and the log names it.
 """
+
+import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -14,16 +17,8 @@ from jax.sharding import PartitionSpec
 from behaviorlm_jax.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor')
-RULES = {
-    'batch': ('data', 'fsdp'),
-    'layers': None,
-    'embed': 'fsdp',
-    'heads': 'tensor',
-    'kv_heads': 'tensor',
-    'mlp': 'tensor',
-    'vocab': 'tensor',
-    'rank': None,
-}
+# Logical axes of all arrays of a model; 'heads' and 'kv_heads' have one entry
+# for each number of a head in a weight, one for each head in an activation.
 PARAM_AXES = {
     'embed': ('vocab', 'embed'),
     'head': ('vocab', 'embed'),
@@ -40,10 +35,97 @@ PARAM_AXES = {
 }
 
 
-def make_mesh(sizes, batch, accumulate=1):
-  """Mesh over all devices from config.mesh; `batch` rows must divide by it."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """The devices and the table: where arrays of given logical axes live."""
+  mesh: jax.sharding.Mesh
+  table: dict  # {logical axis: mesh axes, as a tuple}.
+
+  @property
+  def row_parts(self):
+    """Among how many devices the rows of a batch are divided."""
+    return self._parts('batch')
+
+  @functools.cached_property
+  def replicated(self):
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def _parts(self, axis):
+    return int(np.prod([self.mesh.shape[name] for name in self.table[axis]]))
+
+  def sharding(self, axes, shape, name=''):
+    """NamedSharding of an array with the given logical axes and shape."""
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+      target = self.table[axis] if axis else ()
+      if axis and size % self._parts(axis):
+        logging.info('%s: axis %s of size %d is not divisible by mesh %s; '
+                     'replicated.', name, axis, size, target)
+        target = ()
+      spec.append(target or None)
+    return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+  def rows(self, shape):
+    """Sharding of an array whose first axis is the batch."""
+    return self.sharding(('batch', *(None,) * (len(shape) - 1)), shape)
+
+  def host_rows(self, batch):
+    """range: the rows of a batch that devices of this host hold."""
+    parts = self.rows((batch,)).addressable_devices_indices_map((batch,))
+    bounds = {rows.indices(batch)[:2] for (rows,) in parts.values()}
+    start, stop = min(b for b, _ in bounds), max(e for _, e in bounds)
+    assert sum(e - b for b, e in bounds) == stop - start, bounds
+    return range(start, stop)
+
+  def adapter(self, shapes):
+    """Shardings of an adapter, from its shapes (see lora.shapes)."""
+    result = {}
+    for name, shape in shapes.items():
+      layers, out, into = PARAM_AXES[f'layers.{name}']
+      result[name] = {
+          'a': self.sharding((layers, 'rank', into), shape['a'], name),
+          'b': self.sharding((layers, out, 'rank'), shape['b'], name),
+      }
+    return result
+
+  def place(self, name, shape, dtype, read):
+    """`place` of weights.read_params: every device reads its own slices."""
+    return jax.make_array_from_callback(
+        shape, self.sharding(PARAM_AXES[name], shape, name),
+        lambda index: np.asarray(read(index), dtype))
+
+  def put_rows(self, batch, rows):
+    """The rows of a batch that a host has read, as global arrays.
+
+    `rows`: of the global batch.
+    """
+
+    def put(x):
+      shape = (rows, *x.shape[1:])
+      return jax.make_array_from_process_local_data(self.rows(shape), x, shape)
+
+    return {name: put(x) for name, x in batch.items()}
+
+  def put_same(self, batch):
+    """A batch that every host holds whole, its rows spread over the devices."""
+    return {name: jax.device_put(x, self.rows(x.shape))
+            for name, x in batch.items()}
+
+  def gather(self, tree):
+    """Global arrays as numpy, whole, on every host."""
+    return jax.device_get(
+        jax.jit(lambda x: x, out_shardings=self.replicated)(tree))
+
+
+def make_layout(config):
+  """The Layout over all devices; train.batch must divide by its rows."""
+  table = {axis: tuple(names) for axis, names in config.sharding.items()}
+  for axis, names in table.items():
+    if len(set(names) & set(AXES)) < len(names):
+      raise InputError(f'sharding.{axis} is {names}; give axes of the mesh, '
+                       f'each once: {", ".join(AXES)}.')
   devices = jax.devices()
-  shape = [sizes[axis] for axis in AXES]
+  shape = [config.mesh[axis] for axis in AXES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
     raise InputError(f'mesh is {dict(zip(AXES, shape, strict=True))}; every '
                      'axis must be positive and at most one -1.')
@@ -54,79 +136,14 @@ def make_mesh(sizes, batch, accumulate=1):
     raise InputError(
         f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
         f'there are {len(devices)} devices; make the product equal.')
-  rows = shape[0] * shape[1]  # As row_parts, before there is a mesh.
-  if batch % (rows * accumulate):
+  layout = Layout(
+      jax.make_mesh(shape, AXES, devices=devices,
+                    axis_types=(jax.sharding.AxisType.Auto,) * 3), table)
+  batch, accumulate = config.train.batch, config.train.accumulate
+  if batch % (layout.row_parts * accumulate):
+    axes = ' x '.join(f'mesh.{name}' for name in table['batch']) or 'one device'
     raise InputError(
-        f'train.batch is {batch}, but mesh.data x mesh.fsdp is {rows} '
+        f'train.batch is {batch}, but {axes} is {layout.row_parts} '
         f'and train.accumulate is {accumulate}; the batch must be a '
         'multiple of their product.')
-  return jax.make_mesh(shape, AXES, devices=devices,
-                       axis_types=(jax.sharding.AxisType.Auto,) * 3)
-
-
-def sharding(mesh, axes, shape, name=''):
-  """NamedSharding of an array with the given logical axes and shape."""
-  spec = []
-  for axis, size in zip(axes, shape, strict=True):
-    target = RULES[axis] if axis else None
-    parts = (target,) if isinstance(target, str) else target or ()
-    if size % int(np.prod([mesh.shape[p] for p in parts])):
-      logging.info('%s: axis %s of size %d is not divisible by mesh %s; '
-                   'replicated.', name, axis, size, parts)
-      target = None
-    spec.append(target)
-  return NamedSharding(mesh, PartitionSpec(*spec))
-
-
-def row_parts(mesh):
-  """Among how many devices the rows of a batch are divided."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
-
-
-def replicated(mesh):
-  return NamedSharding(mesh, PartitionSpec())
-
-
-def rows(mesh, shape):
-  """Sharding of an array whose first axis is the batch."""
-  return sharding(mesh, ('batch', *(None,) * (len(shape) - 1)), shape)
-
-
-def adapter(mesh, shapes):
-  """Shardings of an adapter, from its shapes (see lora.shapes)."""
-  result = {}
-  for name, shape in shapes.items():
-    layers, out, into = PARAM_AXES[f'layers.{name}']
-    result[name] = {
-        'a': sharding(mesh, (layers, 'rank', into), shape['a'], name),
-        'b': sharding(mesh, (layers, out, 'rank'), shape['b'], name),
-    }
-  return result
-
-
-def placer(mesh):
-  """`place` for weights.read_params: every device reads its own slices."""
-
-  def place(name, shape, dtype, read):
-    where = sharding(mesh, PARAM_AXES[name], shape, name)
-    return jax.make_array_from_callback(
-        shape, where, lambda index: np.asarray(read(index), dtype))
-
-  return place
-
-
-def put_rows(mesh, batch):
-  """A host's numpy batch as global arrays."""
-  hosts = jax.process_count()
-
-  def put(x):
-    shape = (x.shape[0] * hosts, *x.shape[1:])
-    return jax.make_array_from_process_local_data(rows(mesh, shape), x, shape)
-
-  return {name: put(x) for name, x in batch.items()}
-
-
-def put_same(mesh, batch):
-  """A batch that every host holds whole, its rows spread over the devices."""
-  return {name: jax.device_put(x, rows(mesh, x.shape))
-          for name, x in batch.items()}
+  return layout

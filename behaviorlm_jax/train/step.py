@@ -22,7 +22,6 @@ import optax
 
 from behaviorlm_jax.model import attention
 from behaviorlm_jax.model import lora
-from behaviorlm_jax.train import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,7 +222,7 @@ def _accumulated(sums, adapter, batch, parts):
   return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
 
 
-def attacher(base_config, config, mesh, dtype, wanted=None):
+def attacher(base_config, config, layout, dtype, wanted=None):
   """attach(params, adapter) -> Decoder, as fast as this run's backend allows.
 
   `dtype`: of the params to come; attention kernels serve only some. `wanted`:
@@ -232,9 +231,9 @@ def attacher(base_config, config, mesh, dtype, wanted=None):
   train = config.train
   shape = (train.batch, train.length, base_config.kv_heads,
            base_config.head_dim)
-  where = sharding.sharding(mesh, ('batch', None, 'kv_heads', None), shape,
-                            'attention')
-  rows = train.batch // train.accumulate // sharding.row_parts(mesh)
+  where = layout.sharding(('batch', None, 'kv_heads', None), shape,
+                          'attention')
+  rows = train.batch // train.accumulate // layout.row_parts
   name = attention.choose(wanted or config.model.attention,
                           jax.default_backend(),
                           base_config, dtype, rows, train.length)
@@ -249,12 +248,12 @@ def attacher(base_config, config, mesh, dtype, wanted=None):
   return attach
 
 
-def state_shardings(mesh, shapes, optimizer):
+def state_shardings(layout, shapes, optimizer):
   """Shardings of {'adapter', 'optimizer', 'step'}; moments lie as weights."""
-  where = sharding.adapter(mesh, shapes)
+  where = layout.adapter(shapes)
   abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
                           shapes, is_leaf=lambda x: isinstance(x, tuple))
-  everywhere = sharding.replicated(mesh)
+  everywhere = layout.replicated
   moments = optax.tree.map_params(
       optimizer, lambda _, place: place,
       jax.eval_shape(optimizer.init, abstract), where,
@@ -273,7 +272,7 @@ def init_state(adapter, optimizer, shardings):
   return jax.jit(init, out_shardings=shardings)(adapter)
 
 
-def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
+def make_step(attach, optimizer, schedule, accumulate, shardings, layout,
               answers=None, auxiliary=None, names=None):
   """jitted (state, params, batch) -> (state, metrics); state is donated.
 
@@ -282,7 +281,7 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
   divergence from the base, and `answers` the most of the rest; None: all are
   taught alike, and no base runs. `names`: see loss_sums.
   """
-  groups = sharding.row_parts(mesh)
+  groups = layout.row_parts
 
   def step(state, params, batch):
     loss, grads, weight = gradient(state['adapter'], params, batch, attach,
@@ -301,15 +300,15 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, mesh,
     return new, metrics
 
   return jax.jit(step, donate_argnums=0,
-                 out_shardings=(shardings, sharding.replicated(mesh)))
+                 out_shardings=(shardings, layout.replicated))
 
 
-def make_validation(attach, mesh, answers=None, names=None):
+def make_validation(attach, layout, answers=None, names=None):
   """jitted (adapter, params, batch) -> (loss sum, weight sum)."""
-  groups = sharding.row_parts(mesh)
+  groups = layout.row_parts
 
   def sums(adapter, params, batch):
     return loss_sums(attach(params, adapter), batch, groups, answers,
                      names=names)
 
-  return jax.jit(sums, out_shardings=sharding.replicated(mesh))
+  return jax.jit(sums, out_shardings=layout.replicated)

@@ -140,9 +140,9 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, make_plan, log, stage):
   assert max(answers) <= plan.answers < max(answers) + 16
   assert plan.answers % 16 == 0
   path = tmp_path / 'plan.parquet'
-  digest = plan_lib.save(path, plan, 4)
+  plan_lib.save(path, plan, 4)
   read = plan_lib.load(path, 'me')
-  assert plan_lib.content_hash(read) == plan_lib.content_hash(plan) == digest
+  assert plan_lib.content_hash(read) == plan_lib.content_hash(plan)
   assert (read.answers, read.made_from) == (plan.answers, 'me')
   listed = [[{key: list(value) if isinstance(value, tuple) else value
               for key, value in segment.items()} for segment in row]

@@ -53,10 +53,10 @@ def make_adapter(base):
 
 def make_retention(base, talks=None, questions=None, batch=2):
   config = config_lib.default()
-  mesh = sharding.make_mesh(config.mesh, config.train.batch)
-  params = weights.read_params(base, np.float32, sharding.placer(mesh))
-  attach = step.attacher(base.config, config, mesh, 'float32')
-  return retention.Retention(attach, params, mesh, talks, questions, batch)
+  layout = sharding.make_layout(config)
+  params = weights.read_params(base, np.float32, layout.place)
+  attach = step.attacher(base.config, config, layout, 'float32')
+  return retention.Retention(attach, params, layout, talks, questions, batch)
 
 
 class Alphabet:
@@ -70,9 +70,9 @@ class Alphabet:
 
 
 def make_alphabet(talks=None, questions=None):
-  mesh = sharding.make_mesh(config_lib.default().mesh, 8)
+  layout = sharding.make_layout(config_lib.default())
   attach = lambda params, adapter: Alphabet()
-  return retention.Retention(attach, jnp.zeros(()), mesh, talks, questions)
+  return retention.Retention(attach, jnp.zeros(()), layout, talks, questions)
 
 
 @pytest.fixture(scope='module')

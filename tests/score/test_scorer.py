@@ -33,11 +33,11 @@ def make_scorer(base, names=NAMES, long=10**6, **fields):
   """A Scorer in float32 on all devices (here: one); `long`: see there."""
   config = config_lib.default()
   config.score.update({'batch': 2, 'softmax': 'vocabulary'} | fields)
-  mesh = sharding.make_mesh(config.mesh, config.train.batch)
-  params = weights.read_params(base, np.float32, sharding.placer(mesh))
-  attach = step.attacher(base.config, config, mesh, 'float32')
+  layout = sharding.make_layout(config)
+  params = weights.read_params(base, np.float32, layout.place)
+  attach = step.attacher(base.config, config, layout, 'float32')
   answers = [np.array(name, np.int32) for name in names]
-  return scorer_lib.Scorer(attach, params, answers, config.score, mesh, long)
+  return scorer_lib.Scorer(attach, params, answers, config.score, layout, long)
 
 
 def whole_scores(base, prompts, names=NAMES, adapter=None, **fields):

@@ -67,23 +67,25 @@ def train(sizes):
   """Of a mesh: losses of three steps, of three with divergence, searched scores
   after the first, and bytes of weights on one device."""
   config = config_lib.default()
-  config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2})
-  mesh = sharding.make_mesh(sizes, ROWS, PARTS)
+  config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2,
+                       'accumulate': PARTS})
+  config.mesh.update(sizes)
+  layout = sharding.make_layout(config)
   base = weights.open_base('random://tiny')
-  params = weights.read_params(base, np.float32, sharding.placer(mesh))
+  params = weights.read_params(base, np.float32, layout.place)
   adapter = lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = jax.tree.map(np.shape, adapter)
-  places = step_lib.state_shardings(mesh, shapes, optimizer)
-  attach = step_lib.attacher(base.config, config, mesh, 'float32')
+  places = step_lib.state_shardings(layout, shapes, optimizer)
+  attach = step_lib.attacher(base.config, config, layout, 'float32')
   batch = draw_batch(np.random.default_rng(0))
-  plan, batch = make_plan(batch), sharding.put_rows(mesh, batch)
+  plan, batch = make_plan(batch), layout.put_rows(batch, ROWS)
   most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS,
-                           sharding.row_parts(mesh))
+                           layout.row_parts)
 
   def losses(*most):
     state, found = step_lib.init_state(adapter, optimizer, places), []
-    run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, mesh,
+    run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, layout,
                              *most, names=step_lib.names_of(TREE))
     for _ in range(STEPS):
       state, metrics = run(state, params, batch)
@@ -94,11 +96,12 @@ def train(sizes):
   likely, state = losses(most())
   local = sum(p.addressable_shards[0].data.nbytes for p in params.values())
   config.score.softmax = 'vocabulary'  # A tree that is worth a search.
-  scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, mesh, long=0)
+  scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout,
+                             long=0)
   prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
   scores, _ = scorer(state['adapter'], prompts)
   config.score.softmax = 'names'
-  named, _ = scorer_lib.Scorer(attach, params, NAMES, config.score, mesh)(
+  named, _ = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)(
     state['adapter'], prompts)
   return {'losses': likely, 'losses_kl': kept, 'bytes': local,
           'scores': scores.tolist(), 'named': named.tolist(),

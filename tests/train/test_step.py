@@ -46,8 +46,8 @@ gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7, 8))
 @pytest.fixture(scope='module')
 def attach(llama):
   config = make_config()
-  mesh = sharding.make_mesh(config.mesh, config.train.batch)
-  return step_lib.attacher(llama.config, config, mesh, 'float32')
+  layout = sharding.make_layout(config)
+  return step_lib.attacher(llama.config, config, layout, 'float32')
 
 
 def torch_loss(model, batch, base=None):
@@ -325,20 +325,20 @@ class Trainer:
   """make_step and its state on the devices of this process."""
 
   def __init__(self, attach, params, adapter, auxiliary=None, **fields):
-    train = make_config(**fields).train
-    self.mesh = sharding.make_mesh(config_lib.default().mesh, train.batch)
+    config = make_config(**fields)
+    train, self.layout = config.train, sharding.make_layout(config)
     self.params = params
     optimizer, schedule = step_lib.make_optimizer(train)
     shapes = jax.tree.map(np.shape, adapter)
-    places = step_lib.state_shardings(self.mesh, shapes, optimizer)
+    places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(adapter, optimizer, places)
     self.run = step_lib.make_step(
-      attach, optimizer, schedule, train.accumulate, places, self.mesh,
+      attach, optimizer, schedule, train.accumulate, places, self.layout,
       auxiliary=auxiliary,
     )
 
   def __call__(self, batch):
-    placed = sharding.put_rows(self.mesh, batch)
+    placed = self.layout.put_rows(batch, len(batch['tokens']))
     self.state, metrics = self.run(self.state, self.params, placed)
     return metrics
 

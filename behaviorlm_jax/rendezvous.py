@@ -1,0 +1,127 @@
+"""Processes find each other, so that who is missing can be named.
+
+JAX's own wait for a process that never comes ends all of them without saying
+which it is. So they first meet here, on the port of the first one, which JAX
+uses afterwards. One line each way:
+
+    behaviorlm_jax PROCESS PROCESSES
+    behaviorlm_jax [what is wrong]
+"""
+
+import contextlib
+import socket
+import time
+
+from absl import logging
+
+from behaviorlm_jax.errors import InputError
+
+_HELLO = 'behaviorlm_jax'
+
+
+def meet(settings):
+  """Returns when all processes are there.
+
+  Args:
+    settings: config.distributed, with a coordinator host:port.
+
+  Raises:
+    InputError: who is missing after settings.timeout, or does not belong.
+  """
+  name, port = settings.coordinator.rsplit(':', 1)
+  until = time.monotonic() + settings.timeout
+  if settings.process:
+    _report((name, int(port)), settings, until)
+  else:
+    _receive(int(port), settings, until)
+
+
+def _receive(port, settings, until):
+  """Of process 0: waits for all others and tells them what comes of it."""
+  missing, guests, problem = set(range(1, settings.processes)), [], ''
+  with contextlib.ExitStack() as stack:
+    try:
+      server = stack.enter_context(
+          socket.create_server(('', port), backlog=settings.processes))
+    except OSError as error:
+      raise InputError(
+          f'distributed.coordinator is {settings.coordinator}, and process 0 '
+          f'cannot listen on port {port} ({error.strerror}); give a free port '
+          'of its machine.') from error
+    while missing and not problem:
+      guest = _accept(server, until)
+      if guest is None:
+        problem = _missing(missing, settings)
+        break
+      stack.enter_context(guest)
+      said = _line(guest, until).split()
+      if len(said) != 3 or said[0] != _HELLO:
+        logging.warning('port %d: someone who is no process of this run.', port)
+        continue
+      guests.append(guest)
+      number, processes = map(int, said[1:])
+      if processes != settings.processes or number not in missing:
+        problem = (
+            f'process {number} of {processes} came to {settings.coordinator}, '
+            f'which waits for {_listed(missing)} of {settings.processes}; give '
+            'each a distributed.process of its own and all the same '
+            'distributed.processes.')
+      missing.discard(number)
+    for guest in guests:
+      with contextlib.suppress(OSError):  # It is gone; JAX will miss it.
+        guest.sendall(f'{_HELLO} {problem}\n'.encode())
+  if problem:
+    raise InputError(problem)
+
+
+def _report(address, settings, until):
+  """Of the others: goes to process 0, which says when all are there."""
+  hello = f'{_HELLO} {settings.process} {settings.processes}\n'
+  while True:
+    try:
+      with socket.create_connection(address, timeout=5) as guest:
+        guest.sendall(hello.encode())
+        reply = _line(guest, until + 5)  # If it gives up, it says why.
+    except OSError:
+      reply = ''
+    if reply.startswith(_HELLO):
+      break
+    if time.monotonic() > until:
+      raise InputError(
+          f'process {settings.process} waited {settings.timeout} s '
+          f'(distributed.timeout) for process 0 at {settings.coordinator}; see '
+          'its log, or correct distributed.coordinator.')
+    time.sleep(0.2)
+  if problem := reply.removeprefix(_HELLO).strip():
+    raise InputError(problem)
+
+
+def _accept(server, until):
+  """The next guest's socket, or None when the time is over."""
+  server.settimeout(max(until - time.monotonic(), 0.01))
+  try:
+    return server.accept()[0]
+  except TimeoutError:
+    return None
+
+
+def _line(guest, until):
+  """The line that a guest sends; '' if it sends none in time."""
+  guest.settimeout(max(until - time.monotonic(), 0.01))
+  try:
+    return guest.makefile(encoding='utf-8').readline(1000)
+  except OSError:
+    return ''
+
+
+def _missing(missing, settings):
+  one = len(missing) == 1
+  return (f'after {settings.timeout} s (distributed.timeout) '
+          f'{"process" if one else "processes"} {_listed(missing)} of '
+          f'{settings.processes} {"is" if one else "are"} missing at '
+          f'{settings.coordinator}; see {"its log" if one else "their logs"}, '
+          'and start all of them.')
+
+
+def _listed(numbers):
+  return ', '.join(map(str, sorted(numbers)))
