@@ -111,6 +111,7 @@ def _log_name(config):
 def _open(config, workdir, layout):
   """Events, base model and scorer; every input is checked on the way."""
   base = weights.open_base(config.model.address)
+  layout = dataclasses.replace(layout, head_dim=base.config.head_dim)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
   talks, questions = _conversations(config, base), _questions(config, base)
   events = workdir_lib.open_events(config, workdir)

@@ -37,6 +37,10 @@ REMAT_POLICIES = {
 }
 
 
+_ROWS = ('batch', None, None)  # Logical axes of [B, L, D]
+_TABLE = ('vocab', None)  # and of [V, D] where it is used.
+
+
 def _contract(x, y, x_axes, y_axes):
   """Sum of products over the given axes, in float32, `x`'s dtype inside."""
   # TF32 would lose half of the digits that float32 is asked for.
@@ -184,10 +188,12 @@ class Linear(nnx.Module):
 class Layer(nnx.Module):
   """One pre-norm block; every weight has the leading axis `layers`."""
 
-  def __init__(self, config, params, lora, scale, between):
-    """between: dtype of what flows between the products."""
+  def __init__(self, config, params, lora, scale, between, constrain):
+    """between: dtype of what flows between the products; constrain: see
+    Decoder."""
     self.config = config
     self.between = between
+    self.constrain = constrain
     self.attention_norm = nnx.Param(params['layers.attention_norm'])
     self.mlp_norm = nnx.Param(params['layers.mlp_norm'])
     for name in PROJECTIONS:
@@ -197,13 +203,16 @@ class Layer(nnx.Module):
   def __call__(self, x, cos, sin, attend, memory):
     """x [B, L, D] -> the same; also this layer's keys, values [B, L, K, C]."""
     eps = self.config.norm_eps
+    x = self.constrain(x, _ROWS)
     y = _rms_norm(x, self.attention_norm[...], eps)
     attended, cache = self._attend(y, cos, sin, attend, memory)
-    x = self._keep(x + attended)
+    x = self._keep(self.constrain(x + attended, _ROWS))
     y = _rms_norm(x, self.mlp_norm[...], eps)
-    gate, up = self._round(self.gate_proj(y)), self._round(self.up_proj(y))
+    inner = lambda y: self.constrain(self._round(y), ('batch', None, 'mlp'))
+    gate, up = inner(self.gate_proj(y)), inner(self.up_proj(y))
     y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return (x + self.down_proj(y)).astype(x.dtype), cache
+    x = self.constrain(x + self.down_proj(y), _ROWS)
+    return x.astype(self.between), cache
 
   def _keep(self, y):
     return checkpoint_name(y.astype(self.between), 'product')
@@ -217,7 +226,9 @@ class Layer(nnx.Module):
 
   def _attend(self, x, cos, sin, attend, memory):
     batch, length = x.shape[:2]
-    heads = lambda y: y.reshape(batch, length, -1, self.config.head_dim)
+    heads = lambda y: self.constrain(
+        y.reshape(batch, length, -1, self.config.head_dim),
+        ('batch', None, 'heads', None))
     q = self._round(_rotate(heads(self.q_proj(x)), cos, sin))
     k = self._round(_rotate(heads(self.k_proj(x)), cos, sin))
     v = self._round(heads(self.v_proj(x)))
@@ -229,7 +240,8 @@ class Decoder(nnx.Module):
   """Token ids to hidden states; `logits` is separate, for chosen positions."""
 
   def __init__(self, config, params, lora=None, scale=1.0, remat='none',
-               packed=attention.reference, backend=None):
+               packed=attention.reference, backend=None,
+               constrain=lambda x, axes: x):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
     Args:
@@ -240,8 +252,12 @@ class Decoder(nnx.Module):
       remat: key of REMAT_POLICIES, applied to each layer.
       packed: attention of packed rows, (q, k, v, segments) -> y.
       backend: 'cpu', 'gpu' or 'tpu'; None: where this process runs.
+      constrain: (x, logical axes) -> x, which says how activations are divided
+        among devices. Left to itself XLA gathers those of all rows where it
+        should gather a layer's weights.
     """
     self.config = config
+    self.constrain = constrain
     self.remat = remat
     self.packed = packed
     self.on_cpu = (backend or jax.default_backend()) == 'cpu'
@@ -251,7 +267,7 @@ class Decoder(nnx.Module):
     between = jnp.dtype(jnp.float32) if self.on_cpu else dtype
     self.embed = nnx.Param(params['embed'])
     self.final_norm = nnx.Param(params['final_norm'])
-    self.layers = Layer(config, params, lora or {}, scale, between)
+    self.layers = Layer(config, params, lora or {}, scale, between, constrain)
     if not config.tied:
       self.head = nnx.Param(params['head'])
 
@@ -269,7 +285,8 @@ class Decoder(nnx.Module):
     Returns:
       Hidden states [B, L, D] in the compute dtype, and the cache or None.
     """
-    embedded = self._unpacked(self._bits(self.embed[...])[tokens])
+    table = self.constrain(self._bits(self.embed[...]), _TABLE)
+    embedded = self.constrain(self._unpacked(table[tokens]), _ROWS)
     x = embedded.astype(self.layers.between)
     precise = 'highest' if embedded.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precise):
@@ -343,4 +360,5 @@ class Decoder(nnx.Module):
 
   @property
   def _head(self):
-    return self.embed[...] if self.config.tied else self.head[...]
+    head = self.embed if self.config.tied else self.head
+    return self.constrain(head[...], _TABLE)

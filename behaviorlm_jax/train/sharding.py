@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 from behaviorlm_jax.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor')
-# Logical axes of all arrays of a model; 'heads' and 'kv_heads' have one entry
-# for each number of a head in a weight, one for each head in an activation.
+# Of heads and kv_heads a weight has head_dim numbers for each, which stay
+# together.
 PARAM_AXES = {
     'embed': ('vocab', 'embed'),
     'head': ('vocab', 'embed'),
@@ -40,6 +40,7 @@ class Layout:
   """The devices and the table: where arrays of given logical axes live."""
   mesh: jax.sharding.Mesh
   table: dict  # {logical axis: mesh axes, as a tuple}.
+  head_dim: int = 1  # Of the model.
 
   @property
   def row_parts(self):
@@ -59,11 +60,26 @@ class Layout:
     for axis, size in zip(axes, shape, strict=True):
       target = self.table[axis] if axis else ()
       if axis and size % self._parts(axis):
-        logging.info('%s: axis %s of size %d is not divisible by mesh %s; '
-                     'replicated.', name, axis, size, target)
+        if name:
+          logging.info('%s: %d %s cannot be divided by %s (%d); each device '
+                       'has all.', name, size, axis, ' x '.join(target),
+                       self._parts(axis))
         target = ()
       spec.append(target or None)
     return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+  def weight(self, axes, shape, name):
+    """`sharding` of a weight: heads stay whole."""
+    units = [self.head_dim if axis in ('heads', 'kv_heads') else 1
+             for axis in axes]
+    counts = [size // unit for size, unit in zip(shape, units, strict=True)]
+    return self.sharding(axes, counts, name)
+
+  def constrain(self, x, axes):
+    """Says in a compiled function how an activation is divided."""
+    if self.mesh.size == 1:
+      return x
+    return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
   def rows(self, shape):
     """Sharding of an array whose first axis is the batch."""
@@ -83,15 +99,15 @@ class Layout:
     for name, shape in shapes.items():
       layers, out, into = PARAM_AXES[f'layers.{name}']
       result[name] = {
-          'a': self.sharding((layers, 'rank', into), shape['a'], name),
-          'b': self.sharding((layers, out, 'rank'), shape['b'], name),
+          'a': self.weight((layers, 'rank', into), shape['a'], f'{name} a'),
+          'b': self.weight((layers, out, 'rank'), shape['b'], f'{name} b'),
       }
     return result
 
   def place(self, name, shape, dtype, read):
     """`place` of weights.read_params: every device reads its own slices."""
     return jax.make_array_from_callback(
-        shape, self.sharding(PARAM_AXES[name], shape, name),
+        shape, self.weight(PARAM_AXES[name], shape, name),
         lambda index: np.asarray(read(index), dtype))
 
   def put_rows(self, batch, rows):

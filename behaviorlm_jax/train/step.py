@@ -239,7 +239,8 @@ def attacher(base_config, config, layout, dtype, wanted=None):
                           base_config, dtype, rows, train.length)
   packed = functools.partial(attention.packed_attention, implementation=name,
                              where=where)
-  options = dict(remat=config.model.remat, packed=packed)
+  options = dict(remat=config.model.remat, packed=packed,
+                 constrain=layout.constrain)
 
   def attach(params, adapter):
     return lora.attach(base_config, params, adapter, config.lora.alpha,

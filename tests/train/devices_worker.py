@@ -5,6 +5,7 @@ devices as XLA_FLAGS asks for. A test runs it so, because the number of devices
 of a process is fixed at its start.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -70,8 +71,9 @@ def train(sizes):
   config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2,
                        'accumulate': PARTS})
   config.mesh.update(sizes)
-  layout = sharding.make_layout(config)
   base = weights.open_base('random://tiny')
+  layout = dataclasses.replace(sharding.make_layout(config),
+                               head_dim=base.config.head_dim)
   params = weights.read_params(base, np.float32, layout.place)
   adapter = lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
   optimizer, schedule = step_lib.make_optimizer(config.train)
