@@ -79,6 +79,9 @@ def jobs(config, workdir):
       raise InputError(f'config.order names {name!r}'
                        f'{config_lib.nearest(name, config.methods)}, which is '
                        'not in config.methods.')
+  if config.base.distributed.coordinator:
+    raise InputError('distributed.coordinator is set, but a sweep is one '
+                     'process; leave it out, or give one run of it to main.')
   methods = {name: config.methods[name] for name in config.order}
   seeds = max((m.seeds for m in methods.values()), default=0)
   logs = [name for name, address in config.logs.items() if address]

@@ -77,6 +77,7 @@ def test_runs_go_seed_by_seed_in_the_order_asked_for(make_sweep, tmp_path):
     ({'methods': {'drawn': {'start': 'first'}}},
      "drawn starts from 'first', which has no stage a of its own"),
     ({'order': ('drawn',)}, "drawn starts from 'stage_a'.*not in config.order"),
+    ({'base': {'distributed': {'coordinator': 'a:1'}}}, 'a sweep is one proc'),
     ({'logs': {'walks': ''}}, 'names no log.*--config.logs.NAME=FILE')])
 def test_a_sweep_that_cannot_run_is_refused(make_sweep, tmp_path, fields,
                                             match):

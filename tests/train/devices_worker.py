@@ -1,19 +1,23 @@
 """Trains random://tiny for three steps on one batch, mesh after mesh.
 
-As a program: the meshes as JSON in, one JSON line of results out, on as many
-devices as XLA_FLAGS asks for. A test runs it so, because the number of devices
-of a process is fixed at its start.
+As a program: a task as JSON in, one JSON line of results out, on as many
+devices as XLA_FLAGS asks for. Tests run it so, because the number of devices of
+a process is fixed at its start. The task: `meshes`; `whole`, whether to try
+more than the step; `distributed`, fields of that section, for one of several
+processes.
 """
 
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 import jax
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import hosts
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import lora
@@ -64,9 +68,39 @@ def make_plan(batch):
   return plan_lib.Plan(rows, ANSWERS, '')
 
 
-def train(sizes):
-  """Of a mesh: losses of three steps, of three with divergence, searched scores
-  after the first, and bytes of weights on one device."""
+def collectives(text):
+  """[kind, shape] of everything that an HLO text sends between devices."""
+  text, found = re.sub(r'/\*.*?\*/', '', text), set()
+  for shapes, kind in re.findall(
+      r'= (\([^=]*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+      r'collective-permute|collective-broadcast)(?:-start)?\(', text):
+    for shape in re.findall(r'\w+\[([\d,]*)\]', shapes):
+      found.add((kind, tuple(int(n) for n in shape.split(',') if n)))
+  return sorted(found)
+
+
+def local_bytes(tree):
+  """Of the first device of this process."""
+  return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+class Reader:
+  """Places weights and counts the bytes that are read for that."""
+
+  def __init__(self, layout):
+    self.layout, self.bytes = layout, 0
+
+  def __call__(self, name, shape, dtype, read):
+    def counted(index):
+      values = read(index)
+      self.bytes += values.nbytes
+      return values
+    return self.layout.place(name, shape, dtype, counted)
+
+
+def train(sizes, whole):
+  """Of a mesh: losses of three steps, bytes on a device, what is sent between
+  devices; if `whole`, losses with divergence and scores after a search, too."""
   config = config_lib.default()
   config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2,
                        'accumulate': PARTS})
@@ -74,14 +108,18 @@ def train(sizes):
   base = weights.open_base('random://tiny')
   layout = dataclasses.replace(sharding.make_layout(config),
                                head_dim=base.config.head_dim)
-  params = weights.read_params(base, np.float32, layout.place)
-  adapter = lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
+  reader = Reader(layout)
+  params = weights.read_params(base, np.float32, reader)
+  adapter = jax.device_get(
+      lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0)))
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(layout, shapes, optimizer)
   attach = step_lib.attacher(base.config, config, layout, 'float32')
-  batch = draw_batch(np.random.default_rng(0))
-  plan, batch = make_plan(batch), layout.put_rows(batch, ROWS)
+  batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
+  plan = make_plan(batch)
+  batch = layout.put_rows(
+      {name: x[own.start:own.stop] for name, x in batch.items()}, ROWS)
   most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS,
                            layout.row_parts)
 
@@ -89,14 +127,20 @@ def train(sizes):
     state, found = step_lib.init_state(adapter, optimizer, places), []
     run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, layout,
                              *most, names=step_lib.names_of(TREE))
+    compiled = run.lower(state, params, batch).compile()
     for _ in range(STEPS):
-      state, metrics = run(state, params, batch)
+      state, metrics = compiled(state, params, batch)
       found.append(float(metrics['loss']))
-    return found, state
+    return found, state, collectives(compiled.as_text())
 
-  kept, _ = losses(*map(most, KINDS))
-  likely, state = losses(most())
-  local = sum(p.addressable_shards[0].data.nbytes for p in params.values())
+  likely, state, sent = losses(most())
+  result = {'losses': likely, 'sent': sent, 'devices': jax.device_count(),
+            'read': reader.bytes, 'bytes': {
+                'params': local_bytes(params),
+                'adapter': local_bytes(state['adapter']),
+                'optimizer': local_bytes(state['optimizer'])}}
+  if not whole:
+    return result
   config.score.softmax = 'vocabulary'  # A tree that is worth a search.
   scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout,
                              long=0)
@@ -105,11 +149,18 @@ def train(sizes):
   config.score.softmax = 'names'
   named, _ = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)(
     state['adapter'], prompts)
-  return {'losses': likely, 'losses_kl': kept, 'bytes': local,
-          'scores': scores.tolist(), 'named': named.tolist(),
-          'devices': jax.device_count(),
-          'compiled': scorer._expand._cache_size()}
+  return result | {
+      'losses_kl': losses(*map(most, KINDS))[0], 'scores': scores.tolist(),
+      'named': named.tolist(), 'compiled': scorer._expand._cache_size()}
+
+
+def main(task):
+  config = config_lib.default()
+  config.distributed.update(task.get('distributed', {}))
+  hosts.start(config.distributed)
+  print(json.dumps([train(sizes, task.get('whole', False))
+                    for sizes in task['meshes']]))
 
 
 if __name__ == '__main__':
-  print(json.dumps([train(sizes) for sizes in json.loads(sys.argv[1])]))
+  main(json.loads(sys.argv[1]))

@@ -1,11 +1,5 @@
 """The step: its loss and gradient by torch, its update, its independence of
-micro-batches, packing and devices."""
-
-import json
-import os
-import pathlib
-import subprocess
-import sys
+micro-batches and packing (test_sharding has devices)."""
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +20,6 @@ ROWS = (
   [(24, 1)], [(9, 2), (15, 7)], [(5, 1), (8, 1), (6, 3)], [(12, 10)],
   [(3, 2)], [(20, 5)], [(10, 1), (10, 8)], [(23, 4)],
 )
-MESHES = [
-  {'data': 8, 'fsdp': 1, 'tensor': 1}, {'data': 1, 'fsdp': 8, 'tensor': 1},
-  {'data': 2, 'fsdp': 2, 'tensor': 2},
-]
-WORKER = pathlib.Path(__file__).with_name('devices_worker.py')
 
 
 def make_config(**fields):
@@ -438,32 +427,3 @@ def test_update_equals_that_of_torch_adamw(clip):
       np.testing.assert_allclose(
         ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-6
       )
-
-
-def run_worker(devices, meshes):
-  """What devices_worker prints for these meshes."""
-  flags = f'--xla_force_host_platform_device_count={devices}'
-  done = subprocess.run(
-    [sys.executable, str(WORKER), json.dumps(meshes)], text=True,
-    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True, check=False, timeout=300,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_one_and_eight_devices_give_the_same_losses_and_scores():
-  [alone] = run_worker(1, [{'data': 1, 'fsdp': 1, 'tensor': 1}])
-  assert np.diff(alone['losses']).max() < -0.01  # it does train
-  assert max(alone['losses_kl']) < 0.9 * min(alone['losses'])
-  found = run_worker(8, MESHES)
-  for mesh, result in zip(MESHES, found, strict=True):
-    assert result['devices'] == 8
-    for name in ('losses', 'losses_kl'):
-      np.testing.assert_allclose(result[name], alone[name], rtol=1e-4)
-    for kind in ('scores', 'named'):
-      np.testing.assert_allclose(result[kind], alone[kind], atol=1e-3)
-    assert result['compiled'] == 1  # Rounds keep the cache where it is.
-    parts = mesh['fsdp'] * mesh['tensor']  # norms are on every device
-    assert result['bytes'] < 1.1 * alone['bytes'] / parts
