@@ -138,7 +138,6 @@ class Campaign:
       run = Run(self, f'whole{processes}', processes)
       codes, seconds = run()
       assert set(codes) == {0}, f'{run.output()}\nwithout a fault: {codes}'
-      run()  # Notes of the first alone count; this one has nothing to do.
       self.whole[processes] = run
       print(f'whole run, {processes} process{"es" if processes > 1 else ""}: '
             f'{seconds:.0f} s, {run.moments()[0]} moments', flush=True)
@@ -155,9 +154,8 @@ class Campaign:
       wrong = _unexpected(fault, codes, run)
       if grow:
         grow()
-      if fault.kind == 'torn':
-        run.tear(TEARS[fault.torn])
-      kept = run.checkpoints(torn=fault.kind == 'torn')
+      torn = run.tear(TEARS[fault.torn]) if fault.torn else None
+      kept = run.kept(torn)
       again = run if fault.after == run.processes else Run(
           self, run.name, fault.after)
       again.begin()
@@ -189,10 +187,12 @@ class Campaign:
     """What of a run that went on is not as it was to be, or ''."""
     if set(codes) != {0}:
       return 'the run that goes on fails'
-    whole = self.whole[run.processes]
-    for stage, (done, steps) in enumerate(run.went_on(kept)):
-      if steps and min(steps) != done + 1:
-        return f'{STAGES[stage]} went on at {min(steps)}, not after {done}'
+    whole, batches = self.whole[run.processes], run.batches()
+    for stage, done in kept.items():
+      first = min((step for name, step in batches if name == stage),
+                  default=STEPS + 1)
+      if first != done + 1:
+        return f'{stage} went on at step {first}, not after {done}'
     if same_devices:
       for stage in STAGES:
         one, other = ((x.workdir / stage / ADAPTER).read_bytes()
@@ -200,8 +200,9 @@ class Campaign:
         if one != other:
           return f'another adapter of {stage}'
       return ''
-    for step, rows in run.batches().items():
-      if rows != whole.batches()[step]:
+    expected = whole.batches()
+    for step, rows in batches.items():
+      if rows != expected[step]:
         return f'other rows in {step}'
     for stage in STAGES:
       one, other = (x.losses(stage) for x in (run, whole))
@@ -315,52 +316,39 @@ class Run:
     return f'{stage}, {lines[-1]["at"]}' if lines else 'start'
 
   def batches(self):
-    """{(how often step 1 was before, step): {row: hash}} of all processes."""
+    """{(stage, step): {row: hash}} of all processes."""
     found = {}
     for path in self.notes:
-      turn, last = 0, 0
       for line in self._lines(path):
         if 'step' in line:
-          turn += line['step'] <= last
-          last = line['step']
-          found.setdefault((turn, last), {}).update(line['rows'])
+          found.setdefault((line['stage'], line['step']), {}).update(
+              line['rows'])
     return found
 
-  def checkpoints(self, torn):
-    """The newest finished step of each stage, the torn one left out."""
-    newest = []
+  def saved(self, stage):
+    """Steps of a stage's finished checkpoints."""
+    folder = self.workdir / stage / 'checkpoints'
+    return sorted(int(path.name) for path in folder.glob('*')
+                  if path.name.isdigit())
+
+  def kept(self, torn):
+    """{stage: the newest step that is safe}; a torn checkpoint is not."""
+    kept = {}
     for stage in STAGES:
-      folder = self.workdir / stage / 'checkpoints'
-      steps = sorted(int(path.name) for path in folder.glob('*')
-                     if path.name.isdigit())
-      newest.append(steps)
-    if torn:
-      last = next((steps for steps in reversed(newest) if steps), [])
-      last[-1:] = []
-    return [steps[-1] if steps else 0 for steps in newest]
+      saved = self.saved(stage)
+      if (stage, saved[-1:]) == torn:
+        saved = saved[:-1]
+      done = (self.workdir / stage / 'evaluation.json').exists()
+      kept[stage] = STEPS if done else max(saved, default=0)
+    return kept
 
   def tear(self, how):
-    """Damages the newest checkpoint of the stage that ran last."""
+    """Damages the newest checkpoint: (its stage, [its step])."""
     for stage in reversed(STAGES):
-      folder = self.workdir / stage / 'checkpoints'
-      steps = [int(path.name) for path in folder.glob('*')
-               if path.name.isdigit()]
-      if steps:
-        how(folder / str(max(steps)))
-        return
-
-  def went_on(self, kept):
-    """[(newest step kept, steps run since)] of both stages."""
-    ran, last = [[]], 0
-    for line in self._lines(self.notes[-self.processes]):
-      if 'step' in line:
-        if line['step'] <= last:
-          ran.append([])
-        last = line['step']
-        ran[-1].append(last)
-    if len(ran) == 1 and kept[0] == STEPS:
-      ran.insert(0, [])
-    return list(zip(kept, ran + [[]] * (2 - len(ran)), strict=True))
+      if saved := self.saved(stage):
+        how(self.workdir / stage / 'checkpoints' / str(saved[-1]))
+        return stage, saved[-1:]
+    return None
 
   def losses(self, stage):
     path = self.workdir / stage / 'metrics.jsonl'

@@ -20,6 +20,7 @@ import threading
 
 import numpy as np
 
+from behaviorlm_jax.train import loop
 from behaviorlm_jax.train import step as step_lib
 
 ASSEMBLE = ('behaviorlm_jax.data.loader', 'Assembler.__call__')
@@ -94,7 +95,7 @@ class Faulty:
 
   def wrap_step(self):
     """Notes what each step is given; `nan` makes its loss one."""
-    make = step_lib.make_step
+    make, run, stage = step_lib.make_step, loop.run, []
 
     def make_step(*arguments, **options):
       step = make(*arguments, **options)
@@ -102,7 +103,7 @@ class Faulty:
       def noted(state, params, batch):
         number = int(state['step']) + 1
         due = self.moment(STEP)
-        self.note(step=number, rows=digests(batch))
+        self.note(stage=stage[-1], step=number, rows=digests(batch))
         state, metrics = step(state, params, batch)
         if due and self.happen is None:
           metrics = metrics | {'loss': metrics['loss'] * np.nan}
@@ -110,7 +111,11 @@ class Faulty:
 
       return noted
 
-    step_lib.make_step = make_step
+    def noted_run(folder, *arguments):
+      stage.append(folder.name)
+      return run(folder, *arguments)
+
+    step_lib.make_step, loop.run = make_step, noted_run
 
 
 def digests(batch):

@@ -65,27 +65,47 @@ def plan_rows(folder):
   return parquet.read_table(folder / 'plan.parquet')['segments'].to_pylist()
 
 
+@pytest.fixture
+def assert_same_numbers(finished, read_rows, steps):
+  """The run ended as the finished one of a single device did, but for rounding;
+  `workdir`."""
+
+  def check(workdir):
+    for stage in STAGES:
+      one, other = finished / stage, workdir / stage
+      assert plan_rows(one) == plan_rows(other)
+      losses, expected = (
+          [(row['step'], row['loss'], row.get('val_loss', 0.0)) for row in
+           read_rows(folder / 'metrics.jsonl')] for folder in (other, one))
+      assert len(losses) == steps  # Written once.
+      np.testing.assert_allclose(losses, expected, rtol=1e-4)
+      found, expected = (json.loads((folder / 'evaluation.json').read_text())
+                         for folder in (other, one))
+      for group in ('all', 'anchor', 'tail'):
+        assert found[group] == pytest.approx(expected[group], abs=1e-4)
+      found, expected = (
+          parquet.read_table(folder / 'log_probs.parquet')['log_p'].to_pylist()
+          for folder in (other, one))
+      np.testing.assert_allclose(found, expected, atol=1e-4)
+  return check
+
+
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes(of_two, finished, read_rows, steps):
-  for stage in STAGES:
-    one, other = finished / stage, of_two / stage
-    assert plan_rows(one) == plan_rows(other)
-    losses, expected = (
-        [(row['step'], row['loss'], row.get('val_loss', 0.0)) for row in
-         read_rows(folder / 'metrics.jsonl')] for folder in (other, one))
-    assert len(losses) == steps  # Written once.
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    found, expected = (json.loads((folder / 'evaluation.json').read_text())
-                       for folder in (other, one))
-    for group in ('all', 'anchor', 'tail'):
-      assert found[group] == pytest.approx(expected[group], abs=1e-4)
-  found, expected = (
-      parquet.read_table(folder / 'a_tuning/log_probs.parquet')['log_p']
-      .to_pylist() for folder in (of_two, finished))
-  np.testing.assert_allclose(found, expected, atol=1e-4)
+def test_two_processes_make_what_one_makes(of_two, assert_same_numbers):
+  assert_same_numbers(of_two)
   assert (of_two / 'hosts.txt').read_text().startswith('2 processes')
   assert (of_two / 'report.html').exists()
   assert not list(of_two.rglob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_four_devices_make_what_one_makes(
+    run_command, tmp_path, assert_same_numbers):
+  done = run_command(
+      tmp_path / 'work', {'mesh.fsdp': 2, 'mesh.tensor': 2}, environment={
+          'XLA_FLAGS': '--xla_force_host_platform_device_count=4'})
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same_numbers(tmp_path / 'work')
 
 
 @pytest.mark.slow
@@ -146,6 +166,62 @@ exec {sys.executable} "$@"
   errors = [line for line in err.splitlines() if '] error: ' in line]
   assert len(errors) == 2 and all(re.search(field, line) for line in errors)
   assert not (tmp_path / 'work/events').exists()
+
+
+PROGRAM = """
+import json, sys
+import jax
+from behaviorlm_jax import config, hosts
+settings = config.default().distributed
+settings.update({'coordinator': 'auto', 'timeout': 60})
+hosts.start(settings)
+me, said = jax.process_index(), {}
+def fail():
+  raise OSError('no room')
+def note(name, function, *arguments):
+  try:
+    said[name] = function(*arguments)
+  except Exception as error:
+    said[name] = f'{type(error).__name__}: {error}'
+note('count', jax.process_count)
+note('told', hosts.told, 5 + me)
+note('all', hosts.every, True)
+note('one', hosts.every, me == 1)
+note('first', hosts.first, lambda: 'done')
+note('fails', hosts.first, fail)
+note('agrees', hosts.agree, {'this': 'same'})
+note('differs', hosts.agree, {'this': 'same', 'that': f'{me} and more' * me})
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_auto_takes_what_slurm_says_and_processes_go_together(
+    command_environment):
+  """As srun sets it; the port follows from the number of the job."""
+  started = []
+  for process in range(2):
+    slurm = {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2',
+             'SLURM_STEP_NODELIST': 'localhost', 'SLURM_STEP_NUM_NODES': '1',
+             'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process)}
+    started.append(subprocess.Popen(
+        [sys.executable, '-c', PROGRAM], env=command_environment | slurm,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+  said = []
+  for process in started:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    said.append(json.loads(out.splitlines()[-1]))
+  for name, value in {'count': 2, 'told': 5, 'all': True, 'one': False,
+                      'agrees': None}.items():
+    assert [one[name] for one in said] == [value, value]
+  assert [one['first'] for one in said] == ['done', None]
+  assert said[0]['fails'] == 'OSError: no room'
+  assert said[1]['fails'] == 'Elsewhere: process 0 failed; its log says at what'
+  assert said[0]['differs'] == said[1]['differs']
+  assert re.fullmatch(
+      r'InputError: process 0 \(.+\) and process 1 \(.+\) differ in that:  and '
+      r'1 and more; give all processes the same\.', said[0]['differs'])
 
 
 def test_local_launcher_wants_a_number():

@@ -100,7 +100,7 @@ class _HostRows:
 def batches(plan, assemble, batch, step=0, own=None, threads=1):
   """An iterator over this host's batches, from `step` (0 is the first) on.
 
-  `own`: range of the rows of a batch that this host reads; None: all. The
+  `own`: the rows of a batch that this host reads, in that order; None: all. The
   iterator ends with the plan; its state is the step alone.
   """
   own = range(batch) if own is None else own

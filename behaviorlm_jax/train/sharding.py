@@ -86,12 +86,13 @@ class Layout:
     return self.sharding(('batch', *(None,) * (len(shape) - 1)), shape)
 
   def host_rows(self, batch):
-    """range: the rows of a batch that devices of this host hold."""
+    """The rows of a batch that devices of this host hold: a sorted list.
+
+    They need not be neighbors: a mesh follows the wires between devices.
+    """
     parts = self.rows((batch,)).addressable_devices_indices_map((batch,))
-    bounds = {rows.indices(batch)[:2] for (rows,) in parts.values()}
-    start, stop = min(b for b, _ in bounds), max(e for _, e in bounds)
-    assert sum(e - b for b, e in bounds) == stop - start, bounds
-    return range(start, stop)
+    return sorted({row for (rows,) in parts.values()
+                   for row in range(*rows.indices(batch))})
 
   def adapter(self, shapes):
     """Shardings of an adapter, from its shapes (see lora.shapes)."""
@@ -111,14 +112,20 @@ class Layout:
         lambda index: np.asarray(read(index), dtype))
 
   def put_rows(self, batch, rows):
-    """The rows of a batch that a host has read, as global arrays.
+    """The rows of a batch that a host has read (host_rows), as global arrays.
 
-    `rows`: of the global batch.
+    `rows`: how many the global batch has.
     """
+    places = {row: place for place, row in enumerate(self.host_rows(rows))}
 
     def put(x):
       shape = (rows, *x.shape[1:])
-      return jax.make_array_from_process_local_data(self.rows(shape), x, shape)
+
+      def part(index):
+        start, stop, _ = index[0].indices(rows)
+        return x[places[start]:places[stop - 1] + 1]
+
+      return jax.make_array_from_callback(shape, self.rows(shape), part)
 
     return {name: put(x) for name, x in batch.items()}
 

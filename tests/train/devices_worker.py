@@ -3,8 +3,8 @@
 As a program: a task as JSON in, one JSON line of results out, on as many
 devices as XLA_FLAGS asks for. Tests run it so, because the number of devices of
 a process is fixed at its start. The task: `meshes`; `whole`, whether to try
-more than the step; `distributed`, fields of that section, for one of several
-processes.
+more than the step; `orders`, of the devices in each mesh; `distributed`, fields
+of that section, for one of several processes.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import functools
 import json
 import re
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -98,16 +99,20 @@ class Reader:
     return self.layout.place(name, shape, dtype, counted)
 
 
-def train(sizes, whole):
+def train(sizes, whole, order):
   """Of a mesh: losses of three steps, bytes on a device, what is sent between
-  devices; if `whole`, losses with divergence and scores after a search, too."""
+  devices; if `whole`, losses with divergence and scores after a search, too.
+  `order`: of the devices in the mesh, or None."""
   config = config_lib.default()
   config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2,
                        'accumulate': PARTS})
   config.mesh.update(sizes)
   base = weights.open_base('random://tiny')
-  layout = dataclasses.replace(sharding.make_layout(config),
-                               head_dim=base.config.head_dim)
+  devices = jax.devices()
+  with mock.patch('jax.devices', lambda: [devices[i] for i in order or range(
+      len(devices))]):
+    layout = dataclasses.replace(sharding.make_layout(config),
+                                 head_dim=base.config.head_dim)
   reader = Reader(layout)
   params = weights.read_params(base, np.float32, reader)
   adapter = jax.device_get(
@@ -119,7 +124,7 @@ def train(sizes, whole):
   batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
   plan = make_plan(batch)
   batch = layout.put_rows(
-      {name: x[own.start:own.stop] for name, x in batch.items()}, ROWS)
+      {name: x[own] for name, x in batch.items()}, ROWS)
   most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS,
                            layout.row_parts)
 
@@ -158,8 +163,10 @@ def main(task):
   config = config_lib.default()
   config.distributed.update(task.get('distributed', {}))
   hosts.start(config.distributed)
-  print(json.dumps([train(sizes, task.get('whole', False))
-                    for sizes in task['meshes']]))
+  orders = task.get('orders', [None] * len(task['meshes']))
+  print(json.dumps([train(sizes, task.get('whole', False), order)
+                    for sizes, order in zip(task['meshes'], orders,
+                                            strict=True)]))
 
 
 if __name__ == '__main__':

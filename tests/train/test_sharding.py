@@ -121,11 +121,13 @@ def test_one_and_eight_devices_give_the_same_losses_and_scores(alone):
 
 @pytest.mark.slow
 def test_two_processes_with_two_devices_each_give_the_same_losses(alone):
-  """Rows are divided among processes, or every process has all of them."""
+  """Rows are divided among processes, not always side by side, or every process
+  has all of them."""
   with socket.create_server(('', 0)) as server:
     port = server.getsockname()[1]
   meshes = [mesh(data=4), mesh(fsdp=4), mesh(fsdp=2, tensor=2), mesh(tensor=4)]
-  started = [start(2, {'meshes': meshes, 'distributed': {
+  orders = [[0, 2, 1, 3], [0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]]
+  started = [start(2, {'meshes': meshes, 'orders': orders, 'distributed': {
     'coordinator': f'localhost:{port}', 'processes': 2, 'process': process,
     'timeout': 60}}) for process in range(2)]
   for found in map(finish, started):
