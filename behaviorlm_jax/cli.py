@@ -10,6 +10,7 @@ from absl import flags
 from absl import logging
 
 from behaviorlm_jax import addresses
+from behaviorlm_jax import errors
 from behaviorlm_jax import hosts
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import preemption
@@ -17,11 +18,8 @@ from behaviorlm_jax.train import preemption
 # What flags and a config file, which is a program of the user's, may raise.
 UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
             OSError, SyntaxError, TypeError, ValueError)
-# What a disk that is full or broken makes of a write or a read: Python and
-# Arrow, Orbax, and two more.
-_DISK = (OSError, ValueError, duckdb.Error, safetensors.SafetensorError)
-_BROKEN = ('No space left on device', 'Disk quota exceeded',
-           'Input/output error')
+# Whose messages may be those of a disk that is full or fails.
+_OF_DISK = (OSError, ValueError, duckdb.Error, safetensors.SafetensorError)
 # Orbax reports every file it writes; its warnings are wanted.
 _readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
 
@@ -39,28 +37,51 @@ def run(argv, work):
     fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()
   _keep_compilations()
+  code, known = 1, False
+  try:
+    code, known = _code(work), True
+  finally:
+    # The others may never come to where JAX would wait for them at the end; a
+    # stop they have agreed upon.
+    if code not in (0, preemption.EXIT_CODE) and hosts.several():
+      if not known:
+        traceback.print_exc()
+      hosts.leave(code)
+  if code:
+    sys.exit(code)
+
+
+def _code(work):
+  """The exit code of `work()`, after one sentence for what is wrong."""
   try:
     work()
+    return 0
   except InputError as error:
-    fail(str(error))
+    return _say(2, f'error: {error}')
   except preemption.Preempted as stop:
-    print(stop, file=sys.stderr)
-    sys.exit(preemption.EXIT_CODE)
-  except _DISK as error:
-    if not any(reason in str(error) for reason in _BROKEN):
+    return _say(preemption.EXIT_CODE, str(stop))
+  except _OF_DISK as error:
+    if not errors.of_disk(error):
       raise
-    print(f'error: {_last_line(error)}; mend that and run the same command '
-          'again: it goes on from what was finished.', file=sys.stderr)
-    hosts.leave(2)  # Threads that still want to write would only complain.
-  except (hosts.Elsewhere, jax.errors.JaxRuntimeError) as error:
+    _say(2, f'error: {_last_line(error)}; mend that and run the same command '
+         'again: it goes on from what was finished.')
+    return hosts.leave(2)  # Threads that still write would go on complaining.
+  except hosts.Elsewhere as error:
+    return _say(hosts.EXIT_CODE, f'error: {error}.')
+  except jax.errors.JaxRuntimeError as error:
     if not hosts.several():
       raise
     traceback.print_exc()
-    print(f'error: what all processes do together failed in process '
-          f'{jax.process_index()} of {jax.process_count()} '
-          f'({str(error).splitlines()[0]}); if another one was lost, run the '
-          'same command again.', file=sys.stderr)
-    hosts.leave(hosts.EXIT_CODE)
+    return _say(
+        hosts.EXIT_CODE, f'error: what all processes do together failed in '
+        f'process {jax.process_index()} of {jax.process_count()} '
+        f'({str(error).splitlines()[0]}); if another one was lost, run the '
+        'same command again.')
+
+
+def _say(code, sentence):
+  print(sentence, file=sys.stderr)
+  return code
 
 
 def _last_line(error):

@@ -134,8 +134,9 @@ def default():
       rank=(),
   )
   config.distributed = _section(  # Of several processes, one on each host.
-      # host:port of the first process, the same for all; auto: what a TPU pod,
-      # GKE, Slurm or MPI says; '': this process is alone.
+      # host:port of the first process, the same for all (whoever is missing is
+      # named then); auto: what a TPU pod, GKE, Slurm or MPI says; '': this
+      # process is alone.
       coordinator='',
       processes=1,  # With host:port: how many there are,
       process=0,  # and which this is.

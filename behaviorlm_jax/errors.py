@@ -1,10 +1,20 @@
-"""The one exception that `main` turns into a sentence instead of a traceback.
+"""What the commands turn into a sentence instead of a traceback.
 
-Raise it for what a user can mend: a log, a config field, an address, a work
-directory. The message is one sentence that says what is wrong, where, both
-numbers where there are two, and what to change.
+InputError is for what a user can mend: a log, a config field, an address, a
+work directory. The message is one sentence that says what is wrong, where, both
+numbers where there are two, and what to change. What a disk refuses comes as
+many exceptions; `of_disk` knows them.
 """
+
+# By Python and Arrow, TensorStore (Orbax), DuckDB and safetensors, all with the
+# words of the C library.
+_DISK = ('No space left on device', 'Disk quota exceeded', 'Input/output error')
 
 
 class InputError(ValueError):
   """Wrong input from outside the program."""
+
+
+def of_disk(error):
+  """Whether an exception is that of a disk that is full or fails."""
+  return any(words in str(error) for words in _DISK)

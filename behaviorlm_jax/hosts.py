@@ -11,11 +11,13 @@ A process is called a host, as there is one on each; on one machine there may be
 several.
 """
 
+import collections
 import json
 import os
 import re
 import socket
 import sys
+import time
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ from behaviorlm_jax.errors import InputError
 EXIT_CODE = 76
 AUTO = 'auto'
 _LEAVING = 10  # Seconds that a process at its end waits for the others.
+_SAYING = 2  # Seconds from process 0's failure to its end.
 
 
 class Elsewhere(Exception):
@@ -36,12 +39,12 @@ class Elsewhere(Exception):
 
 
 def several():
-  return jax.process_count() > 1
+  return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def leader():
   """Whether this is the host that writes."""
-  return jax.process_index() == 0
+  return not several() or jax.process_index() == 0
 
 
 def start(settings):
@@ -72,16 +75,18 @@ def start(settings):
     rendezvous.meet(settings)
     jax.distributed.initialize(settings.coordinator, settings.processes,
                                settings.process, **waits)
+  _check_devices()
   logging.info('host %d of %d, with %d of %d devices.', jax.process_index(),
                jax.process_count(), jax.local_device_count(),
                jax.device_count())
 
 
 def _check(settings):
-  if not re.fullmatch(r'.+:\d+', settings.coordinator):
+  match = re.fullmatch(r'.+:(\d{1,5})', settings.coordinator)
+  if not match or not 0 < int(match[1]) < 1 << 16:
     raise InputError(
         f'distributed.coordinator is {settings.coordinator!r}; give host:port '
-        'of the first process, or auto.')
+        'of the first process (a port from 1 to 65535), or auto.')
   if not 0 <= settings.process < settings.processes:
     raise InputError(
         f'distributed.process is {settings.process} and distributed.processes '
@@ -89,16 +94,29 @@ def _check(settings):
         f'{settings.processes - 1}.')
 
 
+def _check_devices():
+  """What all do together needs as many devices from each."""
+  counts = collections.Counter(d.process_index for d in jax.devices())
+  if len(set(counts.values())) > 1:
+    listed = ', '.join(f'process {process} has {count}'
+                       for process, count in sorted(counts.items()))
+    raise InputError(f'processes differ in their devices: {listed}; give each '
+                     'the same number.')
+
+
 def exists(path):
   """Whether process 0 sees the path: all hosts then do the same."""
-  return bool(told(path.exists()))
+  return shared(path.exists())
 
 
-def told(value):
-  """The int that process 0 has; what the others give does not matter."""
-  if not several():
-    return int(value)
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value or 0)))
+def shared(value):
+  """The value of process 0, whatever the others give; it can stand in JSON."""
+  return json.loads(_texts(json.dumps(value))[0]) if several() else value
+
+
+def same(text):
+  """Whether all hosts have the same text."""
+  return len(set(_texts(text))) == 1 if several() else True
 
 
 def first(work, *arguments):
@@ -166,10 +184,13 @@ def _texts(text):
 
 
 def leave(code):
-  """Ends a process that has failed, and does not wait for lost ones.
+  """Ends a process that has failed, and does not wait for the others.
 
-  At a normal end JAX would wait for all of them, which may never come.
+  At a normal end JAX waits for all, and aborts if they do not come. Process 0
+  takes them along, so it leaves them time to say the same.
   """
+  if leader():
+    time.sleep(_SAYING)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

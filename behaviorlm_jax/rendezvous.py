@@ -17,6 +17,10 @@ from absl import logging
 from behaviorlm_jax.errors import InputError
 
 _HELLO = 'behaviorlm_jax'
+# As JAX listens: on all addresses of the machine.
+_FAMILY = ({'family': socket.AF_INET6, 'dualstack_ipv6': True}
+           if socket.has_dualstack_ipv6() else {})
+_LONGEST = 10_000  # Characters of a line.
 
 
 def meet(settings):
@@ -29,6 +33,7 @@ def meet(settings):
     InputError: who is missing after settings.timeout, or does not belong.
   """
   name, port = settings.coordinator.rsplit(':', 1)
+  name = name.strip('[]')  # Of an IPv6 address.
   until = time.monotonic() + settings.timeout
   if settings.process:
     _report((name, int(port)), settings, until)
@@ -42,7 +47,8 @@ def _receive(port, settings, until):
   with contextlib.ExitStack() as stack:
     try:
       server = stack.enter_context(
-          socket.create_server(('', port), backlog=settings.processes))
+          socket.create_server(('', port), backlog=settings.processes,
+                               **_FAMILY))
     except OSError as error:
       raise InputError(
           f'distributed.coordinator is {settings.coordinator}, and process 0 '
@@ -54,8 +60,9 @@ def _receive(port, settings, until):
         problem = _missing(missing, settings)
         break
       stack.enter_context(guest)
-      said = _line(guest, until).split()
-      if len(said) != 3 or said[0] != _HELLO:
+      said = _line(guest, min(until, time.monotonic() + 5)).split()
+      if len(said) != 3 or said[0] != _HELLO or not all(
+          number.isdecimal() for number in said[1:]):
         logging.warning('port %d: someone who is no process of this run.', port)
         continue
       guests.append(guest)
@@ -77,10 +84,12 @@ def _receive(port, settings, until):
 def _report(address, settings, until):
   """Of the others: goes to process 0, which says when all are there."""
   hello = f'{_HELLO} {settings.process} {settings.processes}\n'
+  awaited = 'process 0'
   while True:
     try:
       with socket.create_connection(address, timeout=5) as guest:
         guest.sendall(hello.encode())
+        awaited = 'the others'
         reply = _line(guest, until + 5)  # If it gives up, it says why.
     except OSError:
       reply = ''
@@ -89,8 +98,8 @@ def _report(address, settings, until):
     if time.monotonic() > until:
       raise InputError(
           f'process {settings.process} waited {settings.timeout} s '
-          f'(distributed.timeout) for process 0 at {settings.coordinator}; see '
-          'its log, or correct distributed.coordinator.')
+          f'(distributed.timeout) for {awaited} at {settings.coordinator}; see '
+          'the log of process 0, or correct distributed.coordinator.')
     time.sleep(0.2)
   if problem := reply.removeprefix(_HELLO).strip():
     raise InputError(problem)
@@ -109,7 +118,7 @@ def _line(guest, until):
   """The line that a guest sends; '' if it sends none in time."""
   guest.settimeout(max(until - time.monotonic(), 0.01))
   try:
-    return guest.makefile(encoding='utf-8').readline(1000)
+    return guest.makefile(encoding='utf-8', errors='replace').readline(_LONGEST)
   except OSError:
     return ''
 

@@ -87,14 +87,13 @@ class Run:
 def run(config, workdir):
   """Runs the config's stages in `workdir` and writes the report."""
   config_lib.check(config)
-  hosts.start(config.distributed)
+  with preemption.at_once():
+    hosts.start(config.distributed)
   workdir = workdir_lib.make(workdir)
+  workdir_lib.check_hosts(config, workdir)
   config = workdir_lib.pin(config, workdir)
   workdir_lib.check_config(config, workdir)
-  workdir_lib.check_hosts(config, workdir)
   this = _open(config, workdir, sharding.make_layout(config))
-  hosts.agree({'the events': this.events.fingerprint,
-               'the base model': this.base.fingerprint})
   workdir_lib.check_fingerprints(config, workdir, this.fingerprints)
   evaluate_base(this)
   for stage in config.stages:
@@ -111,7 +110,7 @@ def _log_name(config):
 def _open(config, workdir, layout):
   """Events, base model and scorer; every input is checked on the way."""
   base = weights.open_base(config.model.address)
-  layout = dataclasses.replace(layout, head_dim=base.config.head_dim)
+  layout = layout.of(base.config)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
   talks, questions = _conversations(config, base), _questions(config, base)
   events = workdir_lib.open_events(config, workdir)
@@ -119,6 +118,11 @@ def _open(config, workdir, layout):
   plan_lib.check_lengths(prompts, config)
   prompts.check_lengths(base.config.max_length, config.train.length)
   evaluation.test_samples(events, config)  # Refuses a log without any.
+  hosts.agree(workdir_lib.facts(config) | {
+      'the events': events.fingerprint, 'the base model': base.fingerprint,
+      'the conversations': conversations.digest(talks or []),
+      'the questions': conversations.digest(
+          row for question in questions for row in question.choices)})
   attach = step_lib.attacher(base.config, config, layout,
                              config.model.dtype)
   params = weights.read_params(base, jnp.dtype(config.model.dtype),
@@ -370,6 +374,7 @@ def fingerprint(this, stage, adapter, sections):
     for name in sorted(one):
       for side in ('a', 'b'):
         digest.update(one[name][side].tobytes())
+  hosts.agree({f'what decides stage {stage}': digest.hexdigest()})
   return digest.hexdigest()
 
 

@@ -156,12 +156,9 @@ def check_hosts(config, workdir):
   """Refuses hosts of one run that differ, or do not see one work directory."""
   if not hosts.several():
     return
-  values = flat(as_dict(config), 'config.')
   hosts.agree({'the program': _program(), 'jax': jax.__version__,
-               'their devices': f'{jax.local_device_count()} x '
-                                f'{jax.local_devices()[0].device_kind}',
-               **{name: str(value) for name, value in values.items()
-                  if not name.startswith('config.distributed.')}})
+               'their devices': jax.local_devices()[0].device_kind,
+               **facts(config)})
   path = workdir / 'hosts.txt'
   began = datetime.datetime.now(datetime.UTC).isoformat()
   hosts.first(files.write_text, path,
@@ -171,11 +168,19 @@ def check_hosts(config, workdir):
                'see)': found})
 
 
+def facts(config):
+  """{field: value} of a config, as texts, without what hosts do not share."""
+  values = flat(as_dict(config), 'config.')
+  values['config.stages'] = tuple(config.stages)
+  return {name: str(value) for name, value in values.items()
+          if not name.startswith('config.distributed.')}
+
+
 def _program():
   """SHA-256 of the package's own files."""
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).parent
-  for path in sorted(root.rglob('*.py')):
+  for path in sorted([*root.rglob('*.py'), *root.rglob('*.jsonl')]):
     digest.update(f'{path.relative_to(root)}\0'.encode() + path.read_bytes())
   return digest.hexdigest()
 

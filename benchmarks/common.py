@@ -94,7 +94,7 @@ def open_inputs(config, workdir, adapter=''):
   plan_lib.check_lengths(prompts, config)
   talks = conversations.read(conversations.DEFAULT, base.tokenizer,
                              config.train.length)
-  layout = sharding.make_layout(config)
+  layout = sharding.make_layout(config).of(base.config)
   return Inputs(config, base, prompts, talks, layout, adapter)
 
 

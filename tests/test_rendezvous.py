@@ -73,11 +73,18 @@ def test_a_number_that_does_not_fit_ends_all(meet, second, sentence):
       one.result(10)
 
 
-def test_a_stranger_is_no_process(meet, port, caplog):
+@pytest.mark.parametrize('said', [
+  b'GET / HTTP/1.1\n', b'\x16\x03\x01\xff\n', b'behaviorlm_jax a b\n', b'',
+  None])
+def test_a_stranger_is_no_process(meet, port, caplog, said):
+  """It says something else, or leaves (None: it stays and says nothing)."""
   found = [meet(0), meet(1)]
   time.sleep(0.3)
   with socket.create_connection(('localhost', port)) as stranger:
-    stranger.sendall(b'GET / HTTP/1.1\n')
+    if said == b'':
+      stranger.close()
+    elif said:
+      stranger.sendall(said)
     found.append(meet(2))
     assert [one.result(10) for one in found] == [None] * 3
   assert 'someone who is no process of this run' in caplog.text

@@ -17,6 +17,7 @@ Invariants:
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import pathlib
 import zlib
@@ -47,6 +48,15 @@ class Conversation:
 
   tokens: np.ndarray
   answers: np.ndarray
+
+
+def digest(found) -> str:
+  """SHA-256 of the tokens of conversations, in their order."""
+  total = hashlib.sha256()
+  for conversation in found:
+    total.update(len(conversation.tokens).to_bytes(4, 'little'))
+    total.update(conversation.tokens.tobytes() + conversation.answers.tobytes())
+  return total.hexdigest()
 
 
 def read(

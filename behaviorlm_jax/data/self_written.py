@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import numpy as np
@@ -66,11 +67,17 @@ def read(base, dtype, seed, max_length, draw):
   text = json.dumps(task.facts, sort_keys=True)
   root = addresses.cache_dir() / 'self_written'
   folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
-  if not hosts.every(folder.is_dir()):  # Or all draw: their devices do it.
+  path, old = folder / 'conversations.jsonl', folder.is_dir()
+  # Where hosts have caches of their own, all draw or none: the devices of all
+  # do it, and other devices may have drawn others.
+  if not hosts.every(old) or not hosts.same(addresses.sha256(path)):
+    if old:
+      shutil.rmtree(folder, ignore_errors=True)
     logging.info('The base model answers %d questions once, into %s.',
                  len(task.prompts), folder)
     _write(folder, task, draw(task), base)
-  return _load(folder / 'conversations.jsonl', max_length)
+    hosts.every(True)  # All have written, where they share a cache.
+  return _load(path, max_length)
 
 
 def _task(base, dtype, seed):

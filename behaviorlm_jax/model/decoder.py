@@ -226,12 +226,12 @@ class Layer(nnx.Module):
 
   def _attend(self, x, cos, sin, attend, memory):
     batch, length = x.shape[:2]
-    heads = lambda y: self.constrain(
+    heads = lambda y, axis: self.constrain(
         y.reshape(batch, length, -1, self.config.head_dim),
-        ('batch', None, 'heads', None))
-    q = self._round(_rotate(heads(self.q_proj(x)), cos, sin))
-    k = self._round(_rotate(heads(self.k_proj(x)), cos, sin))
-    v = self._round(heads(self.v_proj(x)))
+        ('batch', None, axis, None))
+    q = self._round(_rotate(heads(self.q_proj(x), 'heads'), cos, sin))
+    k = self._round(_rotate(heads(self.k_proj(x), 'kv_heads'), cos, sin))
+    v = self._round(heads(self.v_proj(x), 'kv_heads'))
     y = attend(q, k, v) if memory is None else attend(q, k, v, *memory)
     return self.o_proj(y.reshape(batch, length, -1)), (k, v)
 

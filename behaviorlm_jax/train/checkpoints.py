@@ -12,12 +12,22 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from behaviorlm_jax import errors
 from behaviorlm_jax import hosts
 from behaviorlm_jax.errors import InputError
 
 # For what host 0 does alone, without waiting for the others.
 _ALONE = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix='alone')
+
+
+class _Manager(ocp.CheckpointManager):
+
+  def reached_preemption(self, step):
+    """Never: it would ask JAX by its own count of steps, and JAX, which keeps
+    one count, would forget that of train.preemption."""
+    del step
+    return False
 
 
 class Checkpoints:
@@ -30,7 +40,7 @@ class Checkpoints:
         checkpoint_managers.BestN(get_metric_fn=lambda m: m['score'], n=1,
                                   keep_checkpoints_without_metrics=False),
     ])
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(preservation_policy=policy),
         item_names=('state', 'facts'))
@@ -58,10 +68,8 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints, but none can be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    newest = hosts.told(hosts.first(self._newest, steps, state))
-    torn = [step for step in steps if step > newest]
-    if steps and not newest:
+    newest, torn = hosts.shared(hosts.first(self._newest, state))
+    if torn and not newest:
       raise InputError(
           f'{self._manager.directory}: none of the checkpoints {torn} can be '
           'read; delete the folder to train this stage from its start.')
@@ -70,8 +78,12 @@ class Checkpoints:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     return self._restore(newest, abstract) if newest else state
 
-  def _newest(self, steps, state):
-    """The first of `steps` that can be read, or 0; its arrays are let go."""
+  def _newest(self, state):
+    """The newest step that can be read, or 0, and those after it.
+
+    Its arrays are let go. A disk that fails is no reason to give up a
+    checkpoint, and ends the run.
+    """
     whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
                          state)
     handler = ocp.CompositeCheckpointHandler(
@@ -79,18 +91,22 @@ class Checkpoints:
         state=ocp.PyTreeCheckpointHandler(multiprocessing_options=_ALONE),
         facts=ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE))
     with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
-      for step in steps:
+      torn = []
+      for step in sorted(self._manager.all_steps(), reverse=True):
         try:
           reader.restore(
               self._manager.directory / str(step), ocp.args.Composite(
                   state=ocp.args.PyTreeRestore(state, restore_args=whole),
                   facts=ocp.args.JsonRestore()))
         except (OSError, KeyError, ValueError) as error:
+          if errors.of_disk(error):
+            raise
           logging.warning('checkpoint %d cannot be read (%s); trying the one '
                           'before.', step, str(error).split('\n')[0])
+          torn.append(step)
         else:
-          return step
-    return 0
+          return step, torn
+    return 0, torn
 
   def _restore(self, step, abstract):
     restored = self._manager.restore(step, args=ocp.args.Composite(

@@ -9,10 +9,12 @@ Where several hosts run, JAX takes the signal, of one of them or of all, and
 they stop at the same call of `requested`.
 """
 
+import contextlib
 import signal
 
-import jax
 from jax.experimental import multihost_utils
+
+from behaviorlm_jax import hosts
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again.
 
@@ -22,6 +24,7 @@ class Preempted(Exception):
 
 
 _requested = False
+_at_once = False
 _calls = 0
 
 
@@ -32,6 +35,8 @@ def install():
     del signum, frame
     global _requested
     _requested = True
+    if _at_once:
+      _stop()
 
   signal.signal(signal.SIGTERM, note)
 
@@ -39,7 +44,7 @@ def install():
 def requested():
   """Whether to stop; all hosts call this equally often."""
   global _requested, _calls
-  if jax.process_count() > 1 and not _requested:
+  if hosts.several() and not _requested:
     _calls += 1
     _requested = multihost_utils.reached_preemption_sync_point(_calls)
   return _requested
@@ -48,4 +53,22 @@ def requested():
 def check():
   """Raises Preempted if a stop was asked for."""
   if requested():
-    raise Preempted('stopped by SIGTERM; run the same command to go on.')
+    _stop()
+
+
+def _stop():
+  raise Preempted('stopped by SIGTERM; run the same command to go on.')
+
+
+@contextlib.contextmanager
+def at_once():
+  """Inside, SIGTERM stops whatever runs: nothing is at stake."""
+  global _at_once, _requested
+  _at_once = True
+  try:
+    yield
+  finally:
+    _at_once = False
+  # One may have had it before JAX took the signal, for which nobody looks.
+  if not hosts.every(not _requested):
+    _stop()

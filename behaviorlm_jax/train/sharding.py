@@ -11,6 +11,7 @@ import functools
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -42,6 +43,10 @@ class Layout:
   table: dict  # {logical axis: mesh axes, as a tuple}.
   head_dim: int = 1  # Of the model.
 
+  def of(self, model):
+    """The same for a model (families.DecoderConfig), whose heads stay whole."""
+    return dataclasses.replace(self, head_dim=model.head_dim)
+
   @property
   def row_parts(self):
     """Among how many devices the rows of a batch are divided."""
@@ -66,6 +71,12 @@ class Layout:
                        self._parts(axis))
         target = ()
       spec.append(target or None)
+    used = [name for target in spec for name in target or ()]
+    if len(set(used)) < len(used):
+      raise InputError(
+          f'{name or "an activation"} is divided along {", ".join(used)} by '
+          f'{", ".join(f"sharding.{a}" for a in axes if a and self.table[a])}; '
+          'give them different axes of the mesh.')
     return NamedSharding(self.mesh, PartitionSpec(*spec))
 
   def weight(self, axes, shape, name):
@@ -131,7 +142,8 @@ class Layout:
 
   def put_same(self, batch):
     """A batch that every host holds whole, its rows spread over the devices."""
-    return {name: jax.device_put(x, self.rows(x.shape))
+    return {name: jax.make_array_from_callback(x.shape, self.rows(x.shape),
+                                               x.__getitem__)
             for name, x in batch.items()}
 
   def gather(self, tree):
@@ -159,9 +171,11 @@ def make_layout(config):
     raise InputError(
         f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
         f'there are {len(devices)} devices; make the product equal.')
-  layout = Layout(
-      jax.make_mesh(shape, AXES, devices=devices,
-                    axis_types=(jax.sharding.AxisType.Auto,) * 3), table)
+  # A TPU's wires have two or three directions; an axis may need part of one.
+  ordered = mesh_utils.create_device_mesh(shape, devices,
+                                          allow_split_physical_axes=True)
+  layout = Layout(jax.sharding.Mesh(
+      ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3), table)
   batch, accumulate = config.train.batch, config.train.accumulate
   if batch % (layout.row_parts * accumulate):
     axes = ' x '.join(f'mesh.{name}' for name in table['batch']) or 'one device'

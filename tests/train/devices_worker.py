@@ -7,7 +7,6 @@ more than the step; `orders`, of the devices in each mesh; `distributed`, fields
 of that section, for one of several processes.
 """
 
-import dataclasses
 import functools
 import json
 import re
@@ -111,8 +110,7 @@ def train(sizes, whole, order):
   devices = jax.devices()
   with mock.patch('jax.devices', lambda: [devices[i] for i in order or range(
       len(devices))]):
-    layout = dataclasses.replace(sharding.make_layout(config),
-                                 head_dim=base.config.head_dim)
+    layout = sharding.make_layout(config).of(base.config)
   reader = Reader(layout)
   params = weights.read_params(base, np.float32, reader)
   adapter = jax.device_get(

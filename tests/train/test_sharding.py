@@ -184,6 +184,14 @@ def test_a_layout_that_cannot_be_is_refused(fields, message):
     make_layout(**fields)
 
 
+def test_one_axis_of_the_mesh_for_two_of_an_array_is_refused():
+  layout = make_layout(**{'sharding.heads': ('fsdp',)})
+  with pytest.raises(InputError, match=r'q_proj is divided along fsdp, fsdp by '
+                                       r'sharding\.heads, sharding\.embed'):
+    divided(layout, mesh(fsdp=2), ('layers', 'heads', 'embed'), (2, 64, 64),
+            'q_proj')
+
+
 def test_gather_gives_every_host_whole_arrays():
   layout = make_layout()
   tree = {'a': np.arange(6.0).reshape(2, 3), 'b': {'c': np.ones(4)}}
