@@ -152,6 +152,8 @@ class Campaign:
     with room as grow:
       codes, seconds = run(fault, self.moments(fault))
       what = f'{run.last_moment():28} codes {codes} in {seconds:.0f} s'
+      if len(codes) > 1:
+        what += f', {run.lag:.1f} s apart'
       wrong = _unexpected(fault, codes, run)
       if grow:
         grow()
@@ -241,7 +243,7 @@ class Run:
 
   def begin(self):
     """Notes made from now on are those of the next call."""
-    self.notes = []
+    self.notes, self.lag = [], 0.0
 
   def __call__(self, fault=None, moments=None):
     """Runs the command; exit codes (None: hung) and seconds."""
@@ -279,20 +281,23 @@ class Run:
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
 
   def _wait(self, started, began, fault):
+    """Exit codes; notes how long the last one outlived the first."""
     frozen = fault.hit if fault and fault.kind == 'freeze' else ()
-    awake = [p for i, p in enumerate(started) if i not in frozen]
-    hung = []
-    for process in awake:
-      try:
-        process.wait(max(TIMEOUT - (time.monotonic() - began), 1))
-      except subprocess.TimeoutExpired:
-        hung.append(process)
-    for process in started:  # The frozen ones never end by themselves.
-      if process.poll() is None:
-        process.kill()
+    waited_for = set(range(len(started))) - set(frozen)
+    ends = {}
+    while waited_for - set(ends) and time.monotonic() < began + TIMEOUT:
+      for number in waited_for - set(ends):
+        if started[number].poll() is not None:
+          ends[number] = time.time()
+      time.sleep(0.02)
+    for process in started:  # Frozen ones never end by themselves.
+      process.kill()
       process.wait()
-    return [None if process in hung else process.returncode
-            for process in started]
+    # A frozen one made its last note when it froze.
+    ends |= {number: self.notes[number].stat().st_mtime for number in frozen}
+    self.lag = max(ends.values(), default=0) - min(ends.values(), default=0)
+    return [process.returncode if number in ends else None
+            for number, process in enumerate(started)]
 
   def output(self):
     return '\n'.join(path.with_suffix('.err').read_text()

@@ -6,13 +6,16 @@ once a step, while the next step is on its way and the last checkpoint may be
 half-written.
 """
 
+import errno
 import logging
+import os
 import shutil
 import signal
 
 import pytest
 
 from behaviorlm_jax import stages
+from behaviorlm_jax.train import checkpoints
 from behaviorlm_jax.train import preemption
 
 STAGES = ('a_tuning', 'b_tuning')
@@ -168,3 +171,43 @@ def test_torn_checkpoint_is_skipped_with_a_warning(
   assert 'checkpoint 6 cannot be read' in caplog.text
   assert saved(workdir / 'a_tuning') == [3, 6]
   assert_same(workdir, ['a_tuning'])
+
+
+@pytest.mark.usefixtures('compile_once')
+def test_a_disk_that_fails_costs_no_checkpoint(
+    make_run_config, copy_run, monkeypatch):
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
+                     'b_tuning')
+
+  def fail(*arguments, **options):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  monkeypatch.setattr(checkpoints.ocp.Checkpointer, 'restore', fail)
+  with pytest.raises(OSError, match='Input/output error'):
+    stages.run(make_run_config(), workdir)
+  assert saved(workdir / 'a_tuning') == [3, 6]
+
+
+FULL = '''
+import errno, os, runpy
+from behaviorlm_jax.train import loop
+def full(self, row):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'metrics.jsonl')
+loop.MetricsFile.write = full
+runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
+'''
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
+    run_command, copy_run, assert_same):
+  workdir = copy_run('b_tuning')
+  done = run_command(workdir, program=('-c', FULL))
+  assert done.returncode == 2
+  assert 'Traceback' not in done.stderr
+  assert done.stderr.splitlines()[-1] == (
+      "error: [Errno 28] No space left on device: 'metrics.jsonl'; mend that "
+      'and run the same command again: it goes on from what was finished.')
+  done = run_command(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same(workdir)
