@@ -18,8 +18,10 @@ from behaviorlm_jax.train import preemption
 # What flags and a config file, which is a program of the user's, may raise.
 UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
             OSError, SyntaxError, TypeError, ValueError)
-# Whose messages may be those of a disk that is full or fails.
-_OF_DISK = (OSError, ValueError, duckdb.Error, safetensors.SafetensorError)
+# What a disk that is full or fails, or a lost process, comes as; the message
+# tells.
+_FROM_BELOW = (OSError, RuntimeError, ValueError, duckdb.Error,
+               safetensors.SafetensorError)
 # Orbax reports every file it writes; its warnings are wanted.
 _readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
 
@@ -60,16 +62,14 @@ def _code(work):
     return _say(2, f'error: {error}')
   except preemption.Preempted as stop:
     return _say(preemption.EXIT_CODE, str(stop))
-  except _OF_DISK as error:
-    if not errors.of_disk(error):
-      raise
-    _say(2, f'error: {_last_line(error)}; mend that and run the same command '
-         'again: it goes on from what was finished.')
-    return hosts.leave(2)  # Threads that still write would go on complaining.
   except hosts.Elsewhere as error:
     return _say(hosts.EXIT_CODE, f'error: {error}.')
-  except jax.errors.JaxRuntimeError as error:
-    if not hosts.several():
+  except _FROM_BELOW as error:
+    if errors.of_disk(error):
+      _say(2, f'error: {_last_line(error)}; mend that and run the same command '
+           'again: it goes on from what was finished.')
+      return hosts.leave(2)  # Threads that still write would go on complaining.
+    if not hosts.several() or not hosts.failed_together(error):
       raise
     traceback.print_exc()
     return _say(

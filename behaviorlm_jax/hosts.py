@@ -183,6 +183,14 @@ def _texts(text):
           for row, size in zip(rows, sizes, strict=True)]
 
 
+def failed_together(error):
+  """Whether an exception is that of a computation of all processes."""
+  # Some of XLA's errors reach Python as a ValueError with its status.
+  return isinstance(error, jax.errors.JaxRuntimeError) or bool(
+      re.match(r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|'
+               'UNKNOWN): ', str(error)))
+
+
 def leave(code):
   """Ends a process that has failed, and does not wait for the others.
 
