@@ -498,7 +498,7 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   state = step_lib.init_state(adapter, optimizer, places)
   saved = checkpoints_lib.Checkpoints(
       folder / 'checkpoints', config.checkpoint.keep, plan_hash)
-  state = saved.restore_latest(state)
+  state = saved.restore_latest(state, config.checkpoint.every)
   assemble = loader.Assembler(this.prompts, this.conversations,
                               config.train.length, plan.answers, this.tree)
   show_example(this, assemble, plan)

@@ -15,6 +15,7 @@ import signal
 import pytest
 
 from behaviorlm_jax import stages
+from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import checkpoints
 from behaviorlm_jax.train import preemption
 
@@ -171,6 +172,32 @@ def test_torn_checkpoint_is_skipped_with_a_warning(
   assert 'checkpoint 6 cannot be read' in caplog.text
   assert saved(workdir / 'a_tuning') == [3, 6]
   assert_same(workdir, ['a_tuning'])
+
+
+@pytest.mark.usefixtures('compile_once')
+def test_a_torn_first_checkpoint_is_as_a_kill_before_it(
+    make_run_config, copy_run, assert_same, monkeypatch):
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
+                     'b_tuning', 'a_tuning/checkpoints/6')
+  cut_files(workdir / 'a_tuning/checkpoints/3')
+  config = make_run_config()
+  config.stages = ('a',)
+  stages.run(config, workdir)
+  assert_same(workdir, ['a_tuning'])
+
+
+@pytest.mark.usefixtures('compile_once')
+def test_when_all_checkpoints_are_torn_none_is_deleted(
+    make_run_config, copy_run):
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
+                     'b_tuning')
+  for step in '36':
+    cut_files(workdir / 'a_tuning/checkpoints' / step)
+  with pytest.raises(InputError, match=r'none of the checkpoints \[6, 3\] can '
+                                       'be read; delete the folder'):
+    stages.run(make_run_config(), workdir)
+  assert saved(workdir / 'a_tuning') == [3, 6]
 
 
 @pytest.mark.usefixtures('compile_once')

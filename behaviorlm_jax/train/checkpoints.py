@@ -59,17 +59,22 @@ class Checkpoints:
     """The last finished step, or 0."""
     return self._manager.latest_step() or 0
 
-  def restore_latest(self, state):
+  def restore_latest(self, state, first):
     """`state`, or the newest readable checkpoint in its shape and place.
 
     Host 0 reads each by itself first: a host that cannot read its part would
     leave the others waiting.
 
+    Args:
+      state: of step 0.
+      first: the step of the stage's first checkpoint. If that alone is there
+        and torn, training begins anew, as if killed right before it.
+
     Raises:
-      InputError: there are checkpoints, but none can be read.
+      InputError: there are later checkpoints, but none can be read.
     """
     newest, torn = hosts.shared(hosts.first(self._newest, state))
-    if torn and not newest:
+    if torn and not newest and max(torn) > first:
       raise InputError(
           f'{self._manager.directory}: none of the checkpoints {torn} can be '
           'read; delete the folder to train this stage from its start.')
@@ -101,8 +106,8 @@ class Checkpoints:
         except (OSError, KeyError, ValueError) as error:
           if errors.of_disk(error):
             raise
-          logging.warning('checkpoint %d cannot be read (%s); trying the one '
-                          'before.', step, str(error).split('\n')[0])
+          logging.warning('checkpoint %d cannot be read (%s); going on from '
+                          'before it.', step, str(error).split('\n')[0])
           torn.append(step)
         else:
           return step, torn
