@@ -68,7 +68,7 @@ def _code(work):
     if errors.of_disk(error):
       _say(2, f'error: {_last_line(error)}; mend that and run the same command '
            'again: it goes on from what was finished.')
-      return hosts.leave(2)  # Threads that still write would go on complaining.
+      hosts.leave(2)  # Threads that still write would go on complaining.
     if not hosts.several() or not hosts.failed_together(error):
       raise
     traceback.print_exc()

@@ -7,8 +7,11 @@ many exceptions; `of_disk` knows them.
 """
 
 # By Python and Arrow, TensorStore (Orbax), DuckDB and safetensors, all with the
-# words of the C library.
-_DISK = ('No space left on device', 'Disk quota exceeded', 'Input/output error')
+# words of the C library: what a disk, or one that is shared, refuses for now.
+_DISK = ('No space left on device', 'Disk quota exceeded', 'Input/output error',
+         'Stale file handle', 'Permission denied', 'Read-only file system',
+         'Too many open files', 'Cannot allocate memory',
+         'Connection timed out')
 
 
 class InputError(ValueError):
@@ -16,5 +19,5 @@ class InputError(ValueError):
 
 
 def of_disk(error):
-  """Whether an exception is that of a disk that is full or fails."""
+  """Whether an exception is that of a disk, and no file is to blame."""
   return any(words in str(error) for words in _DISK)

@@ -47,8 +47,8 @@ def leader():
   return not several() or jax.process_index() == 0
 
 
-def start(settings):
-  """Joins the other hosts of a run; before anything touches a device.
+def meet(settings):
+  """Waits for the other hosts of a run, where settings say who they are.
 
   Args:
     settings: config.distributed.
@@ -56,6 +56,14 @@ def start(settings):
   Raises:
     InputError: the settings do not fit, or not all hosts came in time.
   """
+  if settings.coordinator in ('', AUTO) or jax.distributed.is_initialized():
+    return
+  _check(settings)
+  rendezvous.meet(settings)
+
+
+def start(settings):
+  """Joins the other hosts that were met; before anything touches a device."""
   if not settings.coordinator or jax.distributed.is_initialized():
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
@@ -71,8 +79,6 @@ def start(settings):
           f'GKE, Slurm or MPI here ({str(error).rstrip(".")}); give host:port, '
           'distributed.processes and distributed.process.') from error
   else:
-    _check(settings)
-    rendezvous.meet(settings)
     jax.distributed.initialize(settings.coordinator, settings.processes,
                                settings.process, **waits)
   _check_devices()
@@ -112,11 +118,6 @@ def exists(path):
 def shared(value):
   """The value of process 0, whatever the others give; it can stand in JSON."""
   return json.loads(_texts(json.dumps(value))[0]) if several() else value
-
-
-def same(text):
-  """Whether all hosts have the same text."""
-  return len(set(_texts(text))) == 1 if several() else True
 
 
 def first(work, *arguments):
@@ -185,10 +186,10 @@ def _texts(text):
 
 def failed_together(error):
   """Whether an exception is that of a computation of all processes."""
-  # Some of XLA's errors reach Python as a ValueError with its status.
-  return isinstance(error, jax.errors.JaxRuntimeError) or bool(
-      re.match(r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|'
-               'UNKNOWN): ', str(error)))
+  # Some of XLA's errors reach Python as a ValueError with its status. What a
+  # device lacks is no other one's fault.
+  return bool(re.match(r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|'
+                       'UNAVAILABLE|UNKNOWN): ', str(error)))
 
 
 def leave(code):
@@ -197,7 +198,7 @@ def leave(code):
   At a normal end JAX waits for all, and aborts if they do not come. Process 0
   takes them along, so it leaves them time to say the same.
   """
-  if leader():
+  if several() and leader():
     time.sleep(_SAYING)
   sys.stdout.flush()
   sys.stderr.flush()

@@ -88,7 +88,9 @@ def run(config, workdir):
   """Runs the config's stages in `workdir` and writes the report."""
   config_lib.check(config)
   with preemption.at_once():
-    hosts.start(config.distributed)
+    hosts.meet(config.distributed)
+  hosts.start(config.distributed)
+  preemption.share()
   workdir = workdir_lib.make(workdir)
   workdir_lib.check_hosts(config, workdir)
   config = workdir_lib.pin(config, workdir)

@@ -17,6 +17,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 
@@ -40,6 +41,11 @@ def _signal(number):
   return lambda: os.kill(os.getpid(), number)
 
 
+def _kill_later():
+  time.sleep(1)  # What is being saved is finished then.
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _unreadable():
   raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -48,6 +54,7 @@ def _unreadable():
 FAULTS = {
     'none': (None, None),
     'kill': (_signal(signal.SIGKILL), None),
+    'torn': (_kill_later, STEP),
     'stop': (_signal(signal.SIGTERM), None),
     'freeze': (_signal(signal.SIGSTOP), None),
     'unreadable': (_unreadable, ASSEMBLE),
@@ -59,7 +66,7 @@ class Faulty:
   """Counts moments, makes notes and lets the fault happen."""
 
   def __init__(self, fault, at, notes):
-    self.happen, self.only = FAULTS[fault]
+    self.fault, (self.happen, self.only) = fault, FAULTS[fault]
     self.at, self.calls, self.lock = at, 0, threading.Lock()
     self.notes = open(notes, 'a', buffering=1)  # noqa: SIM115
 
@@ -105,7 +112,7 @@ class Faulty:
         due = self.moment(STEP)
         self.note(stage=stage[-1], step=number, rows=digests(batch))
         state, metrics = step(state, params, batch)
-        if due and self.happen is None:
+        if due and self.fault == 'nan':
           metrics = metrics | {'loss': metrics['loss'] * np.nan}
         return state, metrics
 

@@ -4,9 +4,9 @@
 #   launch/local.sh N --config=configs/quickstart.py --workdir=runs/two
 #
 # Lines of process i begin with [i]. SIGTERM and SIGINT go to all. The exit code
-# is 2 if that of any process is: see its sentence. Otherwise that of the first
-# that did not end well: 75 and above, run the same command again. DEVICES=M
-# gives each M devices (on CPU).
+# is 1 or 2 if that of any process is: see what it says. Otherwise that of the
+# first that did not end well: 75 and above, run the same command again.
+# DEVICES=M gives each M devices (on CPU).
 set -uo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "error: launch/local.sh N ARGS: N is '${1:-}'; give how many processes." >&2
@@ -40,7 +40,8 @@ for pid in "${pids[@]}"; do
     wait "$pid"
     ended=$?
   done
-  if ((code == 0 || ended == 2)); then  # A sentence of one explains the rest.
+  # What went wrong in one explains the rest.
+  if ((code == 0 || (ended > 0 && ended < 75))); then
     code=$ended
   fi
 done

@@ -21,11 +21,13 @@ STAGES = ('a_tuning', 'b_tuning')
 
 
 @pytest.fixture(scope='session')
-def start_two(run_fields, command_environment):
-  """Starts launch/local.sh with two processes; its Popen.
+def start_two(run_fields, command_environment, tmp_path_factory):
+  """Starts launch/local.sh with two processes; its Popen, with a `finish`.
 
-  `flags`: of both; `environment`: variables to add.
+  `flags`: of both; `environment`: variables to add. `finish()` returns its code
+  and what was said; whoever runs in the end is stopped.
   """
+  started = []
 
   def start(workdir, *flags, environment=None):
     values = run_fields | {
@@ -34,11 +36,25 @@ def start_two(run_fields, command_environment):
                '--config=configs/quickstart.py', f'--workdir={workdir}',
                *(f'--config.{name}={value}' for name, value in values.items()),
                *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=command_environment | {
-            'PYTHON': sys.executable} | (environment or {}))
-  return start
+    said = tmp_path_factory.mktemp('said') / 'err'
+    with said.open('w') as err:
+      process = subprocess.Popen(
+          command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err,
+          env=command_environment | {'PYTHON': sys.executable} | (
+              environment or {}))
+    started.append(process)
+
+    def finish():
+      process.wait(timeout=300)
+      return process.returncode, said.read_text()
+
+    process.finish = finish
+    return process
+
+  yield start
+  for process in started:
+    if process.poll() is None:
+      process.terminate()
 
 
 @pytest.fixture(scope='session')
@@ -46,9 +62,7 @@ def run_two(start_two):
   """The same, to its end: (code, stderr)."""
 
   def run(*arguments, **options):
-    process = start_two(*arguments, **options)
-    _, err = process.communicate(timeout=300)
-    return process.returncode, err
+    return start_two(*arguments, **options).finish()
   return run
 
 
@@ -128,12 +142,13 @@ def test_sigterm_stops_all_at_one_step_which_is_saved(
                       '--config.checkpoint.every=1')
   folder = workdir / 'a_tuning'
   metrics = folder / 'metrics.jsonl'
-  while process.poll() is None and not (
+  deadline = time.monotonic() + 200
+  while process.poll() is None and time.monotonic() < deadline and not (
       metrics.exists() and metrics.read_text().count('\n') > 2):
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == preemption.EXIT_CODE, err[-3000:]
+  code, err = process.finish()
+  assert code == preemption.EXIT_CODE, err[-3000:]
   assert len(re.findall(r'\[\d\] stopped by SIGTERM', err)) == 2
   last = read_rows(metrics)[-1]['step']
   assert 2 < last < 400
@@ -147,8 +162,7 @@ def test_wrong_input_ends_both_with_its_sentence(run_two, tmp_path):
   assert code == 2
   lines = sorted(line for line in err.splitlines() if '] error: ' in line)
   assert lines[0].startswith("[0] error: data.events: 'none.csv' does not ex")
-  assert lines[1:] in ([], [
-      '[1] error: process 0 failed; its log says at what.'])
+  assert lines[1:] == ['[1] error: process 0 failed; its log says at what.']
 
 
 @pytest.mark.slow
@@ -156,8 +170,8 @@ def test_processes_with_other_devices_are_refused(start_two, tmp_path):
   python = own_flags(tmp_path, environment='XLA_FLAGS='
                      '--xla_force_host_platform_device_count=2')
   process = start_two(tmp_path / 'work', environment={'PYTHON': python})
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == 2, err[-3000:]
+  code, err = process.finish()
+  assert code == 2, err[-3000:]
   assert err.count('error: processes differ in their devices: process 0 has 1, '
                    'process 1 has 2; give each the same number.') == 2
 
@@ -169,7 +183,7 @@ def own_flags(folder, flag='', environment=''):
 for last; do :; done
 if [[ $last == *process=1 ]]; then
   set -- "$@" {flag}
-  export {environment}
+  export {environment or 'A=1'}
 fi
 exec {sys.executable} "$@"
 ''')
@@ -186,8 +200,8 @@ def test_processes_that_differ_are_refused(
     start_two, tmp_path, mine, field):
   python = own_flags(tmp_path, mine.format(other=tmp_path / 'other'))
   process = start_two(tmp_path / 'work', environment={'PYTHON': python})
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == 2, err[-3000:]
+  code, err = process.finish()
+  assert code == 2, err[-3000:]
   errors = [line for line in err.splitlines() if '] error: ' in line]
   assert len(errors) == 2 and all(re.search(field, line) for line in errors)
   assert not (tmp_path / 'work/events').exists()
@@ -199,6 +213,7 @@ import jax
 from behaviorlm_jax import config, hosts
 settings = config.default().distributed
 settings.update({'coordinator': 'auto', 'timeout': 60})
+hosts.meet(settings)
 hosts.start(settings)
 me, said = jax.process_index(), {}
 def fail():
@@ -210,8 +225,6 @@ def note(name, function, *arguments):
     said[name] = f'{type(error).__name__}: {error}'
 note('count', jax.process_count)
 note('shared', hosts.shared, ['it', 5 + me])
-note('same', hosts.same, 'text')
-note('other', hosts.same, 'text' * me)
 note('all', hosts.every, True)
 note('one', hosts.every, me == 1)
 note('first', hosts.first, lambda: 'done')
@@ -239,9 +252,8 @@ def test_auto_takes_what_slurm_says_and_processes_go_together(
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     said.append(json.loads(out.splitlines()[-1]))
-  for name, value in {
-      'count': 2, 'shared': ['it', 5], 'same': True, 'other': False,
-      'all': True, 'one': False, 'agrees': None}.items():
+  for name, value in {'count': 2, 'shared': ['it', 5], 'all': True,
+                      'one': False, 'agrees': None}.items():
     assert [one[name] for one in said] == [value, value]
   assert [one['first'] for one in said] == ['done', None]
   assert said[0]['fails'] == 'OSError: no room'
@@ -264,7 +276,7 @@ def test_one_process_decides_by_itself(tmp_path):
   assert hosts.leader() and not hosts.several()
   assert hosts.first(lambda x: x + 1, 1) == 2
   assert hosts.exists(tmp_path) and not hosts.exists(tmp_path / 'none')
-  assert hosts.shared([3]) == [3] and hosts.same('anything')
+  assert hosts.shared([3]) == [3]
   assert hosts.every(True) and not hosts.every(False)
   hosts.agree({'anything': os.urandom(4).hex()})
 

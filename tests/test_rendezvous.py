@@ -67,10 +67,19 @@ def test_without_process_0_the_others_say_so(meet, port):
   ((3, 4), 'process 3 of 4 came to .*, which waits for 2 of 3')])
 def test_a_number_that_does_not_fit_ends_all(meet, second, sentence):
   first = [meet(0), meet(1)]
-  time.sleep(0.5)
+  time.sleep(2)  # Process 1 comes before the other.
   for one in (*first, meet(*second)):
     with pytest.raises(InputError, match=sentence):
       one.result(10)
+
+
+def connect(port):
+  """A connection, as soon as process 0 listens."""
+  while True:
+    try:
+      return socket.create_connection(('localhost', port))
+    except ConnectionRefusedError:
+      time.sleep(0.05)
 
 
 @pytest.mark.parametrize('said', [
@@ -79,8 +88,7 @@ def test_a_number_that_does_not_fit_ends_all(meet, second, sentence):
 def test_a_stranger_is_no_process(meet, port, caplog, said):
   """It says something else, or leaves (None: it stays and says nothing)."""
   found = [meet(0), meet(1)]
-  time.sleep(0.3)
-  with socket.create_connection(('localhost', port)) as stranger:
+  with connect(port) as stranger:
     if said == b'':
       stranger.close()
     elif said:
@@ -105,4 +113,5 @@ def test_settings_that_cannot_be_are_refused(fields, sentence):
   config = config_lib.default().distributed
   config.update(fields)
   with pytest.raises(InputError, match=sentence):
+    hosts.meet(config)
     hosts.start(config)

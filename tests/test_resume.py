@@ -201,24 +201,30 @@ def test_when_all_checkpoints_are_torn_none_is_deleted(
 
 
 @pytest.mark.usefixtures('compile_once')
+@pytest.mark.parametrize('fault', [errno.EIO, errno.ESTALE])
 def test_a_disk_that_fails_costs_no_checkpoint(
-    make_run_config, copy_run, monkeypatch):
+    make_run_config, copy_run, monkeypatch, fault):
   workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
                      'b_tuning')
 
   def fail(*arguments, **options):
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
+    raise OSError(fault, os.strerror(fault))
 
   monkeypatch.setattr(checkpoints.ocp.Checkpointer, 'restore', fail)
-  with pytest.raises(OSError, match='Input/output error'):
+  with pytest.raises(OSError, match=os.strerror(fault)):
     stages.run(make_run_config(), workdir)
   assert saved(workdir / 'a_tuning') == [3, 6]
 
 
 FULL = '''
-import errno, os, runpy
+import errno, os, runpy, time
 from behaviorlm_jax.train import loop
+write = loop.MetricsFile.write
 def full(self, row):
+  if row['step'] < 5:
+    return write(self, row)
+  while not os.path.exists(os.environ['CHECKPOINT']):
+    time.sleep(0.01)
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'metrics.jsonl')
 loop.MetricsFile.write = full
 runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
@@ -229,8 +235,10 @@ runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
     run_command, copy_run, assert_same):
   workdir = copy_run('b_tuning')
-  done = run_command(workdir, program=('-c', FULL))
+  done = run_command(workdir, program=('-c', FULL), environment={
+      'CHECKPOINT': str(workdir / 'b_tuning/checkpoints/3')})
   assert done.returncode == 2
+  assert saved(workdir / 'b_tuning') == [3]
   assert 'Traceback' not in done.stderr
   assert done.stderr.splitlines()[-1] == (
       "error: [Errno 28] No space left on device: 'metrics.jsonl'; mend that "

@@ -51,7 +51,7 @@ class Conversation:
 
 
 def digest(found) -> str:
-  """SHA-256 of the tokens of conversations, in their order."""
+  """SHA-256 of conversations in their order, tokens and answers."""
   total = hashlib.sha256()
   for conversation in found:
     total.update(len(conversation.tokens).to_bytes(4, 'little'))

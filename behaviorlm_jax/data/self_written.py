@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 
 import numpy as np
@@ -67,17 +66,15 @@ def read(base, dtype, seed, max_length, draw):
   text = json.dumps(task.facts, sort_keys=True)
   root = addresses.cache_dir() / 'self_written'
   folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
-  path, old = folder / 'conversations.jsonl', folder.is_dir()
-  # Where hosts have caches of their own, all draw or none: the devices of all
-  # do it, and other devices may have drawn others.
-  if not hosts.every(old) or not hosts.same(addresses.sha256(path)):
-    if old:
-      shutil.rmtree(folder, ignore_errors=True)
+  path = folder / 'conversations.jsonl'
+  # Hosts may have caches of their own: what the first one has counts, as other
+  # devices may have drawn others.
+  text = hosts.shared(path.read_text('utf-8') if path.exists() else None)
+  if text is None:
     logging.info('The base model answers %d questions once, into %s.',
                  len(task.prompts), folder)
-    _write(folder, task, draw(task), base)
-    hosts.every(True)  # All have written, where they share a cache.
-  return _load(path, max_length)
+    text = _write(folder, task, draw(task), base)
+  return _load(text, path, max_length)
 
 
 def _task(base, dtype, seed):
@@ -106,7 +103,7 @@ def _task(base, dtype, seed):
 
 
 def _write(folder, task, answers, base):
-  """Both files, beside their place first."""
+  """Both files, beside their place first; returns the conversations."""
   root = folder.parent
   root.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=root, prefix='.write-') as place:
@@ -114,7 +111,8 @@ def _write(folder, task, answers, base):
     half.mkdir()
     lines = [_line(*parts, base.tokenizer) for parts in
              zip(task.openings, task.prompts, answers, strict=True)]
-    files.write_text(half / 'conversations.jsonl', ''.join(lines))
+    text = ''.join(lines)
+    files.write_text(half / 'conversations.jsonl', text)
     cut = sum(int(answer[-1]) not in task.ends for answer in answers)
     now = datetime.datetime.now(datetime.UTC)
     files.write_json(half / 'record.json', {
@@ -126,6 +124,7 @@ def _write(folder, task, answers, base):
     except OSError:
       if not folder.is_dir():  # Else another process was faster.
         raise
+  return text
 
 
 def _line(messages, prompt, answer, tokenizer):
@@ -135,10 +134,10 @@ def _line(messages, prompt, answer, tokenizer):
                      'answer': answer.tolist()}, ensure_ascii=False) + '\n'
 
 
-def _load(path, max_length):
-  """Conversations of `path`, without those whose answer does not fit."""
+def _load(text, path, max_length):
+  """Conversations of what stands in `path`, but for those that do not fit."""
   # Not splitlines: it also cuts at characters that JSON leaves as they are.
-  lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
+  lines = text.removesuffix('\n').split('\n')
   found = [_conversation(line, f'{path} line {n}', max_length)
            for n, line in enumerate(lines, start=1)]
   kept = [one for one in found if one.answers.any()]

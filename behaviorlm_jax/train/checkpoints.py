@@ -2,8 +2,8 @@
 
 All hosts write them together. Kept are the latest few, to resume from, and the
 best by the validation score, to hand on. Only finished steps count (Orbax
-renames a complete folder into place); one that cannot be read any more is
-skipped with a warning.
+renames a complete folder into place); one that is damaged is skipped with a
+warning, and deleted.
 """
 
 import jax
@@ -67,8 +67,8 @@ class Checkpoints:
 
     Args:
       state: of step 0.
-      first: the step of the stage's first checkpoint. If that alone is there
-        and torn, training begins anew, as if killed right before it.
+      first: the step of the stage's first checkpoint. If all are torn and none
+        is later, training begins anew, as if killed right before it.
 
     Raises:
       InputError: there are later checkpoints, but none can be read.

@@ -63,12 +63,15 @@ def _stop():
 @contextlib.contextmanager
 def at_once():
   """Inside, SIGTERM stops whatever runs: nothing is at stake."""
-  global _at_once, _requested
+  global _at_once
   _at_once = True
   try:
     yield
   finally:
     _at_once = False
-  # One may have had it before JAX took the signal, for which nobody looks.
+
+
+def share():
+  """Stops all hosts if one had the signal before JAX took it."""
   if not hosts.every(not _requested):
     _stop()

@@ -23,8 +23,8 @@ def numbers():
 @pytest.mark.slow
 def test_three_faults_end_as_if_nothing_was(tmp_path):
   done = subprocess.run(
-      [sys.executable, faults.__file__, f'--folder={tmp_path}', '--only',
-       *map(str, numbers())],
+      [sys.executable, faults.__file__, f'--folder={tmp_path / "campaign"}',
+       '--only', *map(str, numbers())],
       capture_output=True, text=True, check=False, timeout=600)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   assert done.stdout.splitlines()[-1] == '3 faults, 3 as they should be'
