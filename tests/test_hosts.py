@@ -264,6 +264,15 @@ def test_auto_takes_what_slurm_says_and_processes_go_together(
       r'1 and more; give all processes the same\.', said[0]['differs'])
 
 
+@pytest.mark.slow
+def test_auto_without_any_cluster_is_refused(run_command, tmp_path):
+  done = run_command(tmp_path / 'work', {'distributed.coordinator': 'auto'})
+  assert done.returncode == 2
+  assert ('error: distributed.coordinator is auto, but there is no sign of a '
+          'TPU pod, GKE, Slurm or MPI here') in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
 def test_local_launcher_wants_a_number():
   done = subprocess.run([str(ROOT / 'launch/local.sh'), '--workdir=x'],
                         capture_output=True, text=True, check=False)

@@ -107,11 +107,9 @@ def test_a_port_that_is_taken_is_named(meet, port):
 @pytest.mark.parametrize('fields, sentence', [
   ({'coordinator': 'here'}, "coordinator is 'here'; give host:port"),
   ({'coordinator': 'a:1', 'processes': 2, 'process': 2},
-   'process is 2 and distributed.processes is 2; .* from 0 to 1'),
-  ({'coordinator': 'auto'}, 'no sign of a TPU pod, GKE, Slurm or MPI')])
+   'process is 2 and distributed.processes is 2; .* from 0 to 1')])
 def test_settings_that_cannot_be_are_refused(fields, sentence):
   config = config_lib.default().distributed
   config.update(fields)
   with pytest.raises(InputError, match=sentence):
     hosts.meet(config)
-    hosts.start(config)
