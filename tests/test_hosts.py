@@ -68,9 +68,11 @@ def run_two(start_two):
 
 @pytest.fixture(scope='module')
 def of_two(run_two, tmp_path_factory):
-  """Work directory of a whole run of two processes; read-only."""
+  """Work directory of a whole run of two processes, each with half of the rows
+  and two devices that share its weights; read-only."""
   workdir = tmp_path_factory.mktemp('two') / 'work'
-  code, err = run_two(workdir)
+  code, err = run_two(workdir, '--config.mesh.tensor=2',
+                      environment={'DEVICES': '2'})
   assert code == 0, err[-3000:]
   return workdir
 
