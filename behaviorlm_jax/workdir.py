@@ -2,7 +2,8 @@
 
 Every folder of a work directory keeps the config that made it and the
 fingerprints of events and base model. A run is refused where they differ,
-before anything is read, compiled or written.
+before anything is read, compiled or written, but for hosts.txt where several
+processes run.
 """
 
 import datetime

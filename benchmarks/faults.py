@@ -36,7 +36,7 @@ import tempfile
 import time
 
 import numpy as np
-from safetensors import numpy
+from safetensors import numpy as safetensors_numpy
 
 HERE = pathlib.Path(__file__).parent
 STAGES = ('a_tuning', 'b_tuning')
@@ -156,7 +156,7 @@ class Campaign:
       what = f'{run.last_moment():28} codes {codes} in {seconds:.0f} s'
       if len(codes) > 1:
         what += f', {run.lag:.1f} s apart'
-      wrong = _unexpected(fault, codes, run)
+      wrong = _unexpected(fault, codes)
       if grow:
         grow()
       torn = run.tear(TEARS[fault.torn]) if fault.torn else None
@@ -214,7 +214,7 @@ class Campaign:
       one, other = (x.losses(stage) for x in (run, whole))
       if len(one) != STEPS or not np.allclose(one, other, rtol=1e-3):
         return f'other losses in {stage}: {one}, not {other}'
-      one, other = (numpy.load_file(x.workdir / stage / ADAPTER)
+      one, other = (safetensors_numpy.load_file(x.workdir / stage / ADAPTER)
                     for x in (run, whole))
       if any(np.linalg.norm(one[name] - other[name]) > 0.02 * np.linalg.norm(
           other[name]) for name in other):
@@ -235,7 +235,7 @@ def _other_files(run, whole):
   return ''
 
 
-def _unexpected(fault, codes, run):
+def _unexpected(fault, codes):
   """Whether a process ended otherwise than is documented, or ''."""
   # Nobody looks for a stop any more in the last moments of a run.
   stopped = (STOPPED, 0) if fault.share > 0.9 else (STOPPED,)

@@ -63,9 +63,9 @@ def read(base, dtype, seed, max_length, draw):
     List of conversations.Conversation, in the order of the project's set.
   """
   task = _task(base, dtype, seed)
-  text = json.dumps(task.facts, sort_keys=True)
+  facts = json.dumps(task.facts, sort_keys=True)
   root = addresses.cache_dir() / 'self_written'
-  folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+  folder = root / hashlib.sha256(facts.encode()).hexdigest()[:16]
   path = folder / 'conversations.jsonl'
   # Hosts may have caches of their own: what the first one has counts, as other
   # devices may have drawn others.
