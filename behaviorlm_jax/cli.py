@@ -10,6 +10,7 @@ from absl import flags
 from absl import logging
 
 from behaviorlm_jax import addresses
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import errors
 from behaviorlm_jax import hosts
 from behaviorlm_jax.errors import InputError
@@ -29,6 +30,23 @@ _readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
 def fail(sentence):
   print(f'error: {sentence}', file=sys.stderr)
   sys.exit(2)
+
+
+def parser(config):
+  """flags_parser of app.run; `config`: the flag of a config file.
+
+  Turns usage texts and tracebacks for wrong flags into one sentence.
+  """
+
+  def parse(argv):
+    try:
+      rest = flags.FLAGS(argv)
+      config_lib.field_names(config.value)  # A missing file fails only here.
+      return rest
+    except UNUSABLE as error:
+      fail(config_lib.explain_flag_error(argv, error))
+
+  return parse
 
 
 def run(argv, work):

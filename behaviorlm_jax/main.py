@@ -15,20 +15,10 @@ _ABLATIONS = flags.DEFINE_multi_string(
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
-def _parse(argv):
-  """Turns usage texts and tracebacks for wrong flags into one sentence."""
-  try:
-    rest = flags.FLAGS(argv)
-    config_lib.field_names(_CONFIG.value)  # A missing file fails only here.
-    return rest
-  except cli.UNUSABLE as error:
-    cli.fail(config_lib.explain_flag_error(argv, error))
-
-
 def main(argv):
   cli.run(argv, lambda: stages.run(
       config_lib.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value))
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=_parse)
+  app.run(main, flags_parser=cli.parser(_CONFIG))

@@ -95,7 +95,7 @@ def run(config, workdir):
   workdir_lib.check_hosts(config, workdir)
   config = workdir_lib.pin(config, workdir)
   workdir_lib.check_config(config, workdir)
-  this = _open(config, workdir, sharding.make_layout(config))
+  this = open_run(config, workdir, sharding.make_layout(config))
   workdir_lib.check_fingerprints(config, workdir, this.fingerprints)
   evaluate_base(this)
   for stage in config.stages:
@@ -109,8 +109,11 @@ def _log_name(config):
   return pathlib.PurePosixPath(config.data.events).name
 
 
-def _open(config, workdir, layout):
-  """Events, base model and scorer; every input is checked on the way."""
+def open_run(config, workdir, layout, shapes_only=False):
+  """Events, base model and scorer; every input is checked on the way.
+
+  `shapes_only`: weights are not read, and can be compiled for but not run.
+  """
   base = weights.open_base(config.model.address)
   layout = layout.of(base.config)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
@@ -127,12 +130,11 @@ def _open(config, workdir, layout):
           row for question in questions for row in question.choices)})
   attach = step_lib.attacher(base.config, config, layout,
                              config.model.dtype)
-  params = weights.read_params(base, jnp.dtype(config.model.dtype),
-                               layout.place)
+  place = layout.abstract if shapes_only else layout.place
+  params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
   scored, attach_scored = params, attach
   if config.score.dtype != config.model.dtype:
-    scored = weights.read_params(base, jnp.dtype(config.score.dtype),
-                                 layout.place)
+    scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
     attach_scored = step_lib.attacher(base.config, config, layout,
                                       config.score.dtype, 'auto')
   scorer = scorer_lib.Scorer(attach_scored, scored, prompts.labels,
@@ -494,23 +496,16 @@ def reference(this):
 def train(this, stage, folder, plan, plan_hash, adapter):
   """Trains (or resumes) a stage; returns the best checkpoint's adapter."""
   config = this.config
-  optimizer, schedule = step_lib.make_optimizer(config.train)
-  shapes = jax.tree.map(np.shape, adapter)
-  places = step_lib.state_shardings(this.layout, shapes, optimizer)
+  step_fn, optimizer, places = trainer(this, stage, plan)
   state = step_lib.init_state(adapter, optimizer, places)
   saved = checkpoints_lib.Checkpoints(
       folder / 'checkpoints', config.checkpoint.keep, plan_hash)
   state = saved.restore_latest(state, config.checkpoint.every)
-  assemble = loader.Assembler(this.prompts, this.conversations,
-                              config.train.length, plan.answers, this.tree)
+  assemble = assembler(this, plan)
   show_example(this, assemble, plan)
   rows = config.train.batch
   batches = loader.batches(plan, assemble, rows, int(state['step']),
                            this.layout.host_rows(rows), config.train.workers)
-  step_fn = step_lib.make_step(this.attach, optimizer, schedule,
-                               config.train.accumulate, places, this.layout,
-                               *most_answers(this, plan),
-                               names(this, stage, plan))
   state = loop.run(
       folder, config, state, step_fn, this.params,
       (this.layout.put_rows(batch, rows) for batch in batches), saved,
@@ -520,6 +515,25 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   adapter = saved.restore_adapter(best, state)
   saved.close()
   return adapter
+
+
+def trainer(this, stage, plan):
+  """A stage's jitted step (step.make_step), its optimizer and shardings."""
+  config, base = this.config, this.base.config
+  optimizer, schedule = step_lib.make_optimizer(config.train)
+  shapes = lora.shapes(base, config.lora.rank, config.lora.targets)
+  places = step_lib.state_shardings(this.layout, shapes, optimizer)
+  step_fn = step_lib.make_step(this.attach, optimizer, schedule,
+                               config.train.accumulate, places, this.layout,
+                               *most_answers(this, plan),
+                               names(this, stage, plan))
+  return step_fn, optimizer, places
+
+
+def assembler(this, plan):
+  """What turns the rows of a plan into arrays."""
+  return loader.Assembler(this.prompts, this.conversations,
+                          this.config.train.length, plan.answers, this.tree)
 
 
 def names(this, stage, plan):
@@ -590,8 +604,7 @@ def validator(this, stage):
     logging.warning('the validation split has no sample for stage %s; the last '
                     'checkpoint will be taken for the best.', stage)
     return lambda adapter: {}
-  assemble = loader.Assembler(this.prompts, this.conversations,
-                              config.train.length, plan.answers, this.tree)
+  assemble = assembler(this, plan)
   sums = step_lib.make_validation(
       this.attach, this.layout, plan_lib.most_answers(
           plan, rows, 1, this.layout.row_parts),

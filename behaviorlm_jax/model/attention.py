@@ -278,19 +278,22 @@ def on_each_device(attend, where):
                        check_vma=False)
 
 
-def choose(wanted, backend, config, dtype, rows, length):
+def choose(wanted, device, config, dtype, rows, length):
   """Name of the implementation that trains.
 
   Args:
     wanted: config.model.attention, 'auto' or a key of IMPLEMENTATIONS.
-    backend: jax.default_backend().
+    device: one of those that will run it; it may be of a topology that is
+      compiled for.
     config: families.DecoderConfig.
     dtype: compute dtype of the model.
     rows: rows of a micro-batch on one device.
     length: tokens per row.
   """
-  name = _FASTEST.get(backend, 'reference') if wanted == 'auto' else wanted
-  obstacle = _obstacle(name, backend, config, jnp.dtype(dtype), rows, length)
+  name = wanted
+  if wanted == 'auto':
+    name = _FASTEST.get(device.platform, 'reference')
+  obstacle = _obstacle(name, device, config, jnp.dtype(dtype), rows, length)
   if obstacle is None:
     return name
   if wanted != 'auto':
@@ -300,27 +303,29 @@ def choose(wanted, backend, config, dtype, rows, length):
   return 'reference'
 
 
-def _obstacle(name, backend, config, dtype, rows, length):
+def _obstacle(name, device, config, dtype, rows, length):
   """Why `name` cannot serve, as part of a sentence, or None."""
   if name not in _KERNEL_OF:
     return None
-  if backend != _KERNEL_OF[name]:
-    return f'it needs a {_KERNEL_OF[name].upper()} and this run is on {backend}'
+  if device.platform != _KERNEL_OF[name]:
+    return (f'it needs a {_KERNEL_OF[name].upper()} and this run is on '
+            f'{device.platform}')
   if dtype != jnp.bfloat16:  # float32 is asked for its digits; kernels drop it.
     return f'it needs bfloat16 weights and these are {dtype}'
-  error = compile_error(name, config, dtype, rows, length)
+  error = compile_error(name, device, config, dtype, rows, length)
   return error and f'its kernel does not compile here ({error})'
 
 
-def compile_error(name, config, dtype, rows, length):
+def compile_error(name, device, config, dtype, rows, length):
   """First line of what stops the kernel's compilation with gradient, or None.
 
   Seconds, once, against a run that ends at its first step: cuDNN may be absent
   or old, the chip, too, and only the compiler knows what each supports.
   """
+  where = jax.sharding.SingleDeviceSharding(device)
   array = lambda heads: jax.ShapeDtypeStruct(
-      (rows, length, heads, config.head_dim), dtype)
-  segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+      (rows, length, heads, config.head_dim), dtype, sharding=where)
+  segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
 
   def total(q, k, v, segments):
     return jnp.sum(packed_attention(q, k, v, segments, name), dtype=jnp.float32)

@@ -116,6 +116,18 @@ class Scorer:
         adapter, [prompts[i] for i in chosen]), scores, progress)
     return np.stack(scores), uncertified if self.searches else None
 
+  def lower(self, adapter, width):
+    """jax.stages.Lowered of one pass over a whole list.
+
+    Args:
+      adapter: as of a call, or jax.ShapeDtypeStruct of that.
+      width: tokens of the longest prompt.
+    """
+    width = -(-width // WIDTH) * WIDTH
+    tokens = self.layout.abstract_rows((self.batch, width), np.int32)
+    lengths = self.layout.abstract_rows((self.batch,), np.int32)
+    return self._whole.lower(adapter, self.params, tokens, lengths)
+
   def _batches(self, prompts, left, score, scores, progress):
     """scores[i] of the prompts `left`, by length, where `score` has one."""
     order = sorted(left, key=lambda i: len(prompts[i]))

@@ -53,6 +53,13 @@ class Layout:
     return self._parts('batch')
 
   @functools.cached_property
+  def device(self):
+    """One of this process; of a topology, which belongs to none, its first."""
+    devices = self.mesh.devices.flat
+    mine = [d for d in devices if d.process_index == jax.process_index()]
+    return mine[0] if mine else devices[0]
+
+  @functools.cached_property
   def replicated(self):
     return NamedSharding(self.mesh, PartitionSpec())
 
@@ -122,6 +129,16 @@ class Layout:
         shape, self.weight(PARAM_AXES[name], shape, name),
         lambda index: np.asarray(read(index), dtype))
 
+  def abstract(self, name, shape, dtype, read):
+    """As `place`, but shape, dtype and place alone: nothing is read."""
+    del read
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=self.weight(PARAM_AXES[name], shape, name))
+
+  def abstract_rows(self, shape, dtype):
+    """The same of an array whose first axis is the batch."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows(shape))
+
   def put_rows(self, batch, rows):
     """The rows of a batch that a host has read (host_rows), as global arrays.
 
@@ -152,14 +169,17 @@ class Layout:
         jax.jit(lambda x: x, out_shardings=self.replicated)(tree))
 
 
-def make_layout(config):
-  """The Layout over all devices; train.batch must divide by its rows."""
+def make_layout(config, devices=None):
+  """The Layout over all devices; train.batch must divide by its rows.
+
+  `devices`: others than this run's, to compile for.
+  """
   table = {axis: tuple(names) for axis, names in config.sharding.items()}
   for axis, names in table.items():
     if len(set(names) & set(AXES)) < len(names):
       raise InputError(f'sharding.{axis} is {names}; give axes of the mesh, '
                        f'each once: {", ".join(AXES)}.')
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   shape = [config.mesh[axis] for axis in AXES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
     raise InputError(f'mesh is {dict(zip(AXES, shape, strict=True))}; every '
@@ -171,9 +191,7 @@ def make_layout(config):
     raise InputError(
         f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
         f'there are {len(devices)} devices; make the product equal.')
-  # A TPU's wires have two or three directions; an axis may need part of one.
-  ordered = mesh_utils.create_device_mesh(shape, devices,
-                                          allow_split_physical_axes=True)
+  ordered = _arrange(shape, devices)
   layout = Layout(jax.sharding.Mesh(
       ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3), table)
   batch, accumulate = config.train.batch, config.train.accumulate
@@ -184,3 +202,20 @@ def make_layout(config):
         f'and train.accumulate is {accumulate}; the batch must be a '
         'multiple of their product.')
   return layout
+
+
+def _arrange(shape, devices):
+  """The devices as an array of the mesh's shape, neighbors on wires.
+
+  Slices of TPUs, which only a slower network joins, divide the data axis.
+  """
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  # A TPU's wires have two or three directions; an axis may need part of one.
+  split = {'allow_split_physical_axes': True}
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, **split)
+  if shape[0] % slices:
+    raise InputError(f'mesh.data is {shape[0]}, but there are {slices} slices, '
+                     'over which it is divided; make it a multiple.')
+  return mesh_utils.create_hybrid_device_mesh(
+      (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, **split)

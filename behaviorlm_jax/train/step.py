@@ -223,7 +223,7 @@ def _accumulated(sums, adapter, batch, parts):
 
 
 def attacher(base_config, config, layout, dtype, wanted=None):
-  """attach(params, adapter) -> Decoder, as fast as this run's backend allows.
+  """attach(params, adapter) -> Decoder, as fast as the layout's devices allow.
 
   `dtype`: of the params to come; attention kernels serve only some. `wanted`:
   another attention than model.attention.
@@ -234,13 +234,12 @@ def attacher(base_config, config, layout, dtype, wanted=None):
   where = layout.sharding(('batch', None, 'kv_heads', None), shape,
                           'attention')
   rows = train.batch // train.accumulate // layout.row_parts
-  name = attention.choose(wanted or config.model.attention,
-                          jax.default_backend(),
+  name = attention.choose(wanted or config.model.attention, layout.device,
                           base_config, dtype, rows, train.length)
   packed = functools.partial(attention.packed_attention, implementation=name,
                              where=where)
   options = dict(remat=config.model.remat, packed=packed,
-                 constrain=layout.constrain)
+                 backend=layout.device.platform, constrain=layout.constrain)
 
   def attach(params, adapter):
     return lora.attach(base_config, params, adapter, config.lora.alpha,
@@ -271,6 +270,17 @@ def init_state(adapter, optimizer, shardings):
 
   adapter = jax.device_put(adapter, shardings['adapter'])
   return jax.jit(init, out_shardings=shardings)(adapter)
+
+
+def abstract_state(shapes, optimizer, shardings):
+  """What init_state returns, as jax.ShapeDtypeStruct with shardings."""
+  adapter = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+                         shapes, is_leaf=lambda x: isinstance(x, tuple))
+  state = {'adapter': adapter,
+           'optimizer': jax.eval_shape(optimizer.init, adapter),
+           'step': jax.ShapeDtypeStruct((), jnp.int32)}
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=where), state, shardings)
 
 
 def make_step(attach, optimizer, schedule, accumulate, shardings, layout,

@@ -41,7 +41,7 @@ def runner(name, where=None):
     config = types.SimpleNamespace(
       heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     name = attention.choose(
-      name, jax.default_backend(), config, 'bfloat16', 2, LENGTH)
+      name, jax.devices()[0], config, 'bfloat16', 2, LENGTH)
   attend = attention.IMPLEMENTATIONS[name]
   if name == 'pallas' and jax.default_backend() != 'tpu':
     attend = functools.partial(attention.pallas, interpret=True)
@@ -195,7 +195,8 @@ def test_splash_attention_lowers_to_its_three_kernels():
 ])
 def test_choice_by_backend_and_dtype(monkeypatch, wanted, backend, dtype, name):
   monkeypatch.setattr(attention, 'compile_error', lambda *_: None)
-  assert attention.choose(wanted, backend, CONFIG, dtype, 8, 512) == name
+  device = types.SimpleNamespace(platform=backend)
+  assert attention.choose(wanted, device, CONFIG, dtype, 8, 512) == name
 
 
 @pytest.mark.parametrize('wanted, backend, dtype, reason', [
@@ -212,7 +213,8 @@ def test_an_attention_that_cannot_run_is_refused_when_asked_for(
     monkeypatch, wanted, backend, dtype, reason):
   monkeypatch.setattr(attention, 'compile_error', lambda *_: 'too old')
   with pytest.raises(InputError) as caught:
-    attention.choose(wanted, backend, CONFIG, dtype, 8, 512)
+    attention.choose(wanted, types.SimpleNamespace(platform=backend), CONFIG,
+                     dtype, 8, 512)
   assert str(caught.value) == (
     f'model.attention is {wanted!r}, but {reason}; choose auto or reference.')
 
@@ -223,20 +225,25 @@ def test_auto_trains_with_the_reference_where_the_kernel_does_not_compile(
     raise RuntimeError('cuDNN is not detected.')
 
   monkeypatch.setattr(CUDNN_VERSION, absent)
+  monkeypatch.setitem(attention._KERNEL_OF, 'cudnn', 'cpu')
+  monkeypatch.setitem(attention._FASTEST, 'cpu', 'cudnn')
   with caplog.at_level(logging.INFO, logger='absl'):
-    chosen = attention.choose('auto', 'gpu', CONFIG, 'bfloat16', 2, 32)
+    chosen = attention.choose('auto', jax.devices('cpu')[0], CONFIG,
+                              'bfloat16', 2, 32)
   assert chosen == 'reference'
   assert 'does not compile here (cuDNN is not detected)' in caplog.text
 
 
 def test_what_cudnn_lacks_is_said_in_its_words(monkeypatch):
   monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)
-  error = attention.compile_error('cudnn', CONFIG, jnp.bfloat16, 2, 32)
+  error = attention.compile_error('cudnn', jax.devices()[0], CONFIG,
+                                  jnp.bfloat16, 2, 32)
   assert 'head dim must be' in error and error.endswith('got 20')
 
 
 def test_what_compiles_has_no_error():
-  error = attention.compile_error('reference', CONFIG, jnp.bfloat16, 2, 32)
+  error = attention.compile_error('reference', jax.devices()[0], CONFIG,
+                                  jnp.bfloat16, 2, 32)
   assert error is None
 
 

@@ -1,0 +1,1 @@
+"""What a step will need of a machine, before anyone has it."""

@@ -1,0 +1,58 @@
+"""Chips and how they are wired: the datasheet numbers of a roofline.
+
+Sources: Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e" (peak of
+bfloat16, memory and its bandwidth, interconnect per chip, which is here divided
+by its number of links and taken in one direction) and "Multislice" pages for
+the data-center network; NVIDIA's H100 SXM datasheet.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a chip can do, per second.
+
+  Attributes:
+    flops: bfloat16 operations.
+    memory: bytes that a program may use; 0: not known.
+    bandwidth: bytes to and from memory.
+    link: bytes of one link, one way.
+    ring: how long a side of a slice must be for its ends to be wired together.
+    network: bytes between slices, one way.
+  """
+  name: str
+  flops: float
+  memory: float
+  bandwidth: float
+  link: float
+  ring: int
+  network: float
+
+
+# By jax's device_kind. Of the memory some is the runtime's: the compiler says
+# how much a program may use where it refuses one (15.75 GiB of v5e's 16).
+CHIPS = {
+    'TPU v5 lite': Chip('TPU v5e', 197e12, 15.75 * 2**30, 819e9, 50e9, 16,
+                        3.1e9),
+    'TPU v5': Chip('TPU v5p', 459e12, 95.0 * 2**30, 2765e9, 100e9, 4, 6.25e9),
+    'TPU v6 lite': Chip('TPU v6e', 918e12, 31.25 * 2**30, 1640e9, 100e9, 16,
+                        12.5e9),
+}
+
+
+def links(chip, group):
+  """Over how many links a chip of a group receives, at best.
+
+  Each dimension of the torus along which the group spreads brings two, or one
+  where its side is open: then the chip at the end has but one neighbor.
+
+  Args:
+    chip: Chip.
+    group: devices with `coords`; a ring that only slices' network closes counts
+      as one link.
+  """
+  sides = [len(set(places)) for places in zip(*(d.coords for d in group),
+                                              strict=True)]
+  # A chip with two cores is one place of a torus.
+  return sum(2 if side >= chip.ring else 1 for side in sides if side > 1) or 1

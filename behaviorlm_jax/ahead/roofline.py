@@ -1,0 +1,141 @@
+"""What a compiled program takes of a chip, and the least time that needs.
+
+The roofline says that a step takes no less than its products at peak speed, its
+bytes at the memory's bandwidth, or those that arrive from other chips over all
+links that lead there, each as if nothing else happened. Real steps take longer.
+"""
+
+import dataclasses
+
+from behaviorlm_jax.ahead import chips
+from behaviorlm_jax.ahead import hlo
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of one run of a program, per chip; bytes, operations, seconds.
+
+  Attributes:
+    chip: name.
+    known: chips.Chip, or None where its datasheet is not in the table.
+    arguments, temporaries, peak: bytes of memory; 0 where it was refused.
+    over: bytes by which the compiler found it too large; 0: it fits.
+    flops: operations of its products; None: not counted.
+    needed: the same without what is computed twice.
+    traffic: bytes to and from memory.
+    collectives: (hlo.Collective, seconds or None) of each.
+    compile_seconds: how long the compiler took.
+  """
+  chip: str
+  known: chips.Chip | None
+  arguments: int = 0
+  temporaries: int = 0
+  peak: int = 0
+  over: float = 0
+  flops: float | None = None
+  needed: float | None = None
+  traffic: float = 0
+  collectives: tuple = ()
+  compile_seconds: float = 0
+
+  @classmethod
+  def of(cls, program, layout, seconds, over, flops=None, needed=None):
+    """From jax.stages.Compiled, or None if that was refused by `over` bytes."""
+    devices = list(layout.mesh.devices.flat)
+    kind = devices[0].device_kind
+    chip, count = chips.CHIPS.get(kind), len(devices)
+    shared = dict(chip=chip.name if chip else kind, known=chip, over=over,
+                  compile_seconds=seconds,
+                  flops=flops and flops / count,
+                  needed=needed and needed / count)
+    if program is None:
+      return cls(**shared)
+    memory = program.memory_analysis()
+    module = hlo.Module(program.as_text())
+    collectives = tuple((one, chip and _seconds(one, devices, chip))
+                        for one in module.collectives())
+    arguments = memory.argument_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    peak = (arguments + temporaries + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.generated_code_size_in_bytes)
+    return cls(arguments=arguments, temporaries=temporaries, peak=peak,
+               traffic=module.traffic(), collectives=collectives, **shared)
+
+  @property
+  def fits(self):
+    return not self.over and not (self.known and self.peak > self.known.memory)
+
+  @property
+  def times(self):
+    """{resource: seconds}."""
+    found = {'memory': self.traffic / self.known.bandwidth,
+             'interconnect': sum(time for _, time in self.collectives)}
+    if self.flops:
+      found['products'] = self.flops / self.known.flops
+    return found
+
+  @property
+  def seconds(self):
+    return max(self.times.values())
+
+  @property
+  def binds(self):
+    return max(self.times, key=self.times.get)
+
+  @property
+  def mfu(self):
+    """Share of the peak that what is needed makes of the roofline's time."""
+    return self.needed / self.known.flops / self.seconds
+
+  def table(self):
+    """Lines of text."""
+    lines = [f'compiled in {self.compile_seconds:.1f} s']
+    if self.over:
+      return '\n'.join([*lines, 'does not fit: too large by '
+                        f'{self.over / _GIB:.2f} GiB'])
+    gib = lambda size: f'{size / _GIB:8.2f} GiB'
+    lines += [f'arguments     {gib(self.arguments)}',
+              f'temporaries   {gib(self.temporaries)}',
+              f'peak          {gib(self.peak)}']
+    if self.known:
+      left = self.known.memory - self.peak
+      lines[-1] += (f' of {self.known.memory / _GIB:.2f}: '
+                    + ('fits' if left >= 0 else 'does not fit') +
+                    f', {abs(left) / _GIB:.2f} GiB '
+                    + ('to spare' if left >= 0 else 'too large'))
+    if self.flops:
+      lines.append(f'products      {self.flops / 1e12:8.2f} TFLOP, '
+                   f'{self.needed / 1e12:.2f} of them needed')
+    lines.append(f'memory moved  {gib(self.traffic)}')
+    for one, seconds in self.collectives:
+      took = '' if seconds is None else f', {seconds * 1e3:.1f} ms'
+      lines.append(f'{one.kind:18}{one.received / _GIB:8.3f} GiB in {one.runs} '
+                   f'among {_among(one)}{took}')
+    if self.known:
+      parts = ', '.join(f'{name} {time * 1e3:.1f} ms'
+                        for name, time in self.times.items())
+      lines.append(f'roofline      {self.seconds * 1e3:.1f} ms ({parts}): '
+                   f'{self.binds} binds')
+      if self.needed:
+        lines.append(f'MFU of that   {self.mfu:.1%}')
+    return '\n'.join(lines)
+
+
+def _among(one):
+  if one.kind == 'collective-permute':
+    return 'pairs'
+  return f'{hlo.group_size(one.groups)}'
+
+
+def _seconds(one, devices, chip):
+  """The least seconds that a Collective's bytes take to arrive."""
+  groups = hlo.members(one.groups)
+  if one.kind == 'collective-permute':  # Pairs; each arrives over one link.
+    return one.received / chip.link
+  group = [devices[i] for i in groups[0]]
+  if len({getattr(device, 'slice_index', 0) for device in group}) > 1:
+    return one.received / chip.network
+  return one.received / (chip.link * chips.links(chip, group))
