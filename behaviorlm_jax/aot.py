@@ -68,8 +68,8 @@ def prepare(config):
   """The config with what only a run of it would settle."""
   config = config.copy_and_resolve_references()
   if not config.data.events:
-    logging.info('data.events is empty: the log of configs/quickstart.py stands '
-                 'in for names and prompts.')
+    logging.info('data.events is empty: the log of configs/quickstart.py '
+                 'stands in for names and prompts.')
     config.update_from_flattened_dict(_LOG)
   if config.data.conversations == 'self':
     config.data.conversations = ''
@@ -170,7 +170,7 @@ def search(config, devices, folder):
       continue
     found.append((cost.seconds, _settings(other), cost))
   lines = [f'| {settings} | {cost.peak / _GIB:.2f} | {seconds:.3f} | '
-           f'{cost.mfu:.1%} | {cost.binds} |'
+           f'{cost.mfu(seconds):.1%} | {cost.binds} |'
            for seconds, settings, cost in sorted(found, key=lambda x: x[:2])]
   return '\n'.join([
       '| mesh, micro-batches, remat | peak, GiB | roofline s | MFU | binds |',

@@ -44,7 +44,8 @@ class Collective:
 
   Attributes:
     kind: of COLLECTIVES.
-    groups: text of its replica groups.
+    groups: text of its replica groups; of permutes '', as they go round rings
+      in both directions.
     received: bytes that a device receives, at least.
     runs: how often.
   """
@@ -62,16 +63,22 @@ class Module:
 
   def collectives(self):
     """Its Collectives, those of one kind and group together."""
-    found = collections.defaultdict(lambda: [0.0, 0])
+    # One that runs beside other work stands in each of these fusions, perhaps
+    # in a loop inside its own, always with its channel.
+    channels = {}
     for instruction, runs, _ in self._walk(self.entry, 1):
-      kind = instruction.code.removesuffix('-start')
-      if kind not in COLLECTIVES:
-        continue
+      kind = _collective(instruction)
+      if kind:
+        channel = re.search(r'channel_id=(\d+)', instruction.rest)
+        key = kind, channel[1] if channel else instruction.name
+        if key not in channels or runs < channels[key][1]:
+          channels[key] = instruction, runs
+    found = collections.defaultdict(lambda: [0.0, 0])
+    for (kind, _), (instruction, runs) in channels.items():
       groups = re.search(
-          r'(?:replica_groups|source_target_pairs)=(.*?)(?:, \w+=|$)',
-          instruction.rest)
-      groups = groups[1] if groups else ''
-      size = group_size(groups) if kind != 'collective-permute' else 2
+          r'replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)', instruction.rest)
+      groups = groups[1] if groups and kind != 'collective-permute' else ''
+      size = group_size(groups) if groups else 2
       one = found[kind, groups]
       one[0] += runs * self._received(instruction, kind, size)
       one[1] += runs
@@ -84,8 +91,10 @@ class Module:
     of an array of which it takes a slice, the slice. What XLA keeps in other
     memory spaces is free.
     """
-    return sum(runs * self._moved(instruction, scope)
-               for instruction, runs, scope in self._walk(self.entry, 1, False))
+    own = sum(runs * self._moved(instruction, scope)
+              for instruction, runs, scope in self._walk(self.entry, 1, False))
+    # What arrives is written, and about as much is read to be sent.
+    return own + sum(2 * one.received for one in self.collectives())
 
   def _walk(self, name, runs, fusions=True):
     """(instruction, runs, its computation) of all that is executed."""
@@ -109,6 +118,8 @@ class Module:
 
   def trips(self, loop, scope):
     """How often a while loop runs that counts from zero by one."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(known[1])
     condition = self.computations[loop.attribute('condition')]
     compare = next((i for i in condition.values() if i.code == 'compare'), None)
     if compare and 'direction=LT' in compare.rest:
@@ -145,11 +156,14 @@ class Module:
   def _moved(self, instruction, scope):
     code = instruction.code
     if code in _FREE or code.endswith('-done') or code in (
-        'call', 'conditional', 'async-start'):
+        'call', 'conditional', 'async-start') or _collective(instruction):
       return 0
     written = _bytes(instruction.shape)
     if code == 'copy-start':  # Source and destination.
       return written
+    if code == 'slice-start':
+      slices = _ARRAY.search(instruction.shape[_closing(instruction.shape, 1):])
+      return _bytes(slices[0], True) + _bytes(slices[0])
     if code in ('dynamic-slice', 'gather', 'slice', 'broadcast'):
       return written if code == 'broadcast' else 2 * written
     if code == 'dynamic-update-slice':
@@ -183,8 +197,9 @@ class Module:
         total += sum(self._read(called, place)
                      for place, name in enumerate(user.operands)
                      if name == one.name)
-      elif not (user.code == 'dynamic-update-slice'
-                and user.operands[0] == one.name):
+      elif not ((user.code == 'dynamic-update-slice'
+                and user.operands[0] == one.name)
+                or user.code == 'tuple' or _collective(user)):
         return _bytes(one.shape, True)
     return total
 
@@ -192,6 +207,8 @@ class Module:
     return self._made(inner, list(inner.values())[-1])  # The root is last.
 
   def _made(self, inner, one):
+    if one.code == 'parameter' or _collective(one):  # Passed on.
+      return 0
     if one.code == 'dynamic-update-slice':
       return _bytes(inner[one.operands[1]].shape, True)
     if one.code == 'bitcast' and one.operands[0] in inner:
@@ -203,39 +220,51 @@ class Module:
     return _bytes(one.shape, True)
 
 
+def _collective(instruction):
+  """Which of COLLECTIVES an instruction is, or None."""
+  kind = instruction.code.removesuffix('-start')
+  return kind if kind in COLLECTIVES else None
+
+
 def group_size(groups):
   """How many devices of a collective talk with each other."""
   return len(members(groups)[0])
+
+
+_IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
+_OF_MESH = re.compile(
+    rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}$")
+_OF_IOTA = re.compile(rf'\[([\d,]+)\]<={_IOTA}$')
 
 
 def members(groups):
   """Devices of each group, by their place in the mesh: lists of ints.
 
   XLA writes them out, {{0,1},{2,3}}; as an iota, [2,2]<=[2,2]T(1,0); or by axes
-  of a mesh, mesh['a'=2,'b'=2] {'b'}.
+  of a mesh, mesh['a'=2,'b'=2] {'b'}, whose devices may be such an iota.
   """
-  if match := re.match(r"mesh\[(.*?)\](?:, device_ids=(\S+))? \{(.*?)\}",
-                       groups):
-    sizes = {name: int(size)
-             for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-    chosen = re.findall(r"'(\w+)'(:\(\d+\)\d+)?", match[3])
-    if match[2] or any(part for _, part in chosen):
-      raise ValueError(f'replica groups {groups!r} cannot be read.')
-    axes = [list(sizes).index(name) for name, _ in chosen]
-    ids = np.arange(np.prod(list(sizes.values()))).reshape(*sizes.values())
-    width = int(np.prod([ids.shape[axis] for axis in axes]))
-    ids = np.moveaxis(ids, axes, range(-len(axes), 0))
-    return ids.reshape(-1, width).tolist()
-  if match := re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', groups):
-    shape, sizes = (list(map(int, match[i].split(','))) for i in (1, 2))
-    ids = np.arange(np.prod(sizes)).reshape(sizes)
-    if match[3]:
-      ids = ids.transpose(list(map(int, match[3].split(','))))
-    return ids.reshape(shape).tolist()
-  lists = re.findall(r'\{([\d,]+)\}', groups)
-  if not lists:
-    raise ValueError(f'replica groups {groups!r} cannot be read.')
-  return [list(map(int, one.split(','))) for one in lists]
+  if match := _OF_MESH.match(groups):
+    names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", match[1]), strict=True)
+    ids = _iota(match[2] or ','.join(sizes), match[3])
+    ids = ids.reshape(list(map(int, sizes)))
+    if ':' not in match[4]:  # A part of an axis.
+      axes = [names.index(name) for name in re.findall(r"'(\w+)'", match[4])]
+      width = int(np.prod([ids.shape[axis] for axis in axes]))
+      ids = np.moveaxis(ids, axes, range(-len(axes), 0))
+      return ids.reshape(-1, width).tolist()
+  elif match := _OF_IOTA.match(groups):
+    shape = list(map(int, match[1].split(',')))
+    return _iota(match[2], match[3]).reshape(shape).tolist()
+  elif lists := re.findall(r'\{([\d,]+)\}', groups):
+    return [list(map(int, one.split(','))) for one in lists]
+  raise ValueError(f'replica groups {groups!r} cannot be read.')
+
+
+def _iota(sizes, order):
+  """0, 1, ... of texts such as '2,4' and '1,0': sizes and a transposition."""
+  sizes = list(map(int, sizes.split(',')))
+  ids = np.arange(np.prod(sizes)).reshape(sizes)
+  return ids.transpose(list(map(int, order.split(',')))) if order else ids
 
 
 def _result(instruction):
@@ -251,7 +280,8 @@ def _bytes(shape, everywhere=False):
   """Of an array or tuple; in main memory alone, unless `everywhere`."""
   total = 0
   for kind, sizes, layout in _ARRAY.findall(shape):
-    if kind not in _WIDTH or (not everywhere and re.search(r'S\([1-9]', layout)):
+    elsewhere = re.search(r'S\([1-9]', layout)
+    if kind not in _WIDTH or (elsewhere and not everywhere):
       continue
     size = _WIDTH[kind]
     for n in filter(None, sizes.split(',')):

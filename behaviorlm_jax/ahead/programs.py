@@ -44,7 +44,9 @@ def training_flops(this, plan):
     attach = step_lib.attacher(this.base.config, config, this.layout,
                                config.model.dtype)
     other = dataclasses.replace(this, config=config, attach=attach)
-    counts.append(flops.count(_step(other, plan)[0], *_arguments(other, plan)))
+    # Compiler options keep a jitted function from being traced in another.
+    step = _step(other, plan)[0].__wrapped__
+    counts.append(flops.count(step, *_arguments(other, plan)))
   return counts
 
 

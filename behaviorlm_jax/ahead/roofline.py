@@ -2,7 +2,9 @@
 
 The roofline says that a step takes no less than its products at peak speed, its
 bytes at the memory's bandwidth, or those that arrive from other chips over all
-links that lead there, each as if nothing else happened. Real steps take longer.
+links that lead there, each as if nothing else happened. Real steps take longer:
+the sum of the three, if nothing overlapped, and more where a part runs below
+its peak.
 """
 
 import dataclasses
@@ -82,13 +84,17 @@ class Cost:
     return max(self.times.values())
 
   @property
+  def apart(self):
+    """Seconds if nothing overlapped."""
+    return sum(self.times.values())
+
+  @property
   def binds(self):
     return max(self.times, key=self.times.get)
 
-  @property
-  def mfu(self):
-    """Share of the peak that what is needed makes of the roofline's time."""
-    return self.needed / self.known.flops / self.seconds
+  def mfu(self, seconds):
+    """Share of the peak that what is needed makes of so many seconds."""
+    return self.needed / self.known.flops / seconds
 
   def table(self):
     """Lines of text."""
@@ -120,22 +126,20 @@ class Cost:
       lines.append(f'roofline      {self.seconds * 1e3:.1f} ms ({parts}): '
                    f'{self.binds} binds')
       if self.needed:
-        lines.append(f'MFU of that   {self.mfu:.1%}')
+        lines.append(f'MFU of that   {self.mfu(self.seconds):.1%}; '
+                     f'{self.mfu(self.apart):.1%} if nothing overlapped')
     return '\n'.join(lines)
 
 
 def _among(one):
-  if one.kind == 'collective-permute':
-    return 'pairs'
-  return f'{hlo.group_size(one.groups)}'
+  return hlo.group_size(one.groups) if one.groups else 'neighbors'
 
 
 def _seconds(one, devices, chip):
   """The least seconds that a Collective's bytes take to arrive."""
-  groups = hlo.members(one.groups)
-  if one.kind == 'collective-permute':  # Pairs; each arrives over one link.
-    return one.received / chip.link
-  group = [devices[i] for i in groups[0]]
+  if not one.groups:  # A ring's two directions.
+    return one.received / (2 * chip.link)
+  group = [devices[i] for i in hlo.members(one.groups)[0]]
   if len({getattr(device, 'slice_index', 0) for device in group}) > 1:
     return one.received / chip.network
   return one.received / (chip.link * chips.links(chip, group))

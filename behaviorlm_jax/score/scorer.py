@@ -74,7 +74,8 @@ class Scorer:
       return search.expand(attach(params, adapter), tree, cache, *arguments)
 
     everywhere = layout.replicated
-    self._whole = jax.jit(whole, out_shardings=everywhere)
+    self._whole = jax.jit(whole, out_shardings=everywhere,
+                          compiler_options=layout.compiler_options)
     # The cache of a prompt stays with it.
     rows = layout.sharding((None, 'batch', None, None, None),
                            (1, self.batch, 1, 1, 1))

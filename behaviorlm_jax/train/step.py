@@ -311,7 +311,8 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, layout,
     return new, metrics
 
   return jax.jit(step, donate_argnums=0,
-                 out_shardings=(shardings, layout.replicated))
+                 out_shardings=(shardings, layout.replicated),
+                 compiler_options=layout.compiler_options)
 
 
 def make_validation(attach, layout, answers=None, names=None):
