@@ -52,7 +52,8 @@ _GIB = 2**30
 
 def devices_of(topology, slices):
   """The devices of a TPU topology, or InputError with what is wrong."""
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # There is no TPU to ask.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # There is no TPU to ask,
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # or to share.
   try:
     return topologies.get_topology_desc(topology, 'tpu',
                                         num_slices=slices).devices

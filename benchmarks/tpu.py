@@ -1,6 +1,6 @@
 """What steps of large models take on TPU slices: the tables of docs/tpu.md.
 
-  python -m benchmarks.tpu > tables.md
+  python benchmarks/tpu.py > tables.md
 
 compiles ahead of time (behaviorlm_jax.aot), so it needs libtpu and no TPU. Rows
 are of 2,048 tokens, one for each chip in each of four micro-batches; weights
@@ -20,8 +20,8 @@ TOPOLOGIES = ('v5e:4x4', 'v5e:8x8', 'v5p:4x4x4', 'v6e:4x4')
 _GIB = 2**30
 _HEAD = ('model', 'slice', 'program', 'arguments', 'temporaries', 'peak, GiB',
          'to spare', 'TFLOP', 'memory moved, GiB', 'from other chips, GiB',
-         'products, s', 'memory, s', 'interconnect, s', 'MFU', 'MFU apart', 'binds',
-         'compiled, s')
+         'products, s', 'memory, s', 'interconnect, s', 'MFU', 'MFU apart',
+         'binds', 'compiled, s')
 
 
 def config_of(model, chips):

@@ -18,7 +18,8 @@ _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _HEAD = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _NAMES = re.compile(r'%([\w.\-]+)')
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-               'collective-permute')
+               'collective-permute',
+               'recv')  # What libtpu makes of one between slices.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast',
          'after-all', 'partition-id', 'replica-id', 'copy-done', 'iota'}
 
@@ -44,8 +45,8 @@ class Collective:
 
   Attributes:
     kind: of COLLECTIVES.
-    groups: text of its replica groups; of permutes '', as they go round rings
-      in both directions.
+    groups: text of its replica groups; '' of permutes, which go round rings in
+      both directions, and of recv.
     received: bytes that a device receives, at least.
     runs: how often.
   """
@@ -78,7 +79,7 @@ class Module:
       groups = re.search(
           r'replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)', instruction.rest)
       groups = groups[1] if groups and kind != 'collective-permute' else ''
-      size = group_size(groups) if groups else 2
+      size = group_size(groups) if groups else 1
       one = found[kind, groups]
       one[0] += runs * self._received(instruction, kind, size)
       one[1] += runs
@@ -151,12 +152,13 @@ class Module:
       return 2 * share * result
     if kind == 'reduce-scatter':  # The result is one part.
       return (size - 1) * result
-    return result if kind == 'collective-permute' else share * result
+    return share * result if kind in ('all-gather', 'all-to-all') else result
 
   def _moved(self, instruction, scope):
     code = instruction.code
     if code in _FREE or code.endswith('-done') or code in (
-        'call', 'conditional', 'async-start') or _collective(instruction):
+        'call', 'conditional', 'async-start', 'send') or (
+            _collective(instruction)):
       return 0
     written = _bytes(instruction.shape)
     if code == 'copy-start':  # Source and destination.
@@ -268,7 +270,9 @@ def _iota(sizes, order):
 
 
 def _result(instruction):
-  """The shape of what arrives: the last of an asynchronous start's tuple."""
+  """The shape of what arrives, of a tuple that holds more."""
+  if instruction.code == 'recv':
+    return _ARRAY.search(instruction.shape)[0]
   if not instruction.code.endswith('-start'):
     return instruction.shape
   arrays = [m for m in _ARRAY.finditer(instruction.shape)

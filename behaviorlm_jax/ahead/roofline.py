@@ -132,14 +132,16 @@ class Cost:
 
 
 def _among(one):
-  return hlo.group_size(one.groups) if one.groups else 'neighbors'
+  if one.groups:
+    return hlo.group_size(one.groups)
+  return 'slices' if one.kind == 'recv' else 'neighbors'
 
 
 def _seconds(one, devices, chip):
   """The least seconds that a Collective's bytes take to arrive."""
+  if one.kind == 'recv':
+    return one.received / chip.network
   if not one.groups:  # A ring's two directions.
     return one.received / (2 * chip.link)
   group = [devices[i] for i in hlo.members(one.groups)[0]]
-  if len({getattr(device, 'slice_index', 0) for device in group}) > 1:
-    return one.received / chip.network
   return one.received / (chip.link * chips.links(chip, group))

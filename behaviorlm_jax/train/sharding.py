@@ -64,7 +64,7 @@ class Layout:
     """Of programs that multiply divided weights.
 
     XLA for TPUs would gather a weight piece by piece and add up each piece's
-    product in memory: of a step of Llama-3.1-8B on 16 v5e chips, 2.5 times the
+    product in memory: of a step of Llama-3.1-8B on 16 v5e chips, 2.8 times the
     bytes to memory and 1.7 times those between chips (docs/tpu.md).
     """
     if self.device.platform != 'tpu':

@@ -119,6 +119,16 @@ def test_of_stacked_weights_a_loop_reads_a_slice_each_time(module):
   assert module.traffic() == constants + slices + 2 * gather.received
 
 
+def test_what_comes_from_another_slice_is_counted_as_received():
+  line = ('  %recv.1 = (f32[2,8]{1,0:T(8,128)}, u32[], token[]) '
+          'recv(%after-all.1), channel_id=28, is_host_transfer=true\n'
+          '  %start = s32[] constant(0)')
+  head, tail = TEXT.split('ENTRY')
+  module = hlo.Module(head + 'ENTRY' + tail.replace(
+      '  %start = s32[] constant(0)', line))
+  assert hlo.Collective('recv', '', 2 * 8 * 4, 1) in module.collectives()
+
+
 def test_a_loop_that_cannot_be_counted_is_refused():
   text = TEXT.replace('%copied = s32[] copy(%eight)',
                       '%copied = s32[] add(%eight, %eight)')
