@@ -43,15 +43,21 @@ def line(model, topology, program, cost):
     return [*first, f'does not fit: {cost.over / _GIB:.2f} GiB too large',
             *['-'] * (len(_HEAD) - 5), f'{cost.compile_seconds:.0f}']
   gib = lambda size: f'{size / _GIB:.2f}'
-  received = sum(one.received for one, _ in cost.collectives)
+  traffic = received = binds = '?'
+  if cost.traffic is not None:
+    traffic = f'{cost.traffic / _GIB:.0f}'
+    received = gib(sum(one.received for one, _ in cost.collectives))
+    binds = cost.binds
+  mfu = ['-'] * 2
+  if cost.needed:
+    mfu = [f'{cost.mfu(seconds):.0%}' if cost.traffic is not None else '?'
+           for seconds in (cost.seconds, cost.apart)]
   times = [f'{cost.times[name]:.3f}' if name in cost.times else '-'
            for name in ('products', 'memory', 'interconnect')]
   return [*first, gib(cost.arguments), gib(cost.temporaries), gib(cost.peak),
           gib(cost.known.memory - cost.peak),
           f'{cost.flops / 1e12:.0f}' if cost.flops else '-',
-          f'{cost.traffic / _GIB:.0f}', gib(received), *times,
-          *(f'{cost.mfu(seconds):.0%}' if cost.needed else '-'
-            for seconds in (cost.seconds, cost.apart)), cost.binds,
+          traffic, received, *times, *mfu, binds,
           f'{cost.compile_seconds:.0f}']
 
 

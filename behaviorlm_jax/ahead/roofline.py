@@ -9,6 +9,9 @@ its peak.
 
 import dataclasses
 
+import jax
+from absl import logging
+
 from behaviorlm_jax.ahead import chips
 from behaviorlm_jax.ahead import hlo
 
@@ -26,7 +29,7 @@ class Cost:
     over: bytes by which the compiler found it too large; 0: it fits.
     flops: operations of its products; None: not counted.
     needed: the same without what is computed twice.
-    traffic: bytes to and from memory.
+    traffic: bytes to and from memory; None: its program cannot be read.
     collectives: (hlo.Collective, seconds or None) of each.
     compile_seconds: how long the compiler took.
   """
@@ -38,7 +41,7 @@ class Cost:
   over: float = 0
   flops: float | None = None
   needed: float | None = None
-  traffic: float = 0
+  traffic: float | None = None
   collectives: tuple = ()
   compile_seconds: float = 0
 
@@ -55,16 +58,18 @@ class Cost:
     if program is None:
       return cls(**shared)
     memory = program.memory_analysis()
-    module = hlo.Module(program.as_text())
-    collectives = tuple((one, chip and _seconds(one, devices, chip))
-                        for one in module.collectives())
+    module = _module(program)
+    if module:
+      shared |= dict(traffic=module.traffic(), collectives=tuple(
+          (one, chip and _seconds(one, devices, chip))
+          for one in module.collectives()))
     arguments = memory.argument_size_in_bytes
     temporaries = memory.temp_size_in_bytes
     peak = (arguments + temporaries + memory.output_size_in_bytes
             - memory.alias_size_in_bytes
             + memory.generated_code_size_in_bytes)
     return cls(arguments=arguments, temporaries=temporaries, peak=peak,
-               traffic=module.traffic(), collectives=collectives, **shared)
+               **shared)
 
   @property
   def fits(self):
@@ -72,9 +77,11 @@ class Cost:
 
   @property
   def times(self):
-    """{resource: seconds}."""
-    found = {'memory': self.traffic / self.known.bandwidth,
-             'interconnect': sum(time for _, time in self.collectives)}
+    """{resource: seconds}, of those that are known."""
+    found = {}
+    if self.traffic is not None:
+      found = {'memory': self.traffic / self.known.bandwidth,
+               'interconnect': sum(time for _, time in self.collectives)}
     if self.flops:
       found['products'] = self.flops / self.known.flops
     return found
@@ -115,12 +122,15 @@ class Cost:
     if self.flops:
       lines.append(f'products      {self.flops / 1e12:8.2f} TFLOP, '
                    f'{self.needed / 1e12:.2f} of them needed')
-    lines.append(f'memory moved  {gib(self.traffic)}')
+    if self.traffic is None:
+      lines.append('memory moved, and bytes between chips: not known')
+    else:
+      lines.append(f'memory moved  {gib(self.traffic)}')
     for one, seconds in self.collectives:
       took = '' if seconds is None else f', {seconds * 1e3:.1f} ms'
       lines.append(f'{one.kind:18}{one.received / _GIB:8.3f} GiB in {one.runs} '
                    f'among {_among(one)}{took}')
-    if self.known:
+    if self.known and self.times:
       parts = ', '.join(f'{name} {time * 1e3:.1f} ms'
                         for name, time in self.times.items())
       lines.append(f'roofline      {self.seconds * 1e3:.1f} ms ({parts}): '
@@ -129,6 +139,20 @@ class Cost:
         lines.append(f'MFU of that   {self.mfu(self.seconds):.1%}; '
                      f'{self.mfu(self.apart):.1%} if nothing overlapped')
     return '\n'.join(lines)
+
+
+def _module(program):
+  """hlo.Module of jax.stages.Compiled, or None.
+
+  jaxlib reads back what libtpu wrote, and may be the older of the two: of
+  programs for v5p, jaxlib 0.10.2 does not know libtpu 0.0.52's async-update.
+  """
+  try:
+    return hlo.Module(program.as_text())
+  except jax.errors.JaxRuntimeError as error:
+    logging.warning('what was compiled cannot be read (%s); its traffic is not '
+                    'known.', str(error).splitlines()[0])
+    return None
 
 
 def _among(one):

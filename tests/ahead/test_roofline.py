@@ -56,10 +56,17 @@ def test_the_slowest_resource_binds():
   assert 'products binds' in text and 'MFU of that   50.0%; 28.6%' in text
 
 
+def test_a_program_that_cannot_be_read_has_its_memory_still():
+  found = cost(flops=197e12, needed=197e12, peak=2**30)
+  assert found.times == {'products': 1.0}
+  text = found.table()
+  assert 'fits' in text and 'between chips: not known' in text
+
+
 def test_what_does_not_fit_is_told_by_how_much():
   refused = cost(over=3 * 2**29)
   assert not refused.fits
   assert 'does not fit: too large by 1.50 GiB' in refused.table()
-  large = cost(peak=16 * 2**30)
+  large = cost(peak=16 * 2**30, traffic=1.0)
   assert not large.fits
   assert 'does not fit, 0.25 GiB too large' in large.table()

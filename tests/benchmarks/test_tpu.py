@@ -14,6 +14,7 @@ CHIP = chips.CHIPS['TPU v5 lite']
                        'arguments': 'does not fit: 2.00 GiB too large'}),
     ({'traffic': 819e9, 'peak': 2**30}, {'MFU': '-', 'to spare': '14.75',
                                          'memory, s': '1.000'}),
+    ({'flops': 197e12, 'needed': 98.5e12}, {'MFU': '?', 'binds': '?'}),
     ({'traffic': 819e9, 'flops': 197e12, 'needed': 98.5e12},
      {'MFU': '50%', 'MFU apart': '25%', 'TFLOP': '197'})])
 def test_a_row_has_a_cell_for_every_head(fields, expected):
