@@ -2,7 +2,7 @@
 
   python benchmarks/tpu.py > tables.md
 
-compiles ahead of time (behaviorlm_jax.aot), so it needs libtpu and no TPU. Rows
+compiles ahead of time (ahead.study), so it needs libtpu and no TPU. Rows
 are of 2,048 tokens, one for each chip in each of four micro-batches; weights
 are divided among all chips.
 """
@@ -12,8 +12,8 @@ import importlib.metadata
 import sys
 import tempfile
 
-from behaviorlm_jax import aot
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.ahead import study
 
 MODELS = {'llama-3.1-8b': 'products', 'llama-3.1-70b': 'full'}
 TOPOLOGIES = ('v5e:4x4', 'v5e:8x8', 'v5p:4x4x4', 'v6e:4x4')
@@ -33,7 +33,7 @@ def config_of(model, chips):
   config.mesh.update({'data': 1, 'fsdp': chips})
   config.train.update({'batch': 4 * chips, 'accumulate': 4, 'length': 2048,
                        'steps': 2})
-  return aot.prepare(config)
+  return study.prepare(config)
 
 
 def line(model, topology, program, cost):
@@ -69,10 +69,10 @@ def main():
     print('| ' + ' | '.join(row) + ' |')
   for model in MODELS:
     for topology in TOPOLOGIES:
-      devices = aot.devices_of(topology, 1)
+      devices = study.devices_of(topology, 1)
       with tempfile.TemporaryDirectory() as folder:
         config = config_of(model, len(devices))
-        for program, cost in aot.study(config, devices, folder):
+        for program, cost in study.costs(config, devices, folder):
           row = line(model, topology, program, cost)
           print('| ' + ' | '.join(row) + ' |', flush=True)
           print(model, topology, cost.table(), sep='\n', file=sys.stderr)
