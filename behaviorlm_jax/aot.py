@@ -4,10 +4,11 @@
     --config.model.address=random://llama-3.1-8b --topology=v5e:4x4
 
 compiles the training step of the config's first stage and the scoring pass for
-a TPU topology, from shapes alone, and prints what they take per chip. `libtpu`
-must be installed, in an environment of its own; without --topology the devices
-of this machine are compiled for. --search tries meshes, micro-batches and what
-is saved for the backward pass, and lists what fits, best first.
+a TPU topology, from shapes alone, and prints what they take per chip. That
+needs the extra `tpu` (libtpu), in an environment of its own; without --topology
+the devices of this machine are compiled for. --search tries meshes,
+micro-batches and what is saved for the backward pass, and lists what fits, best
+first.
 """
 
 import tempfile

@@ -2,8 +2,9 @@
 
 Sources: Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e" (peak of
 bfloat16, memory and its bandwidth, interconnect per chip, which is here divided
-by its number of links and taken in one direction) and "Multislice" pages for
-the data-center network; NVIDIA's H100 SXM datasheet.
+by its number of links and taken in one direction, and data-center network, per
+chip). What of its memory a program may use is what libtpu 0.0.42 names where it
+refuses one.
 """
 
 import dataclasses
@@ -30,12 +31,11 @@ class Chip:
   network: float
 
 
-# By jax's device_kind. Of the memory some is the runtime's: the compiler says
-# how much a program may use where it refuses one (15.75 GiB of v5e's 16).
+# By jax's device_kind.
 CHIPS = {
     'TPU v5 lite': Chip('TPU v5e', 197e12, 15.75 * 2**30, 819e9, 50e9, 16,
                         3.1e9),
-    'TPU v5': Chip('TPU v5p', 459e12, 95.0 * 2**30, 2765e9, 100e9, 4, 6.25e9),
+    'TPU v5': Chip('TPU v5p', 459e12, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9),
     'TPU v6 lite': Chip('TPU v6e', 918e12, 31.25 * 2**30, 1640e9, 100e9, 16,
                         12.5e9),
 }

@@ -37,7 +37,7 @@ def devices_of(topology, slices):
   except (RuntimeError, ValueError, NotImplementedError) as error:
     raise InputError(
         f'--topology={topology} cannot be compiled for '
-        f'({str(error).strip().splitlines()[0]}); install libtpu, in an '
+        f"({str(error).strip().splitlines()[0]}); install '.[tpu]', in an "
         'environment of its own, and give a topology such as v5e:4x4.'
     ) from error
 

@@ -108,7 +108,7 @@ def test_stage_b_is_planned_without_difficulty(make_run_config):
 
 def test_a_topology_without_libtpu_is_one_sentence():
   with pytest.raises(InputError, match='--topology=v5e:4x4 cannot be compiled '
-                     r'for \(.*\); install libtpu'):
+                     r"for \(.*\); install '.\[tpu\]'"):
     study.devices_of('v5e:4x4', 1)
 
 
