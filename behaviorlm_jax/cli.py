@@ -10,6 +10,7 @@ from absl import flags
 from absl import logging
 
 from behaviorlm_jax import addresses
+from behaviorlm_jax import bucket
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import errors
 from behaviorlm_jax import hosts
@@ -25,6 +26,12 @@ _FROM_BELOW = (OSError, RuntimeError, ValueError, duckdb.Error,
                safetensors.SafetensorError)
 # Orbax reports every file it writes; its warnings are wanted.
 _readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
+
+
+def _with_addresses(record):
+  """Log lines name a work directory in a bucket as the user does."""
+  record.msg, record.args = bucket.named(record.getMessage()), ()
+  return True
 
 
 def fail(sentence):
@@ -53,6 +60,7 @@ def run(argv, work):
   """Calls `work()`; wrong input and SIGTERM end the process with its codes."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_readable_log)
+  logging.get_absl_handler().addFilter(_with_addresses)
   if len(argv) > 1:
     fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()
@@ -98,7 +106,7 @@ def _code(work):
 
 
 def _say(code, sentence):
-  print(sentence, file=sys.stderr)
+  print(bucket.named(sentence), file=sys.stderr)
   return code
 
 

@@ -5,7 +5,7 @@ work need it. So what one of them might see or do differently goes through here:
 whether a file is there (`exists`: process 0 says), who writes in the work
 directory (`first`: process 0, while the others wait) and what all must have in
 common (`agree`). train.preemption does the same for a stop. The work directory
-is one that all see.
+is one that all see, or lies in a bucket of which each has its copy.
 
 A process is called a host, as there is one on each; on one machine there may be
 several.
@@ -24,6 +24,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from behaviorlm_jax import bucket
 from behaviorlm_jax import rendezvous
 from behaviorlm_jax.errors import InputError
 
@@ -121,7 +122,8 @@ def shared(value):
 
 
 def first(work, *arguments):
-  """work(*arguments) on the host that writes; the others wait until it is done.
+  """work(*arguments) on the host that writes; the others wait until it is done,
+  and then have what it wrote.
 
   Returns what it returns there, and None on the others.
 
@@ -132,6 +134,7 @@ def first(work, *arguments):
   try:
     if leader():
       result = work(*arguments)
+      bucket.push()
     done = True
   finally:
     # The others wait here, also for a host whose work has failed.
@@ -139,6 +142,8 @@ def first(work, *arguments):
       done = _gather(np.bool_(done)).all()
   if not done:
     raise Elsewhere('process 0 failed; its log says at what')
+  if not leader():
+    bucket.pull()
   return result
 
 

@@ -23,6 +23,7 @@ import tqdm
 from absl import logging
 
 from behaviorlm_jax import addresses
+from behaviorlm_jax import bucket
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import files
 from behaviorlm_jax import hosts
@@ -499,7 +500,7 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   step_fn, optimizer, places = trainer(this, stage, plan)
   state = step_lib.init_state(adapter, optimizer, places)
   saved = checkpoints_lib.Checkpoints(
-      folder / 'checkpoints', config.checkpoint.keep, plan_hash)
+      bucket.place(folder / 'checkpoints'), config.checkpoint.keep, plan_hash)
   state = saved.restore_latest(state, config.checkpoint.every)
   assemble = assembler(this, plan)
   show_example(this, assemble, plan)

@@ -21,6 +21,7 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from behaviorlm_jax import bucket
 from behaviorlm_jax import cli
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
@@ -120,6 +121,9 @@ def _job(config, workdir, log, seed, name):
 
 def run_all(config, workdir):
   """Runs what is neither finished nor committed; writes all rows."""
+  if bucket.is_address(workdir):
+    raise InputError(f'--workdir={workdir} lies in a bucket, where a sweep '
+                     'cannot work; give a local folder.')
   every, committed = jobs(config, workdir), pathlib.Path(config.results)
   workdir = workdir_lib.make(workdir)
   known = {(row['data'], row['method'], row['seed'], row['settings'])

@@ -15,6 +15,7 @@ import jax
 from absl import logging
 
 from behaviorlm_jax import addresses
+from behaviorlm_jax import bucket
 from behaviorlm_jax import files
 from behaviorlm_jax import hosts
 from behaviorlm_jax import hub
@@ -90,7 +91,13 @@ def _differences(mine, theirs, name):
 
 
 def make(workdir):
-  """Makes the work directory, before anything is fetched; its Path."""
+  """Makes the work directory, before anything is fetched; its Path.
+
+  Of one in a bucket, the Path of this host's copy.
+  """
+  if bucket.is_address(workdir):
+    process = jax.process_index() if hosts.several() else 0
+    return bucket.open_workdir(workdir, addresses.cache_dir(), process)
   workdir = pathlib.Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -165,8 +172,8 @@ def check_hosts(config, workdir):
   hosts.first(files.write_text, path,
               f'{jax.process_count()} processes, from {began}\n')
   found = path.read_text() if path.exists() else 'no such file'
-  hosts.agree({f'what they read in {path} (--workdir must be one that all '
-               'see)': found})
+  hosts.agree({f'what they read in {bucket.named(str(path))} (--workdir must '
+               'be one that all see)': found})
 
 
 def facts(config):
@@ -250,10 +257,17 @@ def adapter_folder(place, name):
   Of a work directory that of stage a, or of its only stage. `name`: the field.
   """
   root = pathlib.Path(place)
+  if bucket.is_address(place):
+    root = bucket.fetch(place, name, addresses.cache_dir(), _of_adapter)
   for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
     if (folder / 'adapter_config.json').exists():
       return folder
   raise InputError(_NO_ADAPTER[name].format(place=place, name=name))
+
+
+def _of_adapter(name):
+  path = pathlib.PurePosixPath(name)
+  return path.name == 'config.json' or path.name.startswith('adapter_')
 
 
 def open_events(config, workdir):

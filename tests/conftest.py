@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 import transformers
 from jax.experimental.compilation_cache import compilation_cache
+from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import config as config_lib
@@ -264,3 +266,80 @@ def read_rows():
   """Rows of a JSON-lines file."""
   return lambda path: [json.loads(line) for line in
                        path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='session')
+def start_two(run_fields, command_environment, tmp_path_factory):
+  """Starts launch/local.sh with two processes; its Popen, with `finish`
+  and `kill_all`.
+
+  `flags`: of both; `environment`: variables to add. `finish()` returns its code
+  and what was said; whoever runs in the end is stopped.
+  """
+  started = []
+
+  def start(workdir, *flags, environment=None):
+    values = run_fields | {
+        f'data.columns.{name}': name for name in ('user', 'time', 'behavior')}
+    command = [str(ROOT / 'launch/local.sh'), '2',
+               '--config=configs/quickstart.py', f'--workdir={workdir}',
+               *(f'--config.{name}={value}' for name, value in values.items()),
+               *flags]
+    said = tmp_path_factory.mktemp('said') / 'err'
+    with said.open('w') as err:
+      process = subprocess.Popen(
+          command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err,
+          env=command_environment | {'PYTHON': sys.executable} | (
+              environment or {}), start_new_session=True)
+    started.append(process)
+
+    def finish():
+      process.wait(timeout=300)
+      return process.returncode, said.read_text()
+
+    process.finish = finish
+    process.kill_all = lambda: os.killpg(process.pid, signal.SIGKILL)
+    return process
+
+  yield start
+  for process in started:
+    if process.poll() is None:
+      process.terminate()
+
+
+@pytest.fixture(scope='session')
+def run_two(start_two):
+  """The same, to its end: (code, stderr)."""
+
+  def run(*arguments, **options):
+    return start_two(*arguments, **options).finish()
+  return run
+
+
+def _plan_rows(folder):
+  return parquet.read_table(folder / 'plan.parquet')['segments'].to_pylist()
+
+
+@pytest.fixture
+def assert_same_numbers(finished, read_rows, steps):
+  """The run ended as the finished one of a single device did, but for rounding;
+  `workdir`."""
+
+  def check(workdir):
+    for stage in ('a_tuning', 'b_tuning'):
+      one, other = finished / stage, workdir / stage
+      assert _plan_rows(one) == _plan_rows(other)
+      losses, expected = (
+          [(row['step'], row['loss'], row.get('val_loss', 0.0)) for row in
+           read_rows(folder / 'metrics.jsonl')] for folder in (other, one))
+      assert len(losses) == steps  # Written once.
+      np.testing.assert_allclose(losses, expected, rtol=1e-4)
+      found, expected = (json.loads((folder / 'evaluation.json').read_text())
+                         for folder in (other, one))
+      for group in ('all', 'anchor', 'tail'):
+        assert found[group] == pytest.approx(expected[group], abs=1e-4)
+      found, expected = (
+          parquet.read_table(folder / 'log_probs.parquet')['log_p'].to_pylist()
+          for folder in (other, one))
+      np.testing.assert_allclose(found, expected, atol=1e-4)
+  return check

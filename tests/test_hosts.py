@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from pyarrow import parquet
 
@@ -18,52 +17,6 @@ from behaviorlm_jax.train import preemption
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ('a_tuning', 'b_tuning')
-
-
-@pytest.fixture(scope='session')
-def start_two(run_fields, command_environment, tmp_path_factory):
-  """Starts launch/local.sh with two processes; its Popen, with a `finish`.
-
-  `flags`: of both; `environment`: variables to add. `finish()` returns its code
-  and what was said; whoever runs in the end is stopped.
-  """
-  started = []
-
-  def start(workdir, *flags, environment=None):
-    values = run_fields | {
-        f'data.columns.{name}': name for name in ('user', 'time', 'behavior')}
-    command = [str(ROOT / 'launch/local.sh'), '2',
-               '--config=configs/quickstart.py', f'--workdir={workdir}',
-               *(f'--config.{name}={value}' for name, value in values.items()),
-               *flags]
-    said = tmp_path_factory.mktemp('said') / 'err'
-    with said.open('w') as err:
-      process = subprocess.Popen(
-          command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err,
-          env=command_environment | {'PYTHON': sys.executable} | (
-              environment or {}))
-    started.append(process)
-
-    def finish():
-      process.wait(timeout=300)
-      return process.returncode, said.read_text()
-
-    process.finish = finish
-    return process
-
-  yield start
-  for process in started:
-    if process.poll() is None:
-      process.terminate()
-
-
-@pytest.fixture(scope='session')
-def run_two(start_two):
-  """The same, to its end: (code, stderr)."""
-
-  def run(*arguments, **options):
-    return start_two(*arguments, **options).finish()
-  return run
 
 
 @pytest.fixture(scope='module')
@@ -75,35 +28,6 @@ def of_two(run_two, tmp_path_factory):
                       environment={'DEVICES': '2'})
   assert code == 0, err[-3000:]
   return workdir
-
-
-def plan_rows(folder):
-  return parquet.read_table(folder / 'plan.parquet')['segments'].to_pylist()
-
-
-@pytest.fixture
-def assert_same_numbers(finished, read_rows, steps):
-  """The run ended as the finished one of a single device did, but for rounding;
-  `workdir`."""
-
-  def check(workdir):
-    for stage in STAGES:
-      one, other = finished / stage, workdir / stage
-      assert plan_rows(one) == plan_rows(other)
-      losses, expected = (
-          [(row['step'], row['loss'], row.get('val_loss', 0.0)) for row in
-           read_rows(folder / 'metrics.jsonl')] for folder in (other, one))
-      assert len(losses) == steps  # Written once.
-      np.testing.assert_allclose(losses, expected, rtol=1e-4)
-      found, expected = (json.loads((folder / 'evaluation.json').read_text())
-                         for folder in (other, one))
-      for group in ('all', 'anchor', 'tail'):
-        assert found[group] == pytest.approx(expected[group], abs=1e-4)
-      found, expected = (
-          parquet.read_table(folder / 'log_probs.parquet')['log_p'].to_pylist()
-          for folder in (other, one))
-      np.testing.assert_allclose(found, expected, atol=1e-4)
-  return check
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class Checkpoints:
                                   keep_checkpoints_without_metrics=False),
     ])
     self._manager = _Manager(
-        folder.absolute(),
+        folder,
         options=ocp.CheckpointManagerOptions(preservation_policy=policy),
         item_names=('state', 'facts'))
 

@@ -1,7 +1,7 @@
 """The train loop: step, note, validate, save.
 
 Metrics of a step are read while the next one runs, so dispatch never waits.
-Every row of metrics.jsonl up to step s is on disk before checkpoint s is, and a
+Every row of metrics.jsonl up to step s is kept before checkpoint s is, and a
 resumed run drops the rows after its checkpoint: each step stands there once. Of
 several hosts the first one writes them.
 """
@@ -14,6 +14,7 @@ import tensorboardX
 import tqdm
 from absl import logging
 
+from behaviorlm_jax import bucket
 from behaviorlm_jax import files
 from behaviorlm_jax import hosts
 from behaviorlm_jax.errors import InputError
@@ -42,6 +43,11 @@ class MetricsFile:
     for name, value in row.items():
       if name != 'step':
         self._board.add_scalar(name, value, row['step'])
+
+  def flush(self):
+    """What was written is on disk, and nothing is on its way there."""
+    self._file.flush()
+    self._board.flush()
 
   def close(self):
     self._file.close()
@@ -121,6 +127,12 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     bar.update()
     return row
 
+  def save(state, score=None):
+    if metrics_file:
+      metrics_file.flush()
+      bucket.push()
+    checkpoints.save(state, score)
+
   pending = None
   try:
     for step in range(done + 1, steps + 1):
@@ -133,11 +145,11 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
         adapter = state['adapter']
         row = note(step, metrics, lambda adapter=adapter: validate(adapter))
         pending = None
-        checkpoints.save(state, row.get('score'))
+        save(state, row.get('score'))
       elif stop:
         note(*pending)
         pending = None
-        checkpoints.save(state)
+        save(state)
       if stop and step < steps:
         checkpoints.wait()
         logging.info('%s: saved at step %d.', folder.name, step)
