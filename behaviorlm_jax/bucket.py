@@ -15,10 +15,11 @@ by MD5, so what a host has already is not fetched again.
 import base64
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
 
 from behaviorlm_jax.errors import InputError
@@ -47,7 +48,7 @@ def open_workdir(address, cache, process):
   bucket = Bucket(address, '--workdir')
   mirror = Mirror(bucket, _copies(cache, bucket.address, process))
   mirror.pull()
-  logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
+  absl_logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
   _mirror = mirror
   return mirror.folder
 
@@ -133,6 +134,8 @@ class Bucket:
       raise InputError(
           f"{field}: {address} needs gcsfs; run pip install -e '.[gcs]', or "
           'give a local folder.') from error
+    # What it raises is said here, without its tracebacks.
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
     self._refused = (OSError, gcsfs.retry.HttpError,
                      *gcsfs.retry.RETRIABLE_EXCEPTIONS)
     self._fs = gcsfs.GCSFileSystem(consistency='md5', use_listings_cache=False)

@@ -24,8 +24,9 @@ UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
 # tells.
 _FROM_BELOW = (OSError, RuntimeError, ValueError, duckdb.Error,
                safetensors.SafetensorError)
-# Orbax reports every file it writes; its warnings are wanted.
-_readable_log = lambda r: r.levelno > 20 or 'orbax' not in r.pathname
+# These report every file they touch; their warnings are wanted.
+_readable_log = lambda r: r.levelno > 20 or not any(
+    name in r.pathname for name in ('orbax', 'gcsfs', 'fsspec'))
 
 
 def _with_addresses(record):

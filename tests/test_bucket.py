@@ -183,7 +183,7 @@ def held(address, mirror):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_hosts_survives_a_kill_and_goes_on_elsewhere(
+def test_a_run_of_two_hosts_is_killed_and_goes_on_on_other_machines(
     start_two, service, address, held, tmp_path, assert_same_numbers):
   cache = tmp_path / 'cache'
   environment = service | {'BEHAVIORLM_CACHE': str(cache)}
