@@ -24,6 +24,7 @@ _LOG = {
                     'retentioneering/datasets/ecom.csv.gz'),
     'data.columns.user': 'user_id', 'data.columns.time': 'timestamp',
     'data.columns.behavior': 'event'}
+_MICRO_BATCHES = (1, 2, 4, 8)  # Of a step, in a search.
 _GIB = 2**30
 
 
@@ -89,19 +90,20 @@ def _excess(message):
 
 
 def candidates(config, count):
-  """Configs with other meshes, micro-batches and remat policies."""
+  """Other meshes and remat policies: of each the configs with ever smaller
+  micro-batches."""
   sizes = [n for n in range(1, count + 1) if count % n == 0]
   for tensor, fsdp in itertools.product(sizes, sizes):
     if tensor * fsdp > count or count % (tensor * fsdp) or tensor > 8:
       continue
-    for accumulate, remat in itertools.product(
-        (1, 2, 4, 8), ('products', 'full')):
-      other = config.copy_and_resolve_references()
-      other.mesh.update({'data': count // (tensor * fsdp), 'fsdp': fsdp,
-                         'tensor': tensor})
-      other.train.accumulate = accumulate
-      other.model.remat = remat
-      yield other
+    for remat in ('products', 'full'):
+      others = [config.copy_and_resolve_references() for _ in _MICRO_BATCHES]
+      for other, accumulate in zip(others, _MICRO_BATCHES, strict=True):
+        other.mesh.update({'data': count // (tensor * fsdp), 'fsdp': fsdp,
+                           'tensor': tensor})
+        other.train.accumulate = accumulate
+        other.model.remat = remat
+      yield others
 
 
 def costs(config, devices, folder, scoring=True):
@@ -122,18 +124,24 @@ def costs(config, devices, folder, scoring=True):
 
 
 def search(config, devices, folder):
-  """A Markdown table of what fits, best first, and a count of the rest."""
+  """A Markdown table of what fits, best first, and a count of the rest.
+
+  Of each mesh and remat policy stands there the largest micro-batch that fits:
+  smaller ones gather the weights more often, and do the same besides.
+  """
   found, refused = [], 0
-  for other in candidates(config, len(devices)):
-    try:
-      (_, cost), = costs(other, devices, folder, scoring=False)
-    except InputError as error:  # A mesh that divides no batch.
-      logging.info('%s: %s', _settings(other), error)
-      continue
-    if not cost.fits:
+  for others in candidates(config, len(devices)):
+    for other in others:
+      try:
+        (_, cost), = costs(other, devices, folder, scoring=False)
+      except InputError as error:  # A mesh that divides no batch.
+        logging.info('%s: %s', _settings(other), error)
+        continue
+      if cost.fits:
+        logging.info('%s: %.3f s.', _settings(other), cost.seconds)
+        found.append((cost.seconds, _settings(other), cost))
+        break
       refused += 1
-      continue
-    found.append((cost.seconds, _settings(other), cost))
   lines = [f'| {settings} | {cost.peak / _GIB:.2f} | {seconds:.3f} | '
            f'{cost.mfu(seconds):.1%} | {cost.binds} |'
            for seconds, settings, cost in sorted(found, key=lambda x: x[:2])]

@@ -112,24 +112,28 @@ def test_a_topology_without_libtpu_is_one_sentence():
     study.devices_of('v5e:4x4', 1)
 
 
-def test_a_search_lists_what_fits_best_first(open_run, monkeypatch):
+def test_a_search_lists_the_largest_micro_batches_that_fit_best_first(
+    open_run, monkeypatch):
   config = open_run({'train.batch': 8}, shapes_only=True).config
-  known = {(8, 1, 1): 3.0, (1, 8, 1): 1.0, (1, 1, 8): None, (4, 2, 1): 2.0}
+  # (seconds of a step, the fewest micro-batches that fit).
+  known = {(8, 1, 1): (3.0, 1), (1, 8, 1): (1.0, 1), (1, 1, 8): (0.5, 16),
+           (4, 2, 1): (2.0, 4)}
 
   def costs(other, devices, folder, scoring):
     assert not scoring
     mesh = tuple(other.mesh[axis] for axis in sharding.AXES)
-    if mesh not in known or other.train.accumulate > 1:
+    if mesh not in known:
       raise InputError('this mesh divides no batch.')
-    seconds = known[mesh]
+    seconds, fewest = known[mesh]
     yield 'training step', types.SimpleNamespace(
-        fits=seconds is not None, seconds=seconds, peak=2**30, binds='memory',
-        mfu=lambda seconds: 0.5)
+        fits=other.train.accumulate >= fewest, seconds=seconds, peak=2**30,
+        binds='memory', mfu=lambda seconds: 0.5)
 
   monkeypatch.setattr(study, 'costs', costs)
   lines = study.search(config, range(8), '').splitlines()
   assert [line.split(' | ')[0] for line in lines[2:8]] == [
-      f'| {mesh}, 1, {remat}' for mesh in ('1 x 8 x 1', '4 x 2 x 1',
-                                           '8 x 1 x 1')
+      f'| {setting}, {remat}' for setting in ('1 x 8 x 1, 1', '4 x 2 x 1, 4',
+                                              '8 x 1 x 1, 1')
       for remat in ('full', 'products')]
-  assert lines[-1] == '2 more do not fit.'
+  # Four micro-batches of one mesh, two of another, for each policy.
+  assert lines[-1] == '12 more do not fit.'
