@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes this machine a Slurm cluster of one node, on Debian as root, to try
-# launch/slurm.sbatch (docs/slurm.md): docs/slurm_cluster.sh. Run it again to start
-# the cluster anew; what it writes is in /etc/slurm and below /var/lib/slurm.
+# launch/slurm.sbatch (docs/slurm.md). Run it again to start the cluster anew. What
+# it writes is in /etc/slurm and /var/lib/slurm.
 set -euo pipefail
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -yqq slurm-wlm munge >/dev/null

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs the trainer on TPU slices of a GKE cluster, as a JobSet (gke_jobset.yaml):
 #
-#   IMAGE=... launch/gke.sh --config=configs/stage1.py --workdir=gs://BUCKET/RUN
+#   IMAGE=… launch/gke.sh --config=configs/stage1.py --workdir=gs://BUCKET/RUN
 #   launch/gke.sh --logs
 #   launch/gke.sh --delete
 #
-# To go on with a run that has ended, --delete it and give the first command again.
-# With --dry-run before anything else commands are printed, not run. Settings, from
-# the environment:
+# To go on with a run that has ended, --delete it and give the first command
+# again. With --dry-run as the first argument commands are printed, not run.
+# Settings, from the environment:
 set -euo pipefail
 NAME=${NAME:-behaviorlm}
 ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}
@@ -30,7 +30,8 @@ fi
 case ${1:-} in
   --logs)
     ${dry_run:+echo} kubectl logs \
-      --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=100 --follow --max-log-requests=256
+      --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --prefix --tail=100 \
+      --follow --max-log-requests=256
     exit ;;
   --delete)
     ${dry_run:+echo} kubectl delete jobset "$NAME"
@@ -44,12 +45,12 @@ esac
   || fail "TOPOLOGY is '$TOPOLOGY' and CHIPS '$CHIPS'; give such as 4x4 and 4."
 total=$((${TOPOLOGY//x/*}))
 ((total % CHIPS == 0)) \
-  || fail "TOPOLOGY $TOPOLOGY has $total chips, not whole hosts of CHIPS=$CHIPS."
+  || fail "TOPOLOGY $TOPOLOGY has $total chips, no whole hosts of CHIPS=$CHIPS."
 # shellcheck disable=SC2034  # It is read by its name.
 HOSTS=$((total / CHIPS))
 if [[ -z $IMAGE ]]; then
   [[ $dry_run ]] \
-    || fail 'IMAGE is not set; build launch/Dockerfile, push it and give its name.'
+    || fail 'IMAGE is not set; build launch/Dockerfile, push it, give its name.'
   IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/behaviorlm:TAG
 fi
 

@@ -75,8 +75,8 @@ python3 -m uv pip install --quiet --editable ".[tpu,gcs]"' ;;
       # systemd puts variables in place of $NAME, and $ in place of $$.
       arguments+=" $(quote "${argument//\$/\$\$}")"
     done
-    # A service: it outlives the connection, and has SIGTERM and time to save when
-    # the machine is taken away.
+    # A service: it outlives the connection, and gets SIGTERM and time to save
+    # when the machine is taken away.
     # shellcheck disable=SC2029  # It is quoted for the host.
     ssh all "sudo systemctl stop behaviorlm 2>/dev/null
 sudo systemctl reset-failed behaviorlm 2>/dev/null
