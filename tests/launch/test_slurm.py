@@ -2,8 +2,7 @@
 
 import pytest
 
-# Runs two tasks, one after the other; as the real one it ends with their highest
-# code.
+# Two tasks, one after the other; it ends with their highest code, as Slurm's.
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
 highest=0
@@ -71,7 +70,8 @@ def test_requeues_have_an_end(submit, programs):
 
 
 def test_a_cancelled_job_stays_away(submit, programs):
-  programs('srun', 'kill -TERM $PPID; exit 75')  # scancel signals the script, too.
+  # scancel signals the script, too.
+  programs('srun', 'kill -TERM $PPID; exit 75')
   done = submit('75 75')
   assert done.returncode == 75
   assert 'the job was cancelled' in done.stderr
