@@ -21,8 +21,8 @@ def odd():
 def programs(tmp_path):
   """Adds a program to the PATH of launchers: name and body, in bash.
 
-  It first writes down its arguments; `programs.calls(name)`: those of every call
-  so far.
+  It first writes down its arguments; `programs.calls(name)`: those of all its
+  calls.
   """
   folder = tmp_path / 'bin'
   folder.mkdir()

@@ -12,7 +12,8 @@ EXPECTED = {
     'status': 'gcloud compute tpus queued-resources describe behaviorlm '
               "--zone=us-west4-a '--format=value(state.state)'\n"
               f"{COMMON}'--command=echo $(hostname) "
-              "$(systemctl show behaviorlm \\\n  --property=ActiveState,Result,ExecMainStatus)'\n",
+              '$(systemctl show behaviorlm \\\n'
+              "  --property=ActiveState,Result,ExecMainStatus)'\n",
     'stop': f"{COMMON}'--command=sudo systemctl stop behaviorlm'\n",
     'delete': 'gcloud compute tpus queued-resources delete behaviorlm '
               '--zone=us-west4-a --force\n'}
