@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Makes this machine a Slurm cluster of one node, on Debian as root, to try
-# launch/slurm.sbatch (docs/slurm.md). Run it again to start the cluster anew. What
-# it writes is in /etc/slurm and /var/lib/slurm.
+# Makes this machine a Slurm cluster to try launch/slurm.sbatch on (docs/slurm.md),
+# on Debian as root: two nodes, each a daemon with one core. Run it again to start
+# the cluster anew. It writes in /etc/slurm, /etc/hosts and /var/lib/slurm.
 set -euo pipefail
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -yqq slurm-wlm munge >/dev/null
 
-mkdir -p /var/lib/slurm/{state,spool} /run/munge
-chown munge:munge /run/munge
-# cred_expire: Slurm starts a requeued job only after so many seconds (120).
-# Processes are found by their parents and bound to no core: no cgroups needed.
+# cred_expire: seconds after which Slurm starts a requeued job (120 by default).
+# Processes are found by their parents and bound to no core: cgroups are not needed.
 cat >/etc/slurm/slurm.conf <<CONF
-ClusterName=one
+ClusterName=try
 SlurmctldHost=$(hostname)
 SlurmUser=root
 AuthType=auth/munge
@@ -20,26 +18,33 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 StateSaveLocation=/var/lib/slurm/state
-SlurmdSpoolDir=/var/lib/slurm/spool
+SlurmdSpoolDir=/var/lib/slurm/%n
+SlurmdPidFile=/run/slurmd.%n.pid
 SlurmctldLogFile=/var/lib/slurm/slurmctld.log
-SlurmdLogFile=/var/lib/slurm/slurmd.log
+SlurmdLogFile=/var/lib/slurm/%n.log
 JobCompType=jobcomp/filetxt
 JobCompLoc=/var/lib/slurm/jobs.txt
-NodeName=$(hostname) CPUs=$(nproc)
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
+NodeName=node[1-2] NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL PriorityTier=2
 CONF
+grep -q node1 /etc/hosts || echo '127.0.0.1 node1 node2' >>/etc/hosts
 
-for daemon in slurmd slurmctld munged; do
-  pid=$(cat "/run/$daemon.pid" "/run/munge/$daemon.pid" 2>/dev/null) || true
-  [[ -z $pid ]] || kill "$pid" 2>/dev/null || true
+for file in /run/slurmd.node[12].pid /run/slurmctld.pid /run/munge/munged.pid; do
+  [[ ! -e $file ]] || kill "$(<"$file")" || true
 done
 sleep 2
+mkdir -p /var/lib/slurm/{state,node1,node2} /run/munge
+chown munge: /run/munge
 runuser -u munge -- munged
 slurmctld
-slurmd
-until sinfo --noheader --states=idle | grep -q .; do
+slurmd -N node1
+slurmd -N node2
+until [[ $(sinfo --noheader --partition=low --format=%A) == 0/2 ]]; do
   sleep 1
 done
 sinfo --version
