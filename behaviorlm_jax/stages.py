@@ -85,8 +85,14 @@ class Run:
 
 
 def run(config, workdir):
-  """Runs the config's stages in `workdir` and writes the report."""
+  """Runs the config's stages in `workdir` and writes the report.
+
+  With data.shard it only prepares that part of the log.
+  """
   config_lib.check(config)
+  if config.data.shard:
+    workdir_lib.prepare_shard(config, workdir_lib.make(workdir))
+    return
   with preemption.at_once():
     hosts.meet(config.distributed)
   hosts.start(config.distributed)

@@ -62,6 +62,7 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
   ends = splits.cuts(data.split)
   facts = [json.loads((source / 'shard.json').read_text('utf-8'))
            for source in sources]
+  _check_rows(facts, sources, path)
   with shards.new_folder(folder) as (half, con):
     parts = _open(con, sources)
     if facts[0]['grouped']:
@@ -94,6 +95,17 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
   for warning in summary['warnings']:
     logging.warning('%s', warning)
   return summary
+
+
+def _check_rows(facts, sources, path):
+  """Refuses shards that are not those of one log, each once."""
+  sound = sum(fact['sound'] for fact in facts)
+  whole = facts[0]['rows'] - facts[0]['rejected']
+  if sound != whole:
+    raise InputError(
+        f'the {len(sources)} shards in {sources[0].parent} hold {sound} of the '
+        f'{whole} sound rows of {path}: they do not belong together; delete '
+        'them and prepare all with one version of this program and of duckdb')
 
 
 def _open(con, sources) -> list[_Shard]:

@@ -18,7 +18,8 @@ disk, so a log larger than memory goes the same way as a small one, without a
 server.
 
 Invariants of the folder: events are sorted by user (names in code point order),
-then local time, then line of the file; the folder exists only when it is complete.
+then local time, then line of the file; the folder exists only when it is
+complete.
 
     user, time, behavior, place .npy   of columns.DTYPES; numbers are those of
                                        the next three files
@@ -47,19 +48,6 @@ _FETCHED = 8192  # rejected rows at a time
 _BATCH = 1 << 20  # events at a time
 COLUMNS = ('user', 'time', 'behavior', 'place')
 _TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
-
-
-def parse(text: str) -> tuple[int, int]:
-  """(index, count) of data.shard, such as '3/16'; '' is all: (0, 1)."""
-  if not text:
-    return 0, 1
-  index, _, count = text.partition('/')
-  if not (index.isdecimal() and count.isdecimal()
-          and int(index) < int(count)):
-    raise InputError(
-        f"data.shard is {text!r}; give i/n, the i-th of n parts of the users, "
-        "counted from 0: '0/16' to '15/16'.")
-  return int(index), int(count)
 
 
 @contextlib.contextmanager
@@ -165,7 +153,7 @@ def _check_groups(con, path):
 
 
 def _write_events(con, folder, collapse: bool) -> dict[str, int]:
-  """Writes the columns and users.arrow; returns what was dropped."""
+  """Writes the columns and users.arrow; returns counts of rows."""
   # DuckDB streams only where nothing is left to fetch.
   (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
                                  '(SELECT count(*) FROM parsed)').fetchall()
@@ -200,4 +188,5 @@ def _write_events(con, folder, collapse: bool) -> dict[str, int]:
       SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
       LEFT JOIN (SELECT who, any_value(team) AS team FROM parsed GROUP BY who)
         ON who = name ORDER BY id"""))
-  return {'duplicates': parsed - single, 'repeats': single - int(sizes.sum())}
+  return {'sound': parsed, 'duplicates': parsed - single,
+          'repeats': single - int(sizes.sum())}

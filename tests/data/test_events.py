@@ -274,5 +274,5 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, history, prepare):
 
 def test_a_folder_of_an_older_version_is_refused(tmp_path):
   (tmp_path / 'part-00000.arrow').write_text('')
-  with pytest.raises(InputError, match='older version.*another --workdir'):
+  with pytest.raises(InputError, match=r'older version.*another --workdir'):
     events.open_events(tmp_path)
