@@ -421,7 +421,7 @@ def segments(this, stage, split, rng, adapter=None, folder=None):
     rates = dict.fromkeys(samples, 1)
     stream = plan_lib.spread(windows, samples, rates, rng, neighbours(this))
   else:
-    samples = samples_lib.eligible(this.events, split, config,
+    samples = samples_lib.of_split(this.events, split, config,
                                    _only_anchors(this, stage))
     stream = plan_lib.tile(windows, samples, rng)
   if split == 'train':
