@@ -35,7 +35,7 @@ _AS_IS = {'compression_type': CompressionTypes.UNCOMPRESSED}
 
 
 def prepare(index, count, log, workdir, flags):
-  """Prepares one shard and copies it to the work directory; returns its name."""
+  """Prepares one shard, copies it to the work directory, returns its name."""
   name = f'{index}-of-{count}'
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
