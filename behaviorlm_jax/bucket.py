@@ -8,12 +8,14 @@ go straight to the bucket (`place`), as Orbax lets every host write its part.
 
 contents.txt in the bucket lists what the work directory holds and is written
 last: what a run was pushing when it was killed is not there yet. An object may
-be newer than the list (metrics.jsonl grows), none is older. Copies are compared
-by MD5, so what a host has already is not fetched again.
+be newer than the list (metrics.jsonl grows), none is older. Tasks that prepare
+shards of a log at the same time have a list each. Copies are compared by MD5,
+so what a host has already is not fetched again.
 """
 
 import base64
 import contextlib
+import fnmatch
 import hashlib
 import logging
 import os
@@ -25,7 +27,7 @@ from etils import epath
 from behaviorlm_jax.errors import InputError
 
 PREFIX = 'gs://'
-_CONTENTS = 'contents.txt'
+_CONTENTS = 'contents{}.txt'
 _mirror = None  # The one that this process works in.
 
 
@@ -33,20 +35,22 @@ def is_address(place):
   return str(place).startswith(PREFIX)
 
 
-def open_workdir(address, cache, process):
+def open_workdir(address, cache, process, part=''):
   """The local folder of a work directory in a bucket, as the bucket has it.
 
   Args:
     address: gs://BUCKET/NAME.
     cache: folder for local copies.
     process: of this host; several on one machine have a copy each.
+    part: a name, of what is done beside others; it has only its own files.
 
   Raises:
     InputError: the bucket cannot be read, or the package for it is missing.
   """
   global _mirror
   bucket = Bucket(address, '--workdir')
-  mirror = Mirror(bucket, _copies(cache, bucket.address, process))
+  mirror = Mirror(bucket, _copies(cache, bucket.address, part or process),
+                  part and f'-{part}')
   mirror.pull()
   absl_logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
   _mirror = mirror
@@ -209,8 +213,9 @@ class Bucket:
 class Mirror:
   """A local folder that is kept as a bucket has it, or the other way round."""
 
-  def __init__(self, bucket, folder):
+  def __init__(self, bucket, folder, part=''):
     self.bucket, self.folder = bucket, folder
+    self._own = _CONTENTS.format(part)
     self._same = {}  # {name: (what the disk says, MD5)} of what both have.
 
   def _files(self):
@@ -225,7 +230,13 @@ class Mirror:
 
   def pull(self):
     """Makes the local folder hold what the bucket does, and nothing else."""
-    listed = (self.bucket.read(_CONTENTS) or '').splitlines()
+    # Listed after the lists are read, so that it has what they name.
+    lists = {self._own}
+    if self._own == _CONTENTS.format(''):
+      lists |= {name for name in self.bucket.objects()
+                if fnmatch.fnmatch(name, _CONTENTS.format('*'))}
+    listed = [name for one in lists
+              for name in (self.bucket.read(one) or '').splitlines()]
     objects = self.bucket.objects()
     # A user may have deleted some.
     digests = {name: objects[name] for name in listed if name in objects}
@@ -252,7 +263,7 @@ class Mirror:
     if not changed and not gone:
       return
     self.bucket.put({self.folder / name: name for name in changed})
-    self.bucket.write(_CONTENTS, ''.join(f'{name}\n' for name in sorted(files)))
+    self.bucket.write(self._own, ''.join(f'{name}\n' for name in sorted(files)))
     if gone:
       self.bucket.remove(gone)
     self._same = {name: (stat, changed.get(name) or self._same[name][1])

@@ -157,6 +157,9 @@ def _data():
                        place='', group=''),  # '': the log has none.
       collapse_repeats=True,  # Drop immediate repeats of the same behavior.
       max_rejected=0.01,  # Share of malformed rows that stops the run.
+      # '3/16': only prepares part 3 (of 0 to 15) of the users, and ends; the
+      # run without it joins all parts. '': one machine prepares all.
+      shard='',
       split=(0.8, 0.1, 0.1),  # Train, validation, test.
       anchor_share=0.01,  # Anchors: above this share of training events.
       history=24,  # Events before the one asked for, at most.
@@ -361,6 +364,24 @@ def _get(config, name):
   return config
 
 
+def shard(config):
+  """(index, count) of data.shard, or None."""
+  text = config.data.shard
+  if not text:
+    return None
+  match = re.fullmatch(r'(\d{1,6})/(\d{1,6})', text)
+  if not match or int(match[1]) >= int(match[2]):
+    raise InputError(
+        f'data.shard is {text!r}; give i/n for part i of n parts of the users, '
+        "counted from 0: '0/16' to '15/16' of 16.")
+  if config.distributed.coordinator:
+    raise InputError(
+        f'data.shard is {text!r} and distributed.coordinator is '
+        f'{config.distributed.coordinator!r}, but every shard is prepared by a '
+        'process of its own; leave one of them out.')
+  return int(match[1]), int(match[2])
+
+
 def check(config):
   """Raises InputError for the first field that cannot work."""
   for name, choices in _CHOICES.items():
@@ -378,6 +399,7 @@ def check(config):
       raise InputError(f'{name} is {value}; it must be at least {least}.')
   _check_shares(config)
   _check_sums(config)
+  shard(config)
 
 
 def _check_shares(config):

@@ -86,8 +86,14 @@ class Run:
 
 
 def run(config, workdir):
-  """Runs the config's stages in `workdir` and writes the report."""
+  """Runs the config's stages in `workdir` and writes the report.
+
+  With data.shard it only prepares that part of the log.
+  """
   config_lib.check(config)
+  if config.data.shard:
+    workdir_lib.prepare_shard(config, workdir)
+    return
   with preemption.at_once():
     hosts.meet(config.distributed)
   hosts.start(config.distributed)
@@ -416,7 +422,7 @@ def segments(this, stage, split, rng, adapter=None, folder=None):
     rates = dict.fromkeys(samples, 1)
     stream = plan_lib.spread(windows, samples, rates, rng, neighbours(this))
   else:
-    samples = samples_lib.eligible(this.events, split, config,
+    samples = samples_lib.of_split(this.events, split, config,
                                    _only_anchors(this, stage))
     stream = plan_lib.tile(windows, samples, rng)
   if split == 'train':

@@ -10,19 +10,24 @@ import datetime
 import hashlib
 import json
 import pathlib
+import re
 
 import jax
 from absl import logging
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import bucket
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import files
 from behaviorlm_jax import hosts
 from behaviorlm_jax import hub
 from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import join
+from behaviorlm_jax.data import shards as shards_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import processor
 
+_SHARDS = 'events.shards'  # Beside events, until they are joined.
 FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
 # What every stage of one work directory must share. model.remat and
 # model.attention may differ: they change speed and memory alone.
@@ -55,7 +60,7 @@ _OTHER = {'events': 'other events', 'base': 'another base model'}
 def as_dict(config):
   """The config as plain JSON values, without what a call may vary."""
   values = json.loads(config.to_json_best_effort())
-  del values['stages']
+  del values['stages'], values['data']['shard']
   return values
 
 
@@ -90,14 +95,15 @@ def _differences(mine, theirs, name):
   return found
 
 
-def make(workdir):
+def make(workdir, part=''):
   """Makes the work directory, before anything is fetched; its Path.
 
-  Of one in a bucket, the Path of this host's copy.
+  Of one in a bucket, the Path of this host's copy, or of that of a `part` that
+  is made beside others.
   """
   if bucket.is_address(workdir):
     process = jax.process_index() if hosts.several() else 0
-    return bucket.open_workdir(workdir, addresses.cache_dir(), process)
+    return bucket.open_workdir(workdir, addresses.cache_dir(), process, part)
   workdir = pathlib.Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -277,17 +283,85 @@ def open_events(config, workdir):
 
 
 def _prepare_events(config, folder):
-  if not config.data.events:
-    raise InputError('data.events is empty; give --config.data.events=LOG.')
-  path = addresses.resolve(config.data.events, 'data.events')
+  path = _log(config)
+  origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
   if not folder.exists():
-    origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
-    events_lib.prepare(config.data, path, folder, config.seed, origin)
+    shards = folder.with_name(_SHARDS)
+    if shards.exists():
+      sources = _complete(shards, origin)
+      join.join(config.data, path, sources, folder, config.seed, origin)
+      logging.info('%s: %d shards joined in %s; they are not needed any more.',
+                   shards, len(sources), folder)
+    else:
+      events_lib.prepare(config.data, path, folder, config.seed, origin)
     return
-  origin = _read(folder)
-  if origin is None:
+  theirs = _read(folder)
+  if theirs is None:
     raise InputError(f'{folder} exists but was not made by this program; use '
                      'another --workdir.')
-  if origin['log_sha256'] != addresses.sha256(path):
+  if theirs['log_sha256'] != origin['log_sha256']:
     raise InputError(f'{folder} was made from another content of {path}; use '
                      'another --workdir.')
+
+
+def prepare_shard(config, workdir):
+  """Prepares data.shard's part of the users, for `open_events` to join."""
+  index, count = config_lib.shard(config)
+  name = f'{index}-of-{count}'
+  workdir = make(workdir, name)
+  config = pin(config, workdir)
+  folder = workdir / _SHARDS / name
+  path = _log(config)
+  origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
+  if folder.exists():
+    _check_shard(folder, origin)
+  else:
+    shards_lib.write(config.data, path, folder, (index, count), origin)
+    bucket.push()
+  logging.info('%s is prepared; once all %d are, run the same command without '
+               'data.shard.', folder, count)
+
+
+def _log(config):
+  """Path of the log."""
+  if not config.data.events:
+    raise InputError('data.events is empty; give --config.data.events=LOG.')
+  return addresses.resolve(config.data.events, 'data.events')
+
+
+def _complete(root, origin):
+  """The folders of all shards in `root`; refuses missing and foreign ones."""
+  matches = [re.fullmatch(r'(\d+)-of-(\d+)', p.name) for p in root.iterdir()]
+  found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
+  counts = sorted({count for count, _ in found})
+  if len(counts) != 1:
+    what = ('shards of ' + ' and of '.join(map(str, counts)) + ' parts'
+            if counts else 'no shard')
+    raise InputError(
+        f'{root} holds {what}, but all parts of one number are needed; delete '
+        'what does not belong to it, or the folder to prepare the log here.')
+  count, = counts
+  missing = [i for i in range(count) if (count, i) not in found]
+  if missing:
+    listed = ', '.join(map(str, missing[:20]))
+    raise InputError(
+        f'{root} holds {count - len(missing)} of {count} shards and lacks '
+        f'{listed}{", ..." * (len(missing) > 20)}; run this command with '
+        f'--config.data.shard={missing[0]}/{count} for each, or delete the '
+        'folder to prepare the log here.')
+  for folder in found.values():
+    _check_shard(folder, origin)
+  return [found[count, i] for i in range(count)]
+
+
+def _check_shard(folder, origin):
+  """Refuses a shard of another log or config; the log may have moved."""
+  theirs = _read(folder) or {}
+  names = ('log_sha256', *_DECIDES['events'])
+  found = [difference for name in names if name != 'data.events'
+           for difference in _differences(_get(origin, name),
+                                          _get(theirs, name), name)]
+  if found:
+    raise InputError(
+        f'{folder} was made of another log or config: {", ".join(found)}; '
+        'delete it and prepare it again, or use the old ones.')

@@ -183,11 +183,11 @@ def show_machine():
   """One line: processor, threads, date and versions."""
   versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in
                        ('jax', 'torch', 'transformers', 'peft'))
-  print(f'{_processor()}, {THREADS} threads, {datetime.date.today()}, Python '
+  print(f'{processor()}, {THREADS} threads, {datetime.date.today()}, Python '
         f'{platform.python_version()}, {versions}', flush=True)
 
 
-def _processor():
+def processor():
   path = pathlib.Path('/proc/cpuinfo')
   lines = path.read_text().splitlines() if path.exists() else []
   names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]

@@ -11,6 +11,7 @@ from behaviorlm_jax import addresses
 from behaviorlm_jax import bucket
 from behaviorlm_jax import stages
 from behaviorlm_jax import sweep
+from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.errors import InputError
 
 STAGES = ('a_tuning', 'b_tuning')
@@ -174,6 +175,22 @@ def test_a_bucket_that_refuses_ends_the_run_before_it_begins(make_run_config):
 def test_a_sweep_wants_a_local_folder():
   with pytest.raises(InputError, match='gs://logs/s lies in a bucket'):
     sweep.run_all(None, 'gs://logs/s')
+
+
+def test_shards_that_are_prepared_at_once_all_count(
+    make_run_config, address, held, monkeypatch):
+  for index in ('0', '1'):
+    monkeypatch.setattr(bucket, '_mirror', None)
+    stages.run(make_run_config({'data.shard': f'{index}/2'}), address)
+  assert {path.name for path in (held() / 'events.shards').iterdir()} == {
+      '0-of-2', '1-of-2'}
+  monkeypatch.setattr(bucket, '_mirror', None)
+  config = make_run_config()
+  workdir = workdir_lib.make(address)
+  joined = workdir_lib.open_events(config, workdir)
+  whole = workdir_lib.open_events(config, workdir.parent / 'whole')
+  assert joined.fingerprint == whole.fingerprint
+  assert (held() / 'events/summary.json').exists()
 
 
 @pytest.fixture

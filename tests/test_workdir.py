@@ -78,3 +78,82 @@ def test_scores_follow_the_model_unless_told_otherwise(
   assert (config.model.dtype, config.score.dtype) == ('float32', 'float32')
   config = workdir_lib.pin(make_config(**{'score.dtype': 'float32'}), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('bfloat16', 'float32')
+
+
+# Shards of a log.
+
+
+@pytest.fixture
+def log(tmp_path):
+  path = tmp_path / 'log.csv'
+  path.write_text('user,time,behavior\n' + ''.join(
+      f'u{i % 7},2024-01-01 {i // 60:02d}:{i % 60:02d},{"abcd"[i // 7 % 4]}\n'
+      for i in range(280)))
+  return path
+
+
+@pytest.fixture
+def shards(tmp_path, make_config, machine, log):
+  """Prepares some of three parts and returns the work directory."""
+  machine('float32')
+
+  def prepare(*parts, **fields):
+    workdir = workdir_lib.make(tmp_path / 'work')
+    for part in parts:
+      config = make_config(
+          **{'data.events': str(log), 'data.shard': part} | fields)
+      config_lib.check(config)
+      workdir_lib.prepare_shard(config, workdir)
+    return workdir
+
+  return prepare
+
+
+def test_shards_are_joined_to_what_one_machine_prepares(
+    tmp_path, make_config, shards, log):
+  config = make_config(**{'data.events': str(log)})
+  workdir = shards('2/3', '0/3', '1/3', '1/3')  # Again: nothing to do.
+  moved = log.rename(tmp_path / 'moved.csv')
+  config.data.events = str(moved)
+  joined = workdir_lib.open_events(config, workdir)
+  whole = workdir_lib.open_events(config, workdir_lib.make(tmp_path / 'whole'))
+  assert joined.fingerprint == whole.fingerprint
+  workdir_lib.open_events(config, workdir)  # And opened again.
+
+
+@pytest.mark.parametrize('parts, sentence', [
+    (['0/3', '2/3'], r'holds 2 of 3 shards and lacks 1; .*shard=1/3'),
+    (['0/3', '1/3', '2/3', '0/2'], 'shards of 2 and of 3 parts')])
+def test_shards_that_are_not_all_there_are_refused(
+    make_config, shards, log, parts, sentence):
+  workdir = shards(*parts)
+  with pytest.raises(InputError, match=sentence):
+    workdir_lib.open_events(make_config(**{'data.events': str(log)}), workdir)
+  assert not (workdir / 'events').exists()
+
+
+@pytest.mark.parametrize('fields, sentence', [
+    ({}, r'0-of-1 was made of another log or config: log_sha256 '),
+    ({'data.split': (.6, .2, .2)}, r'data\.split \(\[0\.6, 0\.2, 0\.2\], now')])
+def test_a_shard_of_another_log_or_config_is_refused(
+    make_config, shards, log, fields, sentence):
+  workdir = shards('0/1', **fields)
+  if not fields:
+    log.write_text(log.read_text() + 'u1,2024-02-01 10:00,a\n')
+  config = make_config(**{'data.events': str(log)})
+  with pytest.raises(InputError, match=sentence):
+    workdir_lib.open_events(config, workdir)
+  with pytest.raises(InputError, match=sentence):
+    shards('0/1')
+
+
+@pytest.mark.parametrize('text', ['3', '3/3', '-1/3', 'a/3', '0/0', '1/2/3'])
+def test_a_shard_that_is_none_is_refused(make_config, text):
+  with pytest.raises(InputError, match=r"data\.shard is '.*'; give i/n"):
+    config_lib.check(make_config(**{'data.shard': text}))
+
+
+def test_a_shard_has_one_process(make_config):
+  with pytest.raises(InputError, match=r'data\.shard.*distributed\.coord'):
+    config_lib.check(make_config(**{
+        'data.shard': '0/2', 'distributed.coordinator': 'auto'}))

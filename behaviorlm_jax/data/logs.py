@@ -45,7 +45,9 @@ _MACROS = fr"""
       place VARCHAR, team VARCHAR, reason VARCHAR, text VARCHAR);
     CREATE VIEW parsed AS FROM rows WHERE reason IS NULL;
 """
-# $grouped: whether a row without a group is malformed.
+# $grouped: whether a row without a group is malformed; $index and $count: the
+# shard. Which users are in it must never change, so it is MD5, not DuckDB's own
+# hash.
 _ABSORB = """
     INSERT INTO rows
     SELECT line, who, instant, what, place, team,
@@ -61,15 +63,21 @@ _ABSORB = """
                  coalesce(clean(behavior), '') AS what,
                  nullif(clean(place), '') AS place,
                  nullif(clean("group"), '') AS team, reason, text
-          FROM {source})"""
+          FROM {source})
+    WHERE why IS NOT NULL OR $count = 1
+          OR md5_number_lower(who) % $count = $index"""
 
 
-def read(con, data, path) -> bool:
-  """Fills the table `rows`; says whether the log is split by groups."""
+def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
+  """Fills the table `rows`, with the malformed ones and those of a shard.
+
+  Returns whether the log is split by groups, and how many rows it has in all.
+  """
   con.execute(_MACROS)
   columns = [data.columns.get(field) or (field if i < _REQUIRED else None)
              for i, field in enumerate(FIELDS)]
-  parameters = {'grouped': columns[-1] is not None}
+  grouped = columns[-1] is not None
+  parameters = {'grouped': grouped, 'index': shard[0], 'count': shard[1]}
   name = path.name.lower()
   if name.endswith('.parquet'):
     source = _parquet(path, columns)
@@ -79,15 +87,16 @@ def read(con, data, path) -> bool:
       reason = ' '.join(str(error).split())
       raise InputError(f'{path} cannot be read to its end: {reason}'
                        ) from error
-    return parameters['grouped']
+    return grouped, pq.read_metadata(path).num_rows
   suffix = pathlib.Path(name.removesuffix('.gz')).suffix
-  chunks = _batches(path, columns, suffix)
+  chunks, size = _batches(path, columns, suffix), 0
   con.execute('BEGIN')
   while batches := list(itertools.islice(chunks, _CHUNKS)):
     con.register('chunk', pa.Table.from_batches(batches))
     con.execute(_ABSORB.format(source='chunk'), parameters)
+    size += sum(map(len, batches))
   con.execute('COMMIT')
-  return parameters['grouped']
+  return grouped, size
 
 
 def _parquet(path, columns) -> str:

@@ -64,12 +64,16 @@ class Plan:
 def check_lengths(prompts, config):
   """Refuses a train.length that cannot hold every sample with its context."""
   events, context = prompts.events, config.plan.min_context
-  samples = np.concatenate([samples_lib.eligible(events, split, config)
-                            for split in ('train', 'validation')])
-  if not len(samples):
+  worst, longest = None, 0
+  for split in ('train', 'validation'):
+    for samples in samples_lib.of_split(events, split, config):
+      base = samples[0] - context
+      ends = prompts.line_ends(base, samples[-1] + 1)
+      lines = ends[samples + 1 - base] - ends[samples - context - base]
+      if lines.max() > longest:
+        worst, longest = samples[np.argmax(lines)], lines.max()
+  if worst is None:
     return
-  lines = prompts.line_ends[samples + 1] - prompts.line_ends[samples - context]
-  worst = samples[np.argmax(lines)]
   needed = prompts.window_length(worst - context, worst + 1)
   if needed > config.train.length:
     name = events.behaviors[events.behavior[worst]].name
@@ -94,9 +98,8 @@ class Windows:
     self.plan = config.plan
     self.length = config.train.length
     self.history = config.data.history
-    self.learnable = np.zeros(len(self.events.behavior), bool)
-    for split in events_lib.SPLITS:
-      self.learnable[samples_lib.eligible(self.events, split, config)] = True
+    self.rules = [samples_lib.rule(split, config)
+                  for split in events_lib.SPLITS]
 
   def make(self, start, targets, weights):
     """A segment of events from `start` to the last target.
@@ -105,8 +108,11 @@ class Windows:
     targets from the end; what is cut is left for the caller to see in
     `targets`.
     """
-    length = self.prompts.window_length
     targets, weights = list(targets), list(weights)
+    begin, header = start, self.prompts.header
+    ends = self.prompts.line_ends(start, targets[-1] + 1)
+    length = lambda start, stop: int(
+        ends[stop - begin] - ends[start - begin]) + len(header(start))
     latest = targets[0] - self.plan.min_context
     while length(start, targets[-1] + 1) > self.length:
       if start < latest:
@@ -126,26 +132,61 @@ class Windows:
                    tuple(np.asarray(weights, np.float32).tolist()),
                    length(start, stop), int(answers))
 
-  def user_tiles(self, positions, rng):
-    """Windows that hold each of one user's `positions` exactly once."""
-    per_row = self.plan.targets_per_row
-    context = max(self.plan.min_context, self.plan.window - per_row)
-    context = min(context, self.history)
-    tiles, i = [], 0
-    limit = per_row
+  def tiles(self, positions, rng):
+    """Cuts users' samples into windows that hold each exactly once.
+
+    Args:
+      positions: int64, sorted, those of a user together.
+      rng: numpy Generator.
+
+    Returns:
+      Of each window the first target's position, and how many samples from
+      there on are asked for (`make` leaves out what does not fit, and the next
+      window begins with it): int64 and int32, in the order of the positions.
+    """
+    size, per_row = len(positions), self.plan.targets_per_row
+    cuts = np.flatnonzero(np.diff(self.events.user[positions])) + 1
+    i, end = np.append(0, cuts), np.append(cuts, size)
+    limit = np.full(len(i), per_row)
     # A random first cut gives a target another context in every epoch; those
     # that fit one window see their whole past instead.
-    if len(positions) > per_row:
-      limit = int(rng.integers(1, per_row + 1))
-    while i < len(positions):
-      start = max(self.events.first[positions[i]], positions[i] - context)
-      inside = np.searchsorted(positions, start + self.plan.window)
-      stop = max(i + 1, min(i + limit, inside))
-      tile = self.make(start, positions[i:stop], [1.0] * (stop - i))
-      tiles.append(tile)
-      i += len(tile.targets)
-      limit = per_row
-    return tiles
+    many = end - i > per_row
+    limit[many] = rng.integers(1, per_row + 1, many.sum())
+    base = positions[0] - self.plan.min_context
+    ends = self.prompts.line_ends(base, positions[-1] + 1)
+    after = ends[positions + 1 - base]
+    begins, sizes = [], []
+    while len(i):  # The next window of every user that has samples left.
+      start = self.first_event(positions[i])
+      stop = np.minimum(i + limit, np.searchsorted(
+          positions, start + self.plan.window))
+      stop = np.maximum(i + 1, np.minimum(stop, end))
+      begins.append(i)
+      sizes.append(stop - i)
+      # With the least context it can have, a window may still be too long.
+      latest = positions[i] - self.plan.min_context
+      room = self.length - self._headers(latest) + ends[latest - base]
+      fitting = np.searchsorted(after, room, 'right')
+      stop = np.maximum(i + 1, np.minimum(stop, fitting))
+      left = stop < end
+      i, end = stop[left], end[left]
+      limit = np.full(len(i), per_row)
+    begins, sizes = np.concatenate(begins), np.concatenate(sizes)
+    order = np.argsort(begins)
+    return positions[begins[order]], sizes[order].astype(np.int32)
+
+  def first_event(self, target):
+    """Where the windows of `tiles` that begin with these targets start."""
+    context = max(self.plan.min_context,
+                  self.plan.window - self.plan.targets_per_row)
+    return np.maximum(self.events.first[target],
+                      target - min(context, self.history))
+
+  def _headers(self, starts):
+    """Tokens of the headers of windows that start at these events."""
+    if not self.prompts.data.profile:
+      return len(self.prompts.header(0))
+    return np.array([len(self.prompts.header(start)) for start in starts])
 
   def draw(self, position, weight_of=None):
     """A window that ends with a drawn sample; `weight_of` adds neighbours."""
@@ -154,8 +195,7 @@ class Windows:
     targets, weights = [position], [1.0]
     if weight_of is not None:
       near = np.arange(start + self.plan.min_context, position)
-      near = near[self.events.split[near] == self.events.split[position]]
-      near = near[self.learnable[near]]
+      near = self.rules[self.events.split[position]].among(self.events, near)
       targets = [*near, position]
       weights = [*weight_of[self.events.behavior[near]], 1.0]
       if self.prompts.window_length(start, position + 1) > self.length:
@@ -163,15 +203,26 @@ class Windows:
     return self.make(start, targets, weights)
 
 
-def tile(windows, positions, rng):
-  """Endless windows over `positions`; every epoch is a new tiling, shuffled."""
-  samples_lib.require(positions, 'stage a or one')
-  users = np.split(positions, 1 + np.flatnonzero(
-      np.diff(windows.events.user[positions])))
+def tile(windows, samples, rng):
+  """Endless windows over `samples`; every epoch is a new tiling, shuffled.
+
+  Of an epoch only where its windows begin is kept: a plan takes some of them.
+
+  Args:
+    windows: maker of segments.
+    samples: samples.Samples, or positions.
+    rng: numpy Generator.
+  """
+  if isinstance(samples, np.ndarray):
+    samples = samples_lib.Listed(samples)
   while True:
-    epoch = [w for user in users for w in windows.user_tiles(user, rng)]
-    for i in rng.permutation(len(epoch)):
-      yield epoch[i]
+    tiles = [windows.tiles(positions, rng) for positions in samples]
+    samples_lib.require(tiles, 'stage a or one')
+    first, size = map(np.concatenate, zip(*tiles, strict=True))
+    for i in rng.permutation(len(first)):
+      targets = samples.run(int(first[i]), size[i], windows.plan.window)
+      yield windows.make(int(windows.first_event(targets[0])), targets,
+                         [1.0] * len(targets))
 
 
 def spread(windows, samples, rates, rng, weight_of=None):

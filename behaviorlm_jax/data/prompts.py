@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax.data import chat
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 
 WEEKDAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
@@ -135,10 +136,17 @@ class Prompts:
     if train_length > most:
       raise InputError(f'train.length is {train_length}, but the model of '
                        f'model.address has {most} positions; lower it.')
-    positions = np.arange(len(self.events.behavior))
-    starts = np.maximum(self.events.first, positions - self.data.history)
-    worst = np.argmax(self.line_ends[1:] - self.line_ends[starts])
-    longest = self.window_length(starts[worst], worst + 1)
+    longest, window = 0, (0, 0)
+    for span in samples_lib.spans(self.events):
+      ends = self.line_ends(span.start, span.stop)
+      positions = np.arange(span.start, span.stop)
+      starts = np.maximum(self.events.first[span],
+                          positions - self.data.history)
+      lines = ends[1:] - ends[starts - span.start]
+      worst = int(np.argmax(lines))
+      if lines[worst] > longest:
+        longest, window = lines[worst], (starts[worst], positions[worst] + 1)
+    longest = self.window_length(*window)
     if longest > most:
       raise InputError(
           f'data.history is {self.data.history}, with which a question has '
@@ -174,16 +182,23 @@ class Prompts:
       pieces += [*cut, name]
     return np.concatenate(pieces), np.asarray(spans)
 
-  @functools.cached_property
-  def line_ends(self):
-    """int64 [n + 1]: tokens of all lines before each event, for lengths."""
-    codes, inverse = np.unique(self._time_code(slice(None)),
-                               return_inverse=True)
-    lengths = np.array([len(self._time(int(c))) for c in codes])[inverse]
-    lengths += self.answer_lengths[self.events.behavior]
-    places, inverse = np.unique(self.events.place, return_inverse=True)
-    lengths += np.array([len(self._place(int(p))) for p in places])[inverse]
+  def line_ends(self, start, stop):
+    """int64 [stop - start + 1]: tokens from `start` on before each event."""
+    span = slice(start, stop)
+    codes, places = self._time_code(span), self.events.place[span]
+    lengths = (self.answer_lengths[self.events.behavior[span]]
+               + _known(self._time_lengths, codes, self._time)
+               + _known(self._place_lengths, places, self._place))
     return np.concatenate([[0], np.cumsum(lengths)])
+
+  @functools.cached_property
+  def _time_lengths(self):
+    return np.full(7 * DAY // 60, -1)
+
+  @functools.cached_property
+  def _place_lengths(self):
+    # No place, -1, is the last one.
+    return np.append(np.full(len(self.events.places), -1), 0)
 
   @functools.cached_property
   def answer_lengths(self):
@@ -192,5 +207,14 @@ class Prompts:
 
   def window_length(self, start, stop):
     """Number of tokens of `window(start, stop)`."""
-    lines = self.line_ends[stop] - self.line_ends[start]
-    return int(lines) + len(self.header(start))
+    return int(self.line_ends(start, stop)[-1]) + len(self.header(start))
+
+
+def _known(lengths, ids, tokens):
+  """Lengths of ids; those that are -1 so far are first found by `tokens`."""
+  found = lengths[ids]
+  if found.min(initial=0) < 0:
+    for i in np.unique(ids[found < 0]):
+      lengths[i] = len(tokens(int(i)))
+    found = lengths[ids]
+  return found

@@ -1,8 +1,12 @@
 """Samples: positions in the event table that may be asked for, or learned.
 
 A sample is an event with enough past of the same user and a behavior that the
-training split knows. Nothing is copied; everything later holds positions.
+training split knows. Nothing is copied; everything later holds positions. A log
+is passed over in blocks, so memory does not grow with it (but for `eligible`).
 """
+
+import dataclasses
+import functools
 
 import numpy as np
 
@@ -13,6 +17,7 @@ from behaviorlm_jax.errors import InputError
 # Training events from which on plan.shots limits a tail behavior: below it,
 # learning from 50 samples could not be compared with learning from fewer.
 FEW_SHOT_FROM = 50
+_BLOCK = 1 << 20  # Events at a time.
 
 
 class NoSamples(InputError):
@@ -26,33 +31,180 @@ def require(samples, stage):
                     'give users more events or lower plan.min_context.')
 
 
-def eligible(events, split, config, anchors_only=False):
-  """Positions int64, sorted, of the samples of a split.
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What makes an event a sample, of one split."""
+  split: str
+  min_context: int
+  anchors_only: bool = False
+  # plan.shots leaves that many samples of each tail behavior with FEW_SHOT_FROM
+  # training events or more in the training split, the same ones for a seed:
+  # more shots add to them. The others may stand in a context, and are never
+  # learned.
+  shots: int | None = None
+  seed: int = 0
 
-  plan.shots leaves that many samples of each tail behavior with FEW_SHOT_FROM
-  training events or more in the training split, the same ones for a seed: more
-  shots add to them. The others may stand in a context, and are never learned.
+  def among(self, events, where):
+    """Positions int64 of the samples among `where`, a slice or positions."""
+    positions = where
+    if isinstance(where, slice):
+      positions = np.arange(where.start, where.stop)
+    behavior = events.behavior[where]
+    kept = events.split[where] == events_lib.SPLITS.index(self.split)
+    kept &= behavior < events.known
+    kept &= positions - events.first[where] >= self.min_context
+    positions, behavior = positions[kept], behavior[kept]
+    if self.anchors_only:
+      return positions[anchor_mask(events)[behavior]]
+    if self.shots is not None:
+      left = ~few_shot_mask(events)[behavior]
+      return positions[left | np.isin(positions, _shots(
+          events, self, FEW_SHOT_FROM))]
+    return positions
+
+
+def rule(split, config, anchors_only=False):
+  shots = config.plan.shots
+  if split != 'train' or anchors_only or shots is None:
+    return Rule(split, config.plan.min_context, anchors_only)
+  return Rule(split, config.plan.min_context, False, shots, config.seed)
+
+
+class Samples:
+  """The samples of a split, found anew in every pass over the events.
+
+  A log may have more of them than fit in memory. So they are drawn as ranks
+  (the how-manieth sample, of all or of its behavior), and a pass finds those.
   """
-  mask = events.split == events_lib.SPLITS.index(split)
-  mask = mask & (events.behavior < events.known)
-  positions = np.flatnonzero(mask)
-  context = positions - events.first[positions]
-  positions = positions[context >= config.plan.min_context]
-  if anchors_only:
-    return positions[anchor_mask(events)[events.behavior[positions]]]
-  if split == 'train' and config.plan.shots is not None:
-    return _few_shot(events, positions, config)
-  return positions
+
+  def __init__(self, events, rule):
+    self._events, self._rule = events, rule
+
+  def __iter__(self):
+    """Yields positions int64, sorted, those of a user together."""
+    for span in spans(self._events):
+      positions = self._rule.among(self._events, span)
+      if len(positions):
+        yield positions
+
+  def run(self, first, count, reach):
+    """The `count` samples from position `first` on, within `reach` events."""
+    stop = min(first + reach, len(self._events.user))
+    return self._rule.among(self._events, slice(first, stop))[:count]
+
+  def at(self, ranks):
+    """Positions int64 of the samples of these ranks, both sorted."""
+    found, begun = [np.zeros(0, np.int64)], 0
+    for positions in self:
+      found.append(positions[_within(ranks, begun, len(positions))])
+      begun += len(positions)
+    return np.concatenate(found)
+
+  def at_of_behaviors(self, ranks):
+    """{behavior: positions}, of {behavior: ranks among its samples}."""
+    found = {b: [np.zeros(0, np.int64)] for b in ranks}
+    begun = np.zeros(self._events.known, np.int64)
+    for positions in self:
+      behavior = self._events.behavior[positions]
+      positions = positions[_grouping(behavior)]
+      sizes = np.bincount(behavior, minlength=len(begun))
+      first = np.cumsum(sizes) - sizes
+      for b in ranks.keys() & set(np.flatnonzero(sizes).tolist()):
+        inside = _within(ranks[b], begun[b], sizes[b])
+        found[b].append(positions[first[b] + inside])
+      begun += sizes
+    return {b: np.concatenate(parts) for b, parts in found.items()}
 
 
-def _few_shot(events, positions, config):
-  behavior = events.behavior[positions]
-  kept = np.ones(len(positions), bool)
-  for b in np.flatnonzero(few_shot_mask(events)):
-    mine = np.flatnonzero(behavior == b)
-    rng = seeds.stream(config.seed, 'shots', str(b))
-    kept[rng.permutation(mine)[config.plan.shots:]] = False
-  return positions[kept]
+class Listed:
+  """Like Samples, of positions in memory."""
+
+  def __init__(self, positions):
+    self._positions = positions
+
+  def __iter__(self):
+    if len(self._positions):
+      yield self._positions
+
+  def run(self, first, count, reach):
+    del reach
+    i = int(np.searchsorted(self._positions, first))
+    return self._positions[i:i + count]
+
+
+def of_split(events, split, config, anchors_only=False):
+  """Samples of a split."""
+  return Samples(events, rule(split, config, anchors_only))
+
+
+def eligible(events, split, config, anchors_only=False):
+  """Positions int64, sorted, of the samples of a split: all in memory."""
+  found = list(of_split(events, split, config, anchors_only))
+  return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def counts(events, split, config):
+  """int64 [known], samples of each behavior of a split."""
+  return _counts(events, rule(split, config), FEW_SHOT_FROM)
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(events, rule, few_shot_from):
+  del few_shot_from  # Only tests change it.
+  total = np.zeros(events.known, np.int64)
+  for positions in Samples(events, rule):
+    total += np.bincount(events.behavior[positions], minlength=len(total))
+  total.flags.writeable = False
+  return total
+
+
+@functools.lru_cache(maxsize=8)
+def _shots(events, rule, few_shot_from):
+  """Positions of the samples that plan.shots leaves of the limited tails."""
+  every = dataclasses.replace(rule, shots=None)
+  sizes = _counts(events, every, few_shot_from)
+  ranks = {}
+  for b in np.flatnonzero(few_shot_mask(events)).tolist():
+    rng = seeds.stream(rule.seed, 'shots', str(b))
+    ranks[b] = draw_ranks(rng, sizes[b], rule.shots)
+  found = Samples(events, every).at_of_behaviors(ranks)
+  return np.concatenate([np.zeros(0, np.int64), *found.values()])
+
+
+def draw_ranks(rng, size, most):
+  """At most `most` of the ranks below `size`, drawn and sorted.
+
+  Those of rng.permutation(positions)[:most], in half the memory.
+  """
+  ranks = np.arange(size, dtype=np.uint32 if size < 1 << 32 else np.int64)
+  rng.shuffle(ranks)
+  return np.sort(ranks[:most])
+
+
+def spans(events):
+  """Yields slices of whole users, of about _BLOCK events or one user's."""
+  start, end = 0, len(events.user)
+  while start < end:
+    stop = min(start + _BLOCK, end)
+    if stop < end:
+      stop = int(events.first[stop])
+      if stop <= start:
+        stop = int(np.searchsorted(events.user, events.user[start], 'right'))
+    yield slice(start, stop)
+    start = stop
+
+
+def _within(ranks, begun, size):
+  """Which of `size` samples from rank `begun` on have these ranks."""
+  low, high = np.searchsorted(ranks, [begun, begun + size])
+  return ranks[low:high].astype(np.int64) - begun
+
+
+def _grouping(behavior):
+  """The order that puts equal behaviors side by side, each in theirs."""
+  if behavior.max(initial=0) < 1 << 16:
+    behavior = behavior.astype(np.uint16)  # numpy's radix sort is for these.
+  return np.argsort(behavior, kind='stable')
 
 
 def anchor_mask(events):
@@ -70,4 +222,6 @@ def few_shot_mask(events):
 def by_behavior(events, positions):
   """{behavior: its positions}, of those that have any."""
   behavior = events.behavior[positions]
-  return {int(b): positions[behavior == b] for b in np.unique(behavior)}
+  order, sizes = _grouping(behavior), np.bincount(behavior)
+  parts = np.split(positions[order], np.cumsum(sizes)[:-1])
+  return {b: part for b, part in enumerate(parts) if len(part)}

@@ -49,9 +49,9 @@ def budgets(events, config):
 
 def counts(events, config):
   """n_c int64 [known], training samples of each behavior."""
-  samples = samples_lib.eligible(events, 'train', config)
-  samples_lib.require(samples, 'stage b')
-  return np.bincount(events.behavior[samples], minlength=events.known)
+  found = samples_lib.counts(events, 'train', config)
+  samples_lib.require(np.flatnonzero(found), 'stage b')
+  return found
 
 
 def candidates(events, config, rng):
@@ -59,15 +59,16 @@ def candidates(events, config, rng):
 
   At most difficulty.candidates of a behavior, but as many as its budget wants.
   """
-  samples = samples_lib.eligible(events, 'train', config)
-  samples_lib.require(samples, 'stage b')
+  sizes = counts(events, config)
   limits = np.maximum(budgets(events, config), config.difficulty.candidates)
-  pools = {b: np.sort(rng.permutation(pool)[:limits[b]]) for b, pool in
-           samples_lib.by_behavior(events, samples).items()}
+  draws = {b: samples_lib.draw_ranks(rng, sizes[b], limits[b])
+           for b in np.flatnonzero(sizes).tolist()}
+  samples = samples_lib.of_split(events, 'train', config)
   if config.plan.budget == 'natural':
-    size = sum(map(len, pools.values()))
-    return {NATURAL: np.sort(rng.permutation(samples)[:size])}
-  return pools
+    size = sum(map(len, draws.values()))
+    ranks = samples_lib.draw_ranks(rng, sizes.sum(), size)
+    return {NATURAL: samples.at(ranks)}
+  return samples.at_of_behaviors(draws)
 
 
 def choose(pools, scores, events, config, rng):

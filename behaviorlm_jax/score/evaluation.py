@@ -32,11 +32,12 @@ class Scored:
 
 def draw_samples(events, split, most, config):
   """Positions int64 of at most `most` samples (0: all), sorted."""
-  samples = samples_lib.eligible(events, split, config)
-  if most and len(samples) > most:
-    rng = seeds.stream(config.seed, 'evaluation', split)
-    samples = np.sort(rng.choice(samples, most, replace=False))
-  return samples
+  size = int(samples_lib.counts(events, split, config).sum())
+  if not most or size <= most:
+    return samples_lib.eligible(events, split, config)
+  rng = seeds.stream(config.seed, 'evaluation', split)
+  ranks = np.sort(rng.choice(size, most, replace=False))
+  return samples_lib.of_split(events, split, config).at(ranks)
 
 
 def test_samples(events, config):

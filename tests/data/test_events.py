@@ -1,12 +1,16 @@
 """Events: what comes out of a log, how it is split, and what is refused."""
 
+import hashlib
 import json
 import re
 
 import numpy as np
 import pytest
 
+from behaviorlm_jax.data import columns
 from behaviorlm_jax.data import events
+from behaviorlm_jax.data import join
+from behaviorlm_jax.data import shards
 from behaviorlm_jax.data import splits
 from behaviorlm_jax.errors import InputError
 
@@ -22,7 +26,7 @@ def test_events_are_sorted_by_user_and_time_with_ties_in_file_order(
            'a,2024-01-01 10:00,y', 'a,2024-01-01 10:00,x',
            'b,2024-01-01 09:00,y']
   log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
-  assert log.users == ['a', 'b']
+  assert list(log.users) == ['a', 'b']
   assert log.user.tolist() == [0, 0, 0, 1, 1]
   assert names(log) == ['y', 'x', 'z', 'y', 'x']
   assert log.first.tolist() == [0, 0, 0, 3, 3]
@@ -62,22 +66,34 @@ def test_places_are_indexed_and_may_be_missing(tmp_path, prepare):
            'u,2024-01-01 10:02,x,home']
   log, _, _ = prepare(tmp_path, lines, header=HEADER + ',where',
                       place='where', split=(1, 0, 0))
-  assert log.places == ['home', 'sea']
+  assert list(log.places) == ['home', 'sea']
   assert log.place.tolist() == [1, -1, 0]
 
 
-def test_shards_change_neither_events_nor_fingerprint(
+def test_blocks_change_neither_events_nor_fingerprint(
     tmp_path, monkeypatch, history, prepare):
-  lines = history('xyzwxyzwxz') + history('zyx', 'v')
+  lines = history('xyzzwxyzwxz') + history('zyyx', 'v') + history('xy', 'w')
   (tmp_path / 'a').mkdir()
   (tmp_path / 'b').mkdir()
   one, first, _ = prepare(tmp_path / 'a', lines)
-  monkeypatch.setattr(events, '_SHARD', 4)
-  many, second, folder = prepare(tmp_path / 'b', lines)
-  assert len(list(folder.glob('part-*.arrow'))) == 4
+  monkeypatch.setattr(shards, '_BATCH', 4)
+  monkeypatch.setattr(join, '_BLOCK', 4)
+  monkeypatch.setattr(columns, '_BATCH', 2)
+  many, second, _ = prepare(tmp_path / 'b', lines)
   assert first == second
-  for name in ('user', 'time', 'behavior', 'split', 'first'):
+  for name in columns.DTYPES:
     np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
+
+
+def test_the_fingerprint_is_that_of_the_columns_and_names(
+    tmp_path, history, prepare):
+  lines = [*history('xyzw', 'ü'), 'v,2024-01-01 10:00,x']
+  log, summary, _ = prepare(tmp_path, lines)
+  digests = {name: hashlib.sha256(getattr(log, name)).hexdigest()
+             for name in ('user', 'time', 'behavior', 'place', 'split')}
+  text = json.dumps([digests, list(log.users), list(log.places),
+                     [[b.name, b.group] for b in log.behaviors]])
+  assert summary['fingerprint'] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_fingerprint_follows_the_log(tmp_path, history, prepare):
@@ -92,8 +108,9 @@ def test_the_folder_holds_its_files_and_nothing_else(
     tmp_path, history, prepare):
   log, summary, folder = prepare(tmp_path, history('xyzwxyzwxz'))
   assert sorted(path.name for path in folder.iterdir()) == [
-      'behaviors.json', 'part-00000.arrow', 'places.arrow', 'rejected.csv',
-      'summary.json', 'users.arrow']
+      'behavior.npy', 'behaviors.json', 'first.npy', 'place.npy',
+      'places.arrow', 'rejected.csv', 'split.npy', 'summary.json', 'time.npy',
+      'user.npy', 'users.arrow']
   assert [path.name for path in folder.parent.iterdir()] == ['events']
   assert json.loads((folder / 'summary.json').read_text()) == summary
   assert (folder / 'rejected.csv').read_text() == 'line,reason,text\n'
@@ -249,7 +266,13 @@ def test_a_split_that_is_none_is_refused(tmp_path, split, history, refuse):
 def test_what_a_killed_run_left_is_replaced(tmp_path, history, prepare):
   old = tmp_path / 'work' / 'events.tmp'
   old.mkdir(parents=True)
-  (old / 'part-00007.arrow').write_text('half')
+  (old / 'place.npz').write_text('half')
   _, _, folder = prepare(tmp_path, history('xyzx'))
-  assert not (folder / 'part-00007.arrow').exists()
+  assert not (folder / 'place.npz').exists()
   assert not old.exists()
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path):
+  (tmp_path / 'part-00000.arrow').write_text('')
+  with pytest.raises(InputError, match=r'older version.*another --workdir'):
+    events.open_events(tmp_path)

@@ -53,7 +53,7 @@ def test_names_are_stripped_and_white_space_becomes_one_blank(
            'u,2024-01-01 10:01,at home', ' u ,2024-01-01 10:02,at the sea']
   log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
   assert names(log) == ['at the sea', 'at home', 'at the sea']
-  assert log.users == ['u']
+  assert list(log.users) == ['u']
 
 
 def test_quoted_commas_quotes_and_newlines_parse(tmp_path, prepare, names):
@@ -109,7 +109,7 @@ def test_parquet_times_keep_the_clock_of_their_zone(
   events.prepare(log_config(split=(1, 0, 0)), path, tmp_path / 'events', 0)
   log = events.open_events(tmp_path / 'events')
   assert log.time.tolist() == (seconds + int(hours * 3600)).tolist()
-  assert log.users == ['7']
+  assert list(log.users) == ['7']
 
 
 # What is set aside.
@@ -169,7 +169,7 @@ def test_broken_json_lines_are_set_aside(tmp_path, log_config):
           for row in rejected(folder)] == [
               (2, 'broken JSON'), (4, 'not a JSON object'),
               (6, 'not UTF-8 text'), (7, 'no user')]
-  assert events.open_events(folder).users == ['3']
+  assert list(events.open_events(folder).users) == ['3']
 
 
 def test_parquet_rows_are_counted_from_one(tmp_path, log_config, minute):

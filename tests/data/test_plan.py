@@ -89,11 +89,54 @@ def test_only_users_with_more_targets_than_a_window_are_cut_at_random(
   firsts = set()
   for seed in range(10):
     rng = np.random.default_rng(seed)
-    whole, = windows.user_tiles(few, rng)
+    whole, = itertools.islice(plan_lib.tile(windows, few, rng), 1)
     assert whole.targets == tuple(few)
     assert whole.start == table.first[few[0]]  # All of their past.
-    firsts.add(len(windows.user_tiles(many, rng)[0].targets))
+    begins, sizes = windows.tiles(many, rng)
+    assert begins[0] == many[0]
+    firsts.add(int(sizes[0]))
   assert len(firsts) > 3 and max(firsts) <= 20
+
+
+def user_tiles(windows, positions, rng):
+  """What `Windows.tiles` does for all users at once, for one, in words."""
+  per_row, i, tiles = windows.plan.targets_per_row, 0, []
+  limit = per_row
+  if len(positions) > per_row:
+    limit = int(rng.integers(1, per_row + 1))
+  while i < len(positions):
+    start = int(windows.first_event(positions[i]))
+    inside = np.searchsorted(positions, start + windows.plan.window)
+    stop = max(i + 1, min(i + limit, inside))
+    tiles.append(windows.make(start, positions[i:stop], [1.0] * (stop - i)))
+    i += len(tiles[-1].targets)
+    limit = per_row
+  return tiles
+
+
+@pytest.mark.parametrize('fields', [
+  {}, {'train__length': 150}, {'data__profile': 2, 'train__length': 220},
+  {'plan__targets_per_row': 1}, {'plan__targets_per_row': 5},
+  {'plan__window': 10, 'plan__min_context': 1, 'plan__content': 'all'}])
+@pytest.mark.parametrize('block', [1, 1000])
+@pytest.mark.parametrize('anchors_only', [True, False])
+def test_all_users_are_tiled_as_each_would_be(
+  table, make_windows, monkeypatch, fields, block, anchors_only
+):
+  monkeypatch.setattr(samples_lib, '_BLOCK', block)
+  windows, config = make_windows(**fields), make_config(**fields)
+  samples = samples_lib.of_split(table, 'train', config, anchors_only)
+  rng = np.random.default_rng(1)
+  found = list(itertools.islice(plan_lib.tile(windows, samples, rng), 100))
+  rng = np.random.default_rng(1)
+  positions = np.concatenate(list(samples))
+  users = np.split(positions, 1 + np.flatnonzero(
+    np.diff(table.user[positions])))
+  expected = []
+  while len(expected) < 100:
+    epoch = [tile for user in users for tile in user_tiles(windows, user, rng)]
+    expected += [epoch[i] for i in rng.permutation(len(epoch))]
+  assert found == expected[:100]
 
 
 def test_one_target_per_row_is_the_classic_prompt(table, make_windows):

@@ -70,3 +70,39 @@ def test_samples_fall_into_behaviors(table, config):
   groups = samples_lib.by_behavior(table, samples)
   assert sorted(np.concatenate(list(groups.values()))) == samples.tolist()
   assert all((table.behavior[mine] == b).all() for b, mine in groups.items())
+
+
+@pytest.mark.parametrize('block', [1, 7, 1000])
+def test_blocks_hold_whole_users_and_change_nothing(
+  table, config, monkeypatch, block
+):
+  config.plan.shots = 3
+  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 5)
+  every = samples_lib.eligible(table, 'train', config)
+  monkeypatch.setattr(samples_lib, '_BLOCK', block)
+  spans = list(samples_lib.spans(table))
+  assert [span.start for span in spans] == [0, *(s.stop for s in spans[:-1])]
+  assert all(table.first[span.start] == span.start for span in spans)
+  assert len(spans) == {1: 4, 7: 4, 1000: 1}[block]
+  samples = samples_lib.of_split(table, 'train', config)
+  np.testing.assert_array_equal(np.concatenate(list(samples)), every)
+  ranks = np.array([0, 3, len(every) - 1])
+  assert samples.at(ranks).tolist() == every[ranks].tolist()
+  pools = samples_lib.by_behavior(table, every)
+  ranks = {b: np.arange(0, len(pool), 2) for b, pool in pools.items()}
+  found = samples.at_of_behaviors(ranks | {5: np.zeros(0, int)})
+  for b, pool in pools.items():
+    assert found[b].tolist() == (pool[::2].tolist() if b != 5 else [])
+  np.testing.assert_array_equal(
+    samples_lib.counts(table, 'train', config),
+    np.bincount(table.behavior[every], minlength=table.known))
+
+
+@pytest.mark.parametrize('most', [0, 5, 1000])
+def test_ranks_are_drawn_as_positions_would_be(most):
+  positions = np.arange(100) * 3
+  one, other = np.random.default_rng(0), np.random.default_rng(0)
+  ranks = samples_lib.draw_ranks(one, len(positions), most)
+  drawn = np.sort(other.permutation(positions)[:most])
+  assert positions[ranks].tolist() == drawn.tolist()
+  assert one.random() == other.random()

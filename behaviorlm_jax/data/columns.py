@@ -1,0 +1,93 @@
+"""Columns and names on disk, of any length: written in pieces, then mapped.
+
+A column is one .npy file and not several, so that a mapped file is one array,
+without a copy. Names are Arrow, one record batch for each piece.
+"""
+
+import collections.abc
+import contextlib
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+
+DTYPES = {'user': '<i4', 'time': '<i8', 'behavior': '<i4', 'place': '<i4',
+          'split': '<i1', 'first': '<i8'}
+_BATCH = 1 << 16  # Names at a time.
+_HEADER = 128  # Bytes of a .npy file before its data.
+
+
+class Writer:
+  """Writes columns of one length piece by piece; a context manager."""
+
+  def __init__(self, folder: pathlib.Path, names):
+    self._paths = {name: folder / f'{name}.npy' for name in names}
+    self._size = 0
+
+  def __enter__(self):
+    with contextlib.ExitStack() as stack:
+      self._files = {name: stack.enter_context(open(path, 'wb'))
+                     for name, path in self._paths.items()}
+      for file in self._files.values():
+        file.write(bytes(_HEADER))  # Until the length is known.
+      self._stack = stack.pop_all()
+    return self
+
+  def add(self, **values):
+    """Appends an array to every column; returns them as they are written."""
+    assert values.keys() == self._files.keys(), sorted(values)
+    values = {name: np.ascontiguousarray(value, DTYPES[name])
+              for name, value in values.items()}
+    size, = {len(value) for value in values.values()}
+    for name, value in values.items():
+      self._files[name].write(value)
+    self._size += size
+    return values
+
+  def __exit__(self, *error):
+    with self._stack:
+      for name, file in self._files.items():
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {
+            'descr': DTYPES[name], 'fortran_order': False,
+            'shape': (self._size,)})
+        assert file.tell() == _HEADER, file.tell()
+
+
+def read(folder: pathlib.Path, name: str) -> np.ndarray:
+  """Maps a column; nothing of it is read before it is looked at."""
+  return np.asarray(np.load(folder / f'{name}.npy', mmap_mode='r'))
+
+
+class Names(collections.abc.Sequence):
+  """Mapped names, each read when it is asked for."""
+
+  def __init__(self, path: pathlib.Path):
+    self._column = read_names(path)['name']
+
+  def __len__(self):
+    return len(self._column)
+
+  def __getitem__(self, index) -> str:
+    return self._column[int(index)].as_py()
+
+
+def number_names(con, table: str, query: str):
+  """Makes `table` (id, name): distinct names of a query in code point order."""
+  con.execute(
+      f'CREATE TABLE {table} AS SELECT '
+      '(row_number() OVER (ORDER BY name) - 1)::INT AS id, name '
+      f'FROM (SELECT DISTINCT name FROM ({query}) WHERE name IS NOT NULL)')
+
+
+def write_names(path: pathlib.Path, relation):
+  """Writes what a DuckDB relation yields, one batch after the other."""
+  reader = relation.to_arrow_reader(_BATCH)
+  with pa.ipc.new_file(str(path), reader.schema) as writer:
+    for batch in reader:
+      writer.write_batch(batch)
+
+
+def read_names(path: pathlib.Path) -> pa.Table:
+  """Maps what `write_names` wrote."""
+  return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

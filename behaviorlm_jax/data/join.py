@@ -1,0 +1,267 @@
+"""Shards of a log -> one event table, the same however many they were.
+
+What takes all users is decided here: the numbers of users, places and
+behaviors, which groups of users are tested on, which behaviors are anchors.
+The events pass by twice, to be counted and to be written, in blocks of whole
+users and in their order, so every file is read and written from its beginning
+to its end. What is kept in memory grows with users, places and names, not with
+events.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+
+from behaviorlm_jax import files
+from behaviorlm_jax.data import columns
+from behaviorlm_jax.data import shards
+from behaviorlm_jax.data import splits
+from behaviorlm_jax.data.splits import SPLITS
+from behaviorlm_jax.errors import InputError
+
+_BLOCK = 1 << 20  # events at a time, or those of one user who has more
+# What the fingerprint consists of; `first` follows from `user`.
+_HASHED = ('user', 'time', 'behavior', 'place', 'split')
+_TABLES = ('users', 'places', 'names')
+
+
+@dataclasses.dataclass
+class _Shard:
+  """A shard and, of each of its names, the number in the whole log."""
+  folder: pathlib.Path
+  begins: np.ndarray  # int64 [users + 1], first event of each user
+  columns: dict  # of shards.COLUMNS
+  users: np.ndarray  # int32, ascending
+  places: np.ndarray  # int32, and -1 at the end: no place
+  names: np.ndarray  # int32
+  splits: np.ndarray | None = None  # int8 [users], where groups are split
+
+  def split(self, rows, ends):
+    """int8: splits of the events of a slice."""
+    user = self.columns['user'][rows]
+    if self.splits is not None:
+      return self.splits[user]
+    begin = self.begins[user]
+    nth = np.arange(rows.start, rows.stop) - begin + 1
+    return splits.by_time(nth, self.begins[user + 1] - begin, ends)
+
+
+def join(data, path, sources, folder: pathlib.Path, seed: int,
+         origin: dict | None = None) -> dict:
+  """Makes `folder` of the shards `sources` of a log; returns its summary.
+
+  `path` is that of the log, for what is said of it; `origin` is written beside
+  the events as config.json.
+  """
+  ends = splits.cuts(data.split)
+  facts = [json.loads((source / 'shard.json').read_text('utf-8'))
+           for source in sources]
+  _check_rows(facts, sources, path)
+  with shards.new_folder(folder) as (half, con):
+    parts = _open(con, sources)
+    if facts[0]['grouped']:
+      _split_groups(parts, seed, ends)
+    names = [name for name, in con.execute(
+        'SELECT name FROM names ORDER BY id').fetchall()]
+    counts = sum(_count(part, len(names), ends) for part in parts)
+    behaviors, order = splits.group_behaviors(names, counts, data.anchor_share)
+    _check_training(behaviors, path)
+    for part in parts:
+      part.names = order[part.names]
+    for table in ('users', 'places'):
+      columns.write_names(half / f'{table}.arrow', con.sql(
+          f'SELECT name FROM {table} ORDER BY id'))
+    digests = _write_events(parts, half, ends)
+    files.write_json(half / 'behaviors.json',
+                     [dataclasses.asdict(item) for item in behaviors])
+    # Malformed rows are the same in all.
+    shutil.copyfile(sources[0] / 'rejected.csv', half / 'rejected.csv')
+    summary = {name: facts[0][name] for name in ('rows', 'rejected')}
+    summary |= {name: sum(fact[name] for fact in facts)
+                for name in ('duplicates', 'repeats')}
+    summary |= _summary(sum(len(part.users) for part in parts), counts,
+                        behaviors)
+    summary['warnings'] = _warnings(summary)
+    summary['fingerprint'] = _fingerprint(digests, half, behaviors)
+    files.write_json(half / 'summary.json', summary)
+    if origin is not None:
+      files.write_json(half / 'config.json', origin)
+  for warning in summary['warnings']:
+    logging.warning('%s', warning)
+  return summary
+
+
+def _check_rows(facts, sources, path):
+  """Refuses shards that are not those of one log, each once."""
+  sound = sum(fact['sound'] for fact in facts)
+  whole = facts[0]['rows'] - facts[0]['rejected']
+  if sound != whole:
+    raise InputError(
+        f'the {len(sources)} shards in {sources[0].parent} hold {sound} of the '
+        f'{whole} sound rows of {path}: they do not belong together; delete '
+        'them and prepare all with one version of this program and of duckdb')
+
+
+def _open(con, sources) -> list[_Shard]:
+  """Opens the shards; leaves the tables users, places and names (id, name)."""
+  numbers = {table: _number(con, table, sources) for table in _TABLES}
+  parts = []
+  for i, source in enumerate(sources):
+    events = columns.read_names(source / 'users.arrow')['events'].to_numpy()
+    parts.append(_Shard(
+        source, np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
+        {name: columns.read(source, name) for name in shards.COLUMNS},
+        numbers['users'][i], np.append(numbers['places'][i], np.int32(-1)),
+        numbers['names'][i]))
+  return parts
+
+
+def _number(con, table: str, sources) -> list[np.ndarray]:
+  """Numbers in the whole log, int32, of the names of each shard."""
+  views = [f'{table}_{i}' for i in range(len(sources))]
+  for view, source in zip(views, sources, strict=True):
+    names = columns.read_names(source / f'{table}.arrow').select(['name'])
+    con.register(view, names.append_column(
+        'place', pa.array(np.arange(len(names)))))
+  columns.number_names(con, table, ' UNION ALL '.join(
+      f'SELECT name FROM {view}' for view in views))
+  return [con.sql(f'SELECT id FROM {view} JOIN {table} USING (name) '
+                  'ORDER BY place').to_arrow_table()['id'].to_numpy()
+          for view in views]
+
+
+def _split_groups(parts, seed: int, ends):
+  """Whole groups of users to splits."""
+  teams = [columns.read_names(part.folder / 'users.arrow')['group']
+           for part in parts]
+  every = set().union(*(team.unique().to_pylist() for team in teams))
+  chosen = splits.split_groups(every, seed, ends)
+  for part, team in zip(parts, teams, strict=True):
+    coded = team.combine_chunks().dictionary_encode()
+    split = np.array([chosen[name] for name in coded.dictionary.to_pylist()],
+                     np.int8)
+    part.splits = split[coded.indices.to_numpy()]
+
+
+def _count(part, names: int, ends):
+  """int64 [names, splits]: events of a shard."""
+  counts = np.zeros((names, len(SPLITS)), np.int64)
+  size = int(part.begins[-1])
+  for start in range(0, size, _BLOCK):
+    rows = slice(start, min(start + _BLOCK, size))
+    code = part.names[part.columns['behavior'][rows]].astype(np.int64)
+    code = code * len(SPLITS) + part.split(rows, ends)
+    counts += np.bincount(code, minlength=counts.size).reshape(counts.shape)
+  return counts
+
+
+def _check_training(behaviors, path):
+  if not any(item.train_count for item in behaviors):
+    raise InputError(
+        f'{path}: none of its {sum(item.count for item in behaviors)} events '
+        'falls into the training split: give longer histories (or more groups) '
+        'or a larger first fraction of data.split')
+  taught = [item.name for item in behaviors if item.train_count]
+  if len(taught) < 2:
+    raise InputError(
+        f'{path}: the training split holds 1 behavior, {taught[0]!r}, and at '
+        'least 2 are needed: check data.columns.behavior and data.split')
+
+
+# Writing.
+
+
+def _write_events(parts, folder, ends) -> dict[str, str]:
+  """Writes the columns; returns the SHA-256 of those that are hashed."""
+  sizes = np.zeros(sum(len(part.users) for part in parts), np.int64)
+  for part in parts:
+    sizes[part.users] = np.diff(part.begins)
+  begins = np.concatenate([[0], np.cumsum(sizes)])
+  hashes = {name: hashlib.sha256() for name in _HASHED}
+  low = 0
+  with columns.Writer(folder, columns.DTYPES) as writer:
+    while low < len(sizes):
+      full = np.searchsorted(begins, begins[low] + _BLOCK, 'right') - 1
+      high = max(low + 1, int(full))
+      written = writer.add(**_block(parts, begins, low, high, ends))
+      for name, digest in hashes.items():
+        digest.update(written[name])
+      low = high
+  return {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+def _block(parts, begins, low: int, high: int, ends):
+  """Columns of the events of users [low, high), each from its shard."""
+  base, stop = begins[low], begins[high]
+  block = {name: np.empty(stop - base, dtype)
+           for name, dtype in columns.DTYPES.items()}
+  for part in parts:
+    one, end = part.begins[np.searchsorted(part.users, [low, high])]
+    rows = slice(int(one), int(end))
+    behavior, place, local, time = (
+        part.columns[name][rows]
+        for name in ('behavior', 'place', 'user', 'time'))
+    user = part.users[local]
+    first = begins[user]
+    at = first - base + np.arange(rows.start, rows.stop) - part.begins[local]
+    for name, value in {
+        'user': user, 'time': time, 'behavior': part.names[behavior],
+        'place': part.places[place], 'split': part.split(rows, ends),
+        'first': first}.items():
+      block[name][at] = value
+  return block
+
+
+def _summary(users: int, counts, behaviors) -> dict:
+  groups = [item.group for item in behaviors]
+  return {
+      'events': int(counts.sum()),
+      'users': users,
+      'behaviors': len(behaviors),
+      'anchors': groups.count('anchor'),
+      'tails': groups.count('tail'),
+      'unseen': groups.count('unseen'),
+      'unseen_test_events': sum(
+          item.count for item in behaviors if item.group == 'unseen'),
+      'splits': {name: int(counts[:, i].sum())
+                 for i, name in enumerate(SPLITS)},
+  }
+
+
+def _warnings(summary) -> list[str]:
+  warnings = []
+  if not summary['tails']:
+    warnings.append(
+        f'no tail behavior: all {summary["anchors"]} behaviors are anchors; '
+        'stage 2 has nothing rare to learn (data.anchor_share)')
+  if summary['unseen']:
+    warnings.append(
+        f'behaviors seen only in the test split: {summary["unseen"]}, with '
+        f'{summary["unseen_test_events"]} events in all; they may stand in '
+        'contexts and are never candidates')
+  return warnings
+
+
+def _fingerprint(digests, folder, behaviors) -> str:
+  """SHA-256 of the columns, names and groups, as one JSON text.
+
+  Users and places are read batch by batch: there may be millions.
+  """
+  listed = [[item.name, item.group] for item in behaviors]
+  digest = hashlib.sha256(f'[{json.dumps(digests)}, '.encode())
+  for table in ('users', 'places'):
+    before = '['
+    for batch in columns.read_names(folder / f'{table}.arrow').to_batches():
+      if len(batch):
+        names = json.dumps(batch['name'].to_pylist())
+        digest.update(f'{before}{names[1:-1]}'.encode())
+        before = ', '
+    digest.update(b'], ' if before == ', ' else b'[], ')
+  digest.update(f'{json.dumps(listed)}]'.encode())
+  return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""The heavy part of preparing a log, for all of its users or one n-th of them.
+
+    log -> parse, check -> sort, drop duplicates and repeats -> a folder
+
+What can be said of a user alone is done here; what takes all of them (the
+numbers of users, behaviors and places, groups of users, shares of behaviors) is
+done by `events.join`, which is cheap. So n tasks prepare a log that one machine
+would take long for, and the outcome is the same, bit for bit, whatever n is: a
+log prepared at once is one shard, joined.
+
+A shard holds the users of whose name the MD5 is `index` modulo `count`. Every
+task reads the whole log, because a log is in the order of time; it sorts,
+stores and writes its own users alone. Malformed rows belong to no user: all
+tasks find the same ones.
+
+Why DuckDB: sorting and dropping duplicates are SQL, and its operators spill to
+disk, so a log larger than memory goes the same way as a small one, without a
+server.
+
+Invariants of the folder: events are sorted by user (names in code point order),
+then local time, then line of the file; the folder exists only when it is
+complete.
+
+    user, time, behavior, place .npy   of columns.DTYPES; numbers are those of
+                                       the next three files
+    users.arrow                        name, events, group
+    names.arrow, places.arrow          name
+    rejected.csv, shard.json
+"""
+
+import contextlib
+import csv
+import pathlib
+import shutil
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from behaviorlm_jax import files
+from behaviorlm_jax.data import columns
+from behaviorlm_jax.data import logs
+from behaviorlm_jax.errors import InputError
+
+MEMORY = '4GB'  # leaves room on an 8 GB machine; beyond it DuckDB spills
+_LONGEST_NAME = 256  # characters
+_FETCHED = 8192  # rejected rows at a time
+_BATCH = 1 << 20  # events at a time
+COLUMNS = ('user', 'time', 'behavior', 'place')
+_TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path):
+  """Yields a folder that takes its place at the end, and a connection."""
+  half = folder.with_name(folder.name + '.tmp')
+  shutil.rmtree(half, ignore_errors=True)  # of a run that was killed
+  spill = half / 'spill'
+  spill.mkdir(parents=True)
+  try:
+    with duckdb.connect(spill / 'log.duckdb', config={
+        'temp_directory': str(spill), 'memory_limit': MEMORY}) as con:
+      yield half, con
+    shutil.rmtree(spill)
+    half.rename(folder)
+  finally:
+    shutil.rmtree(half, ignore_errors=True)
+
+
+def write(data, path, folder: pathlib.Path, shard=(0, 1),
+          origin: dict | None = None):
+  """Reads the log at `path` into the new `folder`, the users of a shard.
+
+  `origin` is written beside it as config.json.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise InputError(f'{path} does not exist or is no file: set data.events')
+  with new_folder(folder) as (half, con):
+    grouped, rows = logs.read(con, data, path, shard)
+    facts = _reject(con, data.max_rejected, path, half, rows)
+    _check_names(con, path)
+    for table, column in _TABLES.items():
+      columns.number_names(con, table, f'SELECT {column} AS name FROM parsed')
+    if grouped:
+      _check_groups(con, path)
+    facts |= _write_events(con, half, data.collapse_repeats)
+    for table in ('names', 'places'):
+      columns.write_names(half / f'{table}.arrow', con.sql(
+          f'SELECT name FROM {table} ORDER BY id'))
+    facts |= {'index': shard[0], 'count': shard[1], 'grouped': grouped}
+    if origin is not None:
+      files.write_json(half / 'config.json', origin)
+    files.write_json(half / 'shard.json', facts)
+
+
+# Checking: what stops the run.
+
+
+def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
+  """Writes rejected.csv; refuses an empty log and too many malformed rows."""
+  if not rows:
+    raise InputError(f'{path} holds no rows: give data.events a log with rows')
+  (rejected,), = con.execute('SELECT count(reason) FROM rows').fetchall()
+  cursor = con.execute('SELECT line, reason, text FROM rows '
+                       'WHERE reason IS NOT NULL ORDER BY line')
+  first = cursor.fetchmany(_FETCHED)
+  if rejected > most * rows:
+    line, reason, _ = first[0]
+    raise InputError(
+        f'{path} line {line}: {reason}; {rejected} of {rows} rows are '
+        f'malformed ({rejected / rows:.2%}) and data.max_rejected = {most} '
+        f'allows {most:.2%}: mend the rows, check data.columns, or raise '
+        'data.max_rejected')
+  with open(folder / 'rejected.csv', 'w', encoding='utf-8', newline='') as file:
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(['line', 'reason', 'text'])
+    while first:
+      writer.writerows(first)
+      first = cursor.fetchmany(_FETCHED)
+  if rejected == rows:
+    raise InputError(f'{path}: all {rows} rows are malformed: check '
+                     'data.columns')
+  return {'rows': rows, 'rejected': rejected}
+
+
+def _check_names(con, path):
+  """An unusable behavior name is a wrong log, not a malformed row."""
+  bad = con.execute(
+      'SELECT line, length(what) FROM parsed WHERE length(what) NOT BETWEEN 1 '
+      f'AND {_LONGEST_NAME} ORDER BY line LIMIT 1').fetchone()
+  if bad:
+    line, length = bad
+    what = f'has {length} characters' if length else 'is empty'
+    raise InputError(
+        f'{path} line {line}: the behavior name {what}; give every row a name '
+        f'of 1 to {_LONGEST_NAME} characters (data.columns.behavior)')
+
+
+def _check_groups(con, path):
+  torn = con.execute("""
+      SELECT who, min(team), max(team), arg_max(line, (team, -line))
+      FROM parsed GROUP BY who HAVING min(team) <> max(team)
+      ORDER BY who LIMIT 1""").fetchone()
+  if torn:
+    raise InputError(
+        f'{path} line {torn[3]}: user {torn[0]!r} stands in two groups, '
+        f'{torn[1]!r} and {torn[2]!r}; a user belongs to one group of '
+        'data.columns.group')
+
+
+# Writing.
+
+
+def _write_events(con, folder, collapse: bool) -> dict[str, int]:
+  """Writes the columns and users.arrow; returns counts of rows."""
+  # DuckDB streams only where nothing is left to fetch.
+  (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
+                                 '(SELECT count(*) FROM parsed)').fetchall()
+  # Exact duplicates are rows equal in every mapped column.
+  reader = con.sql("""
+      SELECT users.id AS uid, micros, names.id AS bid,
+             coalesce(places.id, -1) AS pid, min(line) AS line
+      FROM parsed JOIN users ON who = users.name JOIN names ON what = names.name
+      LEFT JOIN places ON place = places.name
+      GROUP BY ALL ORDER BY uid, micros, line""").to_arrow_reader(_BATCH)
+  sizes = np.zeros(users, np.int64)
+  single, last = 0, (-1, -1)
+  with columns.Writer(folder, COLUMNS) as writer:
+    for batch in reader:
+      user, micros, behavior, place = (
+          batch.column(i).to_numpy() for i in range(4))
+      if not len(user):
+        continue
+      single += len(user)
+      kept = np.ones(len(user), bool)
+      if collapse:  # Of immediate repeats the first one stays.
+        kept[1:] = (np.diff(user) != 0) | (np.diff(behavior) != 0)
+        kept[0] = (user[0], behavior[0]) != last
+        last = user[-1], behavior[-1]
+      sizes[user[0]:user[-1] + 1] += np.bincount(
+          user[kept] - user[0], minlength=user[-1] - user[0] + 1)
+      writer.add(user=user[kept], behavior=behavior[kept], place=place[kept],
+                 time=micros[kept] // 1_000_000)  # Floor, also before 1970.
+  con.register('sizes', pa.table({'id': np.arange(users), 'events': sizes}))
+  # A group is an event's in the log and a user's here.
+  columns.write_names(folder / 'users.arrow', con.sql("""
+      SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
+      LEFT JOIN (SELECT who, any_value(team) AS team FROM parsed GROUP BY who)
+        ON who = name ORDER BY id"""))
+  return {'sound': parsed, 'duplicates': parsed - single,
+          'repeats': single - int(sizes.sum())}
