@@ -35,8 +35,10 @@ _CHUNKS = 64  # chunks handed to DuckDB at a time
 _DATE_TIME = (r'^(\d{4}-\d\d-\d\d[ T](?:[01]\d|2[0-3]):[0-5]\d'
               r'(?::[0-5]\d(?:\.\d+)?)?) ?(?:Z|[+-]\d\d:?(?:\d\d)?)?$')
 _MACROS = fr"""
-    CREATE MACRO clean(text) AS
-      trim(regexp_replace(text, '[\p{{Z}}\p{{Cc}}]+', ' ', 'g'));
+    CREATE MACRO clean(text) AS  -- Looking first is twice as fast.
+      CASE WHEN regexp_matches(text, '[\p{{Z}}\p{{Cc}}]')
+      THEN trim(regexp_replace(text, '[\p{{Z}}\p{{Cc}}]+', ' ', 'g'))
+      ELSE text END;
     CREATE MACRO micros(text) AS coalesce(
       epoch_us(TRY_CAST(regexp_extract(text, '{_DATE_TIME}', 1) AS TIMESTAMP)),
       TRY_CAST(regexp_extract(text, '^-?\d{{1,11}}$') AS BIGINT) * 1000000,
@@ -46,8 +48,9 @@ _MACROS = fr"""
     CREATE VIEW parsed AS FROM rows WHERE reason IS NULL;
 """
 # $grouped: whether a row without a group is malformed; $index and $count: the
-# shard. Which users are in it must never change, so it is MD5, not DuckDB's own
-# hash.
+# shard. The filter is next to the source, so that of other shards' rows only the
+# user is looked at. DuckDB's hash may change with its version, but is ten times
+# as fast as MD5: whoever joins shards compares versions.
 _ABSORB = """
     INSERT INTO rows
     SELECT line, who, instant, what, place, team,
@@ -63,13 +66,12 @@ _ABSORB = """
                  coalesce(clean(behavior), '') AS what,
                  nullif(clean(place), '') AS place,
                  nullif(clean("group"), '') AS team, reason, text
-          FROM {source})
-    WHERE why IS NOT NULL OR $count = 1
-          OR md5_number_lower(who) % $count = $index"""
+          FROM {source} WHERE $count = 1 OR
+            hash(coalesce(clean("user"), '')) % $count = $index)"""
 
 
 def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
-  """Fills the table `rows`, with the malformed ones and those of a shard.
+  """Fills the table `rows` with those of a shard; a user is in one.
 
   Returns whether the log is split by groups, and how many rows it has in all.
   """

@@ -8,10 +8,10 @@ done by `events.join`, which is cheap. So n tasks prepare a log that one machine
 would take long for, and the outcome is the same, bit for bit, whatever n is: a
 log prepared at once is one shard, joined.
 
-A shard holds the users of whose name the MD5 is `index` modulo `count`. Every
-task reads the whole log, because a log is in the order of time; it sorts,
-stores and writes its own users alone. Malformed rows belong to no user: all
-tasks find the same ones.
+A shard holds the users whose name has a hash that is `index` modulo `count`, and
+their malformed rows (those without a user have the hash of no name). Every task
+reads the whole log, because a log is in the order of time, but looks at no more
+than the user of a row that is not its own.
 
 Why DuckDB: sorting and dropping duplicates are SQL, and its operators spill to
 disk, so a log larger than memory goes the same way as a small one, without a
@@ -43,6 +43,7 @@ from behaviorlm_jax.data import logs
 from behaviorlm_jax.errors import InputError
 
 MEMORY = '4GB'  # leaves room on an 8 GB machine; beyond it DuckDB spills
+REJECTED = 'rejected.csv'
 _LONGEST_NAME = 256  # characters
 _FETCHED = 8192  # rejected rows at a time
 _BATCH = 1 << 20  # events at a time
@@ -88,7 +89,7 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
     for table in ('names', 'places'):
       columns.write_names(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
-    facts |= {'index': shard[0], 'count': shard[1], 'grouped': grouped}
+    facts |= {'grouped': grouped}
     if origin is not None:
       files.write_json(half / 'config.json', origin)
     files.write_json(half / 'shard.json', facts)
@@ -98,13 +99,29 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
 
 
 def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
-  """Writes rejected.csv; refuses an empty log and too many malformed rows."""
+  """Writes rejected.csv; refuses an empty log and too many malformed rows.
+
+  `rows`: of the whole log. Those of other shards may be malformed, too, which
+  is left to `join`.
+  """
   if not rows:
     raise InputError(f'{path} holds no rows: give data.events a log with rows')
   (rejected,), = con.execute('SELECT count(reason) FROM rows').fetchall()
   cursor = con.execute('SELECT line, reason, text FROM rows '
                        'WHERE reason IS NOT NULL ORDER BY line')
   first = cursor.fetchmany(_FETCHED)
+  check_rejected(path, most, rows, rejected, first)
+  with open(folder / REJECTED, 'w', encoding='utf-8', newline='') as file:
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(['line', 'reason', 'text'])
+    while first:
+      writer.writerows(first)
+      first = cursor.fetchmany(_FETCHED)
+  return {'rows': rows, 'rejected': rejected}
+
+
+def check_rejected(path, most: float, rows: int, rejected: int, first):
+  """Refuses too many malformed rows; `first`: of them, (line, reason, text)."""
   if rejected > most * rows:
     line, reason, _ = first[0]
     raise InputError(
@@ -112,16 +129,9 @@ def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
         f'malformed ({rejected / rows:.2%}) and data.max_rejected = {most} '
         f'allows {most:.2%}: mend the rows, check data.columns, or raise '
         'data.max_rejected')
-  with open(folder / 'rejected.csv', 'w', encoding='utf-8', newline='') as file:
-    writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(['line', 'reason', 'text'])
-    while first:
-      writer.writerows(first)
-      first = cursor.fetchmany(_FETCHED)
   if rejected == rows:
     raise InputError(f'{path}: all {rows} rows are malformed: check '
                      'data.columns')
-  return {'rows': rows, 'rejected': rejected}
 
 
 def _check_names(con, path):
