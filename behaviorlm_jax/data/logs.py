@@ -48,9 +48,9 @@ _MACROS = fr"""
     CREATE VIEW parsed AS FROM rows WHERE reason IS NULL;
 """
 # $grouped: whether a row without a group is malformed; $index and $count: the
-# shard. The filter is next to the source, so that of other shards' rows only the
-# user is looked at. DuckDB's hash may change with its version, but is ten times
-# as fast as MD5: whoever joins shards compares versions.
+# shard. The filter is next to the source: of other shards' rows only the user
+# is looked at. DuckDB's hash may change with its version, but is ten times as
+# fast as MD5: whoever joins shards compares versions.
 _ABSORB = """
     INSERT INTO rows
     SELECT line, who, instant, what, place, team,

@@ -8,14 +8,13 @@ done by `events.join`, which is cheap. So n tasks prepare a log that one machine
 would take long for, and the outcome is the same, bit for bit, whatever n is: a
 log prepared at once is one shard, joined.
 
-A shard holds the users whose name has a hash that is `index` modulo `count`, and
-their malformed rows (those without a user have the hash of no name). Every task
-reads the whole log, because a log is in the order of time, but looks at no more
-than the user of a row that is not its own.
+A shard holds the users whose name has a hash that is `index` modulo `count`,
+and their malformed rows (those without a user have the hash of no name). Every
+task reads the whole log, because a log is in the order of time, but looks at no
+more than the user of a row that is not its own.
 
-Why DuckDB: sorting and dropping duplicates are SQL, and its operators spill to
-disk, so a log larger than memory goes the same way as a small one, without a
-server.
+Why DuckDB: parsing and sorting are SQL, and its operators spill to disk, so a
+log larger than memory goes the same way as a small one, without a server.
 
 Invariants of the folder: events are sorted by user (names in code point order),
 then local time, then line of the file; the folder exists only when it is
@@ -167,21 +166,16 @@ def _write_events(con, folder, collapse: bool) -> dict[str, int]:
   # DuckDB streams only where nothing is left to fetch.
   (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
                                  '(SELECT count(*) FROM parsed)').fetchall()
-  # Exact duplicates are rows equal in every mapped column.
   reader = con.sql("""
       SELECT users.id AS uid, micros, names.id AS bid,
-             coalesce(places.id, -1) AS pid, min(line) AS line
+             coalesce(places.id, -1) AS pid
       FROM parsed JOIN users ON who = users.name JOIN names ON what = names.name
       LEFT JOIN places ON place = places.name
-      GROUP BY ALL ORDER BY uid, micros, line""").to_arrow_reader(_BATCH)
+      ORDER BY uid, micros, line""").to_arrow_reader(_BATCH)
   sizes = np.zeros(users, np.int64)
   single, last = 0, (-1, -1)
   with columns.Writer(folder, COLUMNS) as writer:
-    for batch in reader:
-      user, micros, behavior, place = (
-          batch.column(i).to_numpy() for i in range(4))
-      if not len(user):
-        continue
+    for user, micros, behavior, place in _without_duplicates(reader):
       single += len(user)
       kept = np.ones(len(user), bool)
       if collapse:  # Of immediate repeats the first one stays.
@@ -200,3 +194,39 @@ def _write_events(con, folder, collapse: bool) -> dict[str, int]:
         ON who = name ORDER BY id"""))
   return {'sound': parsed, 'duplicates': parsed - single,
           'repeats': single - int(sizes.sum())}
+
+
+def _without_duplicates(reader):
+  """Yields columns (user, micros, behavior, place) in their order, each once.
+
+  Exact duplicates are rows equal in every mapped column; the first one stays.
+  They are looked for here, among the few rows of one user and moment, because
+  DuckDB would have to group all rows before it sorts them.
+  """
+  held = [np.zeros(0, np.int64)] * 4  # Rows of a moment that may go on.
+  for batch in reader:
+    rows = [np.concatenate([old, batch.column(i).to_numpy()])
+            for i, old in enumerate(held)]
+    user, micros = rows[:2]
+    others = np.flatnonzero((user != user[-1:]) | (micros != micros[-1:]))
+    cut = others[-1] + 1 if len(others) else 0
+    held = [column[cut:] for column in rows]
+    if cut:
+      yield _first_of_equals(*(column[:cut] for column in rows))
+  if len(held[0]):
+    yield _first_of_equals(*held)
+
+
+def _first_of_equals(*rows):
+  user, micros, behavior, place = rows
+  same = (np.diff(user) == 0) & (np.diff(micros) == 0)
+  tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+  # Stable: equal rows keep their order.
+  tied = tied[np.lexsort([column[tied] for column in (
+      place, behavior, micros, user)])]
+  equal = np.ones(max(len(tied) - 1, 0), bool)
+  for column in rows:
+    equal &= np.diff(column[tied]) == 0
+  kept = np.ones(len(user), bool)
+  kept[tied[1:][equal]] = False
+  return [column[kept] for column in rows]
