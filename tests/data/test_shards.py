@@ -1,6 +1,7 @@
 """A log prepared in parts, one task each, is the log prepared at once."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from behaviorlm_jax.data import columns
@@ -55,6 +56,20 @@ def test_parts_joined_are_the_whole(
   for name in ('behaviors.json', 'summary.json', 'rejected.csv'):
     assert (tmp_path / 'whole' / name).read_bytes() == (
         tmp_path / 'parts' / 'events' / name).read_bytes()
+
+
+@pytest.mark.parametrize('size', [1, 2, 5, 1000])
+def test_of_equal_rows_the_first_stays_whatever_the_batches(size):
+  rng = np.random.default_rng(0)
+  rows = sorted(zip(*rng.integers(0, 3, (2, 200)).tolist(), strict=True))
+  rows = [(*row, *rng.integers(0, 2, 2).tolist()) for row in rows]
+  batches = [pa.RecordBatch.from_arrays(
+      [pa.array(column) for column in zip(*rows[i:i + size], strict=True)],
+      names=['user', 'micros', 'behavior', 'place'])
+      for i in range(0, len(rows), size)]
+  found = [row for columns in shards._without_duplicates(batches)
+           for row in zip(*(c.tolist() for c in columns), strict=True)]
+  assert found == list(dict.fromkeys(rows))
 
 
 def test_every_user_is_in_one_shard(tmp_path, log_config, minute):
