@@ -91,7 +91,8 @@ def run(config, workdir):
   """
   config_lib.check(config)
   if config.data.shard:
-    workdir_lib.prepare_shard(config, workdir_lib.make(workdir))
+    with preemption.at_once():
+      workdir_lib.prepare_shard(config, workdir_lib.make(workdir))
     return
   with preemption.at_once():
     hosts.meet(config.distributed)

@@ -292,6 +292,9 @@ def _prepare_events(config, folder):
 
 def prepare_shard(config, workdir):
   """Prepares data.shard's part of the users, for `open_events` to join."""
+  if (workdir / 'events').exists():
+    logging.info('%s is prepared; no shard is needed.', workdir / 'events')
+    return
   index, count = config_lib.shard(config)
   config = pin(config, workdir)
   folder = workdir / _SHARDS / f'{index}-of-{count}'

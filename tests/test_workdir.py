@@ -1,6 +1,7 @@
 """What a config leaves open is settled once for a work directory."""
 
 import json
+import shutil
 
 import pytest
 
@@ -119,6 +120,9 @@ def test_shards_are_joined_to_what_one_machine_prepares(
   whole = workdir_lib.open_events(config, workdir_lib.make(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
   workdir_lib.open_events(config, workdir)  # And opened again.
+  shutil.rmtree(workdir / 'events.shards')
+  shards('0/3')  # Nothing is left to prepare.
+  assert not (workdir / 'events.shards').exists()
 
 
 @pytest.mark.parametrize('parts, sentence', [

@@ -8,7 +8,6 @@ to its end. What is kept in memory grows with users, places and names, not with
 events.
 """
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -86,7 +85,7 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
     digests = _write_events(parts, half, ends)
     files.write_json(half / 'behaviors.json',
                      [dataclasses.asdict(item) for item in behaviors])
-    _write_rejected(sources, half / shards.REJECTED)
+    _write_rejected(sources, half / 'rejected.csv')
     summary = {'rows': facts[0]['rows'], 'rejected': rejected}
     summary |= {name: sum(fact[name] for fact in facts)
                 for name in ('duplicates', 'repeats')}
@@ -114,15 +113,13 @@ def _check_rows(facts, sources, path):
 
 
 def _rejected(sources):
-  """Yields the malformed rows of all shards, by line."""
-  with contextlib.ExitStack() as stack:
-    readers = []
-    for source in sources:
-      file = stack.enter_context(open(
-          source / shards.REJECTED, encoding='utf-8', newline=''))
-      readers.append(csv.reader(file))
-      next(readers[-1])  # The header.
-    yield from heapq.merge(*readers, key=lambda row: int(row[0]))
+  """Yields the malformed rows (line, reason, text) of all shards, by line."""
+
+  def rows(source):
+    for batch in columns.read_names(source / 'rejected.arrow').to_batches():
+      yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
+
+  return heapq.merge(*map(rows, sources))
 
 
 def _write_rejected(sources, path):

@@ -24,11 +24,11 @@ complete.
                                        the next three files
     users.arrow                        name, events, group
     names.arrow, places.arrow          name
-    rejected.csv, shard.json
+    rejected.arrow                     line, reason, text of malformed rows
+    shard.json                         counts of rows
 """
 
 import contextlib
-import csv
 import pathlib
 import shutil
 
@@ -42,9 +42,7 @@ from behaviorlm_jax.data import logs
 from behaviorlm_jax.errors import InputError
 
 MEMORY = '4GB'  # leaves room on an 8 GB machine; beyond it DuckDB spills
-REJECTED = 'rejected.csv'
 _LONGEST_NAME = 256  # characters
-_FETCHED = 8192  # rejected rows at a time
 _BATCH = 1 << 20  # events at a time
 COLUMNS = ('user', 'time', 'behavior', 'place')
 _TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
@@ -98,7 +96,7 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
 
 
 def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
-  """Writes rejected.csv; refuses an empty log and too many malformed rows.
+  """Writes rejected.arrow; refuses an empty log and too many malformed rows.
 
   `rows`: of the whole log. Those of other shards may be malformed, too, which
   is left to `join`.
@@ -106,21 +104,16 @@ def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
   if not rows:
     raise InputError(f'{path} holds no rows: give data.events a log with rows')
   (rejected,), = con.execute('SELECT count(reason) FROM rows').fetchall()
-  cursor = con.execute('SELECT line, reason, text FROM rows '
-                       'WHERE reason IS NOT NULL ORDER BY line')
-  first = cursor.fetchmany(_FETCHED)
-  check_rejected(path, most, rows, rejected, first)
-  with open(folder / REJECTED, 'w', encoding='utf-8', newline='') as file:
-    writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(['line', 'reason', 'text'])
-    while first:
-      writer.writerows(first)
-      first = cursor.fetchmany(_FETCHED)
+  query = ('SELECT line, reason, text FROM rows WHERE reason IS NOT NULL '
+           'ORDER BY line')
+  check_rejected(path, most, rows, rejected,
+                 con.execute(f'{query} LIMIT 1').fetchall())
+  columns.write_names(folder / 'rejected.arrow', con.sql(query))
   return {'rows': rows, 'rejected': rejected}
 
 
 def check_rejected(path, most: float, rows: int, rejected: int, first):
-  """Refuses too many malformed rows; `first`: of them, (line, reason, text)."""
+  """Refuses too many malformed rows; `first`: a list of the first of them."""
   if rejected > most * rows:
     line, reason, _ = first[0]
     raise InputError(
