@@ -6,9 +6,12 @@ import shutil
 import pytest
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
 from behaviorlm_jax import workdir as workdir_lib
+from behaviorlm_jax.data import logs
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import processor
+from behaviorlm_jax.train import preemption
 
 PRINTS = {'events': 'e', 'base': 'b'}
 
@@ -161,3 +164,29 @@ def test_a_shard_has_one_process(make_config):
   with pytest.raises(InputError, match=r'data\.shard.*distributed\.coord'):
     config_lib.check(make_config(**{
         'data.shard': '0/2', 'distributed.coordinator': 'auto'}))
+
+
+def test_a_run_with_a_shard_prepares_it_and_ends(
+    tmp_path, make_config, machine, log):
+  machine('float32')
+  config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
+  stages.run(config, tmp_path / 'work')
+  found = sorted(p.name for p in (tmp_path / 'work').rglob('*') if p.is_dir())
+  assert found == ['1-of-2', 'events.shards']
+
+
+@pytest.mark.parametrize('asked, error', [
+    (True, preemption.Preempted), (False, RuntimeError)])
+def test_a_stop_while_duckdb_works_is_a_stop(
+    tmp_path, monkeypatch, make_config, machine, log, asked, error):
+  machine('float32')
+
+  def interrupt(*args):
+    raise RuntimeError('Query interrupted')
+
+  monkeypatch.setattr(logs, 'read', interrupt)
+  monkeypatch.setattr(preemption, '_requested', asked)
+  config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
+  with pytest.raises(error):
+    stages.run(config, tmp_path / 'work')
+  assert not list((tmp_path / 'work' / 'events.shards').iterdir())
