@@ -47,10 +47,7 @@ _MACROS = fr"""
       place VARCHAR, team VARCHAR, reason VARCHAR, text VARCHAR);
     CREATE VIEW parsed AS FROM rows WHERE reason IS NULL;
 """
-# $grouped: whether a row without a group is malformed; $index and $count: the
-# shard. The filter is next to the source: of other shards' rows only the user
-# is looked at. DuckDB's hash may change with its version, but is ten times as
-# fast as MD5: whoever joins shards compares versions.
+# $grouped: whether a row without a group is malformed.
 _ABSORB = """
     INSERT INTO rows
     SELECT line, who, instant, what, place, team,
@@ -66,8 +63,7 @@ _ABSORB = """
                  coalesce(clean(behavior), '') AS what,
                  nullif(clean(place), '') AS place,
                  nullif(clean("group"), '') AS team, reason, text
-          FROM {source} WHERE $count = 1 OR
-            hash(coalesce(clean("user"), '')) % $count = $index)"""
+          FROM {source})"""
 
 
 def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
@@ -79,10 +75,10 @@ def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
   columns = [data.columns.get(field) or (field if i < _REQUIRED else None)
              for i, field in enumerate(FIELDS)]
   grouped = columns[-1] is not None
-  parameters = {'grouped': grouped, 'index': shard[0], 'count': shard[1]}
+  parameters = {'grouped': grouped}
   name = path.name.lower()
   if name.endswith('.parquet'):
-    source = _parquet(path, columns)
+    source = _parquet(path, columns, shard)
     try:
       con.execute(_ABSORB.format(source=f'({source})'), parameters)
     except duckdb.Error as error:
@@ -92,16 +88,18 @@ def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
     return grouped, pq.read_metadata(path).num_rows
   suffix = pathlib.Path(name.removesuffix('.gz')).suffix
   chunks, size = _batches(path, columns, suffix), 0
+  mine = _mine('"user"', shard)
+  query = _ABSORB.format(source=f'(FROM chunk WHERE {mine})')
   con.execute('BEGIN')
   while batches := list(itertools.islice(chunks, _CHUNKS)):
     con.register('chunk', pa.Table.from_batches(batches))
-    con.execute(_ABSORB.format(source='chunk'), parameters)
+    con.execute(query, parameters)
     size += sum(map(len, batches))
   con.execute('COMMIT')
   return grouped, size
 
 
-def _parquet(path, columns) -> str:
+def _parquet(path, columns, shard) -> str:
   """A query for the mapped columns of a Parquet file, all as text."""
   try:
     schema = pq.read_schema(path)
@@ -110,19 +108,33 @@ def _parquet(path, columns) -> str:
                      ) from error
   log_rows.check_columns(path, columns, schema.names)
   texts = []
-  for field, column in zip(FIELDS, columns, strict=True):
+  for column in columns:
     value = 'NULL' if column is None else '"' + column.replace('"', '""') + '"'
     zone = column and getattr(schema.field(column).type, 'tz', None)
     if zone:
       value = _wall_clock(value, zone)
-    texts.append(f'CAST(({value}) AS VARCHAR) AS "{field}"')
+    texts.append(f'CAST(({value}) AS VARCHAR)')
   # DuckDB takes the path for a glob pattern.
   literal = re.sub(r'([*?[])', r'[\1]', str(path)).replace("'", "''")
+  named = ', '.join(f'{text} AS "{field}"'
+                    for text, field in zip(texts, FIELDS, strict=True))
   return (
       'SELECT *, NULL AS reason, concat_ws(\',\', COLUMNS(* EXCLUDE line)) '
-      'AS text FROM (SELECT file_row_number + 1 AS line, '
-      f"{', '.join(texts)} FROM read_parquet('{literal}', "
-      'file_row_number = true))')
+      f'AS text FROM (SELECT file_row_number + 1 AS line, {named} '
+      f"FROM read_parquet('{literal}', file_row_number = true) "
+      f'WHERE {_mine(texts[0], shard)})')
+
+
+def _mine(user: str, shard) -> str:
+  """SQL for whether a row is in the shard, of its user as text.
+
+  It stands next to the source and holds no parameters, so that of other shards'
+  rows only the user is read. DuckDB's hash may change with its version, but is
+  ten times as fast as MD5: whoever joins shards compares versions.
+  """
+  index, count = shard
+  return 'true' if count == 1 else (
+      f"hash(coalesce(clean({user}), '')) % {count} = {index}")
 
 
 def _wall_clock(value: str, zone: str) -> str:
