@@ -92,7 +92,7 @@ def run(config, workdir):
   """
   config_lib.check(config)
   if config.data.shard:
-    workdir_lib.prepare_shard(config, workdir)
+    prepare_shard(config, workdir)
     return
   with preemption.at_once():
     hosts.meet(config.distributed)
@@ -110,6 +110,16 @@ def run(config, workdir):
   hosts.first(report.write, workdir, 'BehaviorLM: ' + _log_name(config),
               this.base.tokenizer.decode)
   logging.info('report: %s', workdir / 'report.html')
+
+
+def prepare_shard(config, workdir):
+  """Prepares data.shard's part of the log; SIGTERM stops it at once."""
+  try:
+    with preemption.at_once():
+      workdir_lib.prepare_shard(config, workdir)
+  except RuntimeError:  # What DuckDB makes of a stop while it works.
+    preemption.check()
+    raise
 
 
 def _log_name(config):

@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 
+import duckdb
 import jax
 from absl import logging
 
@@ -288,7 +289,7 @@ def _prepare_events(config, folder):
   if not folder.exists():
     shards = folder.with_name(_SHARDS)
     if shards.exists():
-      sources = _complete(shards, origin)
+      sources = _complete(shards, _shard_origin(config, origin['log_sha256']))
       join.join(config.data, path, sources, folder, config.seed, origin)
       logging.info('%s: %d shards joined in %s; they are not needed any more.',
                    shards, len(sources), folder)
@@ -309,10 +310,13 @@ def prepare_shard(config, workdir):
   index, count = config_lib.shard(config)
   name = f'{index}-of-{count}'
   workdir = make(workdir, name)
+  if (workdir / 'events').exists():
+    logging.info('%s is prepared; no shard is needed.', workdir / 'events')
+    return
   config = pin(config, workdir)
   folder = workdir / _SHARDS / name
   path = _log(config)
-  origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
+  origin = _shard_origin(config, addresses.sha256(path))
   if folder.exists():
     _check_shard(folder, origin)
   else:
@@ -320,6 +324,12 @@ def prepare_shard(config, workdir):
     bucket.push()
   logging.info('%s is prepared; once all %d are, run the same command without '
                'data.shard.', folder, count)
+
+
+def _shard_origin(config, log_sha256):
+  # Its hash decides which users are in a shard.
+  return as_dict(config) | {'log_sha256': log_sha256,
+                            'duckdb': duckdb.__version__}
 
 
 def _log(config):
@@ -357,11 +367,12 @@ def _complete(root, origin):
 def _check_shard(folder, origin):
   """Refuses a shard of another log or config; the log may have moved."""
   theirs = _read(folder) or {}
-  names = ('log_sha256', *_DECIDES['events'])
+  names = ('log_sha256', 'duckdb', *_DECIDES['events'])
   found = [difference for name in names if name != 'data.events'
            for difference in _differences(_get(origin, name),
                                           _get(theirs, name), name)]
   if found:
     raise InputError(
-        f'{folder} was made of another log or config: {", ".join(found)}; '
-        'delete it and prepare it again, or use the old ones.')
+        f'{folder} was made of another log or config, or by another version: '
+        f'{", ".join(found)}; delete it and prepare it again, or use the old '
+        'ones.')

@@ -105,7 +105,7 @@ def test_events_folder(finished):
   assert sum(counts) == summary['events'] == sum(summary['splits'].values())
   assert math.isclose(sum(b['share'] for b in behaviors.values()), 1)
   assert (folder / 'rejected.csv').read_text() == 'line,reason,text\n'
-  assert list(folder.glob('part-*.arrow'))
+  assert (folder / 'user.npy').exists()
 
 
 @pytest.mark.parametrize('arm', ARMS)

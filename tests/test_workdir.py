@@ -1,13 +1,17 @@
 """What a config leaves open is settled once for a work directory."""
 
 import json
+import shutil
 
 import pytest
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import stages
 from behaviorlm_jax import workdir as workdir_lib
+from behaviorlm_jax.data import logs
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import processor
+from behaviorlm_jax.train import preemption
 
 PRINTS = {'events': 'e', 'base': 'b'}
 
@@ -119,6 +123,9 @@ def test_shards_are_joined_to_what_one_machine_prepares(
   whole = workdir_lib.open_events(config, workdir_lib.make(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
   workdir_lib.open_events(config, workdir)  # And opened again.
+  shutil.rmtree(workdir / 'events.shards')
+  shards('0/3')  # Nothing is left to prepare.
+  assert not (workdir / 'events.shards').exists()
 
 
 @pytest.mark.parametrize('parts, sentence', [
@@ -133,7 +140,7 @@ def test_shards_that_are_not_all_there_are_refused(
 
 
 @pytest.mark.parametrize('fields, sentence', [
-    ({}, r'0-of-1 was made of another log or config: log_sha256 '),
+    ({}, r'0-of-1 was made of another log .*: log_sha256 '),
     ({'data.split': (.6, .2, .2)}, r'data\.split \(\[0\.6, 0\.2, 0\.2\], now')])
 def test_a_shard_of_another_log_or_config_is_refused(
     make_config, shards, log, fields, sentence):
@@ -157,3 +164,29 @@ def test_a_shard_has_one_process(make_config):
   with pytest.raises(InputError, match=r'data\.shard.*distributed\.coord'):
     config_lib.check(make_config(**{
         'data.shard': '0/2', 'distributed.coordinator': 'auto'}))
+
+
+def test_a_run_with_a_shard_prepares_it_and_ends(
+    tmp_path, make_config, machine, log):
+  machine('float32')
+  config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
+  stages.run(config, tmp_path / 'work')
+  found = sorted(p.name for p in (tmp_path / 'work').rglob('*') if p.is_dir())
+  assert found == ['1-of-2', 'events.shards']
+
+
+@pytest.mark.parametrize('asked, error', [
+    (True, preemption.Preempted), (False, RuntimeError)])
+def test_a_stop_while_duckdb_works_is_a_stop(
+    tmp_path, monkeypatch, make_config, machine, log, asked, error):
+  machine('float32')
+
+  def interrupt(*args):
+    raise RuntimeError('Query interrupted')
+
+  monkeypatch.setattr(logs, 'read', interrupt)
+  monkeypatch.setattr(preemption, '_requested', asked)
+  config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
+  with pytest.raises(error):
+    stages.run(config, tmp_path / 'work')
+  assert not list((tmp_path / 'work' / 'events.shards').iterdir())

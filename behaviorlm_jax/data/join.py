@@ -8,11 +8,13 @@ to its end. What is kept in memory grows with users, places and names, not with
 events.
 """
 
+import csv
 import dataclasses
 import hashlib
+import heapq
+import itertools
 import json
 import pathlib
-import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +65,9 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
   facts = [json.loads((source / 'shard.json').read_text('utf-8'))
            for source in sources]
   _check_rows(facts, sources, path)
+  rejected = sum(fact['rejected'] for fact in facts)
+  shards.check_rejected(path, data.max_rejected, facts[0]['rows'], rejected,
+                        list(itertools.islice(_rejected(sources), 1)))
   with shards.new_folder(folder) as (half, con):
     parts = _open(con, sources)
     if facts[0]['grouped']:
@@ -80,9 +85,8 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
     digests = _write_events(parts, half, ends)
     files.write_json(half / 'behaviors.json',
                      [dataclasses.asdict(item) for item in behaviors])
-    # Malformed rows are the same in all.
-    shutil.copyfile(sources[0] / 'rejected.csv', half / 'rejected.csv')
-    summary = {name: facts[0][name] for name in ('rows', 'rejected')}
+    _write_rejected(sources, half / 'rejected.csv')
+    summary = {'rows': facts[0]['rows'], 'rejected': rejected}
     summary |= {name: sum(fact[name] for fact in facts)
                 for name in ('duplicates', 'repeats')}
     summary |= _summary(sum(len(part.users) for part in parts), counts,
@@ -99,13 +103,30 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
 
 def _check_rows(facts, sources, path):
   """Refuses shards that are not those of one log, each once."""
-  sound = sum(fact['sound'] for fact in facts)
-  whole = facts[0]['rows'] - facts[0]['rejected']
-  if sound != whole:
+  found = sum(fact['sound'] + fact['rejected'] for fact in facts)
+  rows = facts[0]['rows']
+  if found != rows:
     raise InputError(
-        f'the {len(sources)} shards in {sources[0].parent} hold {sound} of the '
-        f'{whole} sound rows of {path}: they do not belong together; delete '
-        'them and prepare all with one version of this program and of duckdb')
+        f'the {len(sources)} shards in {sources[0].parent} hold {found} of the '
+        f'{rows} rows of {path}: they do not belong together; delete them and '
+        'prepare all of them again')
+
+
+def _rejected(sources):
+  """Yields the malformed rows (line, reason, text) of all shards, by line."""
+
+  def rows(source):
+    for batch in columns.read_names(source / 'rejected.arrow').to_batches():
+      yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
+
+  return heapq.merge(*map(rows, sources))
+
+
+def _write_rejected(sources, path):
+  with open(path, 'w', encoding='utf-8', newline='') as file:
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(['line', 'reason', 'text'])
+    writer.writerows(_rejected(sources))
 
 
 def _open(con, sources) -> list[_Shard]:

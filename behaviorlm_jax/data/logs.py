@@ -35,8 +35,10 @@ _CHUNKS = 64  # chunks handed to DuckDB at a time
 _DATE_TIME = (r'^(\d{4}-\d\d-\d\d[ T](?:[01]\d|2[0-3]):[0-5]\d'
               r'(?::[0-5]\d(?:\.\d+)?)?) ?(?:Z|[+-]\d\d:?(?:\d\d)?)?$')
 _MACROS = fr"""
-    CREATE MACRO clean(text) AS
-      trim(regexp_replace(text, '[\p{{Z}}\p{{Cc}}]+', ' ', 'g'));
+    CREATE MACRO clean(text) AS  -- Looking first is twice as fast.
+      CASE WHEN regexp_matches(text, '[\p{{Z}}\p{{Cc}}]')
+      THEN trim(regexp_replace(text, '[\p{{Z}}\p{{Cc}}]+', ' ', 'g'))
+      ELSE text END;
     CREATE MACRO micros(text) AS coalesce(
       epoch_us(TRY_CAST(regexp_extract(text, '{_DATE_TIME}', 1) AS TIMESTAMP)),
       TRY_CAST(regexp_extract(text, '^-?\d{{1,11}}$') AS BIGINT) * 1000000,
@@ -45,9 +47,7 @@ _MACROS = fr"""
       place VARCHAR, team VARCHAR, reason VARCHAR, text VARCHAR);
     CREATE VIEW parsed AS FROM rows WHERE reason IS NULL;
 """
-# $grouped: whether a row without a group is malformed; $index and $count: the
-# shard. Which users are in it must never change, so it is MD5, not DuckDB's own
-# hash.
+# $grouped: whether a row without a group is malformed.
 _ABSORB = """
     INSERT INTO rows
     SELECT line, who, instant, what, place, team,
@@ -63,13 +63,11 @@ _ABSORB = """
                  coalesce(clean(behavior), '') AS what,
                  nullif(clean(place), '') AS place,
                  nullif(clean("group"), '') AS team, reason, text
-          FROM {source})
-    WHERE why IS NOT NULL OR $count = 1
-          OR md5_number_lower(who) % $count = $index"""
+          FROM {source})"""
 
 
 def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
-  """Fills the table `rows`, with the malformed ones and those of a shard.
+  """Fills the table `rows` with those of a shard; a user is in one.
 
   Returns whether the log is split by groups, and how many rows it has in all.
   """
@@ -77,10 +75,10 @@ def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
   columns = [data.columns.get(field) or (field if i < _REQUIRED else None)
              for i, field in enumerate(FIELDS)]
   grouped = columns[-1] is not None
-  parameters = {'grouped': grouped, 'index': shard[0], 'count': shard[1]}
+  parameters = {'grouped': grouped}
   name = path.name.lower()
   if name.endswith('.parquet'):
-    source = _parquet(path, columns)
+    source = _parquet(path, columns, shard)
     try:
       con.execute(_ABSORB.format(source=f'({source})'), parameters)
     except duckdb.Error as error:
@@ -90,16 +88,18 @@ def read(con, data, path, shard=(0, 1)) -> tuple[bool, int]:
     return grouped, pq.read_metadata(path).num_rows
   suffix = pathlib.Path(name.removesuffix('.gz')).suffix
   chunks, size = _batches(path, columns, suffix), 0
+  mine = _mine('"user"', shard)
+  query = _ABSORB.format(source=f'(FROM chunk WHERE {mine})')
   con.execute('BEGIN')
   while batches := list(itertools.islice(chunks, _CHUNKS)):
     con.register('chunk', pa.Table.from_batches(batches))
-    con.execute(_ABSORB.format(source='chunk'), parameters)
+    con.execute(query, parameters)
     size += sum(map(len, batches))
   con.execute('COMMIT')
   return grouped, size
 
 
-def _parquet(path, columns) -> str:
+def _parquet(path, columns, shard) -> str:
   """A query for the mapped columns of a Parquet file, all as text."""
   try:
     schema = pq.read_schema(path)
@@ -108,19 +108,33 @@ def _parquet(path, columns) -> str:
                      ) from error
   log_rows.check_columns(path, columns, schema.names)
   texts = []
-  for field, column in zip(FIELDS, columns, strict=True):
+  for column in columns:
     value = 'NULL' if column is None else '"' + column.replace('"', '""') + '"'
     zone = column and getattr(schema.field(column).type, 'tz', None)
     if zone:
       value = _wall_clock(value, zone)
-    texts.append(f'CAST(({value}) AS VARCHAR) AS "{field}"')
+    texts.append(f'CAST(({value}) AS VARCHAR)')
   # DuckDB takes the path for a glob pattern.
   literal = re.sub(r'([*?[])', r'[\1]', str(path)).replace("'", "''")
+  named = ', '.join(f'{text} AS "{field}"'
+                    for text, field in zip(texts, FIELDS, strict=True))
   return (
       'SELECT *, NULL AS reason, concat_ws(\',\', COLUMNS(* EXCLUDE line)) '
-      'AS text FROM (SELECT file_row_number + 1 AS line, '
-      f"{', '.join(texts)} FROM read_parquet('{literal}', "
-      'file_row_number = true))')
+      f'AS text FROM (SELECT file_row_number + 1 AS line, {named} '
+      f"FROM read_parquet('{literal}', file_row_number = true) "
+      f'WHERE {_mine(texts[0], shard)})')
+
+
+def _mine(user: str, shard) -> str:
+  """SQL for whether a row is in the shard, of its user as text.
+
+  It stands next to the source and holds no parameters, so that of other shards'
+  rows only the user is read. DuckDB's hash may change with its version, but is
+  ten times as fast as MD5: whoever joins shards compares versions.
+  """
+  index, count = shard
+  return 'true' if count == 1 else (
+      f"hash(coalesce(clean({user}), '')) % {count} = {index}")
 
 
 def _wall_clock(value: str, zone: str) -> str:

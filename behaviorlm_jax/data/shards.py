@@ -8,14 +8,13 @@ done by `events.join`, which is cheap. So n tasks prepare a log that one machine
 would take long for, and the outcome is the same, bit for bit, whatever n is: a
 log prepared at once is one shard, joined.
 
-A shard holds the users of whose name the MD5 is `index` modulo `count`. Every
-task reads the whole log, because a log is in the order of time; it sorts,
-stores and writes its own users alone. Malformed rows belong to no user: all
-tasks find the same ones.
+A shard holds the users whose name has a hash that is `index` modulo `count`,
+and their malformed rows (those without a user have the hash of no name). Every
+task reads the whole log, because a log is in the order of time, but looks at no
+more than the user of a row that is not its own.
 
-Why DuckDB: sorting and dropping duplicates are SQL, and its operators spill to
-disk, so a log larger than memory goes the same way as a small one, without a
-server.
+Why DuckDB: parsing and sorting are SQL, and its operators spill to disk, so a
+log larger than memory goes the same way as a small one, without a server.
 
 Invariants of the folder: events are sorted by user (names in code point order),
 then local time, then line of the file; the folder exists only when it is
@@ -25,11 +24,11 @@ complete.
                                        the next three files
     users.arrow                        name, events, group
     names.arrow, places.arrow          name
-    rejected.csv, shard.json
+    rejected.arrow                     line, reason, text of malformed rows
+    shard.json                         counts of rows
 """
 
 import contextlib
-import csv
 import pathlib
 import shutil
 
@@ -44,7 +43,6 @@ from behaviorlm_jax.errors import InputError
 
 MEMORY = '4GB'  # leaves room on an 8 GB machine; beyond it DuckDB spills
 _LONGEST_NAME = 256  # characters
-_FETCHED = 8192  # rejected rows at a time
 _BATCH = 1 << 20  # events at a time
 COLUMNS = ('user', 'time', 'behavior', 'place')
 _TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
@@ -88,7 +86,7 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
     for table in ('names', 'places'):
       columns.write_names(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
-    facts |= {'index': shard[0], 'count': shard[1], 'grouped': grouped}
+    facts |= {'grouped': grouped}
     if origin is not None:
       files.write_json(half / 'config.json', origin)
     files.write_json(half / 'shard.json', facts)
@@ -98,13 +96,24 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
 
 
 def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
-  """Writes rejected.csv; refuses an empty log and too many malformed rows."""
+  """Writes rejected.arrow; refuses an empty log and too many malformed rows.
+
+  `rows`: of the whole log. Those of other shards may be malformed, too, which
+  is left to `join`.
+  """
   if not rows:
     raise InputError(f'{path} holds no rows: give data.events a log with rows')
   (rejected,), = con.execute('SELECT count(reason) FROM rows').fetchall()
-  cursor = con.execute('SELECT line, reason, text FROM rows '
-                       'WHERE reason IS NOT NULL ORDER BY line')
-  first = cursor.fetchmany(_FETCHED)
+  query = ('SELECT line, reason, text FROM rows WHERE reason IS NOT NULL '
+           'ORDER BY line')
+  check_rejected(path, most, rows, rejected,
+                 con.execute(f'{query} LIMIT 1').fetchall())
+  columns.write_names(folder / 'rejected.arrow', con.sql(query))
+  return {'rows': rows, 'rejected': rejected}
+
+
+def check_rejected(path, most: float, rows: int, rejected: int, first):
+  """Refuses too many malformed rows; `first`: a list of the first of them."""
   if rejected > most * rows:
     line, reason, _ = first[0]
     raise InputError(
@@ -112,16 +121,9 @@ def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
         f'malformed ({rejected / rows:.2%}) and data.max_rejected = {most} '
         f'allows {most:.2%}: mend the rows, check data.columns, or raise '
         'data.max_rejected')
-  with open(folder / 'rejected.csv', 'w', encoding='utf-8', newline='') as file:
-    writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(['line', 'reason', 'text'])
-    while first:
-      writer.writerows(first)
-      first = cursor.fetchmany(_FETCHED)
   if rejected == rows:
     raise InputError(f'{path}: all {rows} rows are malformed: check '
                      'data.columns')
-  return {'rows': rows, 'rejected': rejected}
 
 
 def _check_names(con, path):
@@ -157,21 +159,16 @@ def _write_events(con, folder, collapse: bool) -> dict[str, int]:
   # DuckDB streams only where nothing is left to fetch.
   (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
                                  '(SELECT count(*) FROM parsed)').fetchall()
-  # Exact duplicates are rows equal in every mapped column.
   reader = con.sql("""
       SELECT users.id AS uid, micros, names.id AS bid,
-             coalesce(places.id, -1) AS pid, min(line) AS line
+             coalesce(places.id, -1) AS pid
       FROM parsed JOIN users ON who = users.name JOIN names ON what = names.name
       LEFT JOIN places ON place = places.name
-      GROUP BY ALL ORDER BY uid, micros, line""").to_arrow_reader(_BATCH)
+      ORDER BY uid, micros, line""").to_arrow_reader(_BATCH)
   sizes = np.zeros(users, np.int64)
   single, last = 0, (-1, -1)
   with columns.Writer(folder, COLUMNS) as writer:
-    for batch in reader:
-      user, micros, behavior, place = (
-          batch.column(i).to_numpy() for i in range(4))
-      if not len(user):
-        continue
+    for user, micros, behavior, place in _without_duplicates(reader):
       single += len(user)
       kept = np.ones(len(user), bool)
       if collapse:  # Of immediate repeats the first one stays.
@@ -190,3 +187,39 @@ def _write_events(con, folder, collapse: bool) -> dict[str, int]:
         ON who = name ORDER BY id"""))
   return {'sound': parsed, 'duplicates': parsed - single,
           'repeats': single - int(sizes.sum())}
+
+
+def _without_duplicates(reader):
+  """Yields columns (user, micros, behavior, place) in their order, each once.
+
+  Exact duplicates are rows equal in every mapped column; the first one stays.
+  They are looked for here, among the few rows of one user and moment, because
+  DuckDB would have to group all rows before it sorts them.
+  """
+  held = [np.zeros(0, np.int64)] * 4  # Rows of a moment that may go on.
+  for batch in reader:
+    rows = [np.concatenate([old, batch.column(i).to_numpy()])
+            for i, old in enumerate(held)]
+    user, micros = rows[:2]
+    others = np.flatnonzero((user != user[-1:]) | (micros != micros[-1:]))
+    cut = others[-1] + 1 if len(others) else 0
+    held = [column[cut:] for column in rows]
+    if cut:
+      yield _first_of_equals(*(column[:cut] for column in rows))
+  if len(held[0]):
+    yield _first_of_equals(*held)
+
+
+def _first_of_equals(*rows):
+  user, micros, behavior, place = rows
+  same = (np.diff(user) == 0) & (np.diff(micros) == 0)
+  tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+  # Stable: equal rows keep their order.
+  tied = tied[np.lexsort([column[tied] for column in (
+      place, behavior, micros, user)])]
+  equal = np.ones(max(len(tied) - 1, 0), bool)
+  for column in rows:
+    equal &= np.diff(column[tied]) == 0
+  kept = np.ones(len(user), bool)
+  kept[tied[1:][equal]] = False
+  return [column[kept] for column in rows]
