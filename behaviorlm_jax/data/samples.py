@@ -57,9 +57,10 @@ class Rule:
     if self.anchors_only:
       return positions[anchor_mask(events)[behavior]]
     if self.shots is not None:
-      left = ~few_shot_mask(events)[behavior]
-      return positions[left | np.isin(positions, _shots(
-          events, self, FEW_SHOT_FROM))]
+      limited, shots = _shots(events, self, FEW_SHOT_FROM)
+      at = np.searchsorted(shots, positions)
+      return positions[~limited[behavior] | (
+          np.append(shots, -1)[at] == positions)]
     return positions
 
 
@@ -73,8 +74,8 @@ def rule(split, config, anchors_only=False):
 class Samples:
   """The samples of a split, found anew in every pass over the events.
 
-  A log may have more of them than fit in memory. So they are drawn as ranks
-  (the how-manieth sample, of all or of its behavior), and a pass finds those.
+  A log may have more of them than fit in memory. So what is drawn is ranks
+  (numbers from 0, among all or those of a behavior), and a pass finds those.
   """
 
   def __init__(self, events, rule):
@@ -160,15 +161,19 @@ def _counts(events, rule, few_shot_from):
 
 @functools.lru_cache(maxsize=8)
 def _shots(events, rule, few_shot_from):
-  """Positions of the samples that plan.shots leaves of the limited tails."""
-  every = dataclasses.replace(rule, shots=None)
+  """Which behaviors plan.shots limits, and the positions that it leaves them.
+
+  bool [known]; int64, sorted.
+  """
+  every, limited = dataclasses.replace(rule, shots=None), few_shot_mask(events)
   sizes = _counts(events, every, few_shot_from)
   ranks = {}
-  for b in np.flatnonzero(few_shot_mask(events)).tolist():
+  for b in np.flatnonzero(limited).tolist():
     rng = seeds.stream(rule.seed, 'shots', str(b))
     ranks[b] = draw_ranks(rng, sizes[b], rule.shots)
   found = Samples(events, every).at_of_behaviors(ranks)
-  return np.concatenate([np.zeros(0, np.int64), *found.values()])
+  return limited, np.sort(np.concatenate(
+      [np.zeros(0, np.int64), *found.values()]))
 
 
 def draw_ranks(rng, size, most):
@@ -207,6 +212,7 @@ def _grouping(behavior):
   return np.argsort(behavior, kind='stable')
 
 
+@functools.lru_cache(maxsize=8)  # Asked for with every window of a plan.
 def anchor_mask(events):
   """bool [known]: which candidate behaviors are anchors."""
   return np.array([b.group == 'anchor' for b in

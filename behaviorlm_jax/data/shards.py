@@ -82,7 +82,7 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
       columns.number_names(con, table, f'SELECT {column} AS name FROM parsed')
     if grouped:
       _check_groups(con, path)
-    facts |= _write_events(con, half, data.collapse_repeats)
+    facts |= _write_events(con, half, data.collapse_repeats, grouped)
     for table in ('names', 'places'):
       columns.write_names(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
@@ -154,7 +154,8 @@ def _check_groups(con, path):
 # Writing.
 
 
-def _write_events(con, folder, collapse: bool) -> dict[str, int]:
+def _write_events(con, folder, collapse: bool, grouped: bool
+                  ) -> dict[str, int]:
   """Writes the columns and users.arrow; returns counts of rows."""
   # DuckDB streams only where nothing is left to fetch.
   (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
@@ -181,10 +182,11 @@ def _write_events(con, folder, collapse: bool) -> dict[str, int]:
                  time=micros[kept] // 1_000_000)  # Floor, also before 1970.
   con.register('sizes', pa.table({'id': np.arange(users), 'events': sizes}))
   # A group is an event's in the log and a user's here.
-  columns.write_names(folder / 'users.arrow', con.sql("""
+  teams = ('SELECT who, any_value(team) AS team FROM parsed GROUP BY who'
+           if grouped else "SELECT '' AS who, NULL::VARCHAR AS team")
+  columns.write_names(folder / 'users.arrow', con.sql(f"""
       SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
-      LEFT JOIN (SELECT who, any_value(team) AS team FROM parsed GROUP BY who)
-        ON who = name ORDER BY id"""))
+      LEFT JOIN ({teams}) ON who = name ORDER BY id"""))
   return {'sound': parsed, 'duplicates': parsed - single,
           'repeats': single - int(sizes.sum())}
 
