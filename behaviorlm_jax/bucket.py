@@ -10,13 +10,15 @@ contents.txt in the bucket lists what the work directory holds and is written
 last: what a run was pushing when it was killed is not there yet. An object may
 be newer than the list (metrics.jsonl grows), none is older. Tasks that prepare
 shards of a log at the same time have a list each. Copies are compared by MD5,
-so what a host has already is not fetched again.
+so what a host has already is not fetched again. Nothing in a bucket is deleted.
 """
 
 import base64
 import contextlib
+import fcntl
 import fnmatch
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -28,7 +30,12 @@ from behaviorlm_jax.errors import InputError
 
 PREFIX = 'gs://'
 _CONTENTS = 'contents{}.txt'
+_SHARDS = 'events.shards/'  # What process 0 joins; each task lists its own.
 _mirror = None  # The one that this process works in.
+
+
+class Unreachable(Exception):
+  """The bucket does not answer for now."""
 
 
 def is_address(place):
@@ -45,16 +52,28 @@ def open_workdir(address, cache, process, part=''):
     part: a name, of what is done beside others; it has only its own files.
 
   Raises:
-    InputError: the bucket cannot be read, or the package for it is missing.
+    InputError: the bucket cannot be read, or holds something else; the package
+      for it is missing; another process works in the same copy.
+    Unreachable: it may be reached later.
   """
   global _mirror
+  close_workdir()
   bucket = Bucket(address, '--workdir')
   mirror = Mirror(bucket, _copies(cache, bucket.address, part or process),
-                  part and f'-{part}')
+                  writes=bool(part) or process == 0, part=part)
+  mirror.lock()
   mirror.pull()
   absl_logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
   _mirror = mirror
   return mirror.folder
+
+
+def close_workdir():
+  """From here on this process works in a local folder, if in any."""
+  global _mirror
+  if _mirror:
+    _mirror.unlock()
+  _mirror = None
 
 
 def push():
@@ -94,21 +113,25 @@ def fetch(address, field, cache, wanted=lambda name: True):
 
   Raises:
     InputError: nothing is there, or it cannot be read.
+    Unreachable: it may be reached later.
   """
   bucket = Bucket(address, field)
   objects = bucket.objects()
   if not objects:
     raise InputError(f'{field}: there is nothing at {address}; give a file or '
                      'folder that is in the bucket.')
-  target = (_copies(cache, bucket.address, 'read')
+  objects = {name: digest for name, digest in objects.items() if wanted(name)}
+  # Another content has another folder: no file of an older one is left in it.
+  version = json.dumps([bucket.address, sorted(objects.items())])
+  target = (_copies(cache, version, 'read')
             / pathlib.PurePosixPath(address).name)
-  bucket.get({target / name: name for name, digest in objects.items()
-              if wanted(name) and _differs(target / name, digest)})
+  bucket.get({target / name: (name, digest) for name, digest in objects.items()
+              if _differs(target / name, digest)})
   return target
 
 
-def _copies(cache, address, kind):
-  digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+def _copies(cache, what, kind):
+  digest = hashlib.sha256(what.encode()).hexdigest()[:16]
   return cache / 'buckets' / f'{digest}-{kind}'
 
 
@@ -134,15 +157,20 @@ class Bucket:
                        'gs://BUCKET/NAME.')
     try:
       import gcsfs  # Not everyone has a bucket.
+      from google.auth import exceptions
     except ImportError as error:
       raise InputError(
           f"{field}: {address} needs gcsfs; run pip install -e '.[gcs]', or "
           'give a local folder.') from error
     # What it raises is said here, without its tracebacks.
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+    retried = gcsfs.retry.RETRIABLE_EXCEPTIONS
     self._refused = (OSError, gcsfs.retry.HttpError,
-                     *gcsfs.retry.RETRIABLE_EXCEPTIONS)
-    self._fs = gcsfs.GCSFileSystem(consistency='md5', use_listings_cache=False)
+                     exceptions.GoogleAuthError, *retried)
+    self._passing = lambda error: (
+        gcsfs.retry.is_retriable(error)
+        or isinstance(error, exceptions.TransportError))
+    self._fs = gcsfs.GCSFileSystem(use_listings_cache=False)
 
   def _full(self, name):
     return f'{self.address}/{name}' if name else self.address
@@ -152,15 +180,24 @@ class Bucket:
     try:
       yield
     except self._refused as error:
-      reason = str(error).strip().splitlines()
+      lines = str(error).strip().splitlines() or ['no reason given']
+      reason = f'{type(error).__name__}: {lines[0]}'
+      if self._passing(error):
+        raise Unreachable(
+            f'{self._field}: {self.address} does not answer ({reason}); run '
+            'the same command again') from error
+      if isinstance(error, OSError) and error.errno is not None:
+        raise  # The local disk.
       raise InputError(
-          f'{self._field}: {self.address} refuses ({type(error).__name__}: '
-          f'{reason[0] if reason else "no reason given"}); see that the bucket '
-          'exists and this machine may read and write it, then run the same '
-          'command again.') from error
+          f'{self._field}: {self.address} refuses ({reason}); see that the '
+          'bucket exists and this machine may read and write it, then run the '
+          'same command again.') from error
 
   def objects(self):
-    """{name: MD5 or None}; '' is an object at the address itself."""
+    """{name: MD5 or None}; '' is an object at the address itself.
+
+    Objects that were put together in the bucket have no MD5.
+    """
     with self._explained():
       try:
         found = self._fs.find(self.address, detail=True)
@@ -168,9 +205,11 @@ class Bucket:
         self._fs.ls(self.address[len(PREFIX):].split('/')[0])
         return {}
     root = self.address[len(PREFIX):]
+    # Names that end with / stand for folders.
     return {name[len(root):].lstrip('/'): facts.get('md5Hash')
             for name, facts in found.items()
-            if name == root or name.startswith(root + '/')}
+            if (name == root and facts['type'] == 'file')
+            or (name.startswith(root + '/') and not name.endswith('/'))}
 
   def read(self, name):
     """The text of an object, or None if there is none."""
@@ -185,7 +224,7 @@ class Bucket:
       self._fs.pipe_file(self._full(name), text.encode())
 
   def get(self, wanted):
-    """Fetches {local path: name}; each file appears whole or not at all."""
+    """Fetches {local path: (name, MD5 or None)}; each file appears whole."""
     if not wanted:
       return
     # Two hosts on one machine may fetch the same.
@@ -194,29 +233,54 @@ class Bucket:
     for path in wanted:
       path.parent.mkdir(parents=True, exist_ok=True)
     with self._explained():
-      self._fs.get([self._full(name) for name in wanted.values()],
+      self._fs.get([self._full(name) for name, _ in wanted.values()],
                    [str(path) for path in beside.values()])
     for path, temporary in beside.items():
+      name, digest = wanted[path]
+      if digest is not None and _md5(temporary) != digest:
+        raise Unreachable(
+            f'{self._field}: {self._full(name)} arrived with another MD5 than '
+            f'{digest}; run the same command again')
       temporary.replace(path)
 
   def put(self, given):
     """Writes {local path: name}."""
     with self._explained():
       self._fs.put([str(path) for path in given],
-                   [self._full(name) for name in given.values()])
-
-  def remove(self, names):
-    with self._explained(), contextlib.suppress(FileNotFoundError):
-      self._fs.rm([self._full(name) for name in names])
+                   [self._full(name) for name in given.values()],
+                   consistency='md5')
 
 
 class Mirror:
-  """A local folder that is kept as a bucket has it, or the other way round."""
+  """A local folder that is kept as a bucket has it, or the other way round.
 
-  def __init__(self, bucket, folder, part=''):
+  `writes`: whether this is the process that pushes; `part`: see open_workdir.
+  """
+
+  def __init__(self, bucket, folder, writes, part=''):
     self.bucket, self.folder = bucket, folder
-    self._own = _CONTENTS.format(part)
+    self._writes, self._whole = writes, not part
+    self._list = _CONTENTS.format(part and f'-{part}')
     self._same = {}  # {name: (what the disk says, MD5)} of what both have.
+    self._lock = None
+
+  def lock(self):
+    """Refuses a copy in which another process works."""
+    self.folder.parent.mkdir(parents=True, exist_ok=True)
+    self._lock = os.open(self.folder.with_name(self.folder.name + '.lock'),
+                         os.O_CREAT | os.O_RDWR)
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      self.unlock()
+      raise InputError(
+          f'--workdir: another process on this machine works in {self.folder}, '
+          f'its copy of {self.bucket.address}; wait for it, or end it.'
+      ) from error
+
+  def unlock(self):
+    if self._lock is not None:
+      os.close(self._lock)
 
   def _files(self):
     """{name: what tells a change} of the local folder."""
@@ -228,17 +292,37 @@ class Mirror:
         found[name] = stat.st_size, stat.st_mtime_ns
     return found
 
+  def _listed(self):
+    """Names that the lists hold; the writer's own is made, or mended."""
+    found = self.bucket.objects()
+    lists = fnmatch.filter(found, _CONTENTS.format('*'))
+    if found and not lists:
+      raise InputError(
+          f'--workdir: {self.bucket.address} holds {len(found)} objects, such '
+          f'as {min(found)}, but no {self._list}: it is no work directory that '
+          'this program began; give another name.')
+    texts = {name: self.bucket.read(name) or '' for name in lists
+             if self._whole or name == self._list}
+    own = texts.get(self._list)
+    # Without names that a user deleted: what is pushed to their place counts
+    # when all of it is there.
+    mended = [name for name in (own or '').splitlines() if name in found]
+    if self._writes and (own is None or len(mended) < own.count('\n')):
+      self._write_list(mended)
+      texts[self._list] = '\n'.join(mended)
+    return {name for text in texts.values() for name in text.splitlines()}
+
+  def _write_list(self, names):
+    self.bucket.write(self._list,
+                      ''.join(f'{name}\n' for name in sorted(names)))
+
   def pull(self):
     """Makes the local folder hold what the bucket does, and nothing else."""
-    # Listed after the lists are read, so that it has what they name.
-    lists = {self._own}
-    if self._own == _CONTENTS.format(''):
-      lists |= {name for name in self.bucket.objects()
-                if fnmatch.fnmatch(name, _CONTENTS.format('*'))}
-    listed = [name for one in lists
-              for name in (self.bucket.read(one) or '').splitlines()]
+    listed = self._listed()
+    if self._whole and (not self._writes or 'events/config.json' in listed):
+      listed = {name for name in listed if not name.startswith(_SHARDS)}
+    # Of after the lists, so that it has what they name.
     objects = self.bucket.objects()
-    # A user may have deleted some.
     digests = {name: objects[name] for name in listed if name in objects}
     files = self._files()
     for name in files.keys() - digests.keys():
@@ -247,7 +331,7 @@ class Mirror:
       with contextlib.suppress(OSError):  # Of those that hold something.
         os.rmdir(folder)
     self.bucket.get({
-        self.folder / name: name for name, digest in digests.items()
+        self.folder / name: (name, digest) for name, digest in digests.items()
         if self._same.get(name) != (files.get(name), digest)
         and _differs(self.folder / name, digest)})
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -255,16 +339,23 @@ class Mirror:
     self._same = {name: (files[name], digests[name]) for name in digests}
 
   def push(self):
-    """Makes the bucket hold what the local folder does."""
+    """Makes the bucket hold what the local folder does.
+
+    Raises:
+      InputError: files that both had are gone here, which is no work of ours.
+    """
     files = self._files()
+    if lost := self._same.keys() - files.keys():
+      raise InputError(
+          f'--workdir: {len(lost)} files, such as {min(lost)}, are gone from '
+          f'the local copy of {self.bucket.address}; the bucket still has them:'
+          ' run the same command again.')
     changed = {name: _md5(self.folder / name) for name, stat in files.items()
                if self._same.get(name, (None,))[0] != stat}
-    gone = self._same.keys() - files.keys()
-    if not changed and not gone:
+    if not changed:
       return
     self.bucket.put({self.folder / name: name for name in changed})
-    self.bucket.write(self._own, ''.join(f'{name}\n' for name in sorted(files)))
-    if gone:
-      self.bucket.remove(gone)
+    self._write_list(name for name in files
+                     if not (self._whole and name.startswith(_SHARDS)))
     self._same = {name: (stat, changed.get(name) or self._same[name][1])
                   for name, stat in files.items()}

@@ -89,7 +89,7 @@ def _code(work):
     return _say(2, f'error: {error}')
   except preemption.Preempted as stop:
     return _say(preemption.EXIT_CODE, str(stop))
-  except hosts.Elsewhere as error:
+  except (hosts.Elsewhere, bucket.Unreachable) as error:
     return _say(hosts.EXIT_CODE, f'error: {error}.')
   except _FROM_BELOW as error:
     if errors.of_disk(error):

@@ -28,7 +28,8 @@ from behaviorlm_jax import bucket
 from behaviorlm_jax import rendezvous
 from behaviorlm_jax.errors import InputError
 
-# Of a process whose run ended because of another: run the same command again.
+# Of a process whose run ended because of another, or because the bucket did not
+# answer: run the same command again.
 EXIT_CODE = 76
 AUTO = 'auto'
 _LEAVING = 10  # Seconds that a process at its end waits for the others.

@@ -326,8 +326,10 @@ def run_stage(this, stage):
   adapter = train(this, stage, folder, plan, plan_hash, adapter)
   adapter = interpolate(start, adapter, config.train.interpolation)
   # A name that others have, too, before the folder it was fetched to.
-  name, revision = hub.repository(config.model.address) or (
-      this.base.folder or this.base.address, None)
+  address = config.model.address
+  name, revision = hub.repository(address) or (
+      address if bucket.is_address(address)
+      else this.base.folder or this.base.address, None)
   hosts.first(lora.export, folder / 'adapter', this.layout.gather(adapter),
               config.lora.alpha, name, revision)
   hosts.first(evaluation.write_labels, folder / 'labels.json', this.prompts)

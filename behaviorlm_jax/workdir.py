@@ -105,6 +105,7 @@ def make(workdir, part=''):
   if bucket.is_address(workdir):
     process = jax.process_index() if hosts.several() else 0
     return bucket.open_workdir(workdir, addresses.cache_dir(), process, part)
+  bucket.close_workdir()
   workdir = pathlib.Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -310,7 +311,7 @@ def prepare_shard(config, workdir):
   index, count = config_lib.shard(config)
   name = f'{index}-of-{count}'
   workdir = make(workdir, name)
-  if (workdir / 'events').exists():
+  if bucket.place(workdir / 'events/config.json').exists():
     logging.info('%s is prepared; no shard is needed.', workdir / 'events')
     return
   config = pin(config, workdir)

@@ -7,7 +7,8 @@
 
 Every element is one task of `--config.data.shard=i/n`, run as a command of its
 own on a worker, which needs this project: an image that has it and Beam. Flags
-that begin with --config, and --workdir, go to that command, all others to Beam.
+that begin with --config, and --workdir, go to that command, all others to Beam;
+write them with =, as above.
 """
 
 import argparse

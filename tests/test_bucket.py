@@ -4,8 +4,10 @@ import shutil
 import socket
 import time
 
+import gcsfs
 import pytest
 from gcp_storage_emulator import server as emulator
+from google.auth import exceptions
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import bucket
@@ -36,7 +38,8 @@ def use(service, monkeypatch, tmp_path):
   for name, value in service.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(bucket, '_mirror', None)
+  yield
+  bucket.close_workdir()
 
 
 @pytest.fixture
@@ -46,14 +49,30 @@ def address(request):
 
 
 @pytest.fixture
-def mirror(address, tmp_path):
-  """Opens a copy of the work directory by name, as one more host."""
+def remove(address):
+  """Deletes objects, as a user would."""
+  return lambda *names: bucket.Bucket(address, '')._fs.rm(
+      [f'{address}/{name}' for name in names])
 
-  def opened(name):
-    copy = bucket.Mirror(bucket.Bucket(address, '--workdir'), tmp_path / name)
+
+@pytest.fixture
+def mirror(address, tmp_path):
+  """Opens a copy of the work directory by name, as one more host.
+
+  `writes`: as process 0, which is to be the first; `part`: of a shard.
+  """
+
+  def opened(name, writes=False, part=''):
+    copy = bucket.Mirror(bucket.Bucket(address, '--workdir'), tmp_path / name,
+                         writes or bool(part), part)
     copy.pull()
     return copy
   return opened
+
+
+def written(address, name):
+  """When an object was last written."""
+  return bucket.Bucket(address, '')._fs.info(f'{address}/{name}')['updated']
 
 
 def contents(folder):
@@ -69,40 +88,38 @@ def write(folder, **texts):
 
 
 def test_what_one_host_pushes_the_others_pull(mirror):
-  one, other = mirror('one'), mirror('other')
+  one, other = mirror('one', writes=True), mirror('other')
   write(one.folder, a='1', b__c='2', b__d='3' * 6_000_000)
   one.push()
   other.pull()
   assert contents(other.folder) == contents(one.folder)
   write(one.folder, a='4')
-  shutil.rmtree(one.folder / 'b')
   one.push()
   other.pull()
-  assert contents(other.folder) == {'a': b'4'}
-  assert not (other.folder / 'b').exists()  # Or it would pass for made.
-  assert set(one.bucket.objects()) == {'a', 'contents.txt'}
+  assert contents(other.folder) == contents(one.folder)
 
 
 def test_only_what_changed_is_fetched_and_pushed(mirror, monkeypatch):
-  one, moved = mirror('one'), []
+  one, moved = mirror('one', writes=True), []
   write(one.folder, a='1', b='2')
   one.push()
   for name in ('get', 'put'):
     real = getattr(bucket.Bucket, name)
     monkeypatch.setattr(
         bucket.Bucket, name, lambda self, files, real=real, name=name: (
-            moved.append((name, sorted(files.values()))), real(self, files)))
+            files and moved.append((name, sorted(map(str, files)))),
+            real(self, files)))
   again = mirror('one')  # The same machine, a later run.
   write(one.folder, b='3')
   one.push()
   again.pull()
-  assert moved == [('get', []), ('put', ['b']), ('get', [])]
-  mirror('other')
-  assert moved[-1] == ('get', ['a', 'b'])
+  assert moved == [('put', [str(one.folder / 'b')])]
+  other = mirror('other')
+  assert moved[1:] == [('get', [str(other.folder / name) for name in 'ab'])]
 
 
 def test_a_push_that_was_cut_short_did_not_happen(mirror, monkeypatch):
-  one = mirror('one')
+  one = mirror('one', writes=True)
   write(one.folder, a='1')
   one.push()
   write(one.folder, events__part='2', events__config='3')
@@ -120,34 +137,123 @@ def test_a_push_that_was_cut_short_did_not_happen(mirror, monkeypatch):
 
 def test_a_copy_of_another_run_becomes_what_the_bucket_holds(mirror, tmp_path):
   write(tmp_path / 'one', a='0', old='1', older__b='2')
-  one = mirror('one')
+  one = mirror('one', writes=True)
   assert contents(one.folder) == {}
+  assert not (one.folder / 'older').exists()  # Or it would pass for made.
   write(one.folder, a='1')
   one.push()
   write(tmp_path / 'other', a='2', torn__c='3')
   assert contents(mirror('other').folder) == {'a': b'1'}
 
 
-def test_what_a_user_deleted_in_the_bucket_is_gone(mirror):
-  one = mirror('one')
-  write(one.folder, a_tuning__plan='1', a='2')
+def test_what_a_user_deleted_in_the_bucket_is_gone(
+    mirror, remove, monkeypatch):
+  one = mirror('one', writes=True)
+  write(one.folder, events__config='1', events__part='2', a='3')
   one.push()
-  one.bucket.remove(['a_tuning/plan'])
-  assert contents(mirror('other').folder) == {'a': b'2'}
+  remove('events/config', 'events/part')
+  one = mirror('one', writes=True)
+  assert contents(one.folder) == {'a': b'3'}
+  write(one.folder, events__config='1', events__part='2')
+  real = bucket.Bucket.put
+
+  def killed(self, given):
+    real(self, dict(list(given.items())[:1]))
+    raise KeyboardInterrupt
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(bucket.Bucket, 'put', killed)
+    one.push()
+  assert contents(mirror('other').folder) == {'a': b'3'}  # No half of events.
 
 
-def test_a_file_or_folder_is_fetched_by_its_address(address, mirror, tmp_path):
-  one = mirror('one')
-  write(one.folder, log='user,time\n', model__config='{}', model__rest__b='1')
+def test_a_copy_that_lost_files_takes_none_from_the_bucket(mirror):
+  one = mirror('one', writes=True)
+  write(one.folder, a='1', b='2')
   one.push()
+  shutil.rmtree(one.folder)
+  with pytest.raises(InputError, match='2 files, such as a, are gone from the '
+                     r'local copy of gs://logs/.*the bucket still has them'):
+    one.push()
+  assert contents(mirror('other').folder) == {'a': b'1', 'b': b'2'}
+
+
+def test_a_place_that_holds_something_else_is_refused(mirror, address):
+  bucket.Bucket(address, '').write('mine.txt', 'precious')
+  with pytest.raises(InputError, match=f'--workdir: {address} holds 1 objects, '
+                     'such as mine.txt, but no contents.txt'):
+    mirror('one', writes=True)
+
+
+def test_two_processes_do_not_share_a_copy(address, tmp_path):
+  bucket.open_workdir(address, tmp_path, 0)
+  copy = bucket.Mirror(bucket.Bucket(address, ''), next(
+      path for path in (tmp_path / 'buckets').iterdir() if path.is_dir()), True)
+  with pytest.raises(InputError, match='another process on this machine works'):
+    copy.lock()
+  bucket.open_workdir(address, tmp_path, 1)  # Which ends the first.
+  copy.lock()
+  copy.unlock()
+
+
+def test_a_file_or_folder_is_fetched_by_its_address(address, remove):
+  held = bucket.Bucket(address, '')
+  held.write('log', 'user,time\n')
+  for name in ('model/config', 'model/rest/b', 'model/old'):
+    held.write(name, name)
+  held._fs.pipe_file(f'{address}/model/', b'')  # A console's folder.
   path = addresses.resolve(f'{address}/log', 'data.events')
   assert (path.name, path.read_text()) == ('log', 'user,time\n')
-  write(one.folder, log='other')
-  one.push()
+  held.write('log', 'other')
   assert addresses.resolve(f'{address}/log', 'data.events').read_text() == (
       'other')
-  folder = addresses.resolve(f'{address}/model/', 'model.address')
-  assert contents(folder) == {'config': b'{}', 'rest/b': b'1'}
+  assert set(contents(addresses.resolve(f'{address}/model/', 'model.address'))
+             ) == {'config', 'rest/b', 'old'}
+  remove('model/old')
+  assert contents(addresses.resolve(f'{address}/model', 'model.address')) == {
+      'config': b'model/config', 'rest/b': b'model/rest/b'}
+
+
+def test_what_the_bucket_put_together_is_fetched_too(address, monkeypatch):
+  """Such objects, as large uploads become, have no MD5."""
+  held = bucket.Bucket(address, '')
+  for text in ('one', 'two'):
+    held.write('log', text)
+    with monkeypatch.context() as patch:
+      real = held._fs.find
+      patch.setattr(
+          type(held._fs), 'find', lambda self, path, real=real, **kw: {
+              name: {key: value for key, value in facts.items()
+                     if key != 'md5Hash'}
+              for name, facts in real(path, **kw).items()})
+      path = addresses.resolve(f'{address}/log', 'data.events')
+    assert path.read_text() == text
+
+
+def test_what_arrives_damaged_is_not_taken(address, tmp_path):
+  held = bucket.Bucket(address, '--workdir')
+  held.write('log', 'whole')
+  with pytest.raises(bucket.Unreachable, match='arrived with another MD5'):
+    held.get({tmp_path / 'log': ('log', 'another')})
+  assert not (tmp_path / 'log').exists()
+
+
+@pytest.mark.parametrize('error, kind, match', [
+    (gcsfs.retry.HttpError({'code': 503, 'message': 'later'}),
+     bucket.Unreachable, 'not answer .HttpError: later, 503.; run the'),
+    (exceptions.TransportError('no token'), bucket.Unreachable, 'not answer'),
+    (exceptions.DefaultCredentialsError('who?'), InputError, 'refuses .Defau'),
+    (gcsfs.retry.HttpError({'code': 403, 'message': 'no'}), InputError,
+     'refuses .HttpError: no, 403.; see that'),
+    (OSError(28, 'No space left on device'), OSError, '^.Errno 28')])
+def test_what_passes_is_told_from_what_stays(
+    address, monkeypatch, error, kind, match):
+  held = bucket.Bucket(address, '--workdir')
+
+  def fail(*arguments, **options):
+    raise error
+  monkeypatch.setattr(held._fs, 'find', fail)
+  with pytest.raises(kind, match=match):
+    held.objects()
 
 
 @pytest.mark.parametrize('place, match', [
@@ -177,26 +283,42 @@ def test_a_sweep_wants_a_local_folder():
     sweep.run_all(None, 'gs://logs/s')
 
 
-def test_shards_that_are_prepared_at_once_all_count(
-    make_run_config, address, held, monkeypatch):
-  for index in ('0', '1'):
-    monkeypatch.setattr(bucket, '_mirror', None)
-    stages.run(make_run_config({'data.shard': f'{index}/2'}), address)
-  assert {path.name for path in (held() / 'events.shards').iterdir()} == {
-      '0-of-2', '1-of-2'}
-  monkeypatch.setattr(bucket, '_mirror', None)
-  config = make_run_config()
-  workdir = workdir_lib.make(address)
-  joined = workdir_lib.open_events(config, workdir)
-  whole = workdir_lib.open_events(config, workdir.parent / 'whole')
-  assert joined.fingerprint == whole.fingerprint
-  assert (held() / 'events/summary.json').exists()
-
-
 @pytest.fixture
 def held(address, mirror):
   """The work directory in the bucket, as a new machine would have it."""
   return lambda: mirror('held').folder
+
+
+def test_shards_that_are_prepared_at_once_all_count(mirror):
+  parts = [mirror(f'{i}-of-2', part=f'{i}-of-2') for i in range(2)]
+  for i, part in enumerate(parts):
+    write(part.folder, **{f'events.shards__{i}-of-2__config.json': str(i)})
+  for part in parts:
+    part.push()
+  names = {f'events.shards/{i}-of-2/config.json' for i in range(2)}
+  first = mirror('first', writes=True)
+  assert set(contents(first.folder)) == names
+  assert not contents(mirror('other').folder)  # Which joins none.
+  write(first.folder, **{'events__config.json': ''})
+  first.push()
+  assert set(contents(mirror('first', writes=True).folder)) == {
+      'events/config.json'}
+  assert set(contents(mirror('0-of-2', part='0-of-2').folder)) == {
+      'events.shards/0-of-2/config.json'}
+
+
+def test_a_log_is_prepared_in_a_bucket_shard_by_shard(
+    make_run_config, address, held, tmp_path):
+  for index in range(2):
+    stages.run(make_run_config({'data.shard': f'{index}/2'}), address)
+  config = make_run_config()
+  joined = workdir_lib.open_events(config, workdir_lib.make(address))
+  assert (held() / 'events/summary.json').exists()
+  stages.run(make_run_config({'data.shard': '2/3'}), address)  # For nothing.
+  assert not any('of-3' in name for name in bucket.Bucket(address, '').objects()
+                 if name.startswith('events'))
+  whole = workdir_lib.open_events(config, workdir_lib.make(tmp_path / 'whole'))
+  assert joined.fingerprint == whole.fingerprint
 
 
 @pytest.mark.slow
@@ -216,13 +338,18 @@ def test_a_run_of_two_hosts_is_killed_and_goes_on_on_other_machines(
   process.finish()
   assert saved in finished.objects()
   assert not (held() / 'a_tuning/evaluation.json').exists()
+  kept = {name: written(address, name) for name in (
+      'events/time.npy', 'a_tuning/plan.parquet',
+      'a_tuning/checkpoints/3/_CHECKPOINT_METADATA')}
   shutil.rmtree(cache)  # The machine is gone.
 
   code, err = start_two(address, environment=environment).finish()
   assert code == 0, err[-3000:]
   assert f'report: {address}/report.html' in err
   assert err.count(str(cache)) == err.count(f'is worked on in {cache}') == 2
+  assert kept == {name: written(address, name) for name in kept}
   assert_same_numbers(held())
   # Processes on one machine have copies of their own, which are the same.
-  one, other = (folder for folder in (cache / 'buckets').iterdir())
+  one, other = (path for path in (cache / 'buckets').iterdir()
+                if path.is_dir())
   assert contents(one) == contents(other) == contents(held())

@@ -2,8 +2,8 @@
 
 All hosts write them together. Kept are the latest few, to resume from, and the
 best by the validation score, to hand on. Only finished steps count (Orbax
-renames a complete folder into place); one that is damaged is skipped with a
-warning, and deleted.
+renames a complete folder into place, or marks it in a bucket); one that is
+damaged is skipped with a warning, and deleted.
 """
 
 import jax
