@@ -120,14 +120,8 @@ def pin(config, workdir):
 
   What an earlier call settled for this work directory goes on.
   """
-  config = config.copy_and_resolve_references()
-  values = as_dict(config)
   earlier = [_read(workdir / folder) or {} for folder in _PINNED_IN]
-  for name in _ADDRESSES:
-    address = _get(values, name)
-    if address.startswith(hub.PREFIX):
-      found = [old for past in earlier if (old := _get(past, name))]
-      config.update_from_flattened_dict({name: hub.pin(address, name, found)})
+  config = _pin_addresses(config, _ADDRESSES, earlier)
   if config.model.dtype == 'auto':
     if config.init_from:  # The stage that this run goes on from.
       origin = stage_a_adapter(config, workdir).parent
@@ -138,6 +132,17 @@ def pin(config, workdir):
     logging.info('model.dtype: auto is %s.', config.model.dtype)
   if config.score.dtype == 'auto':
     config.score.dtype = config.model.dtype
+  return config
+
+
+def _pin_addresses(config, names, earlier):
+  config = config.copy_and_resolve_references()
+  values = as_dict(config)
+  for name in names:
+    address = _get(values, name)
+    if address.startswith(hub.PREFIX):
+      found = [old for past in earlier if (old := _get(past, name))]
+      config.update_from_flattened_dict({name: hub.pin(address, name, found)})
   return config
 
 
@@ -287,10 +292,11 @@ def open_events(config, workdir):
 def _prepare_events(config, folder):
   path = _log(config)
   origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
+  events_lib.clean(folder)
   if not folder.exists():
     shards = folder.with_name(_SHARDS)
     if shards.exists():
-      sources = _complete(shards, _shard_origin(config, origin['log_sha256']))
+      sources = _complete(shards, origin)
       join.join(config.data, path, sources, folder, config.seed, origin)
       logging.info('%s: %d shards joined in %s; they are not needed any more.',
                    shards, len(sources), folder)
@@ -314,10 +320,12 @@ def prepare_shard(config, workdir):
   if bucket.place(workdir / 'events/config.json').exists():
     logging.info('%s is prepared; no shard is needed.', workdir / 'events')
     return
-  config = pin(config, workdir)
+  config = _pin_addresses(config, ['data.events'], [])
   folder = workdir / _SHARDS / name
   path = _log(config)
-  origin = _shard_origin(config, addresses.sha256(path))
+  # DuckDB's hash decides which users are in a shard.
+  origin = as_dict(config) | {'log_sha256': addresses.sha256(path),
+                              'duckdb': duckdb.__version__}
   if folder.exists():
     _check_shard(folder, origin)
   else:
@@ -325,12 +333,6 @@ def prepare_shard(config, workdir):
     bucket.push()
   logging.info('%s is prepared; once all %d are, run the same command without '
                'data.shard.', folder, count)
-
-
-def _shard_origin(config, log_sha256):
-  # Its hash decides which users are in a shard.
-  return as_dict(config) | {'log_sha256': log_sha256,
-                            'duckdb': duckdb.__version__}
 
 
 def _log(config):
@@ -360,9 +362,12 @@ def _complete(root, origin):
         f'{listed}{", ..." * (len(missing) > 20)}; run this command with '
         f'--config.data.shard={missing[0]}/{count} for each, or delete the '
         'folder to prepare the log here.')
-  for folder in found.values():
+  sources = [found[count, i] for i in range(count)]
+  # Those who joined need not have hashed.
+  origin = origin | {'duckdb': _get(_read(sources[0]) or {}, 'duckdb')}
+  for folder in sources:
     _check_shard(folder, origin)
-  return [found[count, i] for i in range(count)]
+  return sources
 
 
 def _check_shard(folder, origin):

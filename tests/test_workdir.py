@@ -154,6 +154,28 @@ def test_a_shard_of_another_log_or_config_is_refused(
     shards('0/1')
 
 
+def test_shards_need_one_duckdb_and_who_joins_them_need_not_have_it(
+    make_config, shards, log, monkeypatch):
+  config = make_config(**{'data.events': str(log)})
+  workdir = shards('0/2')
+  monkeypatch.setattr(workdir_lib.duckdb, '__version__', '99')
+  shards('1/2')
+  with pytest.raises(InputError, match=r"1-of-2 was made of .* duckdb \('99'"):
+    workdir_lib.open_events(config, workdir)
+  shutil.rmtree(workdir / 'events.shards/0-of-2')
+  shards('0/2')
+  monkeypatch.setattr(workdir_lib.duckdb, '__version__', '100')
+  assert len(workdir_lib.open_events(config, workdir).users)
+
+
+def test_a_shard_asks_for_nothing_but_the_log(tmp_path, make_config, log):
+  config = make_config(**{
+      'data.events': str(log), 'data.shard': '0/1', 'stages': ('b',),
+      'init_from': str(tmp_path / 'none'), 'model.address': 'hf://no/model'})
+  stages.run(config, tmp_path / 'work')
+  assert (tmp_path / 'work/events.shards/0-of-1').exists()
+
+
 @pytest.mark.parametrize('text', ['3', '3/3', '-1/3', 'a/3', '0/0', '1/2/3'])
 def test_a_shard_that_is_none_is_refused(make_config, text):
   with pytest.raises(InputError, match=r"data\.shard is '.*'; give i/n"):

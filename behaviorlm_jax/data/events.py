@@ -52,12 +52,18 @@ def prepare(data, path, folder: pathlib.Path, seed: int,
   folder = pathlib.Path(folder)
   splits.cuts(data.split)
   whole = folder.with_name(folder.name + '.whole')
-  shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed
+  clean(folder)
   try:
     shards.write(data, path, whole)
     return join.join(data, path, [whole], folder, seed, origin)
   finally:
-    shutil.rmtree(whole, ignore_errors=True)
+    clean(folder)
+
+
+def clean(folder: pathlib.Path):
+  """Deletes what a run that was killed left beside `folder`."""
+  for name in ('.whole', '.whole.tmp'):
+    shutil.rmtree(folder.with_name(folder.name + name), ignore_errors=True)
 
 
 def open_events(folder) -> Events:

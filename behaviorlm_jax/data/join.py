@@ -223,7 +223,9 @@ def _block(parts, begins, low: int, high: int, ends):
   block = {name: np.empty(stop - base, dtype)
            for name, dtype in columns.DTYPES.items()}
   for part in parts:
-    one, end = part.begins[np.searchsorted(part.users, [low, high])]
+    # Of the dtype of users, of which numpy else makes a copy for every block.
+    one, end = part.begins[np.searchsorted(
+        part.users, np.array([low, high], part.users.dtype))]
     rows = slice(int(one), int(end))
     behavior, place, local, time = (
         part.columns[name][rows]

@@ -28,6 +28,7 @@ from behaviorlm_jax.data import log_rows
 from behaviorlm_jax.data.log_rows import FIELDS
 from behaviorlm_jax.errors import InputError
 
+_ROW_NUMBER = 'file_row_number'  # DuckDB's column of a Parquet file
 _REQUIRED = 3  # how many of FIELDS every log has
 _LINES = 8192  # lines cut at a time; a bad one sends them all the slow way
 _CHUNKS = 64  # chunks handed to DuckDB at a time
@@ -107,6 +108,7 @@ def _parquet(path, columns, shard) -> str:
     raise InputError(f'{path} is not a readable Parquet file: {error}'
                      ) from error
   log_rows.check_columns(path, columns, schema.names)
+  _check_schema(path, columns, schema.names)
   texts = []
   for column in columns:
     value = 'NULL' if column is None else '"' + column.replace('"', '""') + '"'
@@ -120,9 +122,22 @@ def _parquet(path, columns, shard) -> str:
                     for text, field in zip(texts, FIELDS, strict=True))
   return (
       'SELECT *, NULL AS reason, concat_ws(\',\', COLUMNS(* EXCLUDE line)) '
-      f'AS text FROM (SELECT file_row_number + 1 AS line, {named} '
-      f"FROM read_parquet('{literal}', file_row_number = true) "
+      f'AS text FROM (SELECT {_ROW_NUMBER} + 1 AS line, {named} '
+      f"FROM read_parquet('{literal}', {_ROW_NUMBER} = true) "
       f'WHERE {_mine(texts[0], shard)})')
+
+
+def _check_schema(path, columns, names):
+  """Refuses names that DuckDB, which ignores case, would take for others."""
+  for name in names:
+    if name.casefold() == _ROW_NUMBER:
+      raise InputError(f'{path} has a column {name!r}, which is what rows are '
+                       'numbered by here; give it another name.')
+  for column in filter(None, columns):
+    same = [name for name in names if name.casefold() == column.casefold()]
+    if len(same) > 1:
+      raise InputError(f'{path} has columns {same[0]!r} and {same[1]!r}, which '
+                       'differ in case alone; give one another name.')
 
 
 def _mine(user: str, shard) -> str:

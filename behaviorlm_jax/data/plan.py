@@ -160,14 +160,20 @@ class Windows:
       start = self.first_event(positions[i])
       stop = np.minimum(i + limit, np.searchsorted(
           positions, start + self.plan.window))
-      stop = np.maximum(i + 1, np.minimum(stop, end))
+      asked = np.maximum(i + 1, np.minimum(stop, end))
       begins.append(i)
-      sizes.append(stop - i)
+      sizes.append(asked - i)
       # With the least context it can have, a window may still be too long.
       latest = positions[i] - self.plan.min_context
       room = self.length - self._headers(latest) + ends[latest - base]
       fitting = np.searchsorted(after, room, 'right')
-      stop = np.maximum(i + 1, np.minimum(stop, fitting))
+      stop = np.maximum(i + 1, np.minimum(asked, fitting))
+      if self.prompts.data.profile:
+        # A window that starts earlier may have a shorter one, or none.
+        for j in np.flatnonzero(stop < asked):
+          targets = positions[i[j]:asked[j]]
+          stop[j] = i[j] + len(self.make(
+              int(start[j]), targets, [1.0] * len(targets)).targets)
       left = stop < end
       i, end = stop[left], end[left]
       limit = np.full(len(i), per_row)
@@ -219,6 +225,7 @@ def tile(windows, samples, rng):
     tiles = [windows.tiles(positions, rng) for positions in samples]
     samples_lib.require(tiles, 'stage a or one')
     first, size = map(np.concatenate, zip(*tiles, strict=True))
+    del tiles
     for i in rng.permutation(len(first)):
       targets = samples.run(int(first[i]), size[i], windows.plan.window)
       yield windows.make(int(windows.first_event(targets[0])), targets,

@@ -201,7 +201,8 @@ def spans(events):
 
 def _within(ranks, begun, size):
   """Which of `size` samples from rank `begun` on have these ranks."""
-  low, high = np.searchsorted(ranks, [begun, begun + size])
+  low, high = np.searchsorted(ranks, np.array([begun, begun + size],
+                                              ranks.dtype))
   return ranks[low:high].astype(np.int64) - begun
 
 

@@ -4,7 +4,7 @@
 
 What can be said of a user alone is done here; what takes all of them (the
 numbers of users, behaviors and places, groups of users, shares of behaviors) is
-done by `events.join`, which is cheap. So n tasks prepare a log that one machine
+done by `join.join`, which is cheap. So n tasks prepare a log that one machine
 would take long for, and the outcome is the same, bit for bit, whatever n is: a
 log prepared at once is one shard, joined.
 

@@ -267,7 +267,10 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, history, prepare):
   old = tmp_path / 'work' / 'events.tmp'
   old.mkdir(parents=True)
   (old / 'place.npz').write_text('half')
+  for name in ('events.whole', 'events.whole.tmp'):
+    (tmp_path / 'work' / name).mkdir()
   _, _, folder = prepare(tmp_path, history('xyzx'))
+  assert [path.name for path in folder.parent.iterdir()] == ['events']
   assert not (folder / 'place.npz').exists()
   assert not old.exists()
 

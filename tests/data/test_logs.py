@@ -172,6 +172,19 @@ def test_broken_json_lines_are_set_aside(tmp_path, log_config):
   assert list(events.open_events(folder).users) == ['3']
 
 
+@pytest.mark.parametrize('name, match', [
+    ('User', "has columns 'user' and 'User', which differ in case alone"),
+    ('file_row_number', "has a column 'file_row_number', which is what rows")])
+def test_parquet_columns_that_would_be_mixed_up_are_refused(
+    tmp_path, log_config, name, match):
+  path = tmp_path / 'log.parquet'
+  pq.write_table(pa.table({
+      'user': ['u'], 'time': ['2024-01-01 10:00'], 'behavior': ['x'],
+      name: ['v']}), path)
+  with pytest.raises(InputError, match=match):
+    events.prepare(log_config(), path, tmp_path / 'events', 0)
+
+
 def test_parquet_rows_are_counted_from_one(tmp_path, log_config, minute):
   path = tmp_path / 'log.parquet'
   pq.write_table(pa.table({
