@@ -11,6 +11,8 @@ from google.auth import exceptions
 
 from behaviorlm_jax import addresses
 from behaviorlm_jax import bucket
+from behaviorlm_jax import cli
+from behaviorlm_jax import hosts
 from behaviorlm_jax import stages
 from behaviorlm_jax import sweep
 from behaviorlm_jax import workdir as workdir_lib
@@ -276,6 +278,15 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_a_bucket_that_refuses_ends_the_run_before_it_begins(make_run_config):
   with pytest.raises(InputError, match='--workdir: gs://other/run refuses'):
     stages.run(make_run_config(), 'gs://other/run')
+
+
+def test_a_bucket_that_does_not_answer_is_asked_again(capsys):
+  def work():
+    raise bucket.Unreachable('--workdir: gs://b does not answer; run the same '
+                             'command again')
+  assert cli._code(work) == hosts.EXIT_CODE
+  assert capsys.readouterr().err == (
+      'error: --workdir: gs://b does not answer; run the same command again.\n')
 
 
 def test_a_sweep_wants_a_local_folder():
