@@ -30,7 +30,7 @@ from behaviorlm_jax.errors import InputError
 
 PREFIX = 'gs://'
 _CONTENTS = 'contents{}.txt'
-_SHARDS = 'events.shards/'  # What process 0 joins; each task lists its own.
+SHARDS = 'events.shards'  # What process 0 joins; each task lists its own.
 _mirror = None  # The one that this process works in.
 
 
@@ -320,7 +320,7 @@ class Mirror:
     """Makes the local folder hold what the bucket does, and nothing else."""
     listed = self._listed()
     if self._whole and (not self._writes or 'events/config.json' in listed):
-      listed = {name for name in listed if not name.startswith(_SHARDS)}
+      listed = {name for name in listed if not name.startswith(f'{SHARDS}/')}
     # Of after the lists, so that it has what they name.
     objects = self.bucket.objects()
     digests = {name: objects[name] for name in listed if name in objects}
@@ -356,6 +356,6 @@ class Mirror:
       return
     self.bucket.put({self.folder / name: name for name in changed})
     self._write_list(name for name in files
-                     if not (self._whole and name.startswith(_SHARDS)))
+                     if not (self._whole and name.startswith(f'{SHARDS}/')))
     self._same = {name: (stat, changed.get(name) or self._same[name][1])
                   for name, stat in files.items()}

@@ -28,7 +28,6 @@ from behaviorlm_jax.data import shards as shards_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import processor
 
-_SHARDS = 'events.shards'  # Beside events, until they are joined.
 FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
 # What every stage of one work directory must share. model.remat and
 # model.attention may differ: they change speed and memory alone.
@@ -294,7 +293,7 @@ def _prepare_events(config, folder):
   origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
   events_lib.clean(folder)
   if not folder.exists():
-    shards = folder.with_name(_SHARDS)
+    shards = folder.with_name(bucket.SHARDS)
     if shards.exists():
       sources = _complete(shards, origin)
       join.join(config.data, path, sources, folder, config.seed, origin)
@@ -321,7 +320,7 @@ def prepare_shard(config, workdir):
     logging.info('%s is prepared; no shard is needed.', workdir / 'events')
     return
   config = _pin_addresses(config, ['data.events'], [])
-  folder = workdir / _SHARDS / name
+  folder = workdir / bucket.SHARDS / name
   path = _log(config)
   # DuckDB's hash decides which users are in a shard.
   origin = as_dict(config) | {'log_sha256': addresses.sha256(path),

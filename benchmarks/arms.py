@@ -83,7 +83,7 @@ class Arm:
     self.name, self.shared, self.layout = name, shared, inputs.layout
     self.config = arm_config(inputs.config, name)
     rng = np.random.default_rng(self.config.seed)
-    samples = samples_lib.eligible(inputs.events, 'train', self.config)
+    samples = samples_lib.of_split(inputs.events, 'train', self.config)
     windows = plan_lib.Windows(inputs.prompts, self.config)
     self.plan = plan_lib.take(plan_lib.tile(windows, samples, rng),
                               self.config, steps, '')

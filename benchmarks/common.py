@@ -105,7 +105,7 @@ def batches(inputs, steps, share):
   """
   config = inputs.config
   rng = np.random.default_rng(config.seed)
-  samples = samples_lib.eligible(inputs.events, 'train', config)
+  samples = samples_lib.of_split(inputs.events, 'train', config)
   windows = plan_lib.Windows(inputs.prompts, config)
   stream = plan_lib.mix(plan_lib.tile(windows, samples, rng),
                         inputs.conversations, share, rng)

@@ -88,12 +88,8 @@ def test_scores_follow_the_model_unless_told_otherwise(
 
 
 @pytest.fixture
-def log(tmp_path):
-  path = tmp_path / 'log.csv'
-  path.write_text('user,time,behavior\n' + ''.join(
-      f'u{i % 7},2024-01-01 {i // 60:02d}:{i % 60:02d},{"abcd"[i // 7 % 4]}\n'
-      for i in range(280)))
-  return path
+def log(tmp_path, make_log):
+  return make_log(tmp_path / 'log.csv', users=7)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class Names(collections.abc.Sequence):
   """Mapped names, each read when it is asked for."""
 
   def __init__(self, path: pathlib.Path):
-    self._column = read_names(path)['name']
+    self._column = read_table(path)['name']
 
   def __len__(self):
     return len(self._column)
@@ -80,7 +80,7 @@ def number_names(con, table: str, query: str):
       f'FROM (SELECT DISTINCT name FROM ({query}) WHERE name IS NOT NULL)')
 
 
-def write_names(path: pathlib.Path, relation):
+def write_table(path: pathlib.Path, relation):
   """Writes what a DuckDB relation yields, one batch after the other."""
   reader = relation.to_arrow_reader(_BATCH)
   with pa.ipc.new_file(str(path), reader.schema) as writer:
@@ -88,6 +88,6 @@ def write_names(path: pathlib.Path, relation):
       writer.write_batch(batch)
 
 
-def read_names(path: pathlib.Path) -> pa.Table:
-  """Maps what `write_names` wrote."""
+def read_table(path: pathlib.Path) -> pa.Table:
+  """Maps what `write_table` wrote."""
   return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

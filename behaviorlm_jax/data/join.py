@@ -80,7 +80,7 @@ def join(data, path, sources, folder: pathlib.Path, seed: int,
     for part in parts:
       part.names = order[part.names]
     for table in ('users', 'places'):
-      columns.write_names(half / f'{table}.arrow', con.sql(
+      columns.write_table(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
     digests = _write_events(parts, half, ends)
     files.write_json(half / 'behaviors.json',
@@ -116,7 +116,7 @@ def _rejected(sources):
   """Yields the malformed rows (line, reason, text) of all shards, by line."""
 
   def rows(source):
-    for batch in columns.read_names(source / 'rejected.arrow').to_batches():
+    for batch in columns.read_table(source / 'rejected.arrow').to_batches():
       yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
 
   return heapq.merge(*map(rows, sources))
@@ -134,7 +134,7 @@ def _open(con, sources) -> list[_Shard]:
   numbers = {table: _number(con, table, sources) for table in _TABLES}
   parts = []
   for i, source in enumerate(sources):
-    events = columns.read_names(source / 'users.arrow')['events'].to_numpy()
+    events = columns.read_table(source / 'users.arrow')['events'].to_numpy()
     parts.append(_Shard(
         source, np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
         {name: columns.read(source, name) for name in shards.COLUMNS},
@@ -147,7 +147,7 @@ def _number(con, table: str, sources) -> list[np.ndarray]:
   """Numbers in the whole log, int32, of the names of each shard."""
   views = [f'{table}_{i}' for i in range(len(sources))]
   for view, source in zip(views, sources, strict=True):
-    names = columns.read_names(source / f'{table}.arrow').select(['name'])
+    names = columns.read_table(source / f'{table}.arrow').select(['name'])
     con.register(view, names.append_column(
         'place', pa.array(np.arange(len(names)))))
   columns.number_names(con, table, ' UNION ALL '.join(
@@ -159,7 +159,7 @@ def _number(con, table: str, sources) -> list[np.ndarray]:
 
 def _split_groups(parts, seed: int, ends):
   """Whole groups of users to splits."""
-  teams = [columns.read_names(part.folder / 'users.arrow')['group']
+  teams = [columns.read_table(part.folder / 'users.arrow')['group']
            for part in parts]
   every = set().union(*(team.unique().to_pylist() for team in teams))
   chosen = splits.split_groups(every, seed, ends)
@@ -280,7 +280,7 @@ def _fingerprint(digests, folder, behaviors) -> str:
   digest = hashlib.sha256(f'[{json.dumps(digests)}, '.encode())
   for table in ('users', 'places'):
     before = '['
-    for batch in columns.read_names(folder / f'{table}.arrow').to_batches():
+    for batch in columns.read_table(folder / f'{table}.arrow').to_batches():
       if len(batch):
         names = json.dumps(batch['name'].to_pylist())
         digest.update(f'{before}{names[1:-1]}'.encode())

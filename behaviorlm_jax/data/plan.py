@@ -216,11 +216,9 @@ def tile(windows, samples, rng):
 
   Args:
     windows: maker of segments.
-    samples: samples.Samples, or positions.
+    samples: samples.Samples.
     rng: numpy Generator.
   """
-  if isinstance(samples, np.ndarray):
-    samples = samples_lib.Listed(samples)
   while True:
     tiles = [windows.tiles(positions, rng) for positions in samples]
     samples_lib.require(tiles, 'stage a or one')

@@ -117,22 +117,6 @@ class Samples:
     return {b: np.concatenate(parts) for b, parts in found.items()}
 
 
-class Listed:
-  """Like Samples, of positions in memory."""
-
-  def __init__(self, positions):
-    self._positions = positions
-
-  def __iter__(self):
-    if len(self._positions):
-      yield self._positions
-
-  def run(self, first, count, reach):
-    del reach
-    i = int(np.searchsorted(self._positions, first))
-    return self._positions[i:i + count]
-
-
 def of_split(events, split, config, anchors_only=False):
   """Samples of a split."""
   return Samples(events, rule(split, config, anchors_only))

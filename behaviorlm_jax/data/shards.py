@@ -84,7 +84,7 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
       _check_groups(con, path)
     facts |= _write_events(con, half, data.collapse_repeats, grouped)
     for table in ('names', 'places'):
-      columns.write_names(half / f'{table}.arrow', con.sql(
+      columns.write_table(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
     facts |= {'grouped': grouped}
     if origin is not None:
@@ -108,7 +108,7 @@ def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
            'ORDER BY line')
   check_rejected(path, most, rows, rejected,
                  con.execute(f'{query} LIMIT 1').fetchall())
-  columns.write_names(folder / 'rejected.arrow', con.sql(query))
+  columns.write_table(folder / 'rejected.arrow', con.sql(query))
   return {'rows': rows, 'rejected': rejected}
 
 
@@ -184,7 +184,7 @@ def _write_events(con, folder, collapse: bool, grouped: bool
   # A group is an event's in the log and a user's here.
   teams = ('SELECT who, any_value(team) AS team FROM parsed GROUP BY who'
            if grouped else "SELECT '' AS who, NULL::VARCHAR AS team")
-  columns.write_names(folder / 'users.arrow', con.sql(f"""
+  columns.write_table(folder / 'users.arrow', con.sql(f"""
       SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
       LEFT JOIN ({teams}) ON who = name ORDER BY id"""))
   return {'sound': parsed, 'duplicates': parsed - single,

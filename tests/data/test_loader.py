@@ -43,7 +43,7 @@ def plan(prompts):
   config.plan.update(window=8, targets_per_row=3)
   rng = np.random.default_rng(0)
   windows = plan_lib.Windows(prompts, config)
-  samples = samples_lib.eligible(prompts.events, 'train', config)
+  samples = samples_lib.of_split(prompts.events, 'train', config)
   stream = plan_lib.mix(
     plan_lib.tile(windows, samples, rng), make_talks(), 0.2, rng)
   return plan_lib.take(stream, config, STEPS, '')

@@ -65,8 +65,10 @@ def test_every_sample_is_a_target_once_per_epoch(
   fields = dict(plan__targets_per_row=per_row, plan__window=window,
                 plan__min_context=context, train__length=length)
   windows = make_windows(**fields)
-  samples = samples_lib.eligible(table, 'train', make_config(**fields))
-  stream = plan_lib.tile(windows, samples, np.random.default_rng(0))
+  config = make_config(**fields)
+  samples = samples_lib.eligible(table, 'train', config)
+  stream = plan_lib.tile(windows, samples_lib.of_split(table, 'train', config),
+                         np.random.default_rng(0))
   for _ in range(3):
     seen = []
     while len(seen) < len(samples):
@@ -89,9 +91,10 @@ def test_only_users_with_more_targets_than_a_window_are_cut_at_random(
   firsts = set()
   for seed in range(10):
     rng = np.random.default_rng(seed)
-    whole, = itertools.islice(plan_lib.tile(windows, few, rng), 1)
-    assert whole.targets == tuple(few)
-    assert whole.start == table.first[few[0]]  # All of their past.
+    begins, sizes = windows.tiles(few, rng)
+    assert (begins.tolist(), sizes.tolist()) == ([few[0]], [len(few)])
+    # All of their past.
+    assert windows.first_event(few[0]) == table.first[few[0]]
     begins, sizes = windows.tiles(many, rng)
     assert begins[0] == many[0]
     firsts.add(int(sizes[0]))
@@ -161,9 +164,9 @@ def test_a_longer_profile_on_the_way_moves_no_target(
 def test_one_target_per_row_is_the_classic_prompt(table, make_windows):
   windows = make_windows(plan__targets_per_row=1, data__history=6,
                          plan__window=9)
-  samples = samples_lib.eligible(table, 'train', make_config())
+  samples = samples_lib.of_split(table, 'train', make_config())
   stream = plan_lib.tile(windows, samples, np.random.default_rng(0))
-  for segment in itertools.islice(stream, len(samples)):
+  for segment in itertools.islice(stream, len(np.concatenate(list(samples)))):
     target, = segment.targets
     assert segment.start == windows.prompts.question_start(target)
 
@@ -268,9 +271,10 @@ def test_neighbours_that_shots_leave_out_are_context_alone(
     make_windows().draw(position, weight_of).targets)], tails).any()
 
 
-def test_a_stage_without_samples_is_refused(make_windows):
+def test_a_stage_without_samples_is_refused(table, make_windows):
   rng = np.random.default_rng(0)
-  for stream in (plan_lib.tile(make_windows(), np.array([], int), rng),
+  none = samples_lib.of_split(table, 'validation', make_config())
+  for stream in (plan_lib.tile(make_windows(), none, rng),
                  plan_lib.spread(make_windows(), {0: np.array([])}, {0: 1},
                                  rng)):
     with pytest.raises(InputError, match=r'data\.events.*plan\.min_context'):

@@ -48,7 +48,7 @@ def make_plan(tokenizer):
     windows = plan_lib.Windows(
       prompts_lib.Prompts(log, tokenizer, config.data), config)
     if stage == 'a':
-      samples = samples_lib.eligible(log, 'train', config, anchors_only=True)
+      samples = samples_lib.of_split(log, 'train', config, anchors_only=True)
       stream = plan_lib.tile(windows, samples, rng)
     else:
       pools = subset_lib.candidates(log, config, rng)

@@ -25,12 +25,8 @@ def prepare():
 
 
 @pytest.fixture
-def log(tmp_path):
-  path = tmp_path / 'log.csv'
-  path.write_text('who,time,behavior\n' + ''.join(
-      f'u{i % 7},2024-01-01 {i // 60:02d}:{i % 60:02d},{"abcd"[i // 7 % 4]}\n'
-      for i in range(280)))
-  return path
+def log(tmp_path, make_log):
+  return make_log(tmp_path / 'log.csv', users=7)
 
 
 def flags(log, workdir, *more):
@@ -39,12 +35,10 @@ def flags(log, workdir, *more):
 
 
 def test_the_shards_of_all_elements_join_to_the_whole(tmp_path, log, prepare):
-  user = '--config.data.columns.user=who'
   for index in range(2):
-    assert prepare(index, 2, flags(log, tmp_path / 'beam', user)) == (
-        f'{index}/2')
+    assert prepare(index, 2, flags(log, tmp_path / 'beam')) == f'{index}/2'
   config = config_lib.default()
-  config.data.events, config.data.columns.user = str(log), 'who'
+  config.data.events = str(log)
   prints = {workdir_lib.open_events(config, workdir_lib.make(
       tmp_path / name)).fingerprint for name in ('beam', 'whole')}
   assert len(prints) == 1
@@ -52,5 +46,6 @@ def test_the_shards_of_all_elements_join_to_the_whole(tmp_path, log, prepare):
 
 def test_what_a_task_refuses_ends_the_pipeline(tmp_path, log, prepare):
   with pytest.raises(RuntimeError, match='shard 0/2 ended with exit code 2: '
-                     r".*has no column 'user'"):
-    prepare(0, 2, flags(log, tmp_path / 'beam'))
+                     r".*has no column 'who'"):
+    prepare(0, 2, flags(log, tmp_path / 'beam',
+                        '--config.data.columns.user=who'))
