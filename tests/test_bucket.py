@@ -32,6 +32,7 @@ def service():
     yield {'STORAGE_EMULATOR_HOST': url,  # Of gcsfs.
            'TENSORSTORE_GCS_HTTP_URL': url,  # Of Orbax.
            'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
+           'NO_GCE_CHECK': 'true',  # No credentials to wait for.
            'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
 
 
