@@ -1,5 +1,6 @@
 """A bucket, held by an emulator in this process, as a work directory."""
 
+import contextlib
 import shutil
 import socket
 import time
@@ -26,8 +27,15 @@ def service():
   """Environment variables that lead to an emulator with the bucket 'logs'."""
   with socket.create_server(('localhost', 0)) as free:
     port = free.getsockname()[1]
-  with emulator.create_server('localhost', port, in_memory=True,
-                              default_bucket='logs'):
+  with pytest.MonkeyPatch.context() as patch:
+    # A connection that is open and silent must not keep the others waiting.
+    patch.setattr(emulator.server, 'HTTPServer',
+                  emulator.server.ThreadingHTTPServer)
+    started = emulator.create_server('localhost', port, in_memory=True,
+                                     default_bucket='logs')
+    started.start()
+  with contextlib.closing(contextlib.ExitStack()) as stack:
+    stack.callback(started.stop)
     url = f'http://localhost:{port}'
     yield {'STORAGE_EMULATOR_HOST': url,  # Of gcsfs.
            'TENSORSTORE_GCS_HTTP_URL': url,  # Of Orbax.
