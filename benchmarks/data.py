@@ -36,6 +36,7 @@ from absl import app
 from absl import flags
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import curriculum
 from behaviorlm_jax import seeds
 from behaviorlm_jax import stages
 from behaviorlm_jax import workdir as workdir_lib
@@ -104,6 +105,7 @@ def _memory(name):
 def config_of(log):
   config = config_lib.default()
   config.data.events = str(log)
+  config.plan.update(content='anchors', neighbours=0.0)  # As in docs/data.md.
   config.difficulty.score = 'random'
   config.train.update(steps=STEPS.value, batch=BATCH.value,
                       length=LENGTH.value)
@@ -156,7 +158,7 @@ def plan(log, workdir):
     with Meter() as meter:
       for split in ('train', 'validation'):
         rng = seeds.stream(config.seed, stage, split)
-        stream = stages.segments(this, stage, split, rng)
+        stream = curriculum.segments(this, stage, split, rng)
         steps = STEPS.value if split == 'train' else 1
         plans[stage, split] = plan_lib.take(stream, config, steps, '')
     facts[f'plan {stage}'] = meter.found

@@ -156,6 +156,10 @@ def _few_shot(config):
 def _base():
   config = config_lib.default()
   config.plan.conversation_share = 0.25
+  # As the paper has it: stage a learns anchors, stage b moves the prior.
+  config.plan.content = 'anchors'
+  config.train.balanced_loss = 'names'
+  config.train.balanced_interpolation = 1.0
   config.plan.per_behavior = 1  # Of at most 3, once each in stage b's steps.
   config.plan.neighbours = 50.0
   config.train.learning_rate = 2e-3

@@ -5,8 +5,7 @@
 
 The log: columns user, time (local) and behavior (venue category), 192
 categories of 984 users (TSMC2014, Yang et al., IEEE TSMC 45(1), 2015). Stage 1
-learns all behaviors, not only anchors: one pass over 60,063 targets. One stage
-alone is run with --config.stages="('a',)".
+is one pass over 60,063 targets; --config.stages="('a',)" runs it alone.
 """
 
 from behaviorlm_jax import config as config_lib
@@ -14,19 +13,14 @@ from behaviorlm_jax import config as config_lib
 
 def get_config():
   config = config_lib.default()
-  config.plan.content = 'all'
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 2
-  config.plan.neighbours = 1e4  # All of them count alike.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640  # Two windows of stage 2 fit a row.
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
   config.train.steps = 400
   config.train.balanced_steps = 48
-  config.train.balanced_learning_rate = 5e-4
-  config.train.balanced_loss = 'natural'
-  config.train.balanced_interpolation = 0.5
   config.checkpoint.every = 100
   config.score.batch = 2  # Faster on CPU, as above.
   config.eval.max_samples = 500

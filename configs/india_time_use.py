@@ -16,19 +16,14 @@ def get_config():
   config = config_lib.default()
   config.data.columns.group = 'household'
   config.data.weekday = False
-  config.plan.content = 'all'
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 2
-  config.plan.neighbours = 1e4  # All of them count alike.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
   config.train.steps = 505
   config.train.balanced_steps = 48
-  config.train.balanced_learning_rate = 5e-4
-  config.train.balanced_loss = 'natural'
-  config.train.balanced_interpolation = 0.5
   config.checkpoint.every = 100
   config.eval.max_samples = 500
   return config

@@ -21,9 +21,7 @@ def get_config():
   config.data.history = 8
   config.plan.window = 20
   config.plan.targets_per_row = 16
-  config.plan.content = 'all'
   config.plan.per_behavior = 2
-  config.plan.neighbours = 1.0
   config.difficulty.candidates = 4
   config.train.learning_rate = 2e-3
   config.train.steps = 24
@@ -31,7 +29,6 @@ def get_config():
   config.train.length = 256
   config.train.balanced_steps = 8
   config.train.balanced_learning_rate = 1e-4
-  config.train.balanced_interpolation = 0.5
   config.checkpoint.every = 12
   config.eval.max_samples = 150
   config.eval.validation_rows = 8

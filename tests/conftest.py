@@ -41,7 +41,7 @@ FIELDS = {
     'difficulty.candidates': 4, 'train.length': 192, 'train.batch': 2,
     'train.steps': STEPS, 'train.balanced_steps': STEPS, 'train.warmup': 0.1,
     'train.learning_rate': 1e-3, 'train.balanced_learning_rate': 1e-3,
-    'train.balanced_interpolation': 1.0,
+    'train.balanced_interpolation': 1.0, 'train.balanced_loss': 'names',
     'checkpoint.every': 3,
     'eval.max_samples': 60, 'eval.validation_rows': 2,
     'eval.validation_samples': 75,

@@ -17,6 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import curriculum
 from behaviorlm_jax import stages
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
@@ -118,7 +119,7 @@ def test_what_a_stage_draws_is_known_beforehand(
   anchors = samples_lib.anchor_mask(events)
   segment = {'targets': (3, 4, 9), 'weights': (1.0, 0.5, 1.0)}
   plan = types.SimpleNamespace(rows=[[segment], [segment]])
-  found = stages.drawn_counts(
+  found = curriculum.drawn_counts(
       types.SimpleNamespace(config=config, events=events), stage, plan)
   if (stage, content) == ('a', 'anchors'):
     counts[~anchors] = 0
@@ -134,13 +135,13 @@ def test_what_a_stage_draws_is_known_beforehand(
 def test_stage_b_allows_for_how_often_it_draws_a_behavior(
     ablated, make_run_config, monkeypatch, loss):
   seen = []
-  names_of = stages.step_lib.names_of
+  names_of = curriculum.step_lib.names_of
 
   def spied(tree, *counts):
     seen.append(counts)
     return names_of(tree, *counts)
 
-  monkeypatch.setattr(stages.step_lib, 'names_of', spied)
+  monkeypatch.setattr(curriculum.step_lib, 'names_of', spied)
   workdir = ablated('no_difficulty', only='b', fields={
       'train.balanced_loss': loss, 'plan.neighbours': 3.0})
   expected = collections.Counter()

@@ -150,8 +150,9 @@ def test_values_that_contradict_each_other_are_refused(fields, parts):
   ('no_difficulty', ('a', 'b'), {'difficulty.score': 'random'}),
   ('no_balance', ('a', 'b'), {'plan.budget': 'natural'}),
   ('no_balanced_stage', ('a',), {}),
-  ('no_anchor_stage', ('b',), {}),
-  ('all_behaviors_first', ('a', 'b'), {'plan.content': 'all'}),
+  # From the untuned model stage b goes the whole way.
+  ('no_anchor_stage', ('b',), {'train.balanced_interpolation': 1.0}),
+  ('anchors_first', ('a', 'b'), {'plan.content': 'anchors'}),
   ('one_stage', ('one',), {'train.steps': 400}),
   ('one_stage_balanced', ('one',),
    {'train.steps': 400, 'plan.content': 'balanced'}),
@@ -167,21 +168,43 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
   config_lib.check(after)
 
 
+def test_stage_b_learns_at_half_the_rate_unless_it_has_its_own():
+  train = lambda stage, **fields: config_lib.of_stage(
+      changed(train__learning_rate=4e-3, **fields), stage).train
+  assert train('a').learning_rate == train('one').learning_rate == 4e-3
+  assert train('b').learning_rate == 2e-3
+  own = {'train__balanced_learning_rate': 1e-4, 'train__balanced_steps': 7}
+  assert train('b', **own).learning_rate == 1e-4
+  assert (train('a', **own).steps, train('b', **own).steps) == (200, 7)
+
+
+def test_all_behaviors_first_undoes_a_config_of_anchors():
+  after = config_lib.ablate(changed(plan__content='anchors'),
+                            ['all_behaviors_first'])
+  assert after.plan.content == 'all' and after.stages == ('a', 'b')
+
+
 def test_every_pair_works_in_both_orders_or_is_refused_in_both():
   alone = {'one_stage', 'one_stage_balanced'}
   without_b = {'no_difficulty', 'no_balance', 'no_anchor_stage', *alone}
   refused = {frozenset(('no_balanced_stage', name)) for name in without_b} | {
     frozenset((one, name)) for one in alone for name in (
-      'no_anchor_stage', 'no_difficulty', 'no_balance', 'all_behaviors_first')
-  } | {frozenset(('no_anchor_stage', 'all_behaviors_first')), frozenset(alone)}
-  assert len(refused) == 15
+      'no_anchor_stage', 'no_difficulty', 'no_balance', 'all_behaviors_first',
+      'anchors_first')
+  } | {frozenset(pair) for pair in itertools.combinations(
+      ('no_anchor_stage', 'all_behaviors_first', 'anchors_first'), 2)} | {
+          frozenset(alone)}
+  assert len(refused) == 19
   for pair in itertools.permutations(config_lib.ABLATIONS, 2):
+    # Of a config in which either would change something.
+    content = 'anchors' if 'all_behaviors_first' in pair else 'all'
+    config = changed(plan__content=content)
     if frozenset(pair) in refused:
       with pytest.raises(InputError) as caught:
-        config_lib.ablate(config_lib.default(), pair)
+        config_lib.ablate(config, pair)
       assert all(f'--ablation={name}' in str(caught.value) for name in pair)
     else:
-      config = config_lib.ablate(config_lib.default(), pair)
+      config = config_lib.ablate(config, pair)
       assert config.ablations == tuple(sorted(pair))
       config_lib.check(config)
 
@@ -189,14 +212,15 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
 @pytest.mark.parametrize(('stage', 'name'), [
   ('a', 'no_difficulty'), ('a', 'no_balance'), ('a', 'no_anchor_stage'),
   ('a', 'no_balanced_stage'),
-  ('b', 'all_behaviors_first'), ('b', 'no_balanced_stage')])
+  ('b', 'anchors_first'), ('b', 'no_balanced_stage')])
 def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
   with pytest.raises(InputError, match=f'^--ablation={name} .* stages {stage}'):
     config_lib.ablate(changed(stages=(stage,)), [name])
 
 
 @pytest.mark.parametrize(('name', 'fields', 'already'), [
-  ('all_behaviors_first', {'plan__content': 'all'}, "plan.content = 'all'"),
+  ('all_behaviors_first', {}, "plan.content = 'all'"),
+  ('anchors_first', {'plan__content': 'anchors'}, "plan.content = 'anchors'"),
   ('no_auxiliary', {'plan__conversation_share': 0.0},
    'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0'),
 ])

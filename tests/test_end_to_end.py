@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
-from behaviorlm_jax import stages
+from behaviorlm_jax import inputs
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -156,7 +156,7 @@ def test_held_out_conversations_are_not_trained_on(
     make_run_config, base, tmp_path):
   for share in (0.3, 0.0):
     config = make_run_config({'retention.conversations': share})
-    this = stages.open_run(config, tmp_path, sharding.make_layout(config))
+    this = inputs.open_run(config, tmp_path, sharding.make_layout(config))
     held = this.retention.conversations
     seen = {c.tokens.tobytes() for c in this.conversations}
     assert len(seen) + len(held) == 6 and bool(held) == bool(share)

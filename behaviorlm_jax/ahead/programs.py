@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from behaviorlm_jax import curriculum
 from behaviorlm_jax import seeds
 from behaviorlm_jax import stages
 from behaviorlm_jax.ahead import flops
@@ -24,7 +25,7 @@ def training(this, plan):
   """The step of a run's first stage: jax.stages.Lowered.
 
   Args:
-    this: stages.Run, of shapes only.
+    this: inputs.Run, of shapes only.
     plan: from make_plan.
   """
   return _step(this, plan)[0].lower(*_arguments(this, plan))
@@ -58,7 +59,7 @@ def make_plan(this):
   """
   stage, config = this.config.stages[0], this.config
   rng = seeds.stream(config.seed, stage, 'plan')
-  stream = stages.segments(this, stage, 'train', rng)
+  stream = curriculum.segments(this, stage, 'train', rng)
   return plan_lib.take(stream, config, config.train.steps, '')
 
 

@@ -10,7 +10,7 @@ from absl import logging
 from jax.experimental import topologies
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import stages
+from behaviorlm_jax import inputs
 from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.ahead import programs
 from behaviorlm_jax.ahead import roofline
@@ -109,7 +109,7 @@ def candidates(config, count):
 def costs(config, devices, folder, scoring=True):
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
-  this = stages.open_run(config, workdir_lib.make(folder), layout,
+  this = inputs.open_run(config, workdir_lib.make(folder), layout,
                          shapes_only=True)
   plan = programs.make_plan(this)
   program, seconds, over = compiled(programs.training(this, plan))

@@ -6,10 +6,12 @@ import types
 import jax
 import pytest
 
+from behaviorlm_jax import inputs
 from behaviorlm_jax import stages
 from behaviorlm_jax.ahead import programs
 from behaviorlm_jax.ahead import study
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.train import loop
 from behaviorlm_jax.train import sharding
 
@@ -35,7 +37,7 @@ def open_run(make_run_config, tmp_path):
 
   def make(fields, shapes_only):
     config = study.prepare(make_run_config({'stages': ('a',), **fields}))
-    return stages.open_run(config, tmp_path, sharding.make_layout(config),
+    return inputs.open_run(config, tmp_path, sharding.make_layout(config),
                            shapes_only)
   return make
 
@@ -64,8 +66,7 @@ def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
   ahead = open_run({}, shapes_only=True)
   this = open_run({}, shapes_only=False)
   prompts = [this.prompts.question(sample)
-             for sample in stages.evaluation.test_samples(this.events,
-                                                          this.config)]
+             for sample in evaluation.test_samples(this.events, this.config)]
   longest = sorted(prompts, key=len)[-this.scorer.batch:]
   adapter = stages.first_adapter(this, 'a')
   real = this.scorer._whole.lower(adapter, this.params,
