@@ -17,7 +17,8 @@ configs/ablations.py:few_shot runs the method and one stage where tail behaviors
 of 50 training events or more keep that many training samples, chosen by seed,
 more of them including fewer. Stage a learns anchors alone, so stage b is the
 first to see these; it teaches them as often as it draws them, for their natural
-frequency would hide them.
+frequency would hide them. Stage b takes 48 steps here, some two windows of each
+behavior, drawn at random, whose other events count, too.
 """
 
 from behaviorlm_jax import config as config_lib
@@ -139,17 +140,23 @@ def _few_shot(config):
   config.methods = {
       'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
-    few = {'plan': {'shots': shots}}
+    few = {'plan': {'shots': shots, 'per_behavior': 2},
+           'train': {'balanced_steps': 48}}
     config.methods[f'behaviorlm_{shots}_shots'] = sweep.method(
-        (), 'no_balanced_stage', fields=few)
+        ('no_difficulty',), 'no_balanced_stage', fields=few)
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
         ('one_stage',), fields=few)
+  for name, method in config.methods.items():
+    if name != 'no_balanced_stage':
+      method.fields.update({'retention': {'questions': ''}})
   config.order = ('no_balanced_stage', *(
-      f'{name}_{shots}_shots' for shots in (0, 5, 50, 1, 20, 2, 10)
-      for name in ('behaviorlm', 'one_stage')))
+      f'{name}_{shots}_shots' for name in ('behaviorlm', 'one_stage')
+      for shots in (5, 50, 0, 1, 20, 2, 10)))
   config.contrasts = tuple(
-      (f'behaviorlm_{shots}_shots', f'one_stage_{shots}_shots')
-      for shots in SHOTS)
+      (f'behaviorlm_{shots}_shots{kind}', control + kind)
+      for shots in SHOTS for kind in ('', '_adjusted')
+      for control in (f'one_stage_{shots}_shots', 'behaviorlm_50_shots')
+      if control != f'behaviorlm_{shots}_shots')
   config.results = 'docs/results/few_shot'
 
 

@@ -20,6 +20,7 @@ from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import evaluation
+from behaviorlm_jax.score import labels
 from behaviorlm_jax.train import sharding
 
 STAGES = ('a_tuning', 'b_tuning')
@@ -179,6 +180,33 @@ def test_fitted_predictions_follow_from_the_log_probs(finished, arm):
     adjusted = np.array(row['log_p']) - fitted['adjusted']['tau'] * prior
     best = adjusted[[b['name'] for b in known].index(one['adjusted'])]
     assert best >= adjusted.max() - 1e-4
+
+
+def test_few_shots_are_adjusted_by_what_could_be_learned(
+    finished, make_run_config, monkeypatch):
+  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 3)
+  monkeypatch.setattr(evaluation.adjust, 'fit_tau', lambda *_: 0.7)
+  events = events_lib.open_events(finished / 'events')
+  rng = np.random.default_rng(0)
+
+  def scored(split):
+    positions = samples_lib.eligible(events, split, make_run_config())[:9]
+    return evaluation.Scored(
+        positions, rng.normal(size=(9, events.known)), [], None)
+
+  test, validation = scored('test'), scored('validation')
+  counts = np.array([b.train_count for b in events.behaviors[:events.known]])
+  moved = {}
+  for shots in (None, 1):
+    found = evaluation.fitted(events, test, validation,
+                              make_run_config({'plan.shots': shots}))
+    moved[shots] = labels.log_softmax(test.scores) - found['adjusted'][1]
+    few = [shots and b.group == 'tail' and b.train_count >= 3
+           for b in events.behaviors[:events.known]]
+    share = np.where(few, 1, counts) + 1
+    np.testing.assert_allclose(
+        moved[shots], np.tile(0.7 * np.log(share / share.sum()), (9, 1)))
+  assert not np.allclose(moved[None], moved[1])
 
 
 def test_baselines_have_the_same_scores_on_the_same_samples(finished):

@@ -149,7 +149,8 @@ def _shots(events, rule, few_shot_from):
 
   bool [known]; int64, sorted.
   """
-  every, limited = dataclasses.replace(rule, shots=None), few_shot_mask(events)
+  every, limited = dataclasses.replace(rule, shots=None), few_shot_mask(
+      train_counts(events), anchor_mask(events))
   sizes = _counts(events, every, few_shot_from)
   ranks = {}
   for b in np.flatnonzero(limited).tolist():
@@ -204,10 +205,27 @@ def anchor_mask(events):
                    events.behaviors[:events.known]], bool)
 
 
-def few_shot_mask(events):
-  """bool [known]: tail behaviors that plan.shots limits."""
-  counts = np.array([b.train_count for b in events.behaviors[:events.known]])
-  return ~anchor_mask(events) & (counts >= FEW_SHOT_FROM)
+def train_counts(events):
+  """int64 [known]: training events of each behavior."""
+  return np.array([b.train_count for b in events.behaviors[:events.known]])
+
+
+def few_shot_mask(counts, anchor):
+  """bool [Y]: tail behaviors that plan.shots limits.
+
+  Args:
+    counts: int [Y], training events of each behavior.
+    anchor: bool [Y].
+  """
+  return ~anchor & (np.asarray(counts) >= FEW_SHOT_FROM)
+
+
+def learnable(counts, anchor, shots):
+  """int [Y]: the counts, of what plan.shots limits as many as it leaves."""
+  if shots is None:
+    return counts
+  return np.where(few_shot_mask(counts, anchor), np.minimum(counts, shots),
+                  counts)
 
 
 def by_behavior(events, positions):

@@ -93,8 +93,9 @@ def fitted(events, test, validation, config):
   counted = [baselines.scores('markov', events, part.samples,
                               config.data.history, config.seed)
              for part in (validation, test)]
-  prior = adjust.log_prior(
-      [b.train_count for b in events.behaviors[:events.known]])
+  prior = adjust.log_prior(samples_lib.learnable(
+      samples_lib.train_counts(events), samples_lib.anchor_mask(events),
+      config.plan.shots))
   numbers = adjust.fit(labels.log_softmax(validation.scores), counted[0], prior,
                        events.behavior[validation.samples])
   log_p = labels.log_softmax(test.scores)

@@ -4,6 +4,7 @@ seen. A figure whose files are missing is left out.
 
 import numpy as np
 
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import compare
@@ -83,7 +84,8 @@ def _trade_off(run):
   curves['markov'] = baselines.scores(
       'markov', run.events, samples, stage.config['data']['history'],
       stage.config['seed'])
-  prior = adjust.log_prior([row['train_count'] for row in run.behaviors])
+  prior = adjust.log_prior(samples_lib.learnable(
+      run.counts, run.anchor, stage.config['plan']['shots']))
   curves = {name: adjust.trade_off(log_p, prior, true, run.anchor)
             for name, log_p in curves.items()}
   plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
@@ -103,8 +105,8 @@ def _f1(run):
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
     return None
-  counts = np.array([row['train_count'] for row in run.behaviors])
-  panels = {s.name: run.per_behavior(s)[2] for s in stages}
+  counts, panels = run.counts, {
+      s.name: run.per_behavior(s)[2] for s in stages}
   plots.f1_against_frequency(
       _path(run, 'f1.png'), panels, counts, run.anchor)
   return Figure(

@@ -143,9 +143,9 @@ class Finished:
     self.anchor, self.cost = run.anchor, {}
     self.deciles = dict(zip(DECILES, np.array_split(run.by_frequency, 10),
                             strict=True))
-    self.few_shot = ~run.anchor & np.array([
-        b['train_count'] >= samples_lib.FEW_SHOT_FROM for b in run.behaviors])
-    self.prior = adjust.log_prior([b['train_count'] for b in run.behaviors])
+    self.few_shot = samples_lib.few_shot_mask(run.counts, run.anchor)
+    self.prior = adjust.log_prior(samples_lib.learnable(
+        run.counts, run.anchor, job.config.plan.shots))
     for stage in run.scored:
       name = _method(job, stage)
       if name:

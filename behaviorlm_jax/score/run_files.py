@@ -102,11 +102,14 @@ class Run:
     return np.array([b['group'] == 'anchor' for b in self.behaviors], bool)
 
   @functools.cached_property
+  def counts(self):
+    """int64 [Y], training events of each behavior."""
+    return np.array([b['train_count'] for b in self.behaviors])
+
+  @functools.cached_property
   def by_frequency(self):
     """Indices of the behaviors, the most frequent in training first."""
-    return sorted(
-        range(len(self.behaviors)),
-        key=lambda i: (-self.behaviors[i]['train_count'], i))
+    return np.argsort(-self.counts, kind='stable')
 
   @functools.cached_property
   def scored(self):

@@ -28,6 +28,16 @@ def test_samples_have_enough_past_and_belong_to_the_split(table, config):
   assert (table.split[tests] == 2).all() and len(tests) == 12 + 1 + 2 + 16
 
 
+def test_what_can_be_learned_of_a_tail_is_what_shots_leave():
+  counts = np.array([900, 50, 49, 60, 55])
+  anchor = np.array([True, False, False, True, False])
+  assert samples_lib.learnable(counts, anchor, None) is counts
+  assert samples_lib.learnable(counts, anchor, 5).tolist() == [
+    900, 5, 49, 60, 5]
+  assert samples_lib.learnable(counts, anchor, 52).tolist() == [
+    900, 50, 49, 60, 52]
+
+
 def test_behaviors_of_the_test_split_alone_are_no_samples(make_events, config):
   events = make_events(['ababababzz'], train=0.8)
   object.__setattr__(events, 'known', 2)
@@ -38,7 +48,8 @@ def test_shots_limit_tails_with_many_events_and_more_shots_add(
   table, config, monkeypatch
 ):
   monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 5)
-  limited = np.flatnonzero(samples_lib.few_shot_mask(table))
+  limited = np.flatnonzero(samples_lib.few_shot_mask(
+    samples_lib.train_counts(table), samples_lib.anchor_mask(table)))
   counts = {b: table.behaviors[b].train_count for b in range(6)}
   assert limited.tolist() == [
     b for b, n in counts.items()
