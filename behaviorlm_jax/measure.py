@@ -67,7 +67,9 @@ def evaluate(this, folder, adapter, samples):
                                     config.eval.validation_samples, config)
     if len(drawn):
       validation = score(this, adapter, drawn, f'{folder.name}: validation')
-  hosts.first(evaluation.write, folder, this.prompts, test, validation, config)
+  shots = None if adapter is None else config.plan.shots
+  hosts.first(evaluation.write, folder, this.prompts, test, validation, config,
+              shots)
 
 
 def measure_retention(this, folder, adapter):

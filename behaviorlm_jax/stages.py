@@ -1,7 +1,7 @@
 """The whole story on one page: log -> A-Tuning -> difficulty -> B-Tuning.
 
     events -> base scores, baselines
-           -> stage a: plan of anchors and conversations -> train -> evaluate
+           -> stage a: plan of behaviors and conversations -> train -> evaluate
            -> stage b: candidates -> difficulty -> balanced plan -> train ->
               evaluate
            -> report
@@ -169,9 +169,20 @@ def trainer(this, stage, plan):
   places = step_lib.state_shardings(this.layout, shapes, optimizer)
   step_fn = step_lib.make_step(this.attach, optimizer, schedule,
                                config.train.accumulate, places, this.layout,
-                               *curriculum.most_answers(this, plan),
+                               *most_answers(this, plan),
                                curriculum.names(this, stage, plan))
   return step_fn, optimizer, places
+
+
+def most_answers(this, plan):
+  """`answers` and `auxiliary` of step.make_step, from a plan."""
+  train = this.config.train
+  most = lambda kind: plan_lib.most_answers(
+      plan, train.batch, train.accumulate, this.layout.row_parts, kind)
+  auxiliary = train.auxiliary == 'kl' and most(plan_lib.CONVERSATION)
+  if auxiliary:
+    return most(plan_lib.WINDOW), auxiliary
+  return most(None), None
 
 
 def assembler(this, plan):

@@ -13,7 +13,7 @@ configs/ablations.py:one_pass first learns all behaviors, each training target
 once, over the vocabulary, and then compares stages b of 48 steps: of balanced
 or natural draws, by difficulty or at random.
 
-configs/ablations.py:few_shot runs the method and one stage where tail behaviors
+configs/ablations.py:few_shot runs two stages and one where tail behaviors
 of 50 training events or more keep that many training samples, chosen by seed,
 more of them including fewer. Stage a learns anchors alone, so stage b is the
 first to see these; it teaches them as often as it draws them, for their natural
@@ -57,7 +57,9 @@ def _controls(config):
           'stages': (), 'sasrec': {'steps': 1500}}),
       'no_difficulty': sweep.method(
           ('no_difficulty',), 'no_balanced_stage', seeds=3),
-      'one_stage_balanced': sweep.method(('one_stage_balanced',)),
+      # Not that ablation: windows' other events count here, as in stage b.
+      'one_stage_balanced': sweep.method(('one_stage',), fields={
+          'plan': {'content': 'balanced'}}),
       'balanced_softmax': sweep.method(('one_stage',), fields={
           'train': {'loss': 'balanced'}}),
       'over_vocabulary': sweep.method(('one_stage',), fields={
@@ -140,23 +142,23 @@ def _few_shot(config):
   config.methods = {
       'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
-    few = {'plan': {'shots': shots, 'per_behavior': 2},
-           'train': {'balanced_steps': 48}}
-    config.methods[f'behaviorlm_{shots}_shots'] = sweep.method(
-        ('no_difficulty',), 'no_balanced_stage', fields=few)
+    steps = {'balanced_steps': 48}
+    config.methods[f'two_stages_{shots}_shots'] = sweep.method(
+        ('no_difficulty',), 'no_balanced_stage', fields={
+            'plan': {'shots': shots, 'per_behavior': 2}, 'train': steps})
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
-        ('one_stage',), fields=few)
+        ('one_stage',), fields={'plan': {'shots': shots}, 'train': steps})
   for name, method in config.methods.items():
     if name != 'no_balanced_stage':
       method.fields.update({'retention': {'questions': ''}})
   config.order = ('no_balanced_stage', *(
-      f'{name}_{shots}_shots' for name in ('behaviorlm', 'one_stage')
+      f'{name}_{shots}_shots' for name in ('two_stages', 'one_stage')
       for shots in (5, 50, 0, 1, 20, 2, 10)))
   config.contrasts = tuple(
-      (f'behaviorlm_{shots}_shots{kind}', control + kind)
+      (f'two_stages_{shots}_shots{kind}', control + kind)
       for shots in SHOTS for kind in ('', '_adjusted')
-      for control in (f'one_stage_{shots}_shots', 'behaviorlm_50_shots')
-      if control != f'behaviorlm_{shots}_shots')
+      for control in (f'one_stage_{shots}_shots', 'two_stages_50_shots')
+      if control != f'two_stages_{shots}_shots')
   config.results = 'docs/results/few_shot'
 
 

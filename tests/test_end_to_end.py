@@ -198,8 +198,8 @@ def test_few_shots_are_adjusted_by_what_could_be_learned(
   counts = np.array([b.train_count for b in events.behaviors[:events.known]])
   moved = {}
   for shots in (None, 1):
-    found = evaluation.fitted(events, test, validation,
-                              make_run_config({'plan.shots': shots}))
+    found = evaluation.fitted(events, test, validation, make_run_config(),
+                              shots)
     moved[shots] = labels.log_softmax(test.scores) - found['adjusted'][1]
     few = [shots and b.group == 'tail' and b.train_count >= 3
            for b in events.behaviors[:events.known]]

@@ -9,7 +9,7 @@
 
 tau is the one with the best macro-F1 over all behaviors, a and b have the least
 loss; both on validation samples, never on those of the test split. tau below
-zero undoes a balanced stage.
+zero undoes a stage that moved the odds towards the tail.
 """
 
 import itertools

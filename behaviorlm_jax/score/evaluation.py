@@ -57,7 +57,7 @@ def summarize(events, samples, scores):
                           samples_lib.anchor_mask(events))
 
 
-def write(folder, prompts, test, validation, config):
+def write(folder, prompts, test, validation, config, shots=None):
   """Writes what one arm predicted, and how good that is.
 
   Args:
@@ -66,6 +66,7 @@ def write(folder, prompts, test, validation, config):
     test: Scored.
     validation: Scored, or None: nothing is fitted.
     config: the whole config.
+    shots: plan.shots, of an arm that was trained under it.
   """
   events = prompts.events
   summary = summarize(events, test.samples, test.scores)
@@ -74,8 +75,8 @@ def write(folder, prompts, test, validation, config):
   table = _predictions(prompts, test.samples, test.questions, test.scores)
   if validation is not None:
     summary['fitted'] = {}
-    for name, (numbers, scores) in fitted(events, test, validation,
-                                          config).items():
+    for name, (numbers, scores) in fitted(events, test, validation, config,
+                                          shots).items():
       summary['fitted'][name] = {
           'validation_samples': len(validation.samples), **numbers,
           **summarize(events, test.samples, scores)}
@@ -88,14 +89,17 @@ def write(folder, prompts, test, validation, config):
   files.write_json(folder / 'evaluation.json', summary)
 
 
-def fitted(events, test, validation, config):
-  """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
+def fitted(events, test, validation, config, shots=None):
+  """{name: (numbers, scores of the test samples)} of adjust.NAMES.
+
+  With `shots` the prior is that of what they leave to learn from; the counts
+  that are mixed in are still those of all training events.
+  """
   counted = [baselines.scores('markov', events, part.samples,
                               config.data.history, config.seed)
              for part in (validation, test)]
   prior = adjust.log_prior(samples_lib.learnable(
-      samples_lib.train_counts(events), samples_lib.anchor_mask(events),
-      config.plan.shots))
+      samples_lib.train_counts(events), samples_lib.anchor_mask(events), shots))
   numbers = adjust.fit(labels.log_softmax(validation.scores), counted[0], prior,
                        events.behavior[validation.samples])
   log_p = labels.log_softmax(test.scores)

@@ -4,7 +4,6 @@ seen. A figure whose files are missing is left out.
 
 import numpy as np
 
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import baselines
 from behaviorlm_jax.score import compare
@@ -75,19 +74,19 @@ def _changes(run, outcome):
 
 
 def _trade_off(run):
-  curves = {stage.name: stage.log_p('test') for stage in run.scored}
-  curves = {name: log_p for name, log_p in curves.items() if log_p is not None}
+  curves = {stage.name: (stage.log_p('test'), run.log_prior(stage))
+            for stage in run.scored}
+  curves = {name: curve for name, curve in curves.items()
+            if curve[0] is not None}
   if not curves or run.anchor.all() or not run.anchor.any():
     return None
   stage = run.predicting[-1]
   samples, true = stage.column('sample'), run.encode(stage.column('behavior'))
   curves['markov'] = baselines.scores(
       'markov', run.events, samples, stage.config['data']['history'],
-      stage.config['seed'])
-  prior = adjust.log_prior(samples_lib.learnable(
-      run.counts, run.anchor, stage.config['plan']['shots']))
-  curves = {name: adjust.trade_off(log_p, prior, true, run.anchor)
-            for name, log_p in curves.items()}
+      stage.config['seed']), run.log_prior()
+  curves = {name: adjust.trade_off(*curve, true, run.anchor)
+            for name, curve in curves.items()}
   plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
   return Figure(
       f'{FOLDER}/trade_off.png', 'Anchors against tail',
@@ -105,8 +104,8 @@ def _f1(run):
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
     return None
-  counts, panels = run.counts, {
-      s.name: run.per_behavior(s)[2] for s in stages}
+  counts = run.counts
+  panels = {s.name: run.per_behavior(s)[2] for s in stages}
   plots.f1_against_frequency(
       _path(run, 'f1.png'), panels, counts, run.anchor)
   return Figure(

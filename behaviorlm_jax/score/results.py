@@ -120,7 +120,8 @@ def settings_hash(config, origin='') -> str:
     del changed[name]
   different = {name: value for name, value in changed.items()
                if value != default.get(name)}
-  text = json.dumps(different, sort_keys=True) + origin
+  text = (json.dumps(different, sort_keys=True) + origin
+          + f'defaults {config_lib.DEFAULTS}')
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -132,6 +133,7 @@ class Finished:
     retention: {name: what score.retention measured}.
     arms: {name: compare.Arm}, of those that may be compared.
     log_p: {name: float [n, Y]}, of those that a curve is drawn of.
+    priors: {name: log prior float [Y]} of the same.
     cost: {name: {metric: value}} of COST.
   """
 
@@ -139,13 +141,12 @@ class Finished:
     """`job`: what has log, seed, name, method, folder and config of a run."""
     run = run_files.load(job.folder)
     self.evaluations = dict(run.baselines)
-    self.retention, self.arms, self.log_p = {}, {}, {}
+    self.retention, self.arms = {}, {}
+    self.log_p, self.priors = {}, {}
     self.anchor, self.cost = run.anchor, {}
     self.deciles = dict(zip(DECILES, np.array_split(run.by_frequency, 10),
                             strict=True))
     self.few_shot = samples_lib.few_shot_mask(run.counts, run.anchor)
-    self.prior = adjust.log_prior(samples_lib.learnable(
-        run.counts, run.anchor, job.config.plan.shots))
     for stage in run.scored:
       name = _method(job, stage)
       if name:
@@ -159,7 +160,7 @@ class Finished:
       scores = compare.counted(run, stage, name)
       self.arms[name] = compare.arm(run, stage, labels.best(scores, 1)[:, 0])
       if name == 'markov':
-        self.log_p[name] = scores
+        self.log_p[name], self.priors[name] = scores, run.log_prior()
 
   def _add(self, run, stage, name):
     fitted = stage.evaluation.get('fitted', {})
@@ -174,7 +175,7 @@ class Finished:
         self.arms[name], log_p=stage.column('log_prob'))
     log_p = stage.log_p('test')
     if log_p is not None:
-      self.log_p[name] = log_p
+      self.log_p[name], self.priors[name] = log_p, run.log_prior(stage)
 
 
 def _cost(job, stage):
@@ -257,7 +258,8 @@ def collect(jobs, contrasts, rows):
         if len(part):
           rows.add('results.csv', **one, method=name, group=group, metric='nll',
                    value=float(part.mean()), n=len(part), settings=job.settings)
-      points = adjust.trade_off(log_p, found.prior, found.true, found.anchor)
+      points = adjust.trade_off(log_p, found.priors[name], found.true,
+                                found.anchor)
       for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
         rows.add('trade_off.csv', **one, method=name, tau=tau,
                  anchor=float(anchor), tail=float(tail), settings=job.settings)
@@ -265,7 +267,8 @@ def collect(jobs, contrasts, rows):
       arms.setdefault((job.log, name), {})[job.seed] = arm
       settings[job.log, name] = job.settings
     for name, log_p in found.log_p.items():
-      curves.setdefault((job.log, name), {})[job.seed] = log_p, found.prior
+      curves.setdefault((job.log, name), {})[job.seed] = (
+          log_p, found.priors[name])
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
       before, after = (arms.get((log, name), {}) for name in (control, method))
@@ -355,7 +358,7 @@ def _figures(folder, rows, methods, drawn):
         'few_shot.png', 'Learning from few samples',
         'Mean F1 of the tail behaviors with '
         f'{samples_lib.FEW_SHOT_FROM} training events or more, by how many '
-        'samples of each were learned; on average over the seeds.',
+        'samples of each there were to learn from; on average over the seeds.',
         'Lines of F1 against the number of samples.'))
   panels = _deciles(rows, drawn)
   if panels:

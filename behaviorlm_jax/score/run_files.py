@@ -14,9 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data.events import open_events
+from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import metrics
 
+TRAINED = ('a_tuning', 'b_tuning')
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 
 
@@ -105,6 +108,16 @@ class Run:
   def counts(self):
     """int64 [Y], training events of each behavior."""
     return np.array([b['train_count'] for b in self.behaviors])
+
+  def log_prior(self, stage=None):
+    """float64 [Y]: how frequent each behavior is in what a stage may learn.
+
+    Without a stage, or of one that is not trained, in the training split.
+    """
+    plan = {} if stage is None or stage.key not in TRAINED else (
+        stage.config.get('plan', {}))
+    return adjust.log_prior(samples_lib.learnable(
+        self.counts, self.anchor, plan.get('shots')))
 
   @functools.cached_property
   def by_frequency(self):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.score.blocks import Mono
 from behaviorlm_jax.score.blocks import Table
 
@@ -209,21 +210,20 @@ def files(run) -> Table:
 
 def config(run) -> Table:
   """One row per trained stage; the whole config is in its config.json."""
-  keys = ('steps', 'batch', 'length', 'learning_rate')
+  keys = ('steps', 'batch', 'length', 'learning_rate', 'interpolation', 'loss')
   rows = []
   for stage in run.stages:
     if stage.config and stage.key != 'base':
       train = dict(stage.config.get('train', {}))
       if stage.key == 'b_tuning' and not stage.one_stage:
-        for key in keys:  # As config.of_stage reads them.
-          own = train.get(f'balanced_{key}')
-          train[key] = train.get(key) if own is None else own
+        train |= config_lib.train_b(train, stage.ablations)
       rows.append((
           stage.name, *(_value(train.get(key)) for key in keys),
           _value(stage.config.get('seed')), _value(stage.ablations),
           Mono(f'{stage.key}/config.json')))
   head = ('stage', 'steps', 'batch (rows)', 'length (tokens)',
-          'learning rate', 'seed', 'ablations', 'whole config')
+          'learning rate', 'interpolation', 'loss', 'seed', 'ablations',
+          'whole config')
   return Table(head, rows)
 
 

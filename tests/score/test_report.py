@@ -102,7 +102,8 @@ class Work:
   def add_training(self, stage, ablations=()):
     self.json(f'{stage}/config.json', {
         'train': {'steps': 60, 'batch': 8, 'length': 512,
-                  'learning_rate': 0.002}, 'seed': 11,
+                  'learning_rate': 0.002, 'interpolation': 1.0,
+                  'loss': 'names', 'balanced_loss': 'natural'}, 'seed': 11,
         'data': {'history': 9},
         'ablations': list(ablations)})
     rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()}
@@ -210,7 +211,9 @@ def test_whole_run_shows_every_section_and_plot(done):
   assert text.count('\n### ') == 10
   assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
   assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
-  assert '| B-Tuning | 60 | 8 | 512 | 0.002 | 11 | none |' in text
+  for row in ('A-Tuning | 60 | 8 | 512 | 0.002 | 1.0 | names',
+              'B-Tuning | 60 | 8 | 512 | 0.001 | 0.5 | natural'):
+    assert f'| {row} | 11 | none |' in text
 
 
 def test_tables_hold_the_numbers_of_the_files(done):

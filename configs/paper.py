@@ -1,0 +1,22 @@
+"""The two stages as the paper states them, on your own log.
+
+  python -m behaviorlm_jax.main --config=configs/paper.py --workdir=runs/paper \
+    --config.data.events=events.csv
+
+Stage 1 learns anchors alone; stage 2 learns its balanced subset and nothing
+beside it, as often as it draws each behavior, and all the way. What we could
+not read in the paper (rates, budgets, the measure of difficulty) is as by
+default.
+"""
+
+from behaviorlm_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.plan.content = 'anchors'
+  config.plan.neighbours = 0.0
+  config.train.balanced_loss = 'names'
+  config.train.balanced_interpolation = 1.0
+  config.train.balanced_learning_rate = config.train.learning_rate
+  return config
