@@ -337,6 +337,32 @@ def test_interpolation_ends_on_the_way_between_the_stages(
       jax.tree.leaves(start), jax.tree.leaves(end), strict=True))
 
 
+def test_by_default_all_is_learned_and_stage_b_is_gentler(
+    run_stages, tmp_path, monkeypatch, read_rows):
+  """As no other run here, which keep to the settings of the paper."""
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  shares, interpolate = [], stages.interpolate
+
+  def spied(start, end, share):
+    shares.append(share)
+    return interpolate(start, end, share)
+
+  monkeypatch.setattr(stages, 'interpolate', spied)
+  default = config_lib.default()
+  unset = {name: default[name.split('.')[0]][name.split('.')[1]] for name in (
+      'plan.content', 'plan.neighbours', 'train.balanced_loss',
+      'train.balanced_interpolation', 'train.balanced_learning_rate')}
+  run_stages(MORE | unset)
+  workdir = tmp_path / 'work'
+  first, second = drawn(workdir, 'a_tuning'), drawn(workdir, 'b_tuning')
+  assert first['airport'] and first['hotel']
+  assert sum(second.values()) > 2 * len(segments(workdir / 'b_tuning'))
+  peaks = [max(row['learning_rate'] for row in read_rows(
+      workdir / name / 'metrics.jsonl')) for name in ('a_tuning', 'b_tuning')]
+  assert peaks[1] == peaks[0] / 2
+  assert shares == [1.0, 0.5]
+
+
 def test_from_nothing_a_share_of_what_was_learned_is_kept():
   rng = np.random.default_rng(0)
   end = {'q_proj': {'a': rng.normal(size=(2, 5, 3)),
