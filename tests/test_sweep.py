@@ -16,6 +16,7 @@ from pyarrow import parquet
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import sweep
 from behaviorlm_jax import sweep_config
+from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import compare
@@ -87,12 +88,16 @@ def test_a_sweep_that_cannot_run_is_refused(make_sweep, tmp_path, fields,
     sweep.jobs(config, tmp_path)
 
 
-def test_settings_name_what_differs_from_the_defaults_but_for_seed_and_paths():
+def test_settings_name_what_differs_from_the_defaults_but_for_seed_and_paths(
+    monkeypatch):
   config = config_lib.default()
   plain = results.settings_hash(config)
   config.seed, config.data.events, config.init_from = 3, 'a.csv', 'runs/x'
   assert results.settings_hash(config) == plain
   config.train.steps += 1
+  assert results.settings_hash(config) != plain
+  config.train.steps -= 1
+  monkeypatch.setattr(config_lib, 'DEFAULTS', config_lib.DEFAULTS + 1)
   assert results.settings_hash(config) != plain
 
 
@@ -372,13 +377,35 @@ def test_the_main_controls_have_three_seeds(tmp_path):
       'all_behaviors_alone', 'all_behaviors_first', 'no_auxiliary', 'sasrec'}
 
 
+def test_targets_of_few_shot_behaviors_are_those_of_the_plan(
+    swept, make_sweep, monkeypatch):
+  monkeypatch.setattr(results.samples_lib, 'FEW_SHOT_FROM', 3)
+  (job,) = (job for job in sweep.jobs(make_sweep(swept / 'none'), swept)
+            if job.key == ('walks', 'drawn', 0))
+  assert not results.Finished(job).few_targets  # Nothing was limited.
+  job.config.plan.shots = 2
+  rows = parquet.read_table(
+      job.folder / 'b_tuning/plan.parquet')['segments'].to_pylist()
+  targets = [t for row in rows for segment in row if segment['kind'] == 'window'
+             for t in segment['targets']]
+  events = events_lib.open_events(job.folder / 'events')
+  names = [events.behaviors[b].name for b in events.behavior[targets]]
+  expected = (names.count('airport') + names.count('hotel')) / 2
+  assert results.Finished(job).few_targets == {'drawn': expected}
+  assert expected > 0
+
+
 def test_few_shot_rows_become_a_curve(tmp_path):
   rows = results.read(tmp_path)
   for name, shots, value in (('b', 5, 0.1), ('b', 50, 0.3), ('one', 5, 0.2)):
     rows.add('results.csv', data='log', method=f'{name}_{shots}_shots', seed=0,
              group='few_shot', metric='f1_macro', value=value, n=9, settings='')
+  rows.add('results.csv', data='log', method='b_5_shots', seed=0, n=2,
+           group='few_shot', metric='targets', value=7.25, settings='')
   results.write(tmp_path, rows)
   assert results._shots(results.read(tmp_path)) == {
       'log': {'b': {5: 0.1, 50: 0.3}, 'one': {5: 0.2}}}
   results.report(tmp_path, ('b', 'one'), ())
   assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
+  assert '| b_5_shots | 1 | 9 | 0.100 | 7.250 |' in (
+      tmp_path / 'tables.md').read_text()

@@ -46,8 +46,10 @@ RETENTION = (('conversations', 'perplexity_ratio'),
 COST = (('training', 'seconds'), ('training', 'targets'))
 # Groups of behaviors by training frequency, the most frequent tenth first.
 DECILES = {f'decile_{i}': i for i in range(1, 11)}
-# Of few-shot runs: tail behaviors that plan.shots limits.
+# Of tail behaviors that plan.shots would limit, and of runs where it does: how
+# many targets of each were taught, on average.
 FEW_SHOT = 'few_shot', 'f1_macro'
+FEW_TARGETS = 'few_shot', 'targets'
 _MATCHED = '_matched'
 # Columns of each file; those before `:` name a row.
 _FILES = {
@@ -135,6 +137,7 @@ class Finished:
     log_p: {name: float [n, Y]}, of those that a curve is drawn of.
     priors: {name: log prior float [Y]} of the same.
     cost: {name: {metric: value}} of COST.
+    few_targets: {name: value} of FEW_TARGETS.
   """
 
   def __init__(self, job):
@@ -142,7 +145,7 @@ class Finished:
     run = run_files.load(job.folder)
     self.evaluations = dict(run.baselines)
     self.retention, self.arms = {}, {}
-    self.log_p, self.priors = {}, {}
+    self.log_p, self.priors, self.few_targets = {}, {}, {}
     self.anchor, self.cost = run.anchor, {}
     self.deciles = dict(zip(DECILES, np.array_split(run.by_frequency, 10),
                             strict=True))
@@ -152,6 +155,9 @@ class Finished:
       if name:
         self._add(run, stage, name)
         self.cost[name] = _cost(job, stage)
+        if stage.key in run_files.TRAINED and self.few_shot.any() and (
+            job.config.plan.shots is not None):
+          self.few_targets[name] = _few_targets(run, stage, self.few_shot)
     if run.sasrec:
       self._add(run, run.sasrec, 'sasrec')
     stage = run.scored[-1]
@@ -176,6 +182,12 @@ class Finished:
     log_p = stage.log_p('test')
     if log_p is not None:
       self.log_p[name], self.priors[name] = log_p, run.log_prior(stage)
+
+
+def _few_targets(run, stage, few_shot):
+  """Targets that a stage's plan has of each of these behaviors, the mean."""
+  targets = run_files.plan_targets(stage.folder / 'plan.parquet')
+  return few_shot[run.events.behavior[targets]].sum() / few_shot.sum()
 
 
 def _cost(job, stage):
@@ -249,6 +261,11 @@ def collect(jobs, contrasts, rows):
         rows.add('results.csv', **one, method=name, group=group, metric=metric,
                  value=arm.macro_f1(found.few_shot), settings=job.settings,
                  n=int(found.few_shot[arm.true].sum()))
+    for name, value in found.few_targets.items():
+      group, metric = FEW_TARGETS
+      rows.add('results.csv', **one, method=name, group=group, metric=metric,
+               value=float(value), n=int(found.few_shot.sum()),
+               settings=job.settings)
     for name, log_p in found.log_p.items():
       losses = difficulty.nll(log_p, found.true)
       everyone = np.ones_like(found.anchor)
@@ -331,6 +348,11 @@ def report(folder, methods, drawn):
                'there are several, their standard deviation; other seeds have '
                'other test events, too. nll: mean -log p of what happened, in '
                'nats; lower is better.'),
+        _shots(rows) and _table(
+            rows, log, methods, (FEW_SHOT, FEW_TARGETS), 'Tail behaviors with '
+            f'{samples_lib.FEW_SHOT_FROM} training events or more: mean F1, '
+            'and targets of each that were taught, on average, again and again '
+            'or not.'),
         _differences(rows, log),
         _table(rows, log, methods, RETENTION, 'What each model still knows, on '
                'held-out conversations and multiple-choice questions.'),
