@@ -400,6 +400,8 @@ def test_few_shot_rows_become_a_curve(tmp_path):
   for name, shots, value in (('b', 5, 0.1), ('b', 50, 0.3), ('one', 5, 0.2)):
     rows.add('results.csv', data='log', method=f'{name}_{shots}_shots', seed=0,
              group='few_shot', metric='f1_macro', value=value, n=9, settings='')
+  rows.add('trade_off.csv', data='log', method='b_5_shots', seed=0, tau=0.0,
+           anchor=0.3, tail=0.1, settings='')
   rows.add('results.csv', data='log', method='b_5_shots', seed=0, n=2,
            group='few_shot', metric='targets', value=7.25, settings='')
   results.write(tmp_path, rows)
@@ -407,5 +409,6 @@ def test_few_shot_rows_become_a_curve(tmp_path):
       'log': {'b': {5: 0.1, 50: 0.3}, 'one': {5: 0.2}}}
   results.report(tmp_path, ('b', 'one'), ())
   assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
+  assert not (tmp_path / 'trade_off.png').exists()  # No curve is asked for.
   assert '| b_5_shots | 1 | 9 | 0.100 | 7.250 |' in (
       tmp_path / 'tables.md').read_text()

@@ -454,6 +454,8 @@ def _curves(rows, drawn):
   """{log: {method: float [T, 2]}}, means over the seeds."""
   found = {}
   for row in rows.of('trade_off.csv'):
+    if row['method'] not in drawn:
+      continue
     points = found.setdefault(row['data'], {}).setdefault(row['method'], {})
     points.setdefault(row['tau'], []).append((row['anchor'], row['tail']))
   return {
