@@ -108,10 +108,15 @@ def few_shot(path, panels):
     panels: {title: {predictor: {samples: F1}}}.
   """
 
+  shots = sorted({n for lines in panels.values() for values in lines.values()
+                  for n in values})
+  place = lambda n: np.log2(1 + np.array(list(n)))  # 0 has one, too.
+
   def draw(axes, values, look):
-    places = np.log2(1 + np.array(list(values)))  # 0 has a place, too.
-    axes.set_xticks(places, list(map(str, values)))
-    line, = axes.plot(places, list(values.values()), **look, markersize=6)
+    axes.set_xticks(place(shots), list(map(str, shots)))
+    axes.axhline(0, linewidth=0)  # The axis begins there.
+    line, = axes.plot(place(values), list(values.values()), **look,
+                      markersize=6)
     return line
 
   _curves(path, panels, draw, 'samples of each tail behavior (log scale)',
