@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import re
+import runpy
 
 import pytest
 from absl import flags
@@ -13,7 +14,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
-NAMES = ('foursquare_nyc.py', 'india_time_use.py', 'quickstart.py',
+NAMES = ('foursquare_nyc.py', 'india_time_use.py', 'paper.py', 'quickstart.py',
          'stage1.py', 'stage2.py')
 # What scripts may rely on, and a value that differs from every default.
 RELIED_ON = {
@@ -185,6 +186,20 @@ def test_stage_b_is_gentler_than_the_stage_it_starts_from():
          'train__balanced_interpolation': 0.9, 'train__balanced_loss': 'names'}
   assert train('b', **own) == (7, 1e-4, 0.9, 'names')
   assert train('a', **own) == train('a')
+
+
+def test_the_config_of_the_paper_changes_what_the_readme_says_and_no_more():
+  paper = runpy.run_path(str(CONFIGS / 'paper.py'))['get_config']()
+  config_lib.check(paper)
+  names = config_lib.field_names(config_lib.default())
+  different = {name for name in names if config_lib._get(paper, name) !=
+               config_lib._get(config_lib.default(), name)}
+  assert different == {
+      'plan.content', 'plan.neighbours', 'train.balanced_loss',
+      'train.balanced_interpolation', 'train.balanced_learning_rate'}
+  first, second = (config_lib.of_stage(paper, stage).train for stage in 'ab')
+  for name in ('steps', 'learning_rate', 'interpolation', 'loss'):
+    assert first[name] == second[name]
 
 
 def test_all_behaviors_first_undoes_a_config_of_anchors():
