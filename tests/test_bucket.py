@@ -50,13 +50,13 @@ def service():
     started = emulator.create_server('localhost', port, in_memory=True,
                                      default_bucket='logs')
     started.start()
-  url = f'http://localhost:{port}'
-  yield {'STORAGE_EMULATOR_HOST': url,  # Of gcsfs.
-         'TENSORSTORE_GCS_HTTP_URL': url,  # Of Orbax.
-         'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
-         'NO_GCE_CHECK': 'true',  # No credentials to wait for.
-         'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
-  started.stop()
+    url = f'http://localhost:{port}'
+    yield {'STORAGE_EMULATOR_HOST': url,  # Of gcsfs.
+           'TENSORSTORE_GCS_HTTP_URL': url,  # Of Orbax.
+           'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
+           'NO_GCE_CHECK': 'true',  # No credentials to wait for.
+           'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
+    started.stop()
 
 
 @pytest.fixture(autouse=True)
