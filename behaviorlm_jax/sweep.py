@@ -8,8 +8,8 @@ Runs of one log and seed share the events, the evaluation of the untuned model
 and the baselines, and a method that starts from another's stage a takes its
 adapter. Runs whose rows stand in `config.results` with the same settings are
 not run again; a killed sweep goes on where it ended. After every run all rows
-are written to DIR (score.results has the files). --report writes DIR/tables.md
-and its figure from the rows in DIR, and runs nothing.
+are written to DIR (score.rows has the files). --report writes DIR/tables.md
+and its figures from the rows in DIR, and runs nothing.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ from behaviorlm_jax import stages
 from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import results
+from behaviorlm_jax.score import results_page
+from behaviorlm_jax.score import rows as rows_lib
 from behaviorlm_jax.train import preemption
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
@@ -127,7 +129,7 @@ def run_all(config, workdir):
   every, committed = jobs(config, workdir), pathlib.Path(config.results)
   workdir = workdir_lib.make(workdir)
   known = {(row['data'], row['method'], row['seed'], row['settings'])
-           for row in results.read(committed).of('results.csv')}
+           for row in rows_lib.read(committed).of('results.csv')}
   todo = [job for job in every if not job.finished
           and (*job.key, job.settings) not in known]
   # A method whose stage a another one starts from is run for it again.
@@ -172,14 +174,14 @@ def _take(folder, name, last):
 
 def collect(config, every, workdir):
   """Writes the rows of all finished runs, and committed ones, in `workdir`."""
-  rows = results.read(pathlib.Path(config.results))
+  rows = rows_lib.read(pathlib.Path(config.results))
   finished = [job for job in every if job.finished]
   results.collect(finished, config.contrasts, rows)
-  results.write(workdir, rows)
+  rows_lib.write(workdir, rows)
 
 
 def report(config, workdir):
-  results.report(pathlib.Path(workdir), config.order, config.drawn)
+  results_page.write(pathlib.Path(workdir), config.order, config.drawn)
 
 
 def _main(argv):

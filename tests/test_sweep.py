@@ -21,6 +21,8 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import results
+from behaviorlm_jax.score import results_page
+from behaviorlm_jax.score import rows as rows_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = {'train.steps': 2, 'train.balanced_steps': 2, 'checkpoint.every': 2,
@@ -269,8 +271,8 @@ def test_a_folder_without_rows_is_refused(tmp_path, make_sweep):
 
 
 def test_rows_survive_being_written_and_read(swept, tmp_path):
-  rows = results.read(swept)
-  results.write(tmp_path, rows)
+  rows = rows_lib.read(swept)
+  rows_lib.write(tmp_path, rows)
   for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
     assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
 
@@ -396,7 +398,7 @@ def test_targets_of_few_shot_behaviors_are_those_of_the_plan(
 
 
 def test_few_shot_rows_become_a_curve(tmp_path):
-  rows = results.read(tmp_path)
+  rows = rows_lib.read(tmp_path)
   for name, shots, value in (('b', 5, 0.1), ('b', 50, 0.3), ('one', 5, 0.2)):
     rows.add('results.csv', data='log', method=f'{name}_{shots}_shots', seed=0,
              group='few_shot', metric='f1_macro', value=value, n=9, settings='')
@@ -404,10 +406,10 @@ def test_few_shot_rows_become_a_curve(tmp_path):
            anchor=0.3, tail=0.1, settings='')
   rows.add('results.csv', data='log', method='b_5_shots', seed=0, n=2,
            group='few_shot', metric='targets', value=7.25, settings='')
-  results.write(tmp_path, rows)
-  assert results._shots(results.read(tmp_path)) == {
+  rows_lib.write(tmp_path, rows)
+  assert results_page._shots(rows_lib.read(tmp_path)) == {
       'log': {'b': {5: 0.1, 50: 0.3}, 'one': {5: 0.2}}}
-  results.report(tmp_path, ('b', 'one'), ())
+  results_page.write(tmp_path, ('b', 'one'), ())
   assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
   assert not (tmp_path / 'trade_off.png').exists()  # No curve is asked for.
   assert '| b_5_shots | 1 | 9 | 0.100 | 7.250 |' in (

@@ -1,0 +1,196 @@
+"""The page of many runs: tables.md and its figures, from nothing but rows."""
+
+import re
+
+import numpy as np
+
+from behaviorlm_jax import files
+from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import adjust
+from behaviorlm_jax.score import blocks
+from behaviorlm_jax.score import plots
+from behaviorlm_jax.score import rows as rows_lib
+
+SCORES = (('all', 'accuracy@1'), ('all', 'precision_weighted'),
+          ('anchor', 'f1_macro'), ('tail', 'f1_macro'),
+          ('all', 'nll'))  # Of the main table.
+
+
+def write(folder, methods, drawn):
+  """Writes tables.md and its figures of the rows in a folder.
+
+  Args:
+    folder: pathlib.Path.
+    methods: names in the order of the tables; others follow.
+    drawn: names of those that have a curve in the figure.
+  """
+  rows = rows_lib.read(folder)
+  if not rows.of('results.csv'):
+    raise InputError(f'{folder} has no results.csv with rows; give the folder '
+                     'of a sweep.')
+  content = [blocks.Heading(1, 'Results of the runs so far')]
+  for log in sorted({row['data'] for row in rows.of('results.csv')}):
+    content += [
+        blocks.Heading(2, log),
+        _table(rows, log, methods, SCORES, 'Mean over the seeds and, where '
+               'there are several, their standard deviation; other seeds have '
+               'other test events, too. nll: mean -log p of what happened, in '
+               'nats; lower is better.'),
+        _shots(rows) and _table(
+            rows, log, methods, (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
+            f'Tail behaviors with {samples_lib.FEW_SHOT_FROM} training events '
+            'or more: mean F1, and targets of each that were taught, on '
+            'average, again and again or not.'),
+        _differences(rows, log),
+        _table(rows, log, methods, rows_lib.RETENTION, 'What each model still '
+               'knows, on held-out conversations and multiple-choice '
+               'questions.'),
+        _table(rows, log, methods, rows_lib.COST, 'What training took, both '
+               'stages: seconds of its steps, and targets.')]
+  content += _figures(folder, rows, methods, drawn)
+  files.write_text(folder / 'tables.md', blocks.markdown(
+      [block for block in content if block]))
+
+
+def _figures(folder, rows, methods, drawn):
+  content, panels = [], _curves(rows, drawn)
+  if panels:
+    plots.trade_off(folder / 'trade_off.png', panels, adjust.TAUS)
+    content.append(blocks.Figure(
+        'trade_off.png', 'Anchors against tail',
+        'Each curve raises or lowers rare names, tau from '
+        f'{adjust.TAUS[0]} to {adjust.TAUS[-1]}, on average over the seeds; '
+        'the large mark is the predictor as it is. Further up and right is '
+        'better at every balance.', 'Curves of tail against anchor macro-F1.'))
+  panels = _shots(rows)
+  if panels:
+    plots.few_shot(folder / 'few_shot.png', panels)
+    content.append(blocks.Figure(
+        'few_shot.png', 'Learning from few samples',
+        'Mean F1 of the tail behaviors with '
+        f'{samples_lib.FEW_SHOT_FROM} training events or more, by how many '
+        'samples of each there were to learn from; on average over the seeds.',
+        'Lines of F1 against the number of samples.'))
+  panels = _deciles(rows, drawn)
+  if panels:
+    plots.deciles(folder / 'deciles.png', panels)
+    content.append(blocks.Figure(
+        'deciles.png', 'F1 by frequency',
+        'Mean F1 of each tenth of the behaviors, ordered by their training '
+        'events; on average over the seeds.', 'Lines of F1 per decile.'))
+  panels = _kept(rows, methods)
+  if panels:
+    plots.kept(folder / 'retention.png', panels,
+               'perplexity, over that of the untuned model')
+    content.append(blocks.Figure(
+        'retention.png', 'Conversations held out of training',
+        'Perplexity of each model over that of the untuned one, a mark per '
+        'seed; right of 1 it has lost something.',
+        'Marks of the ratio of perplexities per method.'))
+  return content
+
+
+def _table(rows, log, methods, columns, caption):
+  """A row per method that has one of these (group, metric) columns."""
+  values = {}
+  for row in rows.of('results.csv'):
+    if row['data'] == log:
+      scores = values.setdefault(row['method'], {})
+      scores.setdefault((row['group'], row['metric']), []).append(row)
+  names = [name for name in sorted(values, key=lambda n: _place(n, methods))
+           if values[name].keys() & set(columns)]
+  shown = []
+  for name in names:
+    found = [values[name].get(column, []) for column in columns]
+    first = next(filter(None, found))
+    shown.append((name, len(first), sum(row['n'] for row in first), *(
+        _spread([row['value'] for row in part]) for part in found)))
+  head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
+  return blocks.Table(('method', 'seeds', 'n', *head), shown, caption)
+
+
+def _spread(values):
+  if not values:
+    return None
+  if len(values) == 1:
+    return f'{values[0]:.3f}'
+  return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'
+
+
+def _place(name, methods):
+  """Sorts a method's variants behind it."""
+  found = [i for i, method in enumerate(methods)
+           if name == method or name.startswith(f'{method}_')]
+  longest = max(found, key=lambda i: len(methods[i]), default=len(methods))
+  return longest, name
+
+
+def _differences(rows, log):
+  table = [
+      (row['method'], row['control'], row['metric'], row['seeds'],
+       row['before'], row['change'], row['low'], row['high'])
+      for row in rows.of('differences.csv') if row['data'] == log]
+  return blocks.Table(
+      ('method', 'against', 'score', 'seeds', 'its score', 'change',
+       '95 % from', '95 % to'), table,
+      'Paired differences on the same test events; intervals from 1,000 '
+      'redraws of the users. What is called matched is adjusted by the largest '
+      'tau at which its anchor macro-F1 is that of what it stands against, or '
+      'better; these very events choose it, once for all redraws.')
+
+
+def _curves(rows, drawn):
+  """{log: {method: float [T, 2]}}, means over the seeds."""
+  found = {}
+  for row in rows.of('trade_off.csv'):
+    if row['method'] not in drawn:
+      continue
+    points = found.setdefault(row['data'], {}).setdefault(row['method'], {})
+    points.setdefault(row['tau'], []).append((row['anchor'], row['tail']))
+  return {
+      log: {name: np.array([np.mean(curves[name][tau], axis=0)
+                            for tau in sorted(curves[name])])
+            for name in drawn if name in curves}
+      for log, curves in sorted(found.items())}
+
+
+def _deciles(rows, drawn):
+  """{log: {method: {decile: mean F1}}}."""
+  found = {}
+  for row in rows.of('results.csv'):
+    if row['group'] in rows_lib.DECILES and row['method'] in drawn:
+      lines = found.setdefault(row['data'], {}).setdefault(row['method'], {})
+      lines.setdefault(rows_lib.DECILES[row['group']], []).append(row['value'])
+  return {log: {name: {i: float(np.mean(lines[name][i]))
+                       for i in sorted(lines[name])}
+                for name in drawn if name in lines}
+          for log, lines in sorted(found.items())}
+
+
+def _kept(rows, methods):
+  """{log: {method: ratios of perplexity, a seed each}}."""
+  found = {}
+  for row in rows.of('results.csv'):
+    if ((row['group'], row['metric']) == rows_lib.RETENTION[0]
+        and row['method'] != 'untuned'):
+      values = found.setdefault(row['data'], {})
+      values.setdefault(row['method'], []).append(row['value'])
+  return {log: {name: values[name] for name in sorted(
+      values, key=lambda n: _place(n, methods))}
+          for log, values in sorted(found.items())}
+
+
+def _shots(rows):
+  """{log: {method: {shots: mean F1}}} of methods called NAME_N_shots."""
+  found = {}
+  for row in rows.of('results.csv'):
+    match = re.fullmatch(r'(.+)_(\d+)_shots(.*)', row['method'])
+    if match and (row['group'], row['metric']) == rows_lib.FEW_SHOT:
+      lines = found.setdefault(row['data'], {}).setdefault(
+          match[1] + match[3], {})
+      lines.setdefault(int(match[2]), []).append(row['value'])
+  return {log: {name: {shots: float(np.mean(values[shots]))
+                       for shots in sorted(values)}
+                for name, values in lines.items()
+                if 'mixed' not in name} for log, lines in found.items()}
