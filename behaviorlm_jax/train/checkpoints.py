@@ -6,6 +6,9 @@ renames a complete folder into place, or marks it in a bucket); one that is
 damaged is skipped with a warning, and deleted.
 """
 
+import sys
+import time
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -22,12 +25,21 @@ _ALONE = ocp.options.MultiprocessingOptions(
 
 
 class _Manager(ocp.CheckpointManager):
+  failed = None  # What this process could not write.
 
   def reached_preemption(self, step):
     """Never: it would ask JAX by its own count of steps, and JAX, which keeps
     one count, would forget that of train.preemption."""
     del step
     return False
+
+  def _wait_for_checkpointers(self):
+    """Keeps the error: Orbax raises it in a thread that first waits for the
+    other hosts, and they wait for this one, up to 20 minutes."""
+    try:
+      super()._wait_for_checkpointers()
+    finally:
+      self.failed = sys.exception()
 
 
 class Checkpoints:
@@ -47,6 +59,7 @@ class Checkpoints:
 
   def save(self, state, score=None):
     """Starts to write `state`; higher `score` is better, None: not scored."""
+    self.wait()
     metrics = None if score is None else {'score': float(score)}
     self._manager.save(
         int(state['step']),
@@ -140,7 +153,14 @@ class Checkpoints:
     return self._restore(step, abstract)['adapter']
 
   def wait(self):
-    """Returns when everything that was saved is on disk."""
+    """Returns when everything that was saved is on disk.
+
+    Raises: what this process could not write, as soon as it is known.
+    """
+    while self._manager.is_saving_in_progress():
+      if self._manager.failed:
+        raise self._manager.failed
+      time.sleep(.01)
     self._manager.wait_until_finished()
 
   def close(self):
