@@ -24,12 +24,14 @@ STAGES = ('a_tuning', 'b_tuning')
 
 
 def one_at_a_time(function):
+  """`function`, which no two threads run at once."""
   lock = threading.Lock()
 
   @functools.wraps(function)
   def locked(*arguments):
     with lock:
       return function(*arguments)
+
   return locked
 
 
@@ -39,9 +41,9 @@ def service():
   with socket.create_server(('localhost', 0)) as free:
     port = free.getsockname()[1]
   with pytest.MonkeyPatch.context() as patch:
-    # A connection that is open and silent must not keep the others waiting; but
-    # the emulator can answer one request at a time: it goes through all objects
-    # at each write, to keep a list of them that nobody reads here.
+    # A connection that is open and silent must not keep the others waiting, but
+    # the storage is not safe for threads: requests are handled one at a time.
+    # With each write it also dumps a list of all objects, which nobody reads.
     patch.setattr(emulator.server, 'HTTPServer',
                   emulator.server.ThreadingHTTPServer)
     patch.setattr(emulator.Router, 'handle',

@@ -1,4 +1,5 @@
-"""What finished runs say: their rows (score.rows), and paired differences."""
+"""What finished runs say, as rows (score.rows): scores of each run, and paired
+differences of predictors over all of them."""
 
 import dataclasses
 import hashlib

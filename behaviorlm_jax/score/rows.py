@@ -17,7 +17,7 @@ import io
 
 from behaviorlm_jax import files
 
-# What stands in the column `group` for scores of score.retention.
+# (group, metric) of what score.retention measures.
 RETENTION = (('conversations', 'perplexity_ratio'),
              ('conversations', 'kl_to_base'), ('questions', 'accuracy'))
 # Training steps alone, of both stages; neither compilation nor scoring.

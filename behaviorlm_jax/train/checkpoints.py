@@ -6,9 +6,6 @@ renames a complete folder into place, or marks it in a bucket); one that is
 damaged is skipped with a warning, and deleted.
 """
 
-import sys
-import time
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -25,7 +22,6 @@ _ALONE = ocp.options.MultiprocessingOptions(
 
 
 class _Manager(ocp.CheckpointManager):
-  failed = None  # What this process could not write.
 
   def reached_preemption(self, step):
     """Never: it would ask JAX by its own count of steps, and JAX, which keeps
@@ -33,13 +29,13 @@ class _Manager(ocp.CheckpointManager):
     del step
     return False
 
-  def _wait_for_checkpointers(self):
-    """Keeps the error: Orbax raises it in a thread that first waits for the
-    other hosts, and they wait for this one, up to 20 minutes."""
-    try:
-      super()._wait_for_checkpointers()
-    finally:
-      self.failed = sys.exception()
+  def _finalize(self, step, steps_to_remove):
+    """Raises at once what this host could not write: Orbax first waits for the
+    other hosts, and they for this one, 20 minutes. A name of Orbax's own, so
+    tests/train/test_checkpoints.py guards it."""
+    self._non_blocking_metadata_store.wait_until_finished()
+    self._wait_for_checkpointers()
+    super()._finalize(step, steps_to_remove)
 
 
 class Checkpoints:
@@ -59,7 +55,6 @@ class Checkpoints:
 
   def save(self, state, score=None):
     """Starts to write `state`; higher `score` is better, None: not scored."""
-    self.wait()
     metrics = None if score is None else {'score': float(score)}
     self._manager.save(
         int(state['step']),
@@ -155,12 +150,9 @@ class Checkpoints:
   def wait(self):
     """Returns when everything that was saved is on disk.
 
-    Raises: what this process could not write, as soon as it is known.
+    Raises what kept this host from writing its part of it, as `save` does of
+    the save before; neither waits for the other hosts then.
     """
-    while self._manager.is_saving_in_progress():
-      if self._manager.failed:
-        raise self._manager.failed
-      time.sleep(.01)
     self._manager.wait_until_finished()
 
   def close(self):
