@@ -217,8 +217,8 @@ def test_differences_are_paired_over_the_seeds_that_both_have(swept):
           for row in read(swept / 'differences.csv')
           if row['method'] == 'first'}
   assert {control for control, _ in rows} == {'one', 'one_adjusted', 'markov'}
-  assert rows['markov', 'accuracy']['seeds'] == '2'
-  assert rows['one', 'accuracy']['seeds'] == '1'
+  assert rows['markov', 'accuracy']['seeds'] == '0 1'
+  assert rows['one', 'accuracy']['seeds'] == '0'
   for row in rows.values():
     low, change, high = (float(row[k]) for k in ('low', 'change', 'high'))
     assert low <= change <= high
@@ -234,6 +234,22 @@ def test_differences_are_paired_over_the_seeds_that_both_have(swept):
   assert float(rows['one', 'log p']['change']) == pytest.approx(
       nll['one'] - nll['first'], abs=1e-4)
   assert ('one_adjusted', 'log p') not in rows
+
+
+@pytest.mark.parametrize('known, kept', [
+    ('0', ['0 1']), ('0 1', ['0 1']), ('2', ['0 1', '2']),
+    ('1 2', ['0 1', '1 2']), ('0 1 2', ['0 1 2'])])
+def test_a_difference_replaces_those_over_some_of_its_seeds(
+    swept, make_sweep, tmp_path, known, kept):
+  rows = rows_lib.read(tmp_path)
+  rows.add('differences.csv', data='walks', method='first', control='markov',
+           metric='accuracy', seeds=known, n=1, before=0.0, change=0.0,
+           low=None, high=None, settings='')
+  finished = [job for job in sweep.jobs(make_sweep(tmp_path), swept)
+              if job.finished]
+  results.collect(finished, (('first', 'markov'),), rows)
+  assert sorted(found['seeds'] for found in rows.of('differences.csv')
+                if found['metric'] == 'accuracy') == kept
 
 
 def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):

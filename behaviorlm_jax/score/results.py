@@ -141,8 +141,8 @@ def collect(jobs, contrasts, rows):
   Args:
     jobs: finished runs.
     contrasts: [(method, control)].
-    rows: Rows; those of the same name are replaced, but for a difference that
-      stands over more seeds.
+    rows: Rows; those of the same name are replaced. Of a difference the rows
+      over some of its seeds go, and one that has more of them stays instead.
   """
   arms, curves, settings = {}, {}, {}
   for job in jobs:
@@ -229,12 +229,15 @@ def _contrast(log, method, control, before, after, settings, rows):
         one.log_p is not None and other.log_p is not None
         and one.counted(score).any() for one, other in pairs):
       continue
-    known = rows.tables['differences.csv'].get((log, method, control, score))
-    if known and known['seeds'] > len(seeds):
+    known = rows.seeds_of(log, method, control, score)
+    if any(found > set(seeds) for found in known.values()):
       continue
+    for key, found in known.items():
+      if found <= set(seeds):
+        del rows.tables['differences.csv'][key]
     value, change, interval = compare.paired(pairs, score)
     low, high = interval or (None, None)
     rows.add('differences.csv', data=log, method=method, control=control,
-             metric=score, seeds=len(seeds),
+             metric=score, seeds=' '.join(map(str, seeds)),
              n=sum(len(arm.true) for arm, _ in pairs), before=value,
              change=change, low=low, high=high, settings=settings)

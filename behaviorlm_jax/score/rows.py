@@ -1,14 +1,14 @@
 """Rows of what many runs say, in three files.
 
   results.csv      a score of one predictor of one run
-  differences.csv  what one predictor changes against another, over all seeds
+  differences.csv  what one predictor changes against another, over some seeds
   trade_off.csv    anchor against tail macro-F1 of one predictor at one tau
 
 A row names its run by log, method and seed, and by `settings`: a hash of all
 that its config changes, so that a row of other settings is not taken for it.
 Predictors that are fitted on the validation split are named after what they
 stand on: `one_stage_adjusted`. In differences `NAME_matched` is NAME at the
-anchor macro-F1 of its control (compare.matched).
+anchor macro-F1 of its control (compare.matched), and `seeds` says which: `0 1`.
 """
 
 import csv
@@ -31,10 +31,10 @@ FEW_TARGETS = 'few_shot', 'targets'
 # Columns of each file; those before `:` name a row.
 _FILES = {
     'results.csv': 'data method seed group metric : value n settings',
-    'differences.csv': 'data method control metric : seeds n before change low '
+    'differences.csv': 'data method control metric seeds : n before change low '
                        'high settings',
     'trade_off.csv': 'data method seed tau : anchor tail settings'}
-_NUMBERS = {'seed': int, 'seeds': int, 'n': int, **dict.fromkeys(
+_NUMBERS = {'seed': int, 'n': int, **dict.fromkeys(
     ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'),
     float)}
 
@@ -50,6 +50,12 @@ class Rows:
 
   def of(self, name):
     return list(self.tables[name].values())
+
+  def seeds_of(self, *difference):
+    """{key: its seeds}; `difference`: log, method, control and metric."""
+    return {key: {int(seed) for seed in row['seeds'].split()}
+            for key, row in self.tables['differences.csv'].items()
+            if key[:-1] == difference}
 
 
 def _columns(name):
