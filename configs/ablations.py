@@ -94,8 +94,8 @@ def _controls(config):
       *(('behaviorlm_matched', name) for name in (
           'one_stage_adjusted', 'one_stage_balanced',
           'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')))
-  config.drawn = ('behaviorlm', 'one_stage', 'balanced_softmax',
-                  'all_behaviors_first', 'sasrec', 'markov')
+  config.drawn = (
+      'behaviorlm', 'one_stage', 'all_behaviors_first', 'sasrec', 'markov')
 
 
 def _one_pass(config):

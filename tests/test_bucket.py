@@ -9,6 +9,7 @@ import time
 import gcsfs
 import pytest
 from gcp_storage_emulator import server as emulator
+from gcp_storage_emulator.handlers import objects
 from google.auth import exceptions
 
 from behaviorlm_jax import addresses
@@ -35,6 +36,19 @@ def one_at_a_time(function):
   return locked
 
 
+def with_generation(download):
+  """`download`, whose answer names the generation, as that of a bucket does."""
+
+  def answered(request, response, storage, *arguments):
+    download(request, response, storage, *arguments)
+    if response.status < 300:
+      found = storage.get_file_obj(*(
+          request.params[name] for name in ('bucket_name', 'object_id')))
+      response['x-goog-generation'] = found['generation']
+
+  return answered
+
+
 @pytest.fixture(scope='module')
 def service():
   """Environment variables that lead to an emulator with the bucket 'logs'."""
@@ -49,6 +63,8 @@ def service():
     patch.setattr(emulator.Router, 'handle',
                   one_at_a_time(emulator.Router.handle))
     patch.setattr(emulator.Storage, '_write_config_to_file', lambda self: None)
+    # TensorStore writes under the condition that what it read is still there.
+    patch.setattr(objects, 'download', with_generation(objects.download))
     started = emulator.create_server('localhost', port, in_memory=True,
                                      default_bucket='logs')
     started.start()

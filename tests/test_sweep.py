@@ -257,11 +257,28 @@ def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
     (tmp_path / name).write_bytes((swept / name).read_bytes())
   sweep.report(make_sweep(tmp_path), tmp_path)
   text = (tmp_path / 'tables.md').read_text()
-  assert '## walks' in text and '| one_adjusted | 1 | 20 |' in text
+  assert '## walks' in text and '| one_adjusted | 20 |' in text
+  # Other seeds have other test events: they are shown apart.
+  both, first = text.split('Seeds 0, 1: mean')[1].split('Seed 0: mean')[:2]
+  assert '| first |' in both and '| one |' not in both
+  assert '| first |' in first and '| one |' in first
   assert '±' in text and '![' in text
   for name in ('trade_off', 'deciles', 'retention'):
     data = (tmp_path / f'{name}.png').read_bytes()
     assert data.startswith(b'\x89PNG')
+
+
+def test_lines_of_a_figure_are_means_over_the_seeds_that_all_have(tmp_path):
+  rows = rows_lib.read(tmp_path)
+  for name, seed, tail in (('a', 0, 0.2), ('a', 1, 0.6), ('b', 0, 0.3),
+                           ('c', 0, 0.4), ('c', 1, 0.4)):
+    rows.add('trade_off.csv', data='log', method=name, seed=seed, tau=0.5,
+             anchor=0.1, tail=tail, settings='')
+  tails = lambda *drawn: {
+      name: line.tolist() for name, line in results_page._curves(
+          rows, drawn)['log'].items()}
+  assert tails('a', 'b') == {'a': [[0.1, 0.2]], 'b': [[0.1, 0.3]]}
+  assert tails('a', 'c') == {'a': [[0.1, 0.4]], 'c': [[0.1, 0.4]]}
 
 
 def test_the_command_reports_and_explains(swept, tmp_path,
@@ -428,5 +445,5 @@ def test_few_shot_rows_become_a_curve(tmp_path):
   results_page.write(tmp_path, ('b', 'one'), ())
   assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
   assert not (tmp_path / 'trade_off.png').exists()  # No curve is asked for.
-  assert '| b_5_shots | 1 | 9 | 0.100 | 7.250 |' in (
+  assert '| b_5_shots | 9 | 0.100 | 7.250 |' in (
       tmp_path / 'tables.md').read_text()

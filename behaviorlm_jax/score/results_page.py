@@ -33,24 +33,22 @@ def write(folder, methods, drawn):
   for log in sorted({row['data'] for row in rows.of('results.csv')}):
     content += [
         blocks.Heading(2, log),
-        _table(rows, log, methods, SCORES, 'Mean over the seeds and, where '
-               'there are several, their standard deviation; other seeds have '
-               'other test events, too. nll: mean -log p of what happened, in '
-               'nats; lower is better.'),
-        _shots(rows) and _table(
+        *_tables(rows, log, methods, SCORES, 'mean and, of several seeds, '
+                 'standard deviation; other seeds have other test events. nll: '
+                 'mean -log p of what happened, in nats; lower is better.'),
+        *(_tables(
             rows, log, methods, (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
-            f'Tail behaviors with {samples_lib.FEW_SHOT_FROM} training events '
+            f'tail behaviors with {samples_lib.FEW_SHOT_FROM} training events '
             'or more: mean F1, and targets of each that were taught, on '
-            'average, again and again or not.'),
+            'average, again and again or not.') if _shots(rows) else ()),
         _differences(rows, log),
-        _table(rows, log, methods, rows_lib.RETENTION, 'What each model still '
-               'knows, on held-out conversations and multiple-choice '
-               'questions.'),
-        _table(rows, log, methods, rows_lib.COST, 'What training took, both '
-               'stages: seconds of its steps, and targets.')]
+        *_tables(rows, log, methods, rows_lib.RETENTION, 'what each model '
+                 'still knows, on held-out conversations and multiple-choice '
+                 'questions.'),
+        *_tables(rows, log, methods, rows_lib.COST, 'what training took, both '
+                 'stages: seconds of its steps, and targets.')]
   content += _figures(folder, rows, methods, drawn)
-  files.write_text(folder / 'tables.md', blocks.markdown(
-      [block for block in content if block]))
+  files.write_text(folder / 'tables.md', blocks.markdown(content))
 
 
 def _figures(folder, rows, methods, drawn):
@@ -60,9 +58,10 @@ def _figures(folder, rows, methods, drawn):
     content.append(blocks.Figure(
         'trade_off.png', 'Anchors against tail',
         'Each curve raises or lowers rare names, tau from '
-        f'{adjust.TAUS[0]} to {adjust.TAUS[-1]}, on average over the seeds; '
-        'the large mark is the predictor as it is. Further up and right is '
-        'better at every balance.', 'Curves of tail against anchor macro-F1.'))
+        f'{adjust.TAUS[0]} to {adjust.TAUS[-1]}, on average over the seeds '
+        'that all have; the large mark is the predictor as it is. Further up '
+        'and right is better at every balance.',
+        'Curves of tail against anchor macro-F1.'))
   panels = _shots(rows)
   if panels:
     plots.few_shot(folder / 'few_shot.png', panels)
@@ -78,7 +77,8 @@ def _figures(folder, rows, methods, drawn):
     content.append(blocks.Figure(
         'deciles.png', 'F1 by frequency',
         'Mean F1 of each tenth of the behaviors, ordered by their training '
-        'events; on average over the seeds.', 'Lines of F1 per decile.'))
+        'events; on average over the seeds that all have.',
+        'Lines of F1 per decile.'))
   panels = _kept(rows, methods)
   if panels:
     plots.kept(folder / 'retention.png', panels,
@@ -91,23 +91,43 @@ def _figures(folder, rows, methods, drawn):
   return content
 
 
-def _table(rows, log, methods, columns, caption):
-  """A row per method that has one of these (group, metric) columns."""
-  values = {}
+def _tables(rows, log, methods, columns, caption):
+  """Tables with a row per method that has one of these (group, metric) columns.
+
+  One for each set of seeds that a method has, of all methods that have them:
+  other seeds have other test events.
+  """
+  values = {}  # {method: {column: {seed: row}}}
   for row in rows.of('results.csv'):
-    if row['data'] == log:
-      scores = values.setdefault(row['method'], {})
-      scores.setdefault((row['group'], row['metric']), []).append(row)
-  names = [name for name in sorted(values, key=lambda n: _place(n, methods))
-           if values[name].keys() & set(columns)]
+    column = row['group'], row['metric']
+    if row['data'] == log and column in columns:
+      values.setdefault(row['method'], {}).setdefault(
+          column, {})[row['seed']] = row
+  seeds = {name: frozenset().union(*found.values())
+           for name, found in values.items()}
+  return [_table({name: values[name] for name in sorted(
+      values, key=lambda n: _place(n, methods)) if seeds[name] >= shown},
+                 shown, columns, caption)
+          for shown in sorted(set(seeds.values()), key=len, reverse=True)]
+
+
+def _table(values, seeds, columns, caption):
+  """`values`: {method: {column: {seed: row}}}, of which `seeds` are shown."""
   shown = []
-  for name in names:
-    found = [values[name].get(column, []) for column in columns]
+  for name, found in values.items():
+    found = [[found[column][seed] for seed in sorted(seeds)
+              if seed in found.get(column, {})] for column in columns]
     first = next(filter(None, found))
-    shown.append((name, len(first), sum(row['n'] for row in first), *(
+    shown.append((name, sum(row['n'] for row in first), *(
         _spread([row['value'] for row in part]) for part in found)))
   head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
-  return blocks.Table(('method', 'seeds', 'n', *head), shown, caption)
+  return blocks.Table(('method', 'n', *head), shown,
+                      f'{_named(seeds)}: {caption}')
+
+
+def _named(seeds):
+  return ('Seed ' if len(seeds) == 1 else 'Seeds ') + ', '.join(
+      map(str, sorted(seeds)))
 
 
 def _spread(values):
@@ -142,30 +162,44 @@ def _differences(rows, log):
 
 def _curves(rows, drawn):
   """{log: {method: float [T, 2]}}, means over the seeds."""
-  found = {}
-  for row in rows.of('trade_off.csv'):
-    if row['method'] not in drawn:
-      continue
-    points = found.setdefault(row['data'], {}).setdefault(row['method'], {})
-    points.setdefault(row['tau'], []).append((row['anchor'], row['tail']))
   return {
-      log: {name: np.array([np.mean(curves[name][tau], axis=0)
-                            for tau in sorted(curves[name])])
-            for name in drawn if name in curves}
-      for log, curves in sorted(found.items())}
+      log: {name: np.array([np.mean(points[tau], axis=0)
+                            for tau in sorted(points)])
+            for name, points in lines.items()}
+      for log, lines in _lines(
+          rows.of('trade_off.csv'), drawn, lambda row: row['tau'],
+          lambda row: (row['anchor'], row['tail'])).items()}
 
 
 def _deciles(rows, drawn):
   """{log: {method: {decile: mean F1}}}."""
+  lines = _lines(
+      [row for row in rows.of('results.csv')
+       if row['group'] in rows_lib.DECILES], drawn,
+      lambda row: rows_lib.DECILES[row['group']], lambda row: row['value'])
+  return {log: {name: {i: float(np.mean(points[i])) for i in sorted(points)}
+                for name, points in lines[log].items()} for log in lines}
+
+
+def _lines(rows, drawn, x, y):
+  """{log: {method: {x: [y of each seed]}}}, of the seeds that all lines have.
+
+  Other seeds have other test events.
+  """
   found = {}
-  for row in rows.of('results.csv'):
-    if row['group'] in rows_lib.DECILES and row['method'] in drawn:
-      lines = found.setdefault(row['data'], {}).setdefault(row['method'], {})
-      lines.setdefault(rows_lib.DECILES[row['group']], []).append(row['value'])
-  return {log: {name: {i: float(np.mean(lines[name][i]))
-                       for i in sorted(lines[name])}
-                for name in drawn if name in lines}
-          for log, lines in sorted(found.items())}
+  for row in rows:
+    if row['method'] in drawn:
+      found.setdefault(row['data'], {}).setdefault(
+          row['method'], {}).setdefault(row['seed'], []).append(row)
+  lines = {}
+  for log, seeds in sorted(found.items()):
+    common = set.intersection(*map(set, seeds.values()))
+    if common:
+      lines[log] = {name: {} for name in drawn if name in seeds}
+    for name, points in lines.get(log, {}).items():
+      for row in (row for seed in common for row in seeds[name][seed]):
+        points.setdefault(x(row), []).append(y(row))
+  return lines
 
 
 def _kept(rows, methods):
