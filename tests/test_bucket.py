@@ -1,6 +1,5 @@
 """A bucket, held by an emulator in this process, as a work directory."""
 
-import functools
 import shutil
 import socket
 import threading
@@ -28,7 +27,6 @@ def one_at_a_time(function):
   """`function`, which no two threads run at once."""
   lock = threading.Lock()
 
-  @functools.wraps(function)
   def locked(*arguments):
     with lock:
       return function(*arguments)

@@ -236,17 +236,18 @@ def test_differences_are_paired_over_the_seeds_that_both_have(swept):
   assert ('one_adjusted', 'log p') not in rows
 
 
-@pytest.mark.parametrize('known, kept', [
-    ('0', ['0 1']), ('0 1', ['0 1']), ('2', ['0 1', '2']),
-    ('1 2', ['0 1', '1 2']), ('0 1 2', ['0 1 2'])])
+@pytest.mark.parametrize('known, settings, kept', [
+    ('0', '', ['0 1']), ('0 1', '', ['0 1']), ('2', '', ['0 1', '2']),
+    ('1 2', '', ['0 1', '1 2']), ('0 1 2', '', ['0 1 2']),
+    ('0 1 2', 'others', ['0 1']), ('2', 'others', ['0 1'])])
 def test_a_difference_replaces_those_over_some_of_its_seeds(
-    swept, make_sweep, tmp_path, known, kept):
+    swept, make_sweep, tmp_path, known, settings, kept):
   rows = rows_lib.read(tmp_path)
+  finished = [job for job in sweep.jobs(make_sweep(tmp_path), swept)
+              if job.finished and job.name == 'first']
   rows.add('differences.csv', data='walks', method='first', control='markov',
            metric='accuracy', seeds=known, n=1, before=0.0, change=0.0,
-           low=None, high=None, settings='')
-  finished = [job for job in sweep.jobs(make_sweep(tmp_path), swept)
-              if job.finished]
+           low=None, high=None, settings=settings or finished[0].settings)
   results.collect(finished, (('first', 'markov'),), rows)
   assert sorted(found['seeds'] for found in rows.of('differences.csv')
                 if found['metric'] == 'accuracy') == kept

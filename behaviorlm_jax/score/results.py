@@ -142,7 +142,8 @@ def collect(jobs, contrasts, rows):
     jobs: finished runs.
     contrasts: [(method, control)].
     rows: Rows; those of the same name are replaced. Of a difference the rows
-      over some of its seeds go, and one that has more of them stays instead.
+      over some of its seeds or of other settings go; one of the same settings
+      that has more seeds stays instead.
   """
   arms, curves, settings = {}, {}, {}
   for job in jobs:
@@ -229,7 +230,7 @@ def _contrast(log, method, control, before, after, settings, rows):
         one.log_p is not None and other.log_p is not None
         and one.counted(score).any() for one, other in pairs):
       continue
-    known = rows.seeds_of(log, method, control, score)
+    known = rows.seeds_of(log, method, control, score, settings=settings)
     if any(found > set(seeds) for found in known.values()):
       continue
     for key, found in known.items():

@@ -51,9 +51,11 @@ class Rows:
   def of(self, name):
     return list(self.tables[name].values())
 
-  def seeds_of(self, *difference):
-    """{key: its seeds}; `difference`: log, method, control and metric."""
-    return {key: {int(seed) for seed in row['seeds'].split()}
+  def seeds_of(self, *difference, settings):
+    """{key: its seeds, or none where its settings are others}; `difference`:
+    log, method, control and metric."""
+    return {key: {int(seed) for seed in row['seeds'].split()
+                  if row['settings'] == settings}
             for key, row in self.tables['differences.csv'].items()
             if key[:-1] == difference}
 
