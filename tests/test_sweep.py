@@ -269,6 +269,21 @@ def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
     assert data.startswith(b'\x89PNG')
 
 
+def test_the_report_has_the_mean_of_differences_over_all_seeds(tmp_path):
+  rows = rows_lib.read(tmp_path)
+  for seeds, change, low, high in (('0', 0.3, 0.1, 0.5), ('1 2', 0.0, -1, 1),
+                                   ('3', -0.1, None, None)):
+    rows.add('differences.csv', data='log', method='a', control='b',
+             metric='accuracy', seeds=seeds, n=1, before=0.5, change=change,
+             low=low, high=high, settings='')
+  (*names, before, change, parts), = results_page._differences(
+      rows, 'log').rows
+  assert names == ['a', 'b', 'accuracy']
+  assert (before, change) == pytest.approx((0.5, 0.05))
+  assert parts == ('0: +0.300 (+0.100 to +0.500); '
+                   '1, 2: +0.000 (-1.000 to +1.000); 3: -0.100')
+
+
 def test_lines_of_a_figure_are_means_over_the_seeds_that_all_have(tmp_path):
   rows = rows_lib.read(tmp_path)
   for name, seed, tail in (('a', 0, 0.2), ('a', 1, 0.6), ('b', 0, 0.3),

@@ -147,17 +147,37 @@ def _place(name, methods):
 
 
 def _differences(rows, log):
-  table = [
-      (row['method'], row['control'], row['metric'], row['seeds'],
-       row['before'], row['change'], row['low'], row['high'])
-      for row in rows.of('differences.csv') if row['data'] == log]
+  found = {}
+  for row in rows.of('differences.csv'):
+    if row['data'] == log:
+      found.setdefault((row['method'], row['control'], row['metric']),
+                       []).append(row)
   return blocks.Table(
-      ('method', 'against', 'score', 'seeds', 'its score', 'change',
-       '95 % from', '95 % to'), table,
-      'Paired differences on the same test events; intervals from 1,000 '
-      'redraws of the users. What is called matched is adjusted by the largest '
-      'tau at which its anchor macro-F1 is that of what it stands against, or '
-      'better; these very events choose it, once for all redraws.')
+      ('method', 'against', 'score', 'its score', 'change',
+       'by seeds (95 % interval)'),
+      [(*names, _over_seeds(parts, 'before'), _over_seeds(parts, 'change'),
+        '; '.join(map(_one_difference, parts)))
+       for names, parts in found.items()],
+      'Paired differences on the same test events, the mean over the seeds and '
+      'then each by itself. Intervals are of 1,000 redraws of the users, '
+      'and know nothing of the chance in training. What is called matched is '
+      'adjusted by the largest tau at which its anchor macro-F1 is that of '
+      'what it stands against, or better; these very events choose it, once '
+      'for all redraws.')
+
+
+def _over_seeds(parts, column):
+  """The mean over seeds; a row may be that of several."""
+  return float(np.average([row[column] for row in parts],
+                          weights=[len(row['seeds'].split())
+                                   for row in parts]))
+
+
+def _one_difference(row):
+  text = f'{row["seeds"].replace(" ", ", ")}: {row["change"]:+.3f}'
+  if row['low'] is None:  # A single user.
+    return text
+  return f'{text} ({row["low"]:+.3f} to {row["high"]:+.3f})'
 
 
 def _curves(rows, drawn):
