@@ -8,7 +8,9 @@ Runs of one log and seed share the events, the evaluation of the untuned model
 and the baselines, and a method that starts from another's stage a takes its
 adapter. Runs whose rows stand in `config.results` with the same settings are
 not run again; a killed sweep goes on where it ended. After every run all rows
-are written to DIR (score.rows has the files). --report writes DIR/tables.md
+are written to DIR (score.rows has the files), and what the runs chose to
+DIR/choices; with both copied to `config.results` a sweep may be spread over
+machines. --report writes DIR/tables.md
 and its figures from the rows in DIR, and runs nothing.
 """
 
@@ -174,9 +176,9 @@ def _take(folder, name, last):
 
 def collect(config, every, workdir):
   """Writes the rows of all finished runs, and committed ones, in `workdir`."""
-  rows = rows_lib.read(pathlib.Path(config.results))
-  finished = [job for job in every if job.finished]
-  results.collect(finished, config.contrasts, rows)
+  committed = pathlib.Path(config.results)
+  rows = rows_lib.read(committed)
+  results.collect(every, config.contrasts, rows, committed, workdir)
   rows_lib.write(workdir, rows)
 
 

@@ -89,11 +89,16 @@ def _controls(config):
       ('behaviorlm_adjusted', 'balanced_softmax_adjusted'),
       ('behaviorlm_adjusted', 'sasrec_adjusted'),
       ('behaviorlm_adjusted', 'markov_adjusted'),
-      ('behaviorlm_mixed_adjusted', 'one_stage_mixed_adjusted'),
       ('behaviorlm_mixed_adjusted', 'markov_adjusted'),
       *(('behaviorlm_matched', name) for name in (
           'one_stage_adjusted', 'one_stage_balanced',
-          'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')))
+          'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')),
+      ('behaviorlm_mixed', 'markov'),
+      *((f'behaviorlm_mixed{kind}', f'{name}_mixed{control}')
+        for name in ('one_stage', 'sasrec')
+        for kind, control in (('', ''), ('_adjusted', '_adjusted'),
+                              ('_matched', '_adjusted'))),
+      ('behaviorlm_mixed_matched', 'markov_adjusted'))
   config.drawn = (
       'behaviorlm', 'one_stage', 'all_behaviors_first', 'sasrec', 'markov')
 

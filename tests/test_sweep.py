@@ -5,12 +5,14 @@ import dataclasses
 import json
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import sklearn.metrics
+from pyarrow import compute as pc
 from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
@@ -48,7 +50,9 @@ def make_sweep(make_run_config):
     config.order = order
     config.contrasts = (('first', 'one'), ('first', 'one_adjusted'),
                         ('first', 'markov'), ('first', 'not_run'),
-                        ('first_matched', 'one_adjusted'))
+                        ('first_matched', 'one_adjusted'),
+                        ('first_mixed_matched', 'one_mixed_adjusted'),
+                        ('first_mixed', 'one_mixed'))
     config.drawn = ('first', 'one', 'markov')
     config.results = str(committed)
     return config
@@ -253,6 +257,73 @@ def test_a_difference_replaces_those_over_some_of_its_seeds(
                 if found['metric'] == 'accuracy') == kept
 
 
+@pytest.fixture
+def at_hand(swept, make_sweep, tmp_path):
+  """A folder with some finished runs, of a sweep whose rest ran elsewhere."""
+
+  def make(*names):
+    elsewhere, here = tmp_path / 'elsewhere', tmp_path / 'here'
+    shutil.copytree(swept / 'choices', elsewhere / 'choices')
+    (here / 'walks/seed0').mkdir(parents=True)
+    for name in names:
+      (here / 'walks/seed0' / name).symlink_to(swept / 'walks/seed0' / name)
+    return make_sweep(elsewhere), elsewhere, here
+  return make
+
+
+def differences(folder):
+  return {(row['method'], row['control'], row['metric']): row
+          for row in read(folder / 'differences.csv')}
+
+
+@pytest.mark.parametrize('names', [('stage_a', 'first'), ('one',)])
+def test_a_run_is_compared_with_one_that_ended_elsewhere(
+    swept, at_hand, names):
+  config, _, here = at_hand(*names)
+  sweep.collect(config, sweep.jobs(config, here), here)
+  found, expected = differences(here), differences(swept)
+  pairs = {key for key, row in expected.items()
+           if 'one' in row['control'] and 'first' in row['method']}
+  assert {method for method, _, _ in pairs} == {
+      'first', 'first_matched', 'first_mixed', 'first_mixed_matched'}
+  assert ('first', 'one', 'log p') in pairs
+  for key in pairs:
+    for column, value in expected[key].items():
+      if column in ('before', 'change', 'low', 'high'):
+        assert float(found[key][column]) == pytest.approx(
+            float(value), abs=2e-6)
+      else:
+        assert found[key][column] == value
+  # Kept in turn: what the runs at hand chose, and no others.
+  kept = (here / 'choices').rglob('*.parquet')
+  assert {path.stem for path in kept} == set(names)
+
+
+def test_choices_of_other_settings_or_events_are_left_out(at_hand, caplog):
+  config, elsewhere, here = at_hand('stage_a', 'first')
+  config.methods.one.fields = {'train': {'learning_rate': 1e-5}}
+  sweep.collect(config, sweep.jobs(config, here), here)
+  assert ('first', 'one', 'accuracy') not in differences(here)
+  config.methods.one.fields = {}
+  path = elsewhere / 'choices/walks/seed0/one.parquet'
+  table = parquet.read_table(path)
+  sample = pc.add(table['sample'], 1)
+  parquet.write_table(table.set_column(0, 'sample', sample), path)
+  sweep.collect(config, sweep.jobs(config, here), here)
+  assert ('first', 'one', 'accuracy') not in differences(here)
+  assert 'other test events' in caplog.text
+
+
+def test_kept_choices_hold_neither_behaviors_that_happened_nor_users(swept):
+  paths = list((swept / 'choices').rglob('*.parquet'))
+  assert len(paths) == 7  # Five runs of seed 0, two of seed 1.
+  for path in paths:
+    names = parquet.read_table(path).column_names
+    assert names[0] == 'sample' and len(names) > 1
+    assert {name.split(' ')[0] for name in names[1:]} <= {
+        path.stem, *(f'{path.stem}_{kind}' for kind in adjust.NAMES)}
+
+
 def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
   for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
     (tmp_path / name).write_bytes((swept / name).read_bytes())
@@ -375,12 +446,13 @@ def test_matched_arms_have_equally_good_anchors():
   log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
   as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
   goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
-  found = compare.matched(goal, as_is, log_p, prior, adjust.TAUS)
+  chosen = adjust.choices(log_p, prior)
+  found = compare.matched(goal, as_is, chosen)
   np.testing.assert_array_equal(found.predicted, goal.predicted)
   assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
   # Out of reach: the best anchors there are.
   perfect = dataclasses.replace(goal, predicted=true)
-  found = compare.matched(perfect, as_is, log_p, prior, adjust.TAUS)
+  found = compare.matched(perfect, as_is, chosen)
   anchors = [dataclasses.replace(as_is, predicted=(
       log_p - tau * prior).argmax(1)).value('anchor macro-F1')
       for tau in adjust.TAUS]
@@ -413,7 +485,8 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
   known = {job.name for job in jobs} | {
       'untuned', 'markov', 'markov_adjusted'}
   known |= {f'{job.name}_{kind}' for job in jobs
-            for kind in ('adjusted', 'mixed', 'mixed_adjusted', 'matched')}
+            for kind in ('adjusted', 'mixed', 'mixed_adjusted', 'matched',
+                         'mixed_matched')}
   assert {name for pair in config.contrasts for name in pair} <= known
   assert len(set(config.contrasts)) == len(config.contrasts)
   assert all(method != control for method, control in config.contrasts)

@@ -85,8 +85,9 @@ def _trade_off(run):
   curves['markov'] = baselines.scores(
       'markov', run.events, samples, stage.config['data']['history'],
       stage.config['seed']), run.log_prior()
-  curves = {name: adjust.trade_off(*curve, true, run.anchor)
-            for name, curve in curves.items()}
+  curves = {
+      name: adjust.trade_off(adjust.choices(*curve), true, run.anchor)
+      for name, curve in curves.items()}
   plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
   return Figure(
       f'{FOLDER}/trade_off.png', 'Anchors against tail',

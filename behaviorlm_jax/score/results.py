@@ -12,6 +12,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.score import adjust
+from behaviorlm_jax.score import choices
 from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import labels
@@ -49,7 +50,9 @@ class Finished:
     retention: {name: what score.retention measured}.
     arms: {name: compare.Arm}, of those that may be compared.
     log_p: {name: float [n, Y]}, of those that a curve is drawn of.
-    priors: {name: log prior float [Y]} of the same.
+    choices: {name: ids int64 [T, n]} of the same, score.adjust.choices.
+    samples: positions int64 [n] of the test events.
+    own: names of the predictors that no other run has.
     cost: {name: {metric: value}} of rows_lib.COST.
     few_targets: {name: value} of rows_lib.FEW_TARGETS.
   """
@@ -59,30 +62,32 @@ class Finished:
     run = run_files.load(job.folder)
     self.evaluations = dict(run.baselines)
     self.retention, self.arms = {}, {}
-    self.log_p, self.priors, self.few_targets = {}, {}, {}
-    self.anchor, self.cost = run.anchor, {}
+    self.log_p, self.choices, self.few_targets = {}, {}, {}
+    self.anchor, self.cost, self.own = run.anchor, {}, set()
     self.deciles = dict(zip(
         rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True))
     self.few_shot = samples_lib.few_shot_mask(run.counts, run.anchor)
+    last = run.scored[-1]
+    self.samples = last.column('sample')
+    self.true = run.encode(last.column('behavior'))
+    counted = compare.counted(run, last, 'markov')
     for stage in run.scored:
       name = _method(job, stage)
       if name:
-        self._add(run, stage, name)
+        self._add(run, stage, name, counted)
         self.cost[name] = _cost(job, stage)
         if stage.key in run_files.TRAINED and self.few_shot.any() and (
             job.config.plan.shots is not None):
           self.few_targets[name] = _few_targets(run, stage, self.few_shot)
     if run.sasrec:
-      self._add(run, run.sasrec, 'sasrec')
-    stage = run.scored[-1]
-    self.true = run.encode(stage.column('behavior'))
-    for name in ('markov', 'markov_adjusted'):
-      scores = compare.counted(run, stage, name)
-      self.arms[name] = compare.arm(run, stage, labels.best(scores, 1)[:, 0])
-      if name == 'markov':
-        self.log_p[name], self.priors[name] = scores, run.log_prior()
+      self._add(run, run.sasrec, 'sasrec', counted)
+    self._curve('markov', counted, run.log_prior())
+    for name, scores in (('markov', counted), (
+        'markov_adjusted', compare.counted(run, last, 'markov_adjusted'))):
+      self.arms[name] = compare.arm(run, last, labels.best(scores, 1)[:, 0])
 
-  def _add(self, run, stage, name):
+  def _add(self, run, stage, name, counted):
+    """A stage's predictor and those that are fitted on top of it."""
     fitted = stage.evaluation.get('fitted', {})
     self.retention[name] = stage.retention
     columns = {name: 'predicted', **{f'{name}_{kind}': kind for kind in fitted}}
@@ -91,11 +96,23 @@ class Finished:
     for called, column in columns.items():
       self.arms[called] = compare.arm(
           run, stage, run.encode(stage.column(column)))
+    if stage.key != 'base':
+      self.own |= set(columns)
     self.arms[name] = dataclasses.replace(
         self.arms[name], log_p=stage.column('log_prob'))
     log_p = stage.log_p('test')
     if log_p is not None:
-      self.log_p[name], self.priors[name] = log_p, run.log_prior(stage)
+      self._curve(name, log_p, run.log_prior(stage))
+      mixed, weights = f'{name}_mixed', fitted['mixed']
+      self._curve(mixed, adjust.mix(log_p, counted, weights['a'], weights['b']),
+                  run.log_prior(stage))
+      self.arms[mixed] = dataclasses.replace(
+          self.arms[mixed],
+          log_p=self.log_p[mixed][np.arange(len(self.true)), self.true])
+
+  def _curve(self, name, log_p, prior):
+    self.log_p[name] = log_p
+    self.choices[name] = adjust.choices(log_p, prior)
 
 
 def _few_targets(run, stage, few_shot):
@@ -135,35 +152,46 @@ def _method(job, stage):
   return job.name
 
 
-def collect(jobs, contrasts, rows):
+def collect(jobs, contrasts, rows, kept=None, keep=None):
   """Adds the rows of finished runs to `rows`.
 
   Args:
-    jobs: finished runs.
+    jobs: finished runs, and others whose choices may have been kept.
     contrasts: [(method, control)].
     rows: Rows; those of the same name are replaced. Of a difference the rows
       over some of its seeds or of other settings go; one of the same settings
       that has more seeds stays instead.
+    kept: folder with the choices of runs that ended elsewhere, or None.
+    keep: folder where choices are written, or None.
   """
   arms, curves, settings = {}, {}, {}
-  for job in jobs:
-    found = Finished(job)
-    _add_scores(job, found, rows)
-    for name, arm in found.arms.items():
+
+  def add(job, found_arms, found_choices):
+    for name, arm in found_arms.items():
       arms.setdefault((job.log, name), {})[job.seed] = arm
       settings[job.log, name] = job.settings
-    for name, log_p in found.log_p.items():
-      curves.setdefault((job.log, name), {})[job.seed] = (
-          log_p, found.priors[name])
+    for name, chosen in found_choices.items():
+      curves.setdefault((job.log, name), {})[job.seed] = chosen
+
+  at_hand = {}  # A finished run of each log and seed.
+  for job in jobs:
+    if job.finished:
+      found = at_hand[job.log, job.seed] = Finished(job)
+      _add_scores(job, found, rows)
+      add(job, found.arms, found.choices)
+      if keep:
+        choices.write(keep, job, found)
+  for job in jobs:
+    if kept and not job.finished and (job.log, job.seed) in at_hand:
+      add(job, *choices.read(kept, job, at_hand[job.log, job.seed]))
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
       before, after = (arms.get((log, name), {}) for name in (control, method))
       name = method.removesuffix(_MATCHED)
       if name != method:
         own = arms.get((log, name), {})
-        after = {seed: compare.matched(before[seed], own[seed], *curve,
-                                       adjust.TAUS)
-                 for seed, curve in curves.get((log, name), {}).items()
+        after = {seed: compare.matched(before[seed], own[seed], chosen)
+                 for seed, chosen in curves.get((log, name), {}).items()
                  if seed in before}
       _contrast(log, method, control, before, after,
                 settings.get((log, name)), rows)
@@ -206,8 +234,7 @@ def _add_scores(job, found, rows):
       part = losses[chosen[found.true]]
       if len(part):
         add(name, group, 'nll', float(part.mean()), len(part))
-    points = adjust.trade_off(log_p, found.priors[name], found.true,
-                              found.anchor)
+    points = adjust.trade_off(found.choices[name], found.true, found.anchor)
     for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
       rows.add('trade_off.csv', **run, method=name, tau=tau,
                anchor=float(anchor), tail=float(tail))
