@@ -218,13 +218,20 @@ ABLATIONS = {
     'no_auxiliary': {
         'plan.conversation_share': 0.0,
         'plan.balanced_conversation_share': 0.0,
+        'train.auxiliary': 'answers',
     },
     'no_difficulty': {
         'difficulty.score': 'random',
+        'difficulty.reference': '',
         'plan.selection': 'weighted',
+        'plan.gamma': 1.0,
         'plan.noise_cut': 0.0,
     },
-    'no_balance': {'plan.budget': 'natural'},
+    'no_balance': {
+        'plan.budget': 'natural',
+        'plan.temper': 0.5,
+        'plan.effective_beta': 0.999,
+    },
     'no_balanced_stage': {},
     'no_anchor_stage': {},
     'all_behaviors_first': {'plan.content': 'all'},
@@ -338,6 +345,7 @@ def field_names(config, prefix=''):
   return names
 
 
+_SCORED = ('nll', 'error', 'margin', 'ifd', 'rho')
 _STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())  # (): baselines alone.
 _LOSSES = ('answers', 'names', 'natural', 'balanced')
 _CHOICES = {
@@ -349,11 +357,20 @@ _CHOICES = {
     'plan.content': ('anchors', 'all', 'balanced'),
     'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
     'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
-    'difficulty.score': ('nll', 'error', 'margin', 'ifd', 'rho', 'random'),
+    'difficulty.score': (*_SCORED, 'random'),
     'train.auxiliary': ('answers', 'kl'),
     'train.loss': _LOSSES,
     'train.balanced_loss': _LOSSES,
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
+}
+# Fields that change nothing but with some choices of another one.
+_ONLY_WITH = {
+    'plan.selection': ('difficulty.score', _SCORED),
+    'plan.noise_cut': ('difficulty.score', _SCORED),
+    'plan.gamma': ('plan.selection', ('weighted',)),
+    'plan.temper': ('plan.budget', ('tempered',)),
+    'plan.effective_beta': ('plan.budget', ('effective',)),
+    'difficulty.reference': ('difficulty.score', ('rho',)),
 }
 _MINIMA = {
     'lora.rank': 1, 'train.steps': 1, 'train.batch': 1, 'train.length': 16,
@@ -501,19 +518,14 @@ def _check_auxiliary(config):
 
 def _check_draws(config):
   """Refuses settings of stage b's draws that would change nothing."""
-  score = config.difficulty.score
-  if score == 'random':
-    for name, default in (('selection', 'weighted'), ('noise_cut', 0.0)):
-      value = config.plan[name]
-      if value != default:
-        raise InputError(
-            f'plan.{name} is {value!r}, but difficulty.score is random and '
-            f'nothing is scored; set plan.{name}={default} or another score.')
-  if config.difficulty.reference and score != 'rho':
-    raise InputError(
-        f'difficulty.reference is {config.difficulty.reference!r}, but '
-        f'difficulty.score is {score}, which has no reference model; leave it '
-        'out or set difficulty.score=rho.')
+  plain = default()
+  for name, (other, values) in _ONLY_WITH.items():
+    value, found = _get(config, other), _get(config, name)
+    if value not in values and found != _get(plain, name):
+      raise InputError(
+          f'{name} is {found!r}, but {other} is {value!r}, with which it '
+          f'changes nothing; set {name}={_get(plain, name)!r} or {other} to '
+          f'{" or ".join(values)}.')
 
 
 def explain_flag_error(argv, error):

@@ -45,6 +45,7 @@ NOT_A_CHOICE = {
   'difficulty.score': 'nil', 'checkpoint.best_by': 'f1',
   'train.auxiliary': 'kd', 'train.loss': 'name',
   'train.balanced_loss': 'naturel', 'score.softmax': 'list',
+  'plan.selection': 'hard',
 }
 
 
@@ -128,6 +129,24 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
    ("train.loss is 'names' and train.balanced_loss is 'natural', which",
     "score.softmax is 'vocabulary'; set score.softmax=names or "
     'train.loss=answers and train.balanced_loss=answers.')),
+  ({'difficulty.score': 'random', 'plan.selection': 'middle'},
+   ("plan.selection is 'middle'", "difficulty.score is 'random'", 'nll or')),
+  ({'difficulty.score': 'random', 'plan.noise_cut': 0.1},
+   ('plan.noise_cut is 0.1', 'set plan.noise_cut=0.0')),
+  ({'plan.selection': 'hardest', 'plan.gamma': 2.0},
+   ('plan.gamma is 2.0', 'set plan.gamma=1.0 or plan.selection to weighted')),
+  ({'plan.budget': 'natural', 'plan.temper': 0.3},
+   ('plan.temper is 0.3', "plan.budget is 'natural'", 'to tempered')),
+  ({'plan.effective_beta': 0.9},
+   ('plan.effective_beta is 0.9', "plan.budget is 'balanced'", 'effective')),
+  ({'difficulty.reference': 'runs/a'},
+   ("difficulty.reference is 'runs/a'", "is 'nll'", 'to rho')),
+  ({'plan.temper': 1.5, 'plan.budget': 'tempered'}, ('plan.temper is 1.5',)),
+  ({'plan.noise_cut': 1.0}, ('plan.noise_cut is 1.0', 'from 0 to 0.99')),
+  ({'sasrec.width': 50, 'sasrec.heads': 4},
+   ('sasrec.width is 50', 'sasrec.heads is 4')),
+  ({'stages': ('a',), 'init_from': 'runs/a'},
+   ('init_from is runs/a', 'leave it out')),
   ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
   ({'train.auxiliary': 'kl', 'plan.conversation_share': 0.0},
    ("train.auxiliary is 'kl'", 'plan.balanced_conversation_share = '
@@ -167,6 +186,20 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
   assert after.to_dict() == expected.to_dict()
   assert before.ablations == () and before.stages == ('a', 'b')
   config_lib.check(after)
+
+
+@pytest.mark.parametrize(('name', 'fields'), [
+  ('no_auxiliary', {'train__auxiliary': 'kl'}),
+  ('no_difficulty', {'difficulty__score': 'rho', 'plan__noise_cut': 0.1,
+                     'difficulty__reference': 'runs/a'}),
+  ('no_difficulty', {'plan__gamma': 2.0}),
+  ('no_difficulty', {'plan__selection': 'middle'}),
+  ('no_balance', {'plan__budget': 'tempered', 'plan__temper': 0.3}),
+  ('no_balance', {'plan__budget': 'effective', 'plan__effective_beta': 0.9}),
+])
+def test_an_ablation_takes_along_what_would_change_nothing_then(name, fields):
+  config_lib.check(changed(**fields))
+  config_lib.check(config_lib.ablate(changed(**fields), [name]))
 
 
 def test_stage_b_is_gentler_than_the_stage_it_starts_from():
@@ -246,7 +279,8 @@ def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
   ('all_behaviors_first', {}, "plan.content = 'all'"),
   ('anchors_first', {'plan__content': 'anchors'}, "plan.content = 'anchors'"),
   ('no_auxiliary', {'plan__conversation_share': 0.0},
-   'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0'),
+   'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0 '
+   "and train.auxiliary = 'answers'"),
 ])
 def test_an_ablation_that_changes_nothing_is_refused(name, fields, already):
   with pytest.raises(InputError, match=(

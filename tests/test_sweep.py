@@ -335,7 +335,7 @@ def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
   assert '| first |' in both and '| one |' not in both
   assert '| first |' in first and '| one |' in first
   assert '±' in text and '![' in text
-  for name in ('trade_off', 'deciles', 'retention'):
+  for name in ('trade_off', 'deciles', 'retention', 'cost'):
     data = (tmp_path / f'{name}.png').read_bytes()
     assert data.startswith(b'\x89PNG')
 

@@ -79,15 +79,28 @@ def _figures(folder, rows, methods, drawn):
         'Mean F1 of each tenth of the behaviors, ordered by their training '
         'events; on average over the seeds that all have.',
         'Lines of F1 per decile.'))
-  panels = _kept(rows, methods)
-  if panels:
-    plots.kept(folder / 'retention.png', panels,
-               'perplexity, over that of the untuned model')
+  panels = _marks(rows, methods, rows_lib.RETENTION[0])
+  for found in panels.values():
+    found.pop('untuned', None)  # 1 by definition.
+  if any(panels.values()):
+    plots.marks(folder / 'retention.png', panels,
+                'perplexity, over that of the untuned model', line=1)
     content.append(blocks.Figure(
         'retention.png', 'Conversations held out of training',
         'Perplexity of each model over that of the untuned one, a mark per '
         'seed; right of 1 it has lost something.',
         'Marks of the ratio of perplexities per method.'))
+  panels = _marks(rows, methods, rows_lib.COST[0])
+  if panels:
+    plots.marks(folder / 'cost.png', {
+        log: {name: [seconds / 60 for seconds in values]
+              for name, values in found.items()}
+        for log, found in panels.items()}, 'minutes', line=0)
+    content.append(blocks.Figure(
+        'cost.png', 'Minutes of training',
+        'Of the steps of both stages, a mark per seed: neither compilation '
+        'nor scoring. Whatever ran beside them or on another machine shows '
+        'here, too.', 'Marks of the minutes of training per method.'))
   return content
 
 
@@ -222,12 +235,11 @@ def _lines(rows, drawn, x, y):
   return lines
 
 
-def _kept(rows, methods):
-  """{log: {method: ratios of perplexity, a seed each}}."""
+def _marks(rows, methods, column):
+  """{log: {method: values of a (group, metric), a seed each}}."""
   found = {}
   for row in rows.of('results.csv'):
-    if ((row['group'], row['metric']) == rows_lib.RETENTION[0]
-        and row['method'] != 'untuned'):
+    if (row['group'], row['metric']) == column:
       values = found.setdefault(row['data'], {})
       values.setdefault(row['method'], []).append(row['value'])
   return {log: {name: values[name] for name in sorted(

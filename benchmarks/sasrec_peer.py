@@ -1,0 +1,166 @@
+"""Our SASRec beside one in torch, both trained on the same log.
+
+  python benchmarks/sasrec_peer.py --workdir=runs/nyc --seeds=0,1,2 \
+    --config=configs/foursquare_nyc.py --config.sasrec.steps=1500
+
+--workdir is any run's; of it only `events/` is read. The peer shares nothing
+with score.sasrec but sizes: its encoder, dropout and optimizer are torch's, its
+windows are cut here, user by user. Each side is trained with every seed and
+kept as it was when it did best on validation events; both then say all test
+events that have enough of a past. Accuracy and mean log p of both should differ
+by no more than their seeds do.
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.score import sasrec as ours
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run.')
+_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Of both sides.')
+flags.mark_flags_as_required(['config', 'workdir'])
+_CHECKED = 2000  # Validation events of a check.
+
+
+class Peer(torch.nn.Module):
+  """Logits float32 [B, L, Y] of the behavior after each event."""
+
+  def __init__(self, sizes, known):
+    super().__init__()
+    self.known, width = known, sizes.width
+    self.tables = torch.nn.ModuleList([
+        torch.nn.Embedding(count, width)
+        for count in (known + 1, sizes.history, 24, 7)])
+    for table in self.tables:
+      torch.nn.init.normal_(table.weight, std=width ** -0.5)
+    self.encoder = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(
+            width, sizes.heads, width, sizes.dropout, batch_first=True,
+            norm_first=True), sizes.layers, torch.nn.LayerNorm(width),
+        enable_nested_tensor=False)
+    self.dropout = torch.nn.Dropout(sizes.dropout)
+
+  def forward(self, behavior, hour, day):
+    """int64 [B, L] each; windows are left-aligned, so what is padded comes
+    last and no event sees it."""
+    length = behavior.shape[1]
+    x = sum(table(ids) for table, ids in zip(
+        self.tables, (behavior, torch.arange(length), hour, day), strict=True))
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(length)
+    x = self.encoder(self.dropout(x), mask=mask, is_causal=True)
+    return x @ self.tables[0].weight[:self.known].T
+
+
+def cut(events, end, config):
+  """behavior, hour, day and target int64 [L] of the window before an event.
+
+  Targets are the next events of the training split; -1: none.
+  """
+  length = config.sasrec.history
+  begin = max(int(events.first[end]), end - length)
+  row = np.zeros((4, length), np.int64)
+  row[3] = -1
+  for i, at in enumerate(range(begin, end)):
+    seconds, following = int(events.time[at + 1]), int(events.behavior[at + 1])
+    learned = (following < events.known
+               and events_lib.SPLITS[events.split[at + 1]] == 'train')
+    row[:, i] = (min(int(events.behavior[at]), events.known),
+                 seconds // 3600 % 24,
+                 seconds // 86400 % 7 if config.data.weekday else 0,
+                 following if learned else -1)
+  return row, end - begin - 1
+
+
+def stack(events, ends, config):
+  """The windows int64 [4, B, L], and where in each the last event stands."""
+  rows, last = zip(*(cut(events, int(end), config) for end in ends),
+                   strict=True)
+  return torch.tensor(np.stack(rows, axis=1)), torch.tensor(last)
+
+
+def positions(events, split, config):
+  return np.array([
+      at for at in range(len(events.behavior))
+      if events_lib.SPLITS[events.split[at]] == split
+      and events.behavior[at] < events.known
+      and at - events.first[at] >= config.plan.min_context])
+
+
+def train(events, config, seed):
+  """A peer, as it was when it did best on validation events."""
+  torch.manual_seed(seed)
+  rng, sizes = np.random.default_rng(seed), config.sasrec
+  model = Peer(sizes, events.known)
+  optimizer = torch.optim.Adam(model.parameters(), sizes.learning_rate)
+  learned, held = (positions(events, split, config)
+                   for split in ('train', 'validation'))
+  held = rng.choice(held, min(len(held), _CHECKED), replace=False)
+  best, kept = np.inf, None
+  for step in range(1, sizes.steps + 1):
+    model.train()
+    rows, _ = stack(events, rng.choice(learned, sizes.batch), config)
+    logits = model(*rows[:3])
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), rows[3].flatten(), ignore_index=-1).backward()
+    optimizer.step()
+    if step % -(-sizes.steps // 10) == 0 or step == sizes.steps:
+      loss = -scores(model, events, held, config)[1]
+      if loss < best:
+        best, kept = loss, {name: value.clone() for name, value
+                            in model.state_dict().items()}
+  model.load_state_dict(kept)
+  return model
+
+
+@torch.no_grad()
+def scores(model, events, ends, config):
+  """Accuracy and mean log p of what happens at `ends`."""
+  model.eval()
+  found = []
+  for part in np.array_split(ends, -(-len(ends) // 256)):
+    rows, last = stack(events, part, config)
+    logits = model(*rows[:3])[torch.arange(len(part)), last]
+    found.append(torch.log_softmax(logits, -1).numpy())
+  return _scores(np.concatenate(found), events, ends)
+
+
+def _scores(log_p, events, ends):
+  true = events.behavior[ends]
+  return (float(np.mean(log_p.argmax(1) == true)),
+          float(log_p[np.arange(len(ends)), true].mean()))
+
+
+def main(argv):
+  del argv
+  config = _CONFIG.value
+  events = events_lib.open_events(pathlib.Path(_WORKDIR.value) / 'events')
+  ends = positions(events, 'test', config)
+  print(f'{len(ends)} test events, {config.sasrec.steps} steps')
+  found = {'ours': [], 'peer': []}
+  for seed in map(int, _SEEDS.value):
+    config.seed = seed
+    model = ours.fit(events, config)
+    found['ours'].append(_scores(
+        ours.log_probs(model, events, ends, config), events, ends))
+    found['peer'].append(scores(train(events, config, seed), events, ends,
+                                config))
+    for side, values in found.items():
+      print(f'seed {seed}, {side}: accuracy {values[-1][0]:.4f}, '
+            f'mean log p {values[-1][1]:.4f}', flush=True)
+  for i, name in enumerate(('accuracy', 'mean log p')):
+    one, other = (np.array(found[side])[:, i] for side in ('ours', 'peer'))
+    print(f'{name}: ours {one.mean():.4f} (seeds apart {np.ptp(one):.4f}), '
+          f'peer {other.mean():.4f} ({np.ptp(other):.4f}), '
+          f'ours less the peer {one.mean() - other.mean():+.4f}')
+
+
+if __name__ == '__main__':
+  app.run(main)
