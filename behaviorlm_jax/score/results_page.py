@@ -40,7 +40,9 @@ def write(folder, methods, drawn):
             rows, log, methods, (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
             f'tail behaviors with {samples_lib.FEW_SHOT_FROM} training events '
             'or more: mean F1, and targets of each that were taught, on '
-            'average, again and again or not.') if _shots(rows) else ()),
+            'average, again and again or not. Counts (markov, and what is '
+            'mixed with it) are of all training events.')
+          if _shots(rows) else ()),
         _differences(rows, log),
         *_tables(rows, log, methods, rows_lib.RETENTION, 'what each model '
                  'still knows, on held-out conversations and multiple-choice '
@@ -175,8 +177,8 @@ def _differences(rows, log):
       'then each by itself. Intervals are of 1,000 redraws of the users, '
       'and know nothing of the chance in training. What is called matched is '
       'adjusted by the largest tau at which its anchor macro-F1 is that of '
-      'what it stands against, or better; these very events choose it, once '
-      'for all redraws.')
+      'what it stands against, or better, or else by that of its best anchors; '
+      'these very events choose it, once for all redraws.')
 
 
 def _over_seeds(parts, column):
