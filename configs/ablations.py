@@ -57,8 +57,8 @@ def _controls(config):
           'stages': (), 'sasrec': {'steps': 1500}}),
       'no_difficulty': sweep.method(
           ('no_difficulty',), 'no_balanced_stage', seeds=3),
-      # Not that ablation: windows' other events count here, as in stage b.
-      'one_stage_balanced': sweep.method(('one_stage',), fields={
+      # Not one_stage_balanced: windows' other events count, as in stage b.
+      'one_stage_balanced_windows': sweep.method(('one_stage',), fields={
           'plan': {'content': 'balanced'}}),
       'balanced_softmax': sweep.method(('one_stage',), fields={
           'train': {'loss': 'balanced'}}),
@@ -76,9 +76,8 @@ def _controls(config):
       method.fields.update({'retention': {'questions': ''}})
   config.order = (
       'no_balanced_stage', 'behaviorlm', 'one_stage', 'all_behaviors_alone',
-      'all_behaviors_first', 'sasrec', 'no_difficulty', 'one_stage_balanced',
-      'balanced_softmax',
-      'no_auxiliary', 'over_vocabulary', 'no_balance', 'no_anchor_stage')
+      'all_behaviors_first', 'sasrec', 'no_difficulty',
+      'one_stage_balanced_windows', 'balanced_softmax', 'no_auxiliary', 'over_vocabulary', 'no_balance', 'no_anchor_stage')
   config.contrasts = (
       *(('behaviorlm', name) for name in config.order if name != 'behaviorlm'),
       ('all_behaviors_first', 'all_behaviors_alone'),
@@ -91,7 +90,7 @@ def _controls(config):
       ('behaviorlm_adjusted', 'markov_adjusted'),
       ('behaviorlm_mixed_adjusted', 'markov_adjusted'),
       *(('behaviorlm_matched', name) for name in (
-          'one_stage_adjusted', 'one_stage_balanced',
+          'one_stage_adjusted', 'one_stage_balanced_windows',
           'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')),
       ('behaviorlm_mixed', 'markov'),
       *((f'behaviorlm_mixed{kind}', f'{name}_mixed{control}')
