@@ -77,7 +77,8 @@ def _controls(config):
   config.order = (
       'no_balanced_stage', 'behaviorlm', 'one_stage', 'all_behaviors_alone',
       'all_behaviors_first', 'sasrec', 'no_difficulty',
-      'one_stage_balanced_windows', 'balanced_softmax', 'no_auxiliary', 'over_vocabulary', 'no_balance', 'no_anchor_stage')
+      'one_stage_balanced_windows', 'balanced_softmax', 'no_auxiliary',
+      'over_vocabulary', 'no_balance', 'no_anchor_stage')
   config.contrasts = (
       *(('behaviorlm', name) for name in config.order if name != 'behaviorlm'),
       ('all_behaviors_first', 'all_behaviors_alone'),
