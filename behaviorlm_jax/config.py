@@ -363,15 +363,16 @@ _CHOICES = {
     'train.balanced_loss': _LOSSES,
     'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
 }
-# Fields that change nothing but with some choices of another one.
-_ONLY_WITH = {
-    'plan.selection': ('difficulty.score', _SCORED),
-    'plan.noise_cut': ('difficulty.score', _SCORED),
-    'plan.gamma': ('plan.selection', ('weighted',)),
-    'plan.temper': ('plan.budget', ('tempered',)),
-    'plan.effective_beta': ('plan.budget', ('effective',)),
-    'difficulty.reference': ('difficulty.score', ('rho',)),
-}
+# (field, another field, values of it without which the first changes nothing).
+_ONLY_WITH = (
+    ('plan.selection', 'difficulty.score', _SCORED),
+    ('plan.gamma', 'difficulty.score', _SCORED),
+    ('plan.noise_cut', 'difficulty.score', _SCORED),
+    ('difficulty.reference', 'difficulty.score', ('rho',)),
+    ('plan.gamma', 'plan.selection', ('weighted',)),
+    ('plan.temper', 'plan.budget', ('tempered',)),
+    ('plan.effective_beta', 'plan.budget', ('effective',)),
+)
 _MINIMA = {
     'lora.rank': 1, 'train.steps': 1, 'train.batch': 1, 'train.length': 16,
     'train.accumulate': 1, 'train.workers': 0, 'checkpoint.every': 1,
@@ -519,7 +520,7 @@ def _check_auxiliary(config):
 def _check_draws(config):
   """Refuses settings of stage b's draws that would change nothing."""
   plain = default()
-  for name, (other, values) in _ONLY_WITH.items():
+  for name, other, values in _ONLY_WITH:
     value, found = _get(config, other), _get(config, name)
     if value not in values and found != _get(plain, name):
       raise InputError(

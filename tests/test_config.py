@@ -133,6 +133,8 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
    ("plan.selection is 'middle'", "difficulty.score is 'random'", 'nll or')),
   ({'difficulty.score': 'random', 'plan.noise_cut': 0.1},
    ('plan.noise_cut is 0.1', 'set plan.noise_cut=0.0')),
+  ({'difficulty.score': 'random', 'plan.gamma': 2.0},
+   ('plan.gamma is 2.0', "difficulty.score is 'random'")),
   ({'plan.selection': 'hardest', 'plan.gamma': 2.0},
    ('plan.gamma is 2.0', 'set plan.gamma=1.0 or plan.selection to weighted')),
   ({'plan.budget': 'natural', 'plan.temper': 0.3},

@@ -152,7 +152,7 @@ def _method(job, stage):
   return job.name
 
 
-def collect(jobs, contrasts, rows, kept=None, keep=None):
+def collect(jobs, contrasts, rows, committed=None, folder=None):
   """Adds the rows of finished runs to `rows`.
 
   Args:
@@ -161,8 +161,8 @@ def collect(jobs, contrasts, rows, kept=None, keep=None):
     rows: Rows; those of the same name are replaced. Of a difference the rows
       over some of its seeds or of other settings go; one of the same settings
       that has more seeds stays instead.
-    kept: folder with the choices of runs that ended elsewhere, or None.
-    keep: folder where choices are written, or None.
+    committed: folder with choices of runs that ended elsewhere, or None.
+    folder: where the choices of finished runs are written, or None.
   """
   arms, curves, settings = {}, {}, {}
 
@@ -179,11 +179,11 @@ def collect(jobs, contrasts, rows, kept=None, keep=None):
       found = at_hand[job.log, job.seed] = Finished(job)
       _add_scores(job, found, rows)
       add(job, found.arms, found.choices)
-      if keep:
-        choices.write(keep, job, found)
+      if folder:
+        choices.write(folder, job, found)
   for job in jobs:
-    if kept and not job.finished and (job.log, job.seed) in at_hand:
-      add(job, *choices.read(kept, job, at_hand[job.log, job.seed]))
+    if committed and not job.finished and (job.log, job.seed) in at_hand:
+      add(job, *choices.read(committed, job, at_hand[job.log, job.seed]))
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
       before, after = (arms.get((log, name), {}) for name in (control, method))
