@@ -12,6 +12,7 @@ from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import inputs
+from behaviorlm_jax import stages
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -360,6 +361,30 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
     assert row['score'] == pytest.approx(-scores[behavior], abs=1e-4)
   chosen = set(targets_of(finished, 'b_tuning'))
   assert chosen <= {row['sample'] for row in rows}
+
+
+@pytest.mark.parametrize(('name', 'reference'), [
+    ('ifd', ''), ('rho', ''), ('rho', 'b_tuning')])
+def test_difficulty_beside_something_else_is_what_both_scores_say(
+    finished, prompts, brute, copy_run, run_stages, monkeypatch, name,
+    reference):
+  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  workdir = copy_run('b_tuning')
+  run_stages({
+      'difficulty.score': name, 'train.balanced_steps': 1,
+      'difficulty.reference': reference and str(finished / reference)},
+             workdir, 'b')
+  table = parquet.read_table(workdir / 'b_tuning/difficulty.parquet')
+  for row in table.to_pylist()[::9]:
+    true = prompts.events.behavior[row['sample']]
+    question = prompts.question(row['sample'])
+    log_p = brute('a_tuning', question)[true]
+    if name == 'ifd':
+      alone = prompts.question(row['sample'], past=False)
+      expected = log_p / brute('a_tuning', alone)[true]
+    else:
+      expected = brute(reference or None, question)[true] - log_p
+    assert row['score'] == pytest.approx(expected, abs=2e-4)
 
 
 def test_report_shows_tables_plots_and_examples(finished):

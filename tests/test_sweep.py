@@ -216,6 +216,21 @@ def test_finished_and_committed_runs_are_not_run_again(
   assert [name for _, name, seed in ran if not seed] == ['stage_a', 'drawn']
 
 
+def test_a_sweep_that_was_killed_while_it_scored_ends_in_the_same_rows(
+    swept, make_sweep, tmp_path):
+  place = tmp_path / 'walks/seed0/one'
+  shutil.copytree(swept / 'walks/seed0/one', place)
+  for name in ('settings.txt', 'b_tuning/evaluation.json',
+               'b_tuning/predictions.parquet'):
+    (place / name).unlink()
+  before = (place / 'b_tuning/metrics.jsonl').read_bytes()
+  sweep.run_all(make_sweep(tmp_path / 'none', order=('one',)), tmp_path)
+  assert (place / 'b_tuning/metrics.jsonl').read_bytes() == before
+  rows = lambda folder: [row for row in read(folder / 'results.csv')
+                         if row['method'].startswith('one')]
+  assert rows(tmp_path) == rows(swept) and rows(swept)
+
+
 def test_differences_are_paired_over_the_seeds_that_both_have(swept):
   rows = {(row['control'], row['metric']): row
           for row in read(swept / 'differences.csv')
