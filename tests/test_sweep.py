@@ -16,6 +16,7 @@ from pyarrow import compute as pc
 from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import measure
 from behaviorlm_jax import sweep
 from behaviorlm_jax import sweep_config
 from behaviorlm_jax.data import events as events_lib
@@ -216,18 +217,26 @@ def test_finished_and_committed_runs_are_not_run_again(
   assert [name for _, name, seed in ran if not seed] == ['stage_a', 'drawn']
 
 
-def test_a_sweep_that_was_killed_while_it_scored_ends_in_the_same_rows(
-    swept, make_sweep, tmp_path):
-  place = tmp_path / 'walks/seed0/one'
-  shutil.copytree(swept / 'walks/seed0/one', place)
-  for name in ('settings.txt', 'b_tuning/evaluation.json',
-               'b_tuning/predictions.parquet'):
-    (place / name).unlink()
-  before = (place / 'b_tuning/metrics.jsonl').read_bytes()
-  sweep.run_all(make_sweep(tmp_path / 'none', order=('one',)), tmp_path)
-  assert (place / 'b_tuning/metrics.jsonl').read_bytes() == before
+def test_a_sweep_that_ended_while_it_scored_goes_on_to_the_same_rows(
+    swept, make_sweep, tmp_path, monkeypatch):
+  config, score = make_sweep(tmp_path / 'none', order=('one',)), measure.score
+
+  def interrupted(this, adapter, samples, what, **options):
+    if what == 'b_tuning: evaluate':
+      raise KeyboardInterrupt
+    return score(this, adapter, samples, what, **options)
+
+  monkeypatch.setattr(measure, 'score', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    sweep.run_all(config, tmp_path)
+  monkeypatch.undo()
+  steps = tmp_path / 'walks/seed0/one/b_tuning/metrics.jsonl'
+  before = steps.read_bytes()
+  sweep.run_all(config, tmp_path)
+  assert steps.read_bytes() == before  # Nothing was learned again.
   rows = lambda folder: [row for row in read(folder / 'results.csv')
-                         if row['method'].startswith('one')]
+                         if row['method'].startswith('one')
+                         and row['metric'] != 'seconds']
   assert rows(tmp_path) == rows(swept) and rows(swept)
 
 
