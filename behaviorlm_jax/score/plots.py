@@ -94,7 +94,9 @@ def trade_off(path, panels, taus):
 
   def draw(axes, points, look):
     line, = axes.plot(*points.T, **look, markersize=3, linewidth=1.4)
-    axes.plot(*points[start], **look, markersize=10, markeredgecolor='white')
+    # Hollow: where predictors coincide all of their marks are seen.
+    axes.plot(*points[start], **look, markersize=12, markerfacecolor='none',
+              markeredgewidth=2)
     return line
 
   _curves(path, panels, draw, 'anchor macro-F1 (fraction)',
