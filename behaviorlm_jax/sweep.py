@@ -8,9 +8,10 @@ Runs of one log and seed share the events, the evaluation of the untuned model
 and the baselines, and a method that starts from another's stage a takes its
 adapter. Runs whose rows stand in `config.results` with the same settings are
 not run again; a killed sweep goes on where it ended. After every run all rows
-are written to DIR (score.rows has the files), and what the runs chose to
-DIR/choices; with both copied to `config.results` a sweep may be spread over
-machines. --report writes DIR/tables.md
+are written to DIR (score.rows has the files), and to DIR/choices what the runs
+chose: where both take the place of those in `config.results`, runs of another
+machine are compared with them, those of a log and seed that it has a run of.
+--report writes DIR/tables.md
 and its figures from the rows in DIR, and runs nothing.
 """
 
@@ -29,6 +30,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
 from behaviorlm_jax import workdir as workdir_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.score import choices
 from behaviorlm_jax.score import results
 from behaviorlm_jax.score import results_page
 from behaviorlm_jax.score import rows as rows_lib
@@ -178,7 +180,10 @@ def collect(config, every, workdir):
   """Writes the rows of all finished runs, and committed ones, in `workdir`."""
   committed = pathlib.Path(config.results)
   rows = rows_lib.read(committed)
-  results.collect(every, config.contrasts, rows, committed, workdir)
+  if (committed / choices.FOLDER).is_dir():
+    shutil.copytree(committed / choices.FOLDER, workdir / choices.FOLDER,
+                    dirs_exist_ok=True)
+  results.collect(every, config.contrasts, rows, workdir)
   rows_lib.write(workdir, rows)
 
 

@@ -57,7 +57,7 @@ def _controls(config):
           'stages': (), 'sasrec': {'steps': 1500}}),
       'no_difficulty': sweep.method(
           ('no_difficulty',), 'no_balanced_stage', seeds=3),
-      # Not one_stage_balanced: windows' other events count, as in stage b.
+      # Not one_stage_balanced: windows' other events count by `neighbours`.
       'one_stage_balanced_windows': sweep.method(('one_stage',), fields={
           'plan': {'content': 'balanced'}}),
       'balanced_softmax': sweep.method(('one_stage',), fields={

@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import sklearn.metrics
-from pyarrow import compute as pc
 from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
@@ -22,6 +22,7 @@ from behaviorlm_jax import sweep_config
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import adjust
+from behaviorlm_jax.score import choices
 from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import results
 from behaviorlm_jax.score import results_page
@@ -266,7 +267,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have(swept):
 
 @pytest.mark.parametrize('known, settings, kept', [
     ('0', '', ['0 1']), ('0 1', '', ['0 1']), ('2', '', ['0 1', '2']),
-    ('1 2', '', ['0 1', '1 2']), ('0 1 2', '', ['0 1 2']),
+    ('1 2', '', ['0 1']), ('0 1 2', '', ['0 1 2']),
     ('0 1 2', 'others', ['0 1']), ('2', 'others', ['0 1'])])
 def test_a_difference_replaces_those_over_some_of_its_seeds(
     swept, make_sweep, tmp_path, known, settings, kept):
@@ -275,77 +276,115 @@ def test_a_difference_replaces_those_over_some_of_its_seeds(
               if job.finished and job.name == 'first']
   rows.add('differences.csv', data='walks', method='first', control='markov',
            metric='accuracy', seeds=known, n=1, before=0.0, change=0.0,
-           low=None, high=None, settings=settings or finished[0].settings)
-  results.collect(finished, (('first', 'markov'),), rows)
+           low=None, high=None,
+           settings=f'{finished[0].settings}/{settings}')
+  results.collect(finished, (('first', 'markov'),), rows, tmp_path)
   assert sorted(found['seeds'] for found in rows.of('differences.csv')
                 if found['metric'] == 'accuracy') == kept
 
 
 @pytest.fixture
 def at_hand(swept, make_sweep, tmp_path):
-  """A folder with some finished runs, of a sweep whose rest ran elsewhere."""
+  """A folder with some finished runs, of a sweep whose rest ran elsewhere.
 
-  def make(*names):
+  Committed are the choices of all runs, and no rows.
+  """
+
+  def make(*places):
     elsewhere, here = tmp_path / 'elsewhere', tmp_path / 'here'
     shutil.copytree(swept / 'choices', elsewhere / 'choices')
-    (here / 'walks/seed0').mkdir(parents=True)
-    for name in names:
-      (here / 'walks/seed0' / name).symlink_to(swept / 'walks/seed0' / name)
-    return make_sweep(elsewhere), elsewhere, here
+    for place in places:
+      (here / 'walks' / place).parent.mkdir(parents=True, exist_ok=True)
+      (here / 'walks' / place).symlink_to(swept / 'walks' / place)
+    config = make_sweep(elsewhere)
+    config.contrasts = (*config.contrasts, ('first', 'stage_a'))
+    return config, here
   return make
 
 
-def differences(folder):
+def differences(config, folder):
+  """{(method, control, score): its row}, collected anew."""
+  sweep.collect(config, sweep.jobs(config, folder), folder)
   return {(row['method'], row['control'], row['metric']): row
           for row in read(folder / 'differences.csv')}
 
 
-@pytest.mark.parametrize('names', [('stage_a', 'first'), ('one',)])
-def test_a_run_is_compared_with_one_that_ended_elsewhere(
-    swept, at_hand, names):
-  config, _, here = at_hand(*names)
-  sweep.collect(config, sweep.jobs(config, here), here)
-  found, expected = differences(here), differences(swept)
-  pairs = {key for key, row in expected.items()
-           if 'one' in row['control'] and 'first' in row['method']}
-  assert {method for method, _, _ in pairs} == {
+@pytest.mark.parametrize('places', [
+    ('seed0/stage_a', 'seed0/first', 'seed1/stage_a'),
+    ('seed0/one', 'seed1/stage_a'),
+    ('seed0/sasrec', 'seed1/stage_a', 'seed1/first')])
+def test_runs_are_compared_with_those_that_ended_elsewhere(
+    swept, at_hand, places, tmp_path):
+  config, here = at_hand(*places)
+  found = differences(config, here)
+  (tmp_path / 'all').mkdir()
+  (tmp_path / 'all/walks').symlink_to(swept / 'walks')
+  expected = differences(config, tmp_path / 'all')
+  assert found.keys() == expected.keys()
+  assert {method for method, _, _ in found} == {
       'first', 'first_matched', 'first_mixed', 'first_mixed_matched'}
-  assert ('first', 'one', 'log p') in pairs
-  for key in pairs:
-    for column, value in expected[key].items():
+  assert found['first', 'one', 'log p']['seeds'] == '0'
+  assert found['first', 'stage_a', 'log p']['seeds'] == '0 1'
+  for key, row in expected.items():
+    for column, value in row.items():
       if column in ('before', 'change', 'low', 'high'):
         assert float(found[key][column]) == pytest.approx(
             float(value), abs=2e-6)
       else:
         assert found[key][column] == value
-  # Kept in turn: what the runs at hand chose, and no others.
-  kept = (here / 'choices').rglob('*.parquet')
-  assert {path.stem for path in kept} == set(names)
+  # Those of all runs are kept, wherever they ran.
+  kept = lambda folder: {
+      path.relative_to(folder) for path in folder.rglob('choices/*/*/*')}
+  assert kept(here) == kept(swept) and len(kept(here)) == 7
 
 
-def test_choices_of_other_settings_or_events_are_left_out(at_hand, caplog):
-  config, elsewhere, here = at_hand('stage_a', 'first')
-  config.methods.one.fields = {'train': {'learning_rate': 1e-5}}
-  sweep.collect(config, sweep.jobs(config, here), here)
-  assert ('first', 'one', 'accuracy') not in differences(here)
-  config.methods.one.fields = {}
-  path = elsewhere / 'choices/walks/seed0/one.parquet'
-  table = parquet.read_table(path)
-  sample = pc.add(table['sample'], 1)
-  parquet.write_table(table.set_column(0, 'sample', sample), path)
-  sweep.collect(config, sweep.jobs(config, here), here)
-  assert ('first', 'one', 'accuracy') not in differences(here)
-  assert 'other test events' in caplog.text
+def test_a_run_at_hand_stands_before_what_is_kept_of_it(
+    at_hand, swept, tmp_path):
+  config, here = at_hand('seed0/one', 'seed0/stage_a', 'seed0/first')
+  place = 'choices/walks/seed0/first.parquet'
+  table = parquet.read_table(tmp_path / 'elsewhere' / place)
+  rows = table.to_pylist()
+  for row in rows:
+    row['predicted'] = [0] * len(row['predicted'])
+  wrong = pa.Table.from_pylist(rows, table.schema)
+  parquet.write_table(wrong, tmp_path / 'elsewhere' / place)
+  differences(config, here)
+  assert parquet.read_table(here / place) == table
+
+
+@pytest.mark.parametrize('other', ['settings', 'events', 'anchors'])
+def test_choices_of_other_settings_or_events_are_left_out(
+    at_hand, other, monkeypatch):
+  config, here = at_hand('seed0/stage_a', 'seed0/first')
+  assert ('first', 'one', 'accuracy') in differences(config, here)
+  if other == 'settings':
+    config.methods.one.fields = {'train': {'learning_rate': 1e-5}}
+  else:
+    digest = choices.digest
+    monkeypatch.setattr(
+        choices, 'digest', lambda names, anchor, samples, true: digest(
+            names, anchor ^ (other == 'anchors'),
+            samples + (other == 'events'), true))
+  assert ('first', 'one', 'accuracy') not in differences(config, here)
+
+
+def test_a_damaged_file_of_choices_is_named(at_hand, tmp_path):
+  config, here = at_hand('seed0/stage_a', 'seed0/first')
+  path = tmp_path / 'elsewhere/choices/walks/seed0/one.parquet'
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(InputError, match=r'one\.parquet cannot be read .*; del'):
+    differences(config, here)
 
 
 def test_kept_choices_hold_neither_behaviors_that_happened_nor_users(swept):
   paths = list((swept / 'choices').rglob('*.parquet'))
   assert len(paths) == 7  # Five runs of seed 0, two of seed 1.
   for path in paths:
-    names = parquet.read_table(path).column_names
-    assert names[0] == 'sample' and len(names) > 1
-    assert {name.split(' ')[0] for name in names[1:]} <= {
+    table = parquet.read_table(path)
+    assert table.column_names == ['predictor', 'predicted', 'log_p', 'by_tau']
+    assert set(table['predictor'].to_pylist()) == {
         path.stem, *(f'{path.stem}_{kind}' for kind in adjust.NAMES)}
+    assert set(table.schema.metadata) == {b'settings', b'digest'}
 
 
 def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
@@ -470,7 +509,7 @@ def test_matched_arms_have_equally_good_anchors():
   log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
   as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
   goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
-  chosen = adjust.choices(log_p, prior)
+  chosen = adjust.first_choices(log_p, prior)
   found = compare.matched(goal, as_is, chosen)
   np.testing.assert_array_equal(found.predicted, goal.predicted)
   assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05

@@ -70,22 +70,23 @@ def fit_mix(log_p, counted, true):
 def fit_tau(log_p, prior, true):
   """The tau of TAUS with the best macro-F1; of equals the nearest to zero."""
   gains = {tau: metrics.per_behavior(true, best, len(prior))[2].mean()
-           for tau, best in zip(TAUS, choices(log_p, prior), strict=True)}
+           for tau, best in zip(TAUS, first_choices(log_p, prior),
+                                strict=True)}
   return max(sorted(TAUS, key=abs), key=gains.get)
 
 
-def choices(log_p, prior):
-  """First choices of log p float [n, Y] at each of TAUS: ids int64 [T, n]."""
-  return np.stack([labels.best(log_p - tau * prior, 1)[:, 0] for tau in TAUS])
+def first_choices(log_p, prior):
+  """Of log p float [n, Y], adjusted by each of TAUS: ids int64 [T, n]."""
+  return np.stack([np.argmax(log_p - tau * prior, axis=1) for tau in TAUS])
 
 
-def trade_off(chosen, true, anchor):
+def trade_off(by_tau, true, anchor):
   """Anchor against tail over TAUS: float64 [T, 2], macro-F1 of both groups.
 
-  `chosen`: int64 [T, n] of `choices`; `true`: ids int [n]; `anchor`: bool [Y].
+  `by_tau`: int64 [T, n] of first_choices; `true`: ids [n]; `anchor`: bool [Y].
   """
   points = []
-  for best in chosen:
+  for best in by_tau:
     f1 = metrics.per_behavior(true, best, len(anchor))[2]
     points.append([f1[members].mean() if members.any() else 0.0
                    for members in (anchor, ~anchor)])

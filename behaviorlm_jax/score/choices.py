@@ -2,72 +2,95 @@
 
 A difference of two predictors is a paired one and needs what both chose for
 each test event, but the folder of a run stays where it ran. So some kilobytes
-of it go along with the rows: FOLDER/LOG/seedS/METHOD.parquet. They hold
-positions of test events, ids of what was predicted and log p of what happened,
-nothing else of a log. What happened, and to whom, is read from a run at hand
-of the same log and seed, whose test events are the same.
+of it go along with the rows: FOLDER/LOG/seedS/METHOD.parquet, a row per
+predictor, with ids of behaviors and log p. What happened, and to whom, is not
+in it: that is read from a run at hand of the same log and seed, and `digest`
+says whether its test events are the same.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 
 import numpy as np
 import pyarrow as pa
-from absl import logging
 from pyarrow import parquet
 
 from behaviorlm_jax import files
+from behaviorlm_jax.errors import InputError
 
 FOLDER = 'choices'  # In the folder of the rows.
+_IDS = pa.list_(pa.int32())
+_SCHEMA = pa.schema([
+    ('predictor', pa.string()), ('predicted', _IDS),
+    ('log_p', pa.list_(pa.float32())), ('by_tau', pa.list_(_IDS))])
+
+
+def digest(names, anchor, samples, true):
+  """Of what test events are: hex digits.
+
+  Args:
+    names: of the behaviors, by id.
+    anchor: bool [Y].
+    samples: positions int64 [n].
+    true: ids int64 [n].
+  """
+  found = hashlib.sha256('\n'.join(names).encode())
+  for array in (anchor, samples, true):
+    found.update(np.ascontiguousarray(array).tobytes())
+  return found.hexdigest()
 
 
 def write(folder, job, found):
   """Keeps the choices of a run's own predictors (results.Finished)."""
-  columns = {'sample': pa.array(found.samples, pa.int32())}
-  for name in sorted(found.own):
-    arm = found.arms[name]
-    columns[name] = pa.array(arm.predicted, pa.int16())
-    if arm.log_p is not None:
-      columns[f'{name} log p'] = pa.array(arm.log_p, pa.float32())
-    if name in found.choices:
-      columns[f'{name} by tau'] = pa.array(
-          found.choices[name].T.tolist(), pa.list_(pa.int16()))
+  rows = [{
+      'predictor': name, 'predicted': found.arms[name].predicted.tolist(),
+      'log_p': _list(found.arms[name].log_p),
+      'by_tau': _list(found.by_tau.get(name))} for name in sorted(found.own)]
   path = _path(folder, job)
   path.parent.mkdir(parents=True, exist_ok=True)
-  files.write_parquet(path, pa.table(columns), {'settings': job.settings})
+  files.write_parquet(
+      path, pa.Table.from_pylist(rows, _SCHEMA),
+      {'settings': job.settings, 'digest': found.digest})
 
 
 def read(folder, job, at_hand):
-  """({name: compare.Arm}, {name: choices int64 [T, n]}) of a run elsewhere.
+  """({name: compare.Arm}, {name: ids int64 [T, n]}) of a run elsewhere.
 
-  Both are empty where nothing was kept of a run of these settings.
+  The second has first choices at each tau. Both are empty where nothing was
+  kept of a run of these settings, or no run at hand has its test events.
 
   Args:
     folder: of the rows.
     job: of the run.
-    at_hand: results.Finished of a run of the same log and seed.
+    at_hand: {digest: compare.Arm}, any of finished runs.
+
+  Raises:
+    InputError: the file is damaged.
   """
-  path, arms, chosen = _path(folder, job), {}, {}
+  path = _path(folder, job)
   if not path.is_file():
-    return arms, chosen
-  table = parquet.read_table(path)
-  if table.schema.metadata[b'settings'].decode() != job.settings:
-    return arms, chosen
-  table = table.to_pydict()
-  if not np.array_equal(table.pop('sample'), at_hand.samples):
-    logging.warning('%s holds choices for other test events than this log '
-                    'has: it is left out.', path)
-    return arms, chosen
-  like = at_hand.arms['markov']
-  for name in table:
-    if not name.endswith((' log p', ' by tau')):
-      log_p = table.get(f'{name} log p')
-      arms[name] = dataclasses.replace(
-          like, predicted=np.array(table[name], np.int64),
-          log_p=log_p if log_p is None else np.array(log_p))
-      if f'{name} by tau' in table:
-        chosen[name] = np.array(table[f'{name} by tau'], np.int64).T
-  return arms, chosen
+    return {}, {}
+  try:
+    table = parquet.read_table(path)
+  except pa.ArrowException as error:
+    raise InputError(f'{path} cannot be read ({error}); delete it, or copy it '
+                     'again from where it was written.') from error
+  facts = table.schema.metadata or {}
+  like = at_hand.get(facts.get(b'digest', b'').decode())
+  if like is None or facts.get(b'settings', b'').decode() != job.settings:
+    return {}, {}
+  rows = {row['predictor']: row for row in table.to_pylist()}
+  arms = {name: dataclasses.replace(
+      like, predicted=np.array(row['predicted'], np.int64),
+      log_p=row['log_p'] and np.array(row['log_p']))
+          for name, row in rows.items()}
+  return arms, {name: np.array(row['by_tau'], np.int64)
+                for name, row in rows.items() if row['by_tau']}
+
+
+def _list(array):
+  return None if array is None else array.tolist()
 
 
 def _path(folder, job):

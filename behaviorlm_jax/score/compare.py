@@ -73,16 +73,16 @@ class Arm:
     return ~self.anchor if score.startswith('tail') else self.anchor
 
 
-def matched(control, own, chosen) -> Arm:
+def matched(control, own, by_tau) -> Arm:
   """`own`, a predictor, as far towards the tail as anchors stay as good.
 
-  Of its first choices at ever larger tau (score.adjust.choices), int64 [T, n],
-  the last at which anchor macro-F1 on these very samples is that of `control`
-  or better; where none is, that of the best anchors. No predictor to use, but
+  Of its first choices at ever larger tau, int64 [T, n] (adjust.first_choices),
+  the last ones whose anchor macro-F1 on these very samples is that of `control`
+  or better; where none is, those of the best anchors. No predictor to use, but
   what two are to be compared at.
   """
   arms = [dataclasses.replace(own, predicted=best, log_p=None)
-          for best in chosen]
+          for best in by_tau]
   anchors = [arm.value('anchor macro-F1') for arm in arms]
   goal = min(control.value('anchor macro-F1'), max(anchors))
   return max(zip(anchors, range(len(arms)), arms, strict=True),

@@ -86,7 +86,7 @@ def _trade_off(run):
       'markov', run.events, samples, stage.config['data']['history'],
       stage.config['seed']), run.log_prior()
   curves = {
-      name: adjust.trade_off(adjust.choices(*curve), true, run.anchor)
+      name: adjust.trade_off(adjust.first_choices(*curve), true, run.anchor)
       for name, curve in curves.items()}
   plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
   return Figure(

@@ -141,13 +141,13 @@ def deciles(path, panels):
           'mean F1 (fraction)')
 
 
-def marks(path, panels, x, line):
+def marks(path, panels, x, line=None):
   """A mark per seed of each predictor, one below the other.
 
   Args:
     panels: {title: {predictor: values over the seeds}}.
     x: what they are.
-    line: value at which a line is drawn.
+    line: value at which a line is drawn; None: the axis begins at 0.
   """
   names = list(dict.fromkeys(itertools.chain(*panels.values())))[::-1]
   figure, row = _figure(len(panels), height=1.4 + 0.3 * len(names), width=WIDE)
@@ -156,7 +156,10 @@ def marks(path, panels, x, line):
       values = found.get(name, [])
       axes.plot(values, [y] * len(values), MARKERS['all'],
                 color=COLOURS['all'], markersize=7, alpha=0.75)
-    axes.axvline(line, color='#444444', linewidth=0.9, linestyle=':')
+    if line is None:
+      axes.set_xlim(left=0)
+    else:
+      axes.axvline(line, color='#444444', linewidth=0.9, linestyle=':')
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_title(title, fontsize=10)

@@ -50,9 +50,9 @@ class Finished:
     retention: {name: what score.retention measured}.
     arms: {name: compare.Arm}, of those that may be compared.
     log_p: {name: float [n, Y]}, of those that a curve is drawn of.
-    choices: {name: ids int64 [T, n]} of the same, score.adjust.choices.
-    samples: positions int64 [n] of the test events.
-    own: names of the predictors that no other run has.
+    by_tau: {name: ids int64 [T, n]} of the same, adjust.first_choices.
+    digest: of its test events, choices.digest.
+    own: names of the predictors that other runs do not bring along.
     cost: {name: {metric: value}} of rows_lib.COST.
     few_targets: {name: value} of rows_lib.FEW_TARGETS.
   """
@@ -62,32 +62,37 @@ class Finished:
     run = run_files.load(job.folder)
     self.evaluations = dict(run.baselines)
     self.retention, self.arms = {}, {}
-    self.log_p, self.choices, self.few_targets = {}, {}, {}
+    self.log_p, self.by_tau, self.few_targets = {}, {}, {}
     self.anchor, self.cost, self.own = run.anchor, {}, set()
     self.deciles = dict(zip(
         rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True))
     self.few_shot = samples_lib.few_shot_mask(run.counts, run.anchor)
     last = run.scored[-1]
-    self.samples = last.column('sample')
     self.true = run.encode(last.column('behavior'))
+    self.digest = choices.digest(
+        run.ids, run.anchor, last.column('sample'), self.true)
     counted = compare.counted(run, last, 'markov')
     for stage in run.scored:
       name = _method(job, stage)
       if name:
-        self._add(run, stage, name, counted)
+        names = self._add(run, stage, name, counted)
+        if name == job.name:
+          self.own |= names
         self.cost[name] = _cost(job, stage)
         if stage.key in run_files.TRAINED and self.few_shot.any() and (
             job.config.plan.shots is not None):
           self.few_targets[name] = _few_targets(run, stage, self.few_shot)
     if run.sasrec:
-      self._add(run, run.sasrec, 'sasrec', counted)
+      names = self._add(run, run.sasrec, 'sasrec', counted)
+      if not job.config.stages:  # Else it comes along, as counts do.
+        self.own |= names
     self._curve('markov', counted, run.log_prior())
     for name, scores in (('markov', counted), (
         'markov_adjusted', compare.counted(run, last, 'markov_adjusted'))):
       self.arms[name] = compare.arm(run, last, labels.best(scores, 1)[:, 0])
 
   def _add(self, run, stage, name, counted):
-    """A stage's predictor and those that are fitted on top of it."""
+    """A stage's predictor and those fitted on top of it; returns all names."""
     fitted = stage.evaluation.get('fitted', {})
     self.retention[name] = stage.retention
     columns = {name: 'predicted', **{f'{name}_{kind}': kind for kind in fitted}}
@@ -96,8 +101,6 @@ class Finished:
     for called, column in columns.items():
       self.arms[called] = compare.arm(
           run, stage, run.encode(stage.column(column)))
-    if stage.key != 'base':
-      self.own |= set(columns)
     self.arms[name] = dataclasses.replace(
         self.arms[name], log_p=stage.column('log_prob'))
     log_p = stage.log_p('test')
@@ -109,10 +112,11 @@ class Finished:
       self.arms[mixed] = dataclasses.replace(
           self.arms[mixed],
           log_p=self.log_p[mixed][np.arange(len(self.true)), self.true])
+    return set(columns)
 
   def _curve(self, name, log_p, prior):
     self.log_p[name] = log_p
-    self.choices[name] = adjust.choices(log_p, prior)
+    self.by_tau[name] = adjust.first_choices(log_p, prior)
 
 
 def _few_targets(run, stage, few_shot):
@@ -152,49 +156,49 @@ def _method(job, stage):
   return job.name
 
 
-def collect(jobs, contrasts, rows, committed=None, folder=None):
+def collect(jobs, contrasts, rows, folder):
   """Adds the rows of finished runs to `rows`.
 
   Args:
-    jobs: finished runs, and others whose choices may have been kept.
+    jobs: runs, finished or not.
     contrasts: [(method, control)].
     rows: Rows; those of the same name are replaced. Of a difference the rows
-      over some of its seeds or of other settings go; one of the same settings
-      that has more seeds stays instead.
-    committed: folder with choices of runs that ended elsewhere, or None.
-    folder: where the choices of finished runs are written, or None.
+      that have one of its seeds or other settings go; one of the same settings
+      over all of its seeds and more stays instead.
+    folder: where the choices of finished runs are written; those of others are
+      read there, and stand for them in differences.
   """
-  arms, curves, settings = {}, {}, {}
+  arms, curves, settings, at_hand = {}, {}, {}, {}
 
-  def add(job, found_arms, found_choices):
+  def add(job, names, found_arms, by_tau):
     for name, arm in found_arms.items():
       arms.setdefault((job.log, name), {})[job.seed] = arm
-      settings[job.log, name] = job.settings
-    for name, chosen in found_choices.items():
+    for name, chosen in by_tau.items():
       curves.setdefault((job.log, name), {})[job.seed] = chosen
+    settings.update({(job.log, name): job.settings for name in names})
 
-  at_hand = {}  # A finished run of each log and seed.
   for job in jobs:
     if job.finished:
-      found = at_hand[job.log, job.seed] = Finished(job)
+      found = Finished(job)
       _add_scores(job, found, rows)
-      add(job, found.arms, found.choices)
-      if folder:
-        choices.write(folder, job, found)
+      add(job, found.own, found.arms, found.by_tau)
+      choices.write(folder, job, found)
+      at_hand[found.digest] = found.arms['markov']
   for job in jobs:
-    if committed and not job.finished and (job.log, job.seed) in at_hand:
-      add(job, *choices.read(committed, job, at_hand[job.log, job.seed]))
+    if not job.finished:
+      kept, by_tau = choices.read(folder, job, at_hand)
+      add(job, kept, kept, by_tau)
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
       before, after = (arms.get((log, name), {}) for name in (control, method))
       name = method.removesuffix(_MATCHED)
       if name != method:
         own = arms.get((log, name), {})
-        after = {seed: compare.matched(before[seed], own[seed], chosen)
-                 for seed, chosen in curves.get((log, name), {}).items()
+        after = {seed: compare.matched(before[seed], own[seed], by_tau)
+                 for seed, by_tau in curves.get((log, name), {}).items()
                  if seed in before}
-      _contrast(log, method, control, before, after,
-                settings.get((log, name)), rows)
+      _contrast(log, method, control, before, after, '/'.join(
+          settings.get((log, found), '') for found in (name, control)), rows)
 
 
 def _add_scores(job, found, rows):
@@ -234,20 +238,21 @@ def _add_scores(job, found, rows):
       part = losses[chosen[found.true]]
       if len(part):
         add(name, group, 'nll', float(part.mean()), len(part))
-    points = adjust.trade_off(found.choices[name], found.true, found.anchor)
+    points = adjust.trade_off(found.by_tau[name], found.true, found.anchor)
     for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
       rows.add('trade_off.csv', **run, method=name, tau=tau,
                anchor=float(anchor), tail=float(tail))
 
 
 def _contrast(log, method, control, before, after, settings, rows):
+  """Adds the differences of {seed: Arm}; `settings`: the row's."""
   seeds = sorted(set(after) & set(before))
   pairs = [(before[seed], after[seed]) for seed in seeds]
   if not pairs:
     return
   for one, other in pairs:
-    if not (np.array_equal(one.true, other.true)
-            and np.array_equal(one.user, other.user)):
+    if not all(np.array_equal(getattr(one, name), getattr(other, name))
+               for name in ('true', 'user', 'anchor')):
       logging.warning(
           '%s and %s were evaluated on different events of %s: no difference '
           'is shown.', method, control, log)
@@ -261,7 +266,7 @@ def _contrast(log, method, control, before, after, settings, rows):
     if any(found > set(seeds) for found in known.values()):
       continue
     for key, found in known.items():
-      if found <= set(seeds):
+      if not found or found & set(seeds):  # A seed counts once.
         del rows.tables['differences.csv'][key]
     value, change, interval = compare.paired(pairs, score)
     low, high = interval or (None, None)

@@ -82,9 +82,11 @@ def _figures(folder, rows, methods, drawn):
         'events; on average over the seeds that all have.',
         'Lines of F1 per decile.'))
   panels = _marks(rows, methods, rows_lib.RETENTION[0])
-  for found in panels.values():
-    found.pop('untuned', None)  # 1 by definition.
-  if any(panels.values()):
+  for log in list(panels):
+    panels[log].pop('untuned', None)  # 1 by definition.
+    if not panels[log]:
+      del panels[log]
+  if panels:
     plots.marks(folder / 'retention.png', panels,
                 'perplexity, over that of the untuned model', line=1)
     content.append(blocks.Figure(
@@ -97,7 +99,7 @@ def _figures(folder, rows, methods, drawn):
     plots.marks(folder / 'cost.png', {
         log: {name: [seconds / 60 for seconds in values]
               for name, values in found.items()}
-        for log, found in panels.items()}, 'minutes', line=0)
+        for log, found in panels.items()}, 'minutes')
     content.append(blocks.Figure(
         'cost.png', 'Minutes of training',
         'Of the steps of both stages, a mark per seed: neither compilation '
@@ -174,11 +176,11 @@ def _differences(rows, log):
         '; '.join(map(_one_difference, parts)))
        for names, parts in found.items()],
       'Paired differences on the same test events, the mean over the seeds and '
-      'then each by itself. Intervals are of 1,000 redraws of the users, '
-      'and know nothing of the chance in training. What is called matched is '
-      'adjusted by the largest tau at which its anchor macro-F1 is that of '
-      'what it stands against, or better, or else by that of its best anchors; '
-      'these very events choose it, once for all redraws.')
+      'then each by itself. Intervals are of 1,000 redraws of the users, and '
+      'know nothing of the chance in training, nor of the machine. What is '
+      'called matched is adjusted by the largest tau at which its anchor '
+      'macro-F1 is that of what it stands against, or better, or else by that '
+      'of its best anchors; these very events choose it, once for all redraws.')
 
 
 def _over_seeds(parts, column):

@@ -5,7 +5,8 @@
   trade_off.csv    anchor against tail macro-F1 of one predictor at one tau
 
 A row names its run by log, method and seed, and by `settings`: a hash of all
-that its config changes, so that a row of other settings is not taken for it.
+that its config changes, so that a row of other settings is not taken for it; in
+differences those of method/control, none of what any run brings along.
 Predictors that are fitted on the validation split are named after what they
 stand on: `one_stage_adjusted`. In differences `NAME_matched` is NAME at the
 anchor macro-F1 of its control (compare.matched), and `seeds` says which: `0 1`.

@@ -108,7 +108,8 @@ def test_fit_gives_what_apply_takes(make_predictions):
 def test_the_trade_off_moves_from_anchors_to_the_tail(make_predictions):
   log_p, true = make_predictions(3000)
   prior, anchor = adjust.log_prior(COUNTS), COUNTS > 50
-  points = adjust.trade_off(adjust.choices(log_p, prior), true, anchor)
+  points = adjust.trade_off(
+      adjust.first_choices(log_p, prior), true, anchor)
   assert points.shape == (len(adjust.TAUS), 2)
   here = adjust.TAUS.index(0.5)
   predicted = (log_p - 0.5 * prior).argmax(1)
