@@ -4,11 +4,13 @@
     --config=configs/foursquare_nyc.py --config.sasrec.steps=1500
 
 --workdir is any run's; of it only `events/` is read. The peer shares nothing
-with score.sasrec but sizes: its encoder, dropout and optimizer are torch's, its
-windows are cut here, user by user. Each side is trained with every seed and
-kept as it was when it did best on validation events; both then say all test
-events that have enough of a past. Accuracy and mean log p of both should differ
-by no more than their seeds do.
+with score.sasrec but sizes and what it is told: its layers, their first
+weights, dropout and optimizer are torch's, its windows are cut here, user by
+user. (In attention flax drops the same weights for all windows of a batch,
+torch others for each.) Each side is trained with every seed and kept as it was
+when it did best on validation events; both then say all test events that have
+enough of a past. Accuracy and mean log p of both should differ by little more
+than their seeds do.
 """
 
 import pathlib
@@ -40,57 +42,58 @@ class Peer(torch.nn.Module):
         for count in (known + 1, sizes.history, 24, 7)])
     for table in self.tables:
       torch.nn.init.normal_(table.weight, std=width ** -0.5)
-    self.encoder = torch.nn.TransformerEncoder(
+    self.layers = torch.nn.ModuleList([
         torch.nn.TransformerEncoderLayer(
             width, sizes.heads, width, sizes.dropout, batch_first=True,
-            norm_first=True), sizes.layers, torch.nn.LayerNorm(width),
-        enable_nested_tensor=False)
+            norm_first=True) for _ in range(sizes.layers)])
+    self.norm = torch.nn.LayerNorm(width)
     self.dropout = torch.nn.Dropout(sizes.dropout)
 
-  def forward(self, behavior, hour, day):
-    """int64 [B, L] each; windows are left-aligned, so what is padded comes
-    last and no event sees it."""
-    length = behavior.shape[1]
-    x = sum(table(ids) for table, ids in zip(
-        self.tables, (behavior, torch.arange(length), hour, day), strict=True))
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(length)
-    x = self.encoder(self.dropout(x), mask=mask, is_causal=True)
-    return x @ self.tables[0].weight[:self.known].T
+  def forward(self, *ids):
+    """`ids`: behavior, place, hour and day int64 [B, L]. Windows are
+    left-aligned, so what is padded comes last and no event sees it."""
+    x = self.dropout(sum(
+        table(part) for table, part in zip(self.tables, ids, strict=True)))
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+    for layer in self.layers:
+      x = layer(x, src_mask=mask, is_causal=True)
+    return self.norm(x) @ self.tables[0].weight[:self.known].T
 
 
 def cut(events, end, config):
-  """behavior, hour, day and target int64 [L] of the window before an event.
+  """behavior, place, hour, day and target int64 [L] of the window before `end`.
 
-  Targets are the next events of the training split; -1: none.
+  Places count from the far end of a full window, as ours do. Targets are the
+  next events of the training split; -1: none.
   """
   length = config.sasrec.history
   begin = max(int(events.first[end]), end - length)
-  row = np.zeros((4, length), np.int64)
-  row[3] = -1
+  row = np.zeros((5, length), np.int64)
+  row[4] = -1
   for i, at in enumerate(range(begin, end)):
     seconds, following = int(events.time[at + 1]), int(events.behavior[at + 1])
     learned = (following < events.known
                and events_lib.SPLITS[events.split[at + 1]] == 'train')
     row[:, i] = (min(int(events.behavior[at]), events.known),
-                 seconds // 3600 % 24,
+                 length - (end - at), seconds // 3600 % 24,
                  seconds // 86400 % 7 if config.data.weekday else 0,
                  following if learned else -1)
   return row, end - begin - 1
 
 
 def stack(events, ends, config):
-  """The windows int64 [4, B, L], and where in each the last event stands."""
+  """The windows int64 [5, B, L], and where in each the last event stands."""
   rows, last = zip(*(cut(events, int(end), config) for end in ends),
                    strict=True)
   return torch.tensor(np.stack(rows, axis=1)), torch.tensor(last)
 
 
 def positions(events, split, config):
-  return np.array([
-      at for at in range(len(events.behavior))
-      if events_lib.SPLITS[events.split[at]] == split
-      and events.behavior[at] < events.known
-      and at - events.first[at] >= config.plan.min_context])
+  place = np.arange(len(events.behavior)) - events.first
+  return np.flatnonzero(
+      (np.array(events_lib.SPLITS)[events.split] == split)
+      & (np.asarray(events.behavior) < events.known)
+      & (place >= config.plan.min_context))
 
 
 def train(events, config, seed):
@@ -106,10 +109,10 @@ def train(events, config, seed):
   for step in range(1, sizes.steps + 1):
     model.train()
     rows, _ = stack(events, rng.choice(learned, sizes.batch), config)
-    logits = model(*rows[:3])
+    logits = model(*rows[:4])
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), rows[3].flatten(), ignore_index=-1).backward()
+        logits.flatten(0, 1), rows[4].flatten(), ignore_index=-1).backward()
     optimizer.step()
     if step % -(-sizes.steps // 10) == 0 or step == sizes.steps:
       loss = -scores(model, events, held, config)[1]
@@ -127,7 +130,7 @@ def scores(model, events, ends, config):
   found = []
   for part in np.array_split(ends, -(-len(ends) // 256)):
     rows, last = stack(events, part, config)
-    logits = model(*rows[:3])[torch.arange(len(part)), last]
+    logits = model(*rows[:4])[torch.arange(len(part)), last]
     found.append(torch.log_softmax(logits, -1).numpy())
   return _scores(np.concatenate(found), events, ends)
 

@@ -9,8 +9,8 @@ by itself, and 24 of stage b, or 72 of one stage. That is less than a fifth of a
 pass over either log: what two CPU cores can repeat often enough to tell methods
 apart.
 
-configs/ablations.py:one_pass first learns all behaviors, each training target
-once, over the vocabulary, and then compares stages b of 48 steps: of balanced
+configs/ablations.py:one_pass first learns all behaviors, every training target,
+over the vocabulary, and then compares stages b of 48 steps: of balanced
 or natural draws, by difficulty or at random.
 
 configs/ablations.py:few_shot runs two stages and one where tail behaviors

@@ -1,4 +1,4 @@
-"""The peer of SASRec sees the same past, and learns what ours learns."""
+"""The peer of SASRec sees the same past, and learns."""
 
 import pathlib
 import sys
@@ -46,11 +46,13 @@ def test_windows_are_those_of_ours_from_the_left(events, config):
   for row in range(len(ends)):
     real = ours['real'][row]
     part = rows[:, row, :int(last[row]) + 1].numpy()
-    for values, name in zip(part, ('behavior', 'hour', 'day'), strict=False):
+    for values, name in zip(part[[0, 2, 3]], ('behavior', 'hour', 'day'),
+                            strict=True):
       np.testing.assert_array_equal(values, ours[name][row][real])
+    np.testing.assert_array_equal(part[1], np.flatnonzero(real))
     target = np.where(learned['weight'][row] > 0, learned['target'][row], -1)
-    np.testing.assert_array_equal(part[3], target[real])
-    assert (rows[3, row, int(last[row]) + 1:] == -1).all()
+    np.testing.assert_array_equal(part[4], target[real])
+    assert (rows[4, row, int(last[row]) + 1:] == -1).all()
 
 
 def test_the_peer_learns_what_follows(events, config):
