@@ -24,10 +24,6 @@ from ml_collections import config_flags
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.score import sasrec as ours
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Of both sides.')
-flags.mark_flags_as_required(['config', 'workdir'])
 _CHECKED = 2000  # Validation events of a check.
 
 
@@ -143,12 +139,12 @@ def _scores(log_p, events, ends):
 
 def main(argv):
   del argv
-  config = _CONFIG.value
-  events = events_lib.open_events(pathlib.Path(_WORKDIR.value) / 'events')
+  config = flags.FLAGS.config
+  events = events_lib.open_events(pathlib.Path(flags.FLAGS.workdir) / 'events')
   ends = positions(events, 'test', config)
   print(f'{len(ends)} test events, {config.sasrec.steps} steps')
   found = {'ours': [], 'peer': []}
-  for seed in map(int, _SEEDS.value):
+  for seed in map(int, flags.FLAGS.seeds):
     config.seed = seed
     model = ours.fit(events, config)
     found['ours'].append(_scores(
@@ -165,5 +161,9 @@ def main(argv):
           f'ours less the peer {one.mean() - other.mean():+.4f}')
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # Not where tests import it: they have such flags.
+  config_flags.DEFINE_config_file('config', None, 'Config file.')
+  flags.DEFINE_string('workdir', None, 'Of a run.')
+  flags.DEFINE_list('seeds', ['0', '1', '2'], 'Of both sides.')
+  flags.mark_flags_as_required(['config', 'workdir'])
   app.run(main)
