@@ -1,7 +1,6 @@
 """Sweeps: what runs, what is shared, what is not run again, the rows."""
 
 import csv
-import dataclasses
 import json
 import pathlib
 import runpy
@@ -23,9 +22,7 @@ from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import choices
-from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import results
-from behaviorlm_jax.score import results_page
 from behaviorlm_jax.score import rows as rows_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -403,34 +400,6 @@ def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
     assert data.startswith(b'\x89PNG')
 
 
-def test_the_report_has_the_mean_of_differences_over_all_seeds(tmp_path):
-  rows = rows_lib.read(tmp_path)
-  for seeds, change, low, high in (('0', 0.3, 0.1, 0.5), ('1 2', 0.0, -1, 1),
-                                   ('3', -0.1, None, None)):
-    rows.add('differences.csv', data='log', method='a', control='b',
-             metric='accuracy', seeds=seeds, n=1, before=0.5, change=change,
-             low=low, high=high, settings='')
-  (*names, before, change, parts), = results_page._differences(
-      rows, 'log').rows
-  assert names == ['a', 'b', 'accuracy']
-  assert (before, change) == pytest.approx((0.5, 0.05))
-  assert parts == ('0: +0.300 (+0.100 to +0.500); '
-                   '1, 2: +0.000 (-1.000 to +1.000); 3: -0.100')
-
-
-def test_lines_of_a_figure_are_means_over_the_seeds_that_all_have(tmp_path):
-  rows = rows_lib.read(tmp_path)
-  for name, seed, tail in (('a', 0, 0.2), ('a', 1, 0.6), ('b', 0, 0.3),
-                           ('c', 0, 0.4), ('c', 1, 0.4)):
-    rows.add('trade_off.csv', data='log', method=name, seed=seed, tau=0.5,
-             anchor=0.1, tail=tail, settings='')
-  tails = lambda *drawn: {
-      name: line.tolist() for name, line in results_page._curves(
-          rows, drawn)['log'].items()}
-  assert tails('a', 'b') == {'a': [[0.1, 0.2]], 'b': [[0.1, 0.3]]}
-  assert tails('a', 'c') == {'a': [[0.1, 0.4]], 'c': [[0.1, 0.4]]}
-
-
 def test_the_command_reports_and_explains(swept, tmp_path,
                                           command_environment):
   for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
@@ -458,78 +427,6 @@ def test_rows_survive_being_written_and_read(swept, tmp_path):
   rows_lib.write(tmp_path, rows)
   for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
     assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
-
-
-# The paired interval.
-
-
-def arms(rng, users, right, lift, anchor):
-  """Two predictors of 4 events a user; the second is right more often."""
-  user = np.repeat(np.arange(users), 4)
-  true = rng.integers(len(anchor), size=len(user))
-  skill = np.repeat(rng.normal(0, 0.1, users), 4)  # Users differ.
-  wrong = (true + 1) % len(anchor)
-  before, after = (
-      np.where(rng.random(len(user)) < right + skill + more, true, wrong)
-      for more in (0, lift))
-  return (compare.Arm(true, before, user, anchor),
-          compare.Arm(true, after, user, anchor))
-
-
-def test_a_pair_alone_changes_by_the_difference_of_its_scores():
-  pair = arms(np.random.default_rng(0), 30, 0.4, 0.2, np.arange(6) < 2)
-  for score in compare.SCORES:
-    before, change, (low, high) = compare.paired([pair], score, draws=50)
-    assert before == pytest.approx(pair[0].value(score))
-    assert change == pytest.approx(pair[1].value(score) - before)
-    assert low < change < high
-
-
-def test_log_p_is_compared_over_the_samples_of_a_group():
-  rng = np.random.default_rng(3)
-  pair = arms(rng, 30, 0.4, 0.2, np.arange(6) < 2)
-  log_p = rng.normal(size=(2, len(pair[0].true)))
-  pair = [dataclasses.replace(arm, log_p=values)
-          for arm, values in zip(pair, log_p, strict=True)]
-  tail = pair[0].true >= 2
-  for score, part in (('log p', slice(None)), ('tail log p', tail),
-                      ('anchor log p', ~tail)):
-    before, change, (low, high) = compare.paired([pair], score, draws=200)
-    assert before == pytest.approx(log_p[0, part].mean())
-    assert change == pytest.approx((log_p[1] - log_p[0])[part].mean())
-    # Samples are independent here, so users are as good as samples.
-    error = (log_p[1] - log_p[0])[part].std() / len(log_p[0, part]) ** 0.5
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.3)
-
-
-def test_matched_arms_have_equally_good_anchors():
-  rng, anchor = np.random.default_rng(2), np.arange(6) < 2
-  prior = np.log(np.where(anchor, 0.4, 0.05))
-  true = rng.choice(6, size=800, p=np.exp(prior))
-  log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
-  as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
-  goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
-  chosen = adjust.first_choices(log_p, prior)
-  found = compare.matched(goal, as_is, chosen)
-  np.testing.assert_array_equal(found.predicted, goal.predicted)
-  assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
-  # Out of reach: the best anchors there are.
-  perfect = dataclasses.replace(goal, predicted=true)
-  found = compare.matched(perfect, as_is, chosen)
-  anchors = [dataclasses.replace(as_is, predicted=(
-      log_p - tau * prior).argmax(1)).value('anchor macro-F1')
-      for tau in adjust.TAUS]
-  assert found.value('anchor macro-F1') == max(anchors)
-
-
-def test_intervals_cover_the_true_change_at_about_their_rate():
-  rng, hits = np.random.default_rng(1), 0
-  for _ in range(150):
-    pairs = [arms(rng, 60, 0.4, 0.15, np.arange(6) < 2) for _ in range(2)]
-    _, _, (low, high) = compare.paired(pairs, 'accuracy', draws=200)
-    hits += low <= 0.15 <= high
-  # 95 %; 150 trials have a standard error of 2 %.
-  assert 0.89 <= hits / 150 <= 0.99
 
 
 def shipped(name):
@@ -580,22 +477,3 @@ def test_targets_of_few_shot_behaviors_are_those_of_the_plan(
   expected = (names.count('airport') + names.count('hotel')) / 2
   assert results.Finished(job).few_targets == {'drawn': expected}
   assert expected > 0
-
-
-def test_few_shot_rows_become_a_curve(tmp_path):
-  rows = rows_lib.read(tmp_path)
-  for name, shots, value in (('b', 5, 0.1), ('b', 50, 0.3), ('one', 5, 0.2)):
-    rows.add('results.csv', data='log', method=f'{name}_{shots}_shots', seed=0,
-             group='few_shot', metric='f1_macro', value=value, n=9, settings='')
-  rows.add('trade_off.csv', data='log', method='b_5_shots', seed=0, tau=0.0,
-           anchor=0.3, tail=0.1, settings='')
-  rows.add('results.csv', data='log', method='b_5_shots', seed=0, n=2,
-           group='few_shot', metric='targets', value=7.25, settings='')
-  rows_lib.write(tmp_path, rows)
-  assert results_page._shots(rows_lib.read(tmp_path)) == {
-      'log': {'b': {5: 0.1, 50: 0.3}, 'one': {5: 0.2}}}
-  results_page.write(tmp_path, ('b', 'one'), ())
-  assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
-  assert not (tmp_path / 'trade_off.png').exists()  # No curve is asked for.
-  assert '| b_5_shots | 9 | 0.100 | 7.250 |' in (
-      tmp_path / 'tables.md').read_text()

@@ -63,7 +63,7 @@ def read(folder, job, at_hand):
   Args:
     folder: of the rows.
     job: of the run.
-    at_hand: {digest: compare.Arm}, any of finished runs.
+    at_hand: {digest: compare.Arm}, one of each finished run, whichever.
 
   Raises:
     InputError: the file is damaged.

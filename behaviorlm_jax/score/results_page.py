@@ -82,10 +82,8 @@ def _figures(folder, rows, methods, drawn):
         'events; on average over the seeds that all have.',
         'Lines of F1 per decile.'))
   panels = _marks(rows, methods, rows_lib.RETENTION[0])
-  for log in list(panels):
-    panels[log].pop('untuned', None)  # 1 by definition.
-    if not panels[log]:
-      del panels[log]
+  panels = {log: others for log, found in panels.items() if (others := {
+      name: found[name] for name in found if name != 'untuned'})}  # That is 1.
   if panels:
     plots.marks(folder / 'retention.png', panels,
                 'perplexity, over that of the untuned model', line=1)

@@ -1,10 +1,13 @@
 """The numbers of the verdict: paired, over whole users, and what is missing."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from behaviorlm_jax.score import adjust
 from behaviorlm_jax.score import compare
 from behaviorlm_jax.score import metrics
 from behaviorlm_jax.score import run_files
@@ -152,3 +155,75 @@ def test_the_best_baseline_is_counted_again_from_the_events(monkeypatch):
   changes = compare.outcome(run).contrasts['the best count baseline (markov)']
   assert [c.before for c in changes] == [1.0, 1.0, 1.0]
   assert {c.outcome for c in changes} == {'worse'}
+
+
+# The paired interval.
+
+
+def arms(rng, users, right, lift, anchor):
+  """Two predictors of 4 events a user; the second is right more often."""
+  user = np.repeat(np.arange(users), 4)
+  true = rng.integers(len(anchor), size=len(user))
+  skill = np.repeat(rng.normal(0, 0.1, users), 4)  # Users differ.
+  wrong = (true + 1) % len(anchor)
+  before, after = (
+      np.where(rng.random(len(user)) < right + skill + more, true, wrong)
+      for more in (0, lift))
+  return (compare.Arm(true, before, user, anchor),
+          compare.Arm(true, after, user, anchor))
+
+
+def test_a_pair_alone_changes_by_the_difference_of_its_scores():
+  pair = arms(np.random.default_rng(0), 30, 0.4, 0.2, np.arange(6) < 2)
+  for score in compare.SCORES:
+    before, change, (low, high) = compare.paired([pair], score, draws=50)
+    assert before == pytest.approx(pair[0].value(score))
+    assert change == pytest.approx(pair[1].value(score) - before)
+    assert low < change < high
+
+
+def test_log_p_is_compared_over_the_samples_of_a_group():
+  rng = np.random.default_rng(3)
+  pair = arms(rng, 30, 0.4, 0.2, np.arange(6) < 2)
+  log_p = rng.normal(size=(2, len(pair[0].true)))
+  pair = [dataclasses.replace(arm, log_p=values)
+          for arm, values in zip(pair, log_p, strict=True)]
+  tail = pair[0].true >= 2
+  for score, part in (('log p', slice(None)), ('tail log p', tail),
+                      ('anchor log p', ~tail)):
+    before, change, (low, high) = compare.paired([pair], score, draws=200)
+    assert before == pytest.approx(log_p[0, part].mean())
+    assert change == pytest.approx((log_p[1] - log_p[0])[part].mean())
+    # Samples are independent here, so users are as good as samples.
+    error = (log_p[1] - log_p[0])[part].std() / len(log_p[0, part]) ** 0.5
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.3)
+
+
+def test_matched_arms_have_equally_good_anchors():
+  rng, anchor = np.random.default_rng(2), np.arange(6) < 2
+  prior = np.log(np.where(anchor, 0.4, 0.05))
+  true = rng.choice(6, size=800, p=np.exp(prior))
+  log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
+  as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
+  goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
+  chosen = adjust.first_choices(log_p, prior)
+  found = compare.matched(goal, as_is, chosen)
+  np.testing.assert_array_equal(found.predicted, goal.predicted)
+  assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
+  # Out of reach: the best anchors there are.
+  perfect = dataclasses.replace(goal, predicted=true)
+  found = compare.matched(perfect, as_is, chosen)
+  anchors = [dataclasses.replace(as_is, predicted=(
+      log_p - tau * prior).argmax(1)).value('anchor macro-F1')
+      for tau in adjust.TAUS]
+  assert found.value('anchor macro-F1') == max(anchors)
+
+
+def test_intervals_cover_the_true_change_at_about_their_rate():
+  rng, hits = np.random.default_rng(1), 0
+  for _ in range(150):
+    pairs = [arms(rng, 60, 0.4, 0.15, np.arange(6) < 2) for _ in range(2)]
+    _, _, (low, high) = compare.paired(pairs, 'accuracy', draws=200)
+    hits += low <= 0.15 <= high
+  # 95 %; 150 trials have a standard error of 2 %.
+  assert 0.89 <= hits / 150 <= 0.99
