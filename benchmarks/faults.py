@@ -298,9 +298,8 @@ class Run:
     return codes, time.monotonic() - began
 
   def _environment(self):
-    flags = f'--xla_force_host_platform_device_count={2 // self.processes}'
     return os.environ | {
-        'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu',
+        'JAX_NUM_CPU_DEVICES': str(2 // self.processes), 'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(HERE.parent),
         'JAX_COMPILATION_CACHE_DIR': str(self.campaign.folder / 'compiled'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -1,7 +1,9 @@
 """Whole runs on a random tiny model: log, settings, and one finished run.
 
 Compiled programs are shared between runs through JAX's cache on disk, which
-stores what was compiled: runs are faster and their bits the same.
+stores what was compiled: runs are faster and their bits the same. LLVM
+optimises none of them, here and in the processes that tests start: most run for
+milliseconds and are compiled for seconds.
 """
 
 import copy
@@ -13,6 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
+
+# Before JAX is loaded. Of a flag that is given twice the last counts.
+os.environ['XLA_FLAGS'] = ('--xla_backend_optimization_level=0 '
+                           + os.environ.get('XLA_FLAGS', ''))
 
 import jax
 import numpy as np

@@ -42,8 +42,8 @@ def test_two_processes_make_what_one_makes(of_two, assert_same_numbers):
 def test_four_devices_make_what_one_makes(
     run_command, tmp_path, assert_same_numbers):
   done = run_command(
-      tmp_path / 'work', {'mesh.fsdp': 2, 'mesh.tensor': 2}, environment={
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=4'})
+      tmp_path / 'work', {'mesh.fsdp': 2, 'mesh.tensor': 2},
+      environment={'JAX_NUM_CPU_DEVICES': '4'})
   assert done.returncode == 0, done.stderr[-3000:]
   assert_same_numbers(tmp_path / 'work')
 
@@ -93,8 +93,7 @@ def test_wrong_input_ends_both_with_its_sentence(run_two, tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_other_devices_are_refused(start_two, tmp_path):
-  python = own_flags(tmp_path, environment='XLA_FLAGS='
-                     '--xla_force_host_platform_device_count=2')
+  python = own_flags(tmp_path, environment='JAX_NUM_CPU_DEVICES=2')
   process = start_two(tmp_path / 'work', environment={'PYTHON': python})
   code, err = process.finish()
   assert code == 2, err[-3000:]

@@ -203,7 +203,7 @@ def test_loss_that_is_not_a_number(
 @pytest.mark.parametrize('fields, environment, sentence', [
     ({'plan.window_size': 3}, {},
      r'no field plan.window_size (did you mean plan.window?)'),
-    ({}, {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
+    ({}, {'JAX_NUM_CPU_DEVICES': '8'},
      'train.batch is 2, but mesh.data x mesh.fsdp is 8')])
 def test_the_command_ends_with_one_line(
     run_command, tmp_path, fields, environment, sentence):

@@ -157,8 +157,7 @@ def test_collectives_of_compiled_loops_count_every_run():
   found = subprocess.run(
       [sys.executable, '-c', WORKER], text=True, capture_output=True,
       check=True, env=os.environ | {
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-          'JAX_PLATFORMS': 'cpu'})
+          'JAX_NUM_CPU_DEVICES': '8', 'JAX_PLATFORMS': 'cpu'})
   loop, added = json.loads(found.stdout.splitlines()[-1])
   assert loop == [['all-gather', 5 * 64 * 64 * 4 * 3 / 4, 5, 4]]
   assert added == [['all-reduce', 2 * 64 * 4 * 7 / 8, 1, 8]]

@@ -269,10 +269,10 @@ def differences():
 
 
 def test_four_devices_run_the_kernels_on_their_own_rows_and_heads():
-  flags = '--xla_force_host_platform_device_count=4'
   done = subprocess.run(
     [sys.executable, __file__], text=True, capture_output=True, check=False,
-    timeout=300, env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'})
+    timeout=300, env=os.environ | {
+      'JAX_NUM_CPU_DEVICES': '4', 'JAX_PLATFORMS': 'cpu'})
   assert done.returncode == 0, done.stderr
   result = json.loads(done.stdout.splitlines()[-1])
   program = result.pop('program')

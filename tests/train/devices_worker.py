@@ -1,10 +1,10 @@
 """Trains random://tiny for three steps on one batch, mesh after mesh.
 
 As a program: a task as JSON in, one JSON line of results out, on as many
-devices as XLA_FLAGS asks for. Tests run it so, because the number of devices of
-a process is fixed at its start. The task: `meshes`; `whole`, whether to try
-more than the step; `orders`, of the devices in each mesh; `distributed`, fields
-of that section, for one of several processes.
+devices as JAX_NUM_CPU_DEVICES asks for. Tests run it so, because the number of
+devices of a process is fixed at its start. The task: `meshes`; `whole`, whether
+to try more than the step; `orders`, of the devices in each mesh; `distributed`,
+fields of that section, for one of several processes.
 """
 
 import functools

@@ -26,10 +26,10 @@ def mesh(data=1, fsdp=1, tensor=1):
 
 
 def start(devices, task):
-  flags = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.Popen(
     [sys.executable, str(WORKER), json.dumps(task)], text=True,
-    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    env=os.environ | {
+      'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PLATFORMS': 'cpu'},
     stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
