@@ -18,7 +18,7 @@ python=${PYTHON:-python}
 port=$("$python" -c 'import socket
 with socket.create_server(("", 0)) as s: print(s.getsockname()[1])')
 if [[ -n ${DEVICES:-} ]]; then
-  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
+  export JAX_NUM_CPU_DEVICES=$DEVICES
 fi
 
 pids=()

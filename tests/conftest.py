@@ -1,9 +1,11 @@
-"""Whole runs on a random tiny model: log, settings, and one finished run.
+"""Whole runs on a random tiny model: log, settings, and one finished run for
+each of pytest's workers.
 
-Compiled programs are shared between runs through JAX's cache on disk, which
-stores what was compiled: runs are faster and their bits the same. LLVM
-optimises none of them, here and in the processes that tests start: most run for
-milliseconds and are compiled for seconds.
+Compiled programs are shared between a worker's runs through JAX's cache on
+disk, which stores what was compiled: runs are faster and their bits the same.
+LLVM optimises none of them, here and in the processes that tests start: most
+run for milliseconds and are compiled for seconds. To have them as users do, set
+XLA_FLAGS=--xla_backend_optimization_level=3.
 """
 
 import copy
@@ -16,7 +18,7 @@ import signal
 import subprocess
 import sys
 
-# Before JAX is loaded. Of a flag that is given twice the last counts.
+# Before JAX is loaded; in front, so that a caller's own flag wins.
 os.environ['XLA_FLAGS'] = ('--xla_backend_optimization_level=0 '
                            + os.environ.get('XLA_FLAGS', ''))
 
