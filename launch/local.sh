@@ -6,7 +6,7 @@
 # Lines of process i begin with [i]. SIGTERM and SIGINT go to all. The exit code
 # is 1 or 2 if that of any process is: see what it says. Otherwise that of the
 # first that did not end well: 75 and above, run the same command again.
-# DEVICES=M gives each M devices (on CPU).
+# JAX_NUM_CPU_DEVICES=M gives each M devices (on CPU).
 set -uo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "error: launch/local.sh N ARGS: N is '${1:-}'; give how many processes." >&2
@@ -17,9 +17,6 @@ shift
 python=${PYTHON:-python}
 port=$("$python" -c 'import socket
 with socket.create_server(("", 0)) as s: print(s.getsockname()[1])')
-if [[ -n ${DEVICES:-} ]]; then
-  export JAX_NUM_CPU_DEVICES=$DEVICES
-fi
 
 pids=()
 for ((i = 0; i < processes; i++)); do

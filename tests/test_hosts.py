@@ -25,7 +25,7 @@ def of_two(run_two, tmp_path_factory):
   and two devices that share its weights; read-only."""
   workdir = tmp_path_factory.mktemp('two') / 'work'
   code, err = run_two(workdir, '--config.mesh.tensor=2',
-                      environment={'DEVICES': '2'})
+                      environment={'JAX_NUM_CPU_DEVICES': '2'})
   assert code == 0, err[-3000:]
   return workdir
 

@@ -93,7 +93,7 @@ def of(folder):
 def test_b_tuning_finds_what_a_tuning_alone_does_not(tuned):
   first, second = tuned('plain', PLAIN)
   _, before = of(first / 'a_tuning')
-  # Many rows: of fewer rounding decides where it ends.
+  # On 16 rows five draws of the subset had .82 to 1, after a stage a at 1e-2.
   _, after = of(second('balanced', {'train.batch': 16}) / 'b_tuning')
   assert before['hotel'] == 0
   assert after['hotel'] > 0.6
