@@ -130,14 +130,22 @@ def _table(values, seeds, columns, caption):
   """`values`: {method: {column: {seed: row}}}, of which `seeds` are shown."""
   shown = []
   for name, found in values.items():
-    found = [[found[column][seed] for seed in sorted(seeds)
-              if seed in found.get(column, {})] for column in columns]
+    found = [{seed: found[column][seed] for seed in sorted(seeds)
+              if seed in found.get(column, {})} for column in columns]
     first = next(filter(None, found))
-    shown.append((name, sum(row['n'] for row in first), *(
-        _spread([row['value'] for row in part]) for part in found)))
+    shown.append((name, sum(row['n'] for row in first.values()), *(
+        _cell(part, seeds) for part in found)))
   head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
   return blocks.Table(('method', 'n', *head), shown,
                       f'{_named(seeds)}: {caption}')
+
+
+def _cell(part, seeds):
+  """Mean and spread of {seed: row}; says so if it is not of all `seeds`."""
+  if not part:
+    return None
+  text = _spread([row['value'] for row in part.values()])
+  return text if len(part) == len(seeds) else f'{text} ({_named(part).lower()})'
 
 
 def _named(seeds):
@@ -146,8 +154,6 @@ def _named(seeds):
 
 
 def _spread(values):
-  if not values:
-    return None
   if len(values) == 1:
     return f'{values[0]:.3f}'
   return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'

@@ -21,6 +21,20 @@ def test_the_report_has_the_mean_of_differences_over_all_seeds(tmp_path):
                    '1, 2: +0.000 (-1.000 to +1.000); 3: -0.100')
 
 
+def test_a_mean_of_fewer_seeds_than_its_table_has_names_them(tmp_path):
+  rows = rows_lib.read(tmp_path)
+  for seed, metric, value in ((0, 'accuracy@1', 0.2), (1, 'accuracy@1', 0.4),
+                              (2, 'accuracy@1', 0.6), (1, 'nll', 2.0),
+                              (2, 'nll', 3.0)):
+    rows.add('results.csv', data='log', method='a', seed=seed, group='all',
+             metric=metric, value=value, n=5, settings='')
+  table, = results_page._tables(
+      rows, 'log', ('a',), (('all', 'accuracy@1'), ('all', 'nll'),
+                            ('tail', 'f1_macro')), 'caption')
+  assert table.rows == [('a', 15, '0.400 ± 0.200',
+                         '2.500 ± 0.707 (seeds 1, 2)', None)]
+
+
 def test_lines_of_a_figure_are_means_over_the_seeds_that_all_have(tmp_path):
   rows = rows_lib.read(tmp_path)
   for name, seed, tail in (('a', 0, 0.2), ('a', 1, 0.6), ('b', 0, 0.3),
