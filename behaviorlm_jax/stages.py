@@ -2,8 +2,8 @@
 
     events -> base scores, baselines
            -> stage a: plan of behaviors and conversations -> train -> evaluate
-           -> stage b: candidates -> difficulty -> balanced plan -> train ->
-              evaluate
+           -> stage b: candidates (-> difficulty) -> balanced plan -> train
+              -> evaluate
            -> report
 
 Each arrow is a file in the work directory. What is finished is not done again,

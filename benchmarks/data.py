@@ -7,7 +7,7 @@ the way of a run, each phase in a fresh process:
 
   prepare    log -> events
   plan       events opened and checked; the plans of both stages, without the
-             model: stage b draws uniformly instead of by difficulty
+             model: stage b draws uniformly, as by default
   load       batches of stage a's plan, nothing but loading them
 
 Memory is that of the phase's process: anonymous memory, which a machine has to
@@ -106,7 +106,6 @@ def config_of(log):
   config = config_lib.default()
   config.data.events = str(log)
   config.plan.update(content='anchors', neighbours=0.0)  # As in docs/data.md.
-  config.difficulty.score = 'random'
   config.train.update(steps=STEPS.value, batch=BATCH.value,
                       length=LENGTH.value)
   if MODEL.value:

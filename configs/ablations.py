@@ -177,6 +177,7 @@ def _base():
   config.plan.per_behavior = 1  # Of at most 3, once each in stage b's steps.
   config.plan.neighbours = 50.0
   config.train.learning_rate = 2e-3
+  config.difficulty.score = 'nll'
   config.difficulty.candidates = 3
   config.train.batch = 4
   config.train.length = 640

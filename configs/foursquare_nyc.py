@@ -15,6 +15,7 @@ def get_config():
   config = config_lib.default()
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 2
+  config.difficulty.score = 'nll'  # As what the README shows was trained.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640  # Two windows of stage 2 fit a row.

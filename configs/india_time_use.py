@@ -18,6 +18,7 @@ def get_config():
   config.data.weekday = False
   config.plan.conversation_share = 0.1
   config.plan.per_behavior = 2
+  config.difficulty.score = 'nll'  # As what the README shows was trained.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640

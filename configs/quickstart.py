@@ -22,6 +22,7 @@ def get_config():
   config.plan.window = 20
   config.plan.targets_per_row = 16
   config.plan.per_behavior = 2
+  config.difficulty.score = 'nll'  # So that every part is shown.
   config.difficulty.candidates = 4
   config.train.learning_rate = 2e-3
   config.train.steps = 24

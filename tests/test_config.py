@@ -135,14 +135,14 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
    ('plan.noise_cut is 0.1', 'set plan.noise_cut=0.0')),
   ({'difficulty.score': 'random', 'plan.gamma': 2.0},
    ('plan.gamma is 2.0', "difficulty.score is 'random'")),
-  ({'plan.selection': 'hardest', 'plan.gamma': 2.0},
+  ({'difficulty.score': 'nll', 'plan.selection': 'hardest', 'plan.gamma': 2.0},
    ('plan.gamma is 2.0', 'set plan.gamma=1.0 or plan.selection to weighted')),
   ({'plan.budget': 'natural', 'plan.temper': 0.3},
    ('plan.temper is 0.3', "plan.budget is 'natural'", 'to tempered')),
   ({'plan.effective_beta': 0.9},
    ('plan.effective_beta is 0.9', "plan.budget is 'balanced'", 'effective')),
   ({'difficulty.reference': 'runs/a'},
-   ("difficulty.reference is 'runs/a'", "is 'nll'", 'to rho')),
+   ("difficulty.reference is 'runs/a'", "is 'random'", 'to rho')),
   ({'plan.temper': 1.5, 'plan.budget': 'tempered'}, ('plan.temper is 1.5',)),
   ({'plan.noise_cut': 1.0}, ('plan.noise_cut is 1.0', 'from 0 to 0.99')),
   ({'sasrec.width': 50, 'sasrec.heads': 4},
@@ -180,7 +180,8 @@ def test_values_that_contradict_each_other_are_refused(fields, parts):
    {'train.steps': 400, 'plan.content': 'balanced', 'plan.neighbours': 0.0}),
 ])
 def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
-  before = changed(plan__balanced_conversation_share=0.1)
+  before = changed(plan__balanced_conversation_share=0.1,
+                   difficulty__score='nll')
   after = config_lib.ablate(before, [name])
   expected = before.copy_and_resolve_references()
   expected.update_from_flattened_dict(fields)
@@ -194,8 +195,9 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
   ('no_auxiliary', {'train__auxiliary': 'kl'}),
   ('no_difficulty', {'difficulty__score': 'rho', 'plan__noise_cut': 0.1,
                      'difficulty__reference': 'runs/a'}),
-  ('no_difficulty', {'plan__gamma': 2.0}),
-  ('no_difficulty', {'plan__selection': 'middle'}),
+  ('no_difficulty', {'difficulty__score': 'nll', 'plan__gamma': 2.0}),
+  ('no_difficulty', {'difficulty__score': 'nll',
+                     'plan__selection': 'middle'}),
   ('no_balance', {'plan__budget': 'tempered', 'plan__temper': 0.3}),
   ('no_balance', {'plan__budget': 'effective', 'plan__effective_beta': 0.9}),
 ])
@@ -230,7 +232,8 @@ def test_the_config_of_the_paper_changes_what_the_readme_says_and_no_more():
   different = {name for name in names if config_lib._get(paper, name) !=
                config_lib._get(config_lib.default(), name)}
   assert different == {
-      'plan.content', 'plan.neighbours', 'train.balanced_loss',
+      'plan.content', 'plan.neighbours', 'difficulty.score',
+      'train.balanced_loss',
       'train.balanced_interpolation', 'train.balanced_learning_rate'}
   first, second = (config_lib.of_stage(paper, stage).train for stage in 'ab')
   for name in ('steps', 'learning_rate', 'interpolation', 'loss'):
@@ -257,7 +260,7 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
   for pair in itertools.permutations(config_lib.ABLATIONS, 2):
     # Of a config in which either would change something.
     content = 'anchors' if 'all_behaviors_first' in pair else 'all'
-    config = changed(plan__content=content)
+    config = changed(plan__content=content, difficulty__score='nll')
     if frozenset(pair) in refused:
       with pytest.raises(InputError) as caught:
         config_lib.ablate(config, pair)
@@ -274,12 +277,13 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
   ('b', 'anchors_first'), ('b', 'no_balanced_stage')])
 def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
   with pytest.raises(InputError, match=f'^--ablation={name} .* stages {stage}'):
-    config_lib.ablate(changed(stages=(stage,)), [name])
+    config_lib.ablate(changed(stages=(stage,), difficulty__score='nll'), [name])
 
 
 @pytest.mark.parametrize(('name', 'fields', 'already'), [
   ('all_behaviors_first', {}, "plan.content = 'all'"),
   ('anchors_first', {'plan__content': 'anchors'}, "plan.content = 'anchors'"),
+  ('no_difficulty', {}, "difficulty.score = 'random' and .*"),
   ('no_auxiliary', {'plan__conversation_share': 0.0},
    'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0 '
    "and train.auxiliary = 'answers'"),

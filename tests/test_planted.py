@@ -29,7 +29,8 @@ FIELDS = {
     'train.steps': 100, 'train.balanced_steps': 100, 'train.batch': 8,
     # At 1e-2 rounding decides what is learned.
     'train.learning_rate': 3e-3, 'train.balanced_learning_rate': 3e-3,
-    'plan.per_behavior': 40, 'difficulty.candidates': 80,
+    'plan.per_behavior': 40, 'difficulty.score': 'nll',
+    'difficulty.candidates': 80,
     'checkpoint.every': 100, 'eval.max_samples': 0, 'eval.fit': False,
     'eval.validation_rows': 8,
 }
