@@ -129,8 +129,7 @@ def _one_pass(config):
           ('no_balance', 'no_difficulty'), start, fields=whole),
       'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3)}
   config.order = tuple(config.methods)
-  config.drawn = (start, 'behaviorlm', 'natural_stage', 'no_difficulty',
-                  'markov')
+  config.drawn = (start, 'behaviorlm', 'natural_stage', 'markov')
   others = ('all_behaviors_alone', 'natural_stage', 'no_difficulty', 'markov')
   config.contrasts = tuple(
       (f'behaviorlm{kind}', f'{other}{kind}') for other in others
