@@ -12,7 +12,8 @@ FILES = (  # of the work directory, in the order in which they come to be
     ('baselines.json', 'scores of the free baselines'),
     ('a_tuning/', 'stage 1: config, plan, metrics, checkpoints, adapter, '
      'evaluation, predictions'),
-    ('b_tuning/', 'stage 2: the same files and difficulty.parquet'),
+    ('b_tuning/', 'stage 2: the same files, and difficulty.parquet where '
+     'samples were scored'),
     ('report/', 'the figures of this page'))
 FITTED = {'adjusted': 'adjusted', 'mixed': 'with counts',
           'mixed_adjusted': 'with counts, adjusted'}
