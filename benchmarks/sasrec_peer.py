@@ -6,11 +6,10 @@
 --workdir is any run's; of it only `events/` is read. The peer shares nothing
 with score.sasrec but sizes and what it is told: its layers, their first
 weights, dropout and optimizer are torch's, its windows are cut here, user by
-user. (In attention flax drops the same weights for all windows of a batch,
-torch others for each.) Each side is trained with every seed and kept as it was
-when it did best on validation events; both then say all test events that have
-enough of a past. Accuracy and mean log p of both should differ by little more
-than their seeds do.
+user. Each side is trained with every seed and kept as it was when it did best
+on validation events; both then say all test events that have enough of a past.
+Accuracy and mean log p of both should differ by little more than their seeds
+do.
 """
 
 import pathlib

@@ -33,9 +33,10 @@ class Block(nnx.Module):
   def __init__(self, sasrec, rngs):
     width = sasrec.width
     self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+    # Flax would drop the same weights for all windows of a batch: worse.
     self.attention = nnx.MultiHeadAttention(
-        sasrec.heads, width, dropout_rate=sasrec.dropout, decode=False,
-        rngs=rngs)
+        sasrec.heads, width, dropout_rate=sasrec.dropout,
+        broadcast_dropout=False, decode=False, rngs=rngs)
     self.inner = nnx.Linear(width, width, rngs=rngs)
     self.outer = nnx.Linear(width, width, rngs=rngs)
     self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
