@@ -58,10 +58,10 @@ def _controls(config):
       'no_difficulty': sweep.method(
           ('no_difficulty',), 'no_balanced_stage', seeds=3),
       # Not one_stage_balanced: windows' other events count by `neighbours`.
-      'one_stage_balanced_windows': sweep.method(('one_stage',), fields={
-          'plan': {'content': 'balanced'}}),
-      'balanced_softmax': sweep.method(('one_stage',), fields={
-          'train': {'loss': 'balanced'}}),
+      'one_stage_balanced_windows': sweep.method(
+          ('one_stage',), seeds=3, fields={'plan': {'content': 'balanced'}}),
+      'balanced_softmax': sweep.method(
+          ('one_stage',), seeds=3, fields={'train': {'loss': 'balanced'}}),
       'over_vocabulary': sweep.method(('one_stage',), fields={
           'train': {'loss': 'answers'}}),
       'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
