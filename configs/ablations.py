@@ -118,15 +118,13 @@ def _one_pass(config):
   base.eval.validation_rows = 32
   config.log_fields.india_time_use.train = {'steps': 505}
   start = 'all_behaviors_alone'
-  whole = {'train': {'balanced_interpolation': 1.0}}
   config.methods = {
       start: sweep.method(seeds=3, fields={'stages': ('a',)}),
       'behaviorlm': sweep.method(start=start, seeds=3),
       'natural_stage': sweep.method(
           ('no_balance', 'no_difficulty'), start, seeds=3),
-      'behaviorlm_whole_way': sweep.method(start=start, fields=whole),
-      'natural_stage_whole_way': sweep.method(
-          ('no_balance', 'no_difficulty'), start, fields=whole),
+      'behaviorlm_whole_way': sweep.method(
+          start=start, fields={'train': {'balanced_interpolation': 1.0}}),
       'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3)}
   config.order = tuple(config.methods)
   config.drawn = (start, 'behaviorlm', 'natural_stage', 'markov')
@@ -137,8 +135,7 @@ def _one_pass(config):
       if (other, kind) != ('markov', '_mixed_adjusted')) + tuple(
           ('behaviorlm_matched', f'{other}_adjusted') for other in others) + (
               ('behaviorlm', 'behaviorlm_whole_way'),
-              ('behaviorlm_whole_way', start),
-              ('behaviorlm_whole_way', 'natural_stage_whole_way'))
+              ('behaviorlm_whole_way', start))
   config.results = 'docs/results/one_pass'
 
 
