@@ -458,7 +458,8 @@ def test_the_main_controls_have_three_seeds(tmp_path):
            if job.seed == 2}
   assert three == {
       'no_balanced_stage', 'behaviorlm', 'one_stage', 'no_difficulty',
-      'all_behaviors_alone', 'all_behaviors_first', 'no_auxiliary', 'sasrec'}
+      'all_behaviors_alone', 'all_behaviors_first', 'no_auxiliary', 'sasrec',
+      'one_stage_balanced_windows', 'balanced_softmax'}
 
 
 def test_targets_of_few_shot_behaviors_are_those_of_the_plan(
