@@ -104,6 +104,18 @@ def test_logits_equal_torch():
                              rtol=1e-4, atol=1e-4)
 
 
+def test_attention_drops_other_weights_in_each_window():
+  config = make_config(dropout=0.5).sasrec
+  block = sasrec.Block(config, nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(1), (1, 6, config.width))
+  block.train()
+  found = block.attention(jax.numpy.repeat(x, 2, axis=0))
+  assert not np.allclose(found[0], found[1])
+  block.eval()
+  found = block.attention(jax.numpy.repeat(x, 2, axis=0))
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_windows_hold_the_past_of_one_user_and_the_time_to_come():
   config, events = make_config(), make_events()
   batch = sasrec.windows(events, np.array([43, 79]), config)
