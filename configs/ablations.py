@@ -53,8 +53,7 @@ def _controls(config):
           'stages': ('a',), 'plan': {'content': 'all'}}),
       'all_behaviors_first': sweep.method(start='all_behaviors_alone', seeds=3),
       'one_stage': sweep.method(('one_stage',), seeds=3),
-      'sasrec': sweep.method(seeds=3, fields={
-          'stages': (), 'sasrec': {'steps': 1500}}),
+      'sasrec': _sasrec(),
       'no_difficulty': sweep.method(
           ('no_difficulty',), 'no_balanced_stage', seeds=3),
       # Not one_stage_balanced: windows' other events count by `neighbours`.
@@ -125,17 +124,20 @@ def _one_pass(config):
           ('no_balance', 'no_difficulty'), start, seeds=3),
       'behaviorlm_whole_way': sweep.method(
           start=start, fields={'train': {'balanced_interpolation': 1.0}}),
-      'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3)}
+      'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3),
+      'sasrec': _sasrec()}
   config.order = tuple(config.methods)
-  config.drawn = (start, 'behaviorlm', 'natural_stage', 'markov')
-  others = ('all_behaviors_alone', 'natural_stage', 'no_difficulty', 'markov')
+  config.drawn = (start, 'behaviorlm', 'natural_stage', 'sasrec', 'markov')
+  others = (start, 'natural_stage', 'no_difficulty', 'sasrec', 'markov')
   config.contrasts = tuple(
       (f'behaviorlm{kind}', f'{other}{kind}') for other in others
       for kind in ('', '_adjusted', '_mixed_adjusted')
       if (other, kind) != ('markov', '_mixed_adjusted')) + tuple(
           ('behaviorlm_matched', f'{other}_adjusted') for other in others) + (
               ('behaviorlm', 'behaviorlm_whole_way'),
-              ('behaviorlm_whole_way', start))
+              ('behaviorlm_whole_way', start), (start, 'sasrec'),
+              (f'{start}_adjusted', 'sasrec_adjusted'),
+              (f'{start}_matched', 'sasrec_adjusted'))
   config.results = 'docs/results/one_pass'
 
 
@@ -161,6 +163,11 @@ def _few_shot(config):
       for control in (f'one_stage_{shots}_shots', 'two_stages_50_shots')
       if control != f'two_stages_{shots}_shots')
   config.results = 'docs/results/few_shot'
+
+
+def _sasrec():
+  return sweep.method(seeds=3, fields={
+      'stages': (), 'sasrec': {'steps': 1500}})
 
 
 def _base():
