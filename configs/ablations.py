@@ -11,7 +11,7 @@ apart.
 
 configs/ablations.py:one_pass first learns all behaviors, every training target,
 over the vocabulary, and then compares stages b of 48 steps: of balanced
-or natural draws, by difficulty or at random.
+or natural draws, by difficulty or at random; SASRec is beside them.
 
 configs/ablations.py:few_shot runs two stages and one where tail behaviors
 of 50 training events or more keep that many training samples, chosen by seed,
