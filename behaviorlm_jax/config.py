@@ -158,9 +158,21 @@ def _section(**fields):
 
 def _data():
   return _section(
-      events='',  # Path, hf:// or pypi:// address of the log.
+      # The log: path of a file, a folder of parts or a glob, hf://, gs:// or
+      # pypi:// address; or several of them with commas between.
+      events='',
+      # Dots lead into nested JSON and Parquet; '': the log has none.
       columns=_section(user='user', time='time', behavior='behavior',
-                       place='', group=''),  # '': the log has none.
+                       place='', group=''),
+      # '': found from the log. A character each, 'tab', or 'none'.
+      csv=_section(delimiter='', quote='', escape=''),
+      # '': found from the whole column; data.log.times has the words, and any
+      # strptime pattern will do.
+      time_format='',
+      time_zone='',  # Whose clock shows instants; '': the log's own offsets.
+      # What stands for no user, behavior, place or time, in any case.
+      nulls=('null', 'none', 'nan', 'nat', 'na', 'n/a', '<na>', '\\n', 'nil',
+             'undefined'),
       collapse_repeats=True,  # Drop immediate repeats of the same behavior.
       max_rejected=0.01,  # Share of malformed rows that stops the run.
       # '3/16': only prepares part 3 (of 0 to 15) of the users, and ends; the

@@ -25,6 +25,7 @@ from behaviorlm_jax import hub
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import join
 from behaviorlm_jax.data import shards as shards_lib
+from behaviorlm_jax.data.log import sources
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import processor
 
@@ -36,7 +37,8 @@ SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
 _WHERE = ('mesh', 'sharding', 'distributed')
 # What decides each folder that no stage owns.
 _DECIDES = {
-    'events': ('data.events', 'data.columns', 'data.collapse_repeats',
+    'events': ('data.events', 'data.columns', 'data.csv', 'data.time_format',
+               'data.time_zone', 'data.nulls', 'data.collapse_repeats',
                'data.max_rejected', 'data.split', 'data.anchor_share', 'seed'),
     'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
 }
@@ -138,10 +140,13 @@ def _pin_addresses(config, names, earlier):
   config = config.copy_and_resolve_references()
   values = as_dict(config)
   for name in names:
-    address = _get(values, name)
-    if address.startswith(hub.PREFIX):
-      found = [old for past in earlier if (old := _get(past, name))]
-      config.update_from_flattened_dict({name: hub.pin(address, name, found)})
+    addresses_of = _get(values, name).split(',')  # Of a log: one or several.
+    if any(part.startswith(hub.PREFIX) for part in addresses_of):
+      found = [old for past in earlier if (texts := _get(past, name))
+               for old in texts.split(',')]
+      pinned = [hub.pin(part, name, found) if part.startswith(hub.PREFIX)
+                else part for part in addresses_of]
+      config.update_from_flattened_dict({name: ','.join(pinned)})
   return config
 
 
@@ -289,26 +294,26 @@ def open_events(config, workdir):
 
 
 def _prepare_events(config, folder):
-  path = _log(config)
-  origin = as_dict(config) | {'log_sha256': addresses.sha256(path)}
+  log = sources.open_log(config.data.events)
+  origin = as_dict(config) | {'log_sha256': log.sha256()}
   events_lib.clean(folder)
   if not folder.exists():
     shards = folder.with_name(bucket.SHARDS)
     if shards.exists():
-      sources = _complete(shards, origin)
-      join.join(config.data, path, sources, folder, config.seed, origin)
+      complete = _complete(shards, origin)
+      join.join(config.data, log, complete, folder, config.seed, origin)
       logging.info('%s: %d shards joined in %s; they are not needed any more.',
-                   shards, len(sources), folder)
+                   shards, len(complete), folder)
     else:
-      events_lib.prepare(config.data, path, folder, config.seed, origin)
+      events_lib.prepare(config.data, log, folder, config.seed, origin)
     return
   theirs = _read(folder)
   if theirs is None:
     raise InputError(f'{folder} exists but was not made by this program; use '
                      'another --workdir.')
   if theirs['log_sha256'] != origin['log_sha256']:
-    raise InputError(f'{folder} was made from another content of {path}; use '
-                     'another --workdir.')
+    raise InputError(f'{folder} was made from another content of {log.name}; '
+                     'use another --workdir.')
 
 
 def prepare_shard(config, workdir):
@@ -321,24 +326,17 @@ def prepare_shard(config, workdir):
     return
   config = _pin_addresses(config, ['data.events'], [])
   folder = workdir / bucket.SHARDS / name
-  path = _log(config)
+  log = sources.open_log(config.data.events)
   # DuckDB's hash decides which users are in a shard.
-  origin = as_dict(config) | {'log_sha256': addresses.sha256(path),
+  origin = as_dict(config) | {'log_sha256': log.sha256(),
                               'duckdb': duckdb.__version__}
   if folder.exists():
     _check_shard(folder, origin)
   else:
-    shards_lib.write(config.data, path, folder, (index, count), origin)
+    shards_lib.write(config.data, log, folder, (index, count), origin)
     bucket.push()
   logging.info('%s is prepared; once all %d are, run the same command without '
                'data.shard.', folder, count)
-
-
-def _log(config):
-  """Path of the log."""
-  if not config.data.events:
-    raise InputError('data.events is empty; give --config.data.events=LOG.')
-  return addresses.resolve(config.data.events, 'data.events')
 
 
 def _complete(root, origin):
@@ -361,12 +359,12 @@ def _complete(root, origin):
         f'{listed}{", ..." * (len(missing) > 20)}; run this command with '
         f'--config.data.shard={missing[0]}/{count} for each, or delete the '
         'folder to prepare the log here.')
-  sources = [found[count, i] for i in range(count)]
+  folders = [found[count, i] for i in range(count)]
   # Those who joined need not have hashed.
-  origin = origin | {'duckdb': _get(_read(sources[0]) or {}, 'duckdb')}
-  for folder in sources:
+  origin = origin | {'duckdb': _get(_read(folders[0]) or {}, 'duckdb')}
+  for folder in folders:
     _check_shard(folder, origin)
-  return sources
+  return folders
 
 
 def _check_shard(folder, origin):

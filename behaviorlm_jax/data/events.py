@@ -4,10 +4,11 @@
 `join` what takes all users.
 
 Invariants of the folder that `prepare` leaves: events are sorted by user, then
-local time, then line of the file; `user` counts 0, 1, ... without gaps; a
-column is one file; the folder exists only when it is complete; the same log and
-config give the same fingerprint on every machine, in any number of shards.
-Times are the user's own clock: an offset in the log is dropped, not applied.
+instant (local clock, where the log tells no instants), then line of the file;
+`user` counts 0, 1, ... without gaps; a column is one file; the folder exists
+only when it is complete; the same log and config give the same fingerprint on
+every machine, in any number of shards. Times are shown by the user's own clock,
+which goes back by an hour once a year where events are ordered by instant.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from behaviorlm_jax.data import columns
 from behaviorlm_jax.data import join
 from behaviorlm_jax.data import shards
 from behaviorlm_jax.data import splits
+from behaviorlm_jax.data.log import sources
 from behaviorlm_jax.data.splits import Behavior
 from behaviorlm_jax.data.splits import SPLITS as SPLITS
 from behaviorlm_jax.errors import InputError
@@ -43,9 +45,9 @@ class Events:
   known: int  # how many behaviors are candidates: all before the unseen
 
 
-def prepare(data, path, folder: pathlib.Path, seed: int,
+def prepare(data, place, folder: pathlib.Path, seed: int,
             origin: dict | None = None) -> dict:
-  """Reads the log at `path` into the new `folder`; returns its summary.
+  """Reads the log at `place` into the new `folder`; returns its summary.
 
   `origin` is written beside the events as config.json.
   """
@@ -54,8 +56,9 @@ def prepare(data, path, folder: pathlib.Path, seed: int,
   whole = folder.with_name(folder.name + '.whole')
   clean(folder)
   try:
-    shards.write(data, path, whole)
-    return join.join(data, path, [whole], folder, seed, origin)
+    log = sources.open_log(place)
+    shards.write(data, log, whole)
+    return join.join(data, log, [whole], folder, seed, origin)
   finally:
     clean(folder)
 

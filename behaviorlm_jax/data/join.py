@@ -8,6 +8,7 @@ to its end. What is kept in memory grows with users, places and names, not with
 events.
 """
 
+import collections
 import csv
 import dataclasses
 import hashlib
@@ -24,6 +25,8 @@ from behaviorlm_jax import files
 from behaviorlm_jax.data import columns
 from behaviorlm_jax.data import shards
 from behaviorlm_jax.data import splits
+from behaviorlm_jax.data.log import sources
+from behaviorlm_jax.data.log import times
 from behaviorlm_jax.data.splits import SPLITS
 from behaviorlm_jax.errors import InputError
 
@@ -54,86 +57,106 @@ class _Shard:
     return splits.by_time(nth, self.begins[user + 1] - begin, ends)
 
 
-def join(data, path, sources, folder: pathlib.Path, seed: int,
+def join(data, place, folders, folder: pathlib.Path, seed: int,
          origin: dict | None = None) -> dict:
-  """Makes `folder` of the shards `sources` of a log; returns its summary.
+  """Makes `folder` of the shards `folders` of a log; returns its summary.
 
-  `path` is that of the log, for what is said of it; `origin` is written beside
+  `place` is that of the log, for what is said of it; `origin` is written beside
   the events as config.json.
   """
-  ends = splits.cuts(data.split)
-  facts = [json.loads((source / 'shard.json').read_text('utf-8'))
-           for source in sources]
-  _check_rows(facts, sources, path)
-  rejected = sum(fact['rejected'] for fact in facts)
-  shards.check_rejected(path, data.max_rejected, facts[0]['rows'], rejected,
-                        list(itertools.islice(_rejected(sources), 1)))
+  log, ends = sources.open_log(place), splits.cuts(data.split)
+  facts = [json.loads((one / 'shard.json').read_text('utf-8'))
+           for one in folders]
+  _check_rows(facts, folders, log)
+  lost = _lost(facts)
+  shards.check_rejected(log, data.max_rejected, facts[0]['rows'],
+                        lost['reasons'],
+                        list(itertools.islice(_rejected(folders), 1)))
   with shards.new_folder(folder) as (half, con):
-    parts = _open(con, sources)
+    parts = _open(con, folders)
     if facts[0]['grouped']:
       _split_groups(parts, seed, ends)
     names = [name for name, in con.execute(
         'SELECT name FROM names ORDER BY id').fetchall()]
     counts = sum(_count(part, len(names), ends) for part in parts)
     behaviors, order = splits.group_behaviors(names, counts, data.anchor_share)
-    _check_training(behaviors, path)
+    _check_training(behaviors, lost, log)
     for part in parts:
       part.names = order[part.names]
     for table in ('users', 'places'):
       columns.write_table(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
-    digests = _write_events(parts, half, ends)
+    digests, span = _write_events(parts, half, ends)
     files.write_json(half / 'behaviors.json',
                      [dataclasses.asdict(item) for item in behaviors])
-    _write_rejected(sources, half / 'rejected.csv')
-    summary = {'rows': facts[0]['rows'], 'rejected': rejected}
-    summary |= {name: sum(fact[name] for fact in facts)
-                for name in ('duplicates', 'repeats')}
-    summary |= _summary(sum(len(part.users) for part in parts), counts,
-                        behaviors)
-    summary['warnings'] = _warnings(summary)
+    _write_rejected(folders, half / 'rejected.csv', log)
+    summary = lost | _summary(sum(len(part.users) for part in parts), counts,
+                              behaviors)
+    form = times.Form(**facts[0]['form'])
+    summary |= {'layout': facts[0]['layout'], 'clock': form.clock,
+                'times': _times(form, span, log, data.time_format)}
+    summary['warnings'] = [
+        *_warnings(summary), *_case_warnings(behaviors),
+        *_time_warnings(form, any(fact['shifted'] for fact in facts))]
     summary['fingerprint'] = _fingerprint(digests, half, behaviors)
     files.write_json(half / 'summary.json', summary)
     if origin is not None:
       files.write_json(half / 'config.json', origin)
+  logging.info('%s: times: %s.', log.name, summary['times'])
   for warning in summary['warnings']:
     logging.warning('%s', warning)
   return summary
 
 
-def _check_rows(facts, sources, path):
+def _check_rows(facts, folders, log):
   """Refuses shards that are not those of one log, each once."""
   found = sum(fact['sound'] + fact['rejected'] for fact in facts)
   rows = facts[0]['rows']
-  if found != rows:
+  if found != rows or any(fact['form'] != facts[0]['form'] for fact in facts):
     raise InputError(
-        f'the {len(sources)} shards in {sources[0].parent} hold {found} of the '
-        f'{rows} rows of {path}: they do not belong together; delete them and '
-        'prepare all of them again')
+        f'the {len(folders)} shards in {folders[0].parent} hold {found} of the '
+        f'{rows} rows of {log.name}: they do not belong together; delete them '
+        'and prepare all of them again')
 
 
-def _rejected(sources):
+def _lost(facts) -> dict:
+  """How many rows there were, and how many of them are no events."""
+  reasons = collections.Counter()
+  for fact in facts:
+    reasons.update(fact['reasons'])
+  return {'rows': facts[0]['rows'], 'rejected': reasons.total(),
+          'reasons': dict(sorted(reasons.items(),
+                                 key=lambda item: (-item[1], item[0])))} | {
+      name: sum(fact[name] for fact in facts)
+      for name in ('duplicates', 'repeats')}
+
+
+def _rejected(folders):
   """Yields the malformed rows (line, reason, text) of all shards, by line."""
 
   def rows(source):
     for batch in columns.read_table(source / 'rejected.arrow').to_batches():
       yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
 
-  return heapq.merge(*map(rows, sources))
+  return heapq.merge(*map(rows, folders))
 
 
-def _write_rejected(sources, path):
+def _write_rejected(folders, path, log):
+  """Writes the malformed rows; of several files, each with its name."""
+  one = len(log.files) == 1
   with open(path, 'w', encoding='utf-8', newline='') as file:
     writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(['line', 'reason', 'text'])
-    writer.writerows(_rejected(sources))
+    writer.writerow([*([] if one else ['file']), 'line', 'reason', 'text'])
+    for line, reason, text in _rejected(folders):
+      where = [line] if one else log.place(line)
+      writer.writerow([*where, reason, text])
 
 
-def _open(con, sources) -> list[_Shard]:
+def _open(con, folders) -> list[_Shard]:
   """Opens the shards; leaves the tables users, places and names (id, name)."""
-  numbers = {table: _number(con, table, sources) for table in _TABLES}
+  numbers = {table: _number(con, table, folders) for table in _TABLES}
   parts = []
-  for i, source in enumerate(sources):
+  for i, source in enumerate(folders):
     events = columns.read_table(source / 'users.arrow')['events'].to_numpy()
     parts.append(_Shard(
         source, np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
@@ -143,10 +166,10 @@ def _open(con, sources) -> list[_Shard]:
   return parts
 
 
-def _number(con, table: str, sources) -> list[np.ndarray]:
+def _number(con, table: str, folders) -> list[np.ndarray]:
   """Numbers in the whole log, int32, of the names of each shard."""
-  views = [f'{table}_{i}' for i in range(len(sources))]
-  for view, source in zip(views, sources, strict=True):
+  views = [f'{table}_{i}' for i in range(len(folders))]
+  for view, source in zip(views, folders, strict=True):
     names = columns.read_table(source / f'{table}.arrow').select(['name'])
     con.register(view, names.append_column(
         'place', pa.array(np.arange(len(names)))))
@@ -182,30 +205,56 @@ def _count(part, names: int, ends):
   return counts
 
 
-def _check_training(behaviors, path):
+def _check_training(behaviors, lost, log):
+  """Refuses a log of which nothing can be learned."""
+  events = sum(item.count for item in behaviors)
+  if len(behaviors) == 1:
+    raise InputError(
+        f'{log.name} holds one behavior alone, {behaviors[0].name!r}, and at '
+        f'least 2 are needed{_said(lost)}: check data.columns.behavior')
   if not any(item.train_count for item in behaviors):
     raise InputError(
-        f'{path}: none of its {sum(item.count for item in behaviors)} events '
-        'falls into the training split: give longer histories (or more groups) '
-        'or a larger first fraction of data.split')
+        f'{log.name}: none of its {events} events falls into the training '
+        f'split{_said(lost)}: give longer histories (or more groups) or a '
+        'larger first fraction of data.split')
   taught = [item.name for item in behaviors if item.train_count]
   if len(taught) < 2:
     raise InputError(
-        f'{path}: the training split holds 1 behavior, {taught[0]!r}, and at '
-        'least 2 are needed: check data.columns.behavior and data.split')
+        f'{log.name}: the training split holds 1 behavior, {taught[0]!r}, and '
+        f'at least 2 are needed{_said(lost)}: check data.columns.behavior and '
+        'data.split')
+
+
+def _said(lost) -> str:
+  """What became of the rows that are no events, in brackets."""
+  return (f' (of {lost["rows"]} rows {lost["rejected"]} were malformed, '
+          f'{lost["duplicates"]} duplicates and {lost["repeats"]} immediate '
+          'repeats, see data.collapse_repeats)')
+
+
+def _times(form: times.Form, span, log, given: str) -> str:
+  """'ISO 8601, 2024-01-01 to 2024-03-09'; refuses a log of other years."""
+  first, last = (str(np.datetime64(int(t), 's'))[:10] for t in span)
+  if not given and (span[1] < times.FIRST or span[0] >= times.LAST):
+    raise InputError(
+        f'{log.name}: its times, read as {form.text}, lie from {first} to '
+        f'{last}, outside of {times.YEARS}; set data.time_format to what they '
+        f'are (one of {", ".join(times.WORDS)}, or a strptime pattern) or '
+        'check data.columns.time')
+  return f'{form.text}, {first} to {last}'
 
 
 # Writing.
 
 
-def _write_events(parts, folder, ends) -> dict[str, str]:
-  """Writes the columns; returns the SHA-256 of those that are hashed."""
+def _write_events(parts, folder, ends):
+  """Writes the columns; returns {name: SHA-256} and the span of times."""
   sizes = np.zeros(sum(len(part.users) for part in parts), np.int64)
   for part in parts:
     sizes[part.users] = np.diff(part.begins)
   begins = np.concatenate([[0], np.cumsum(sizes)])
   hashes = {name: hashlib.sha256() for name in _HASHED}
-  low = 0
+  low, span = 0, []
   with columns.Writer(folder, columns.DTYPES) as writer:
     while low < len(sizes):
       full = np.searchsorted(begins, begins[low] + _BLOCK, 'right') - 1
@@ -213,8 +262,10 @@ def _write_events(parts, folder, ends) -> dict[str, str]:
       written = writer.add(**_block(parts, begins, low, high, ends))
       for name, digest in hashes.items():
         digest.update(written[name])
+      span += [written['time'].min(), written['time'].max()]
       low = high
-  return {name: digest.hexdigest() for name, digest in hashes.items()}
+  digests = {name: digest.hexdigest() for name, digest in hashes.items()}
+  return digests, (min(span), max(span))
 
 
 def _block(parts, begins, low: int, high: int, ends):
@@ -268,6 +319,30 @@ def _warnings(summary) -> list[str]:
         f'behaviors seen only in the test split: {summary["unseen"]}, with '
         f'{summary["unseen_test_events"]} events in all; they may stand in '
         'contexts and are never candidates')
+  return warnings
+
+
+def _case_warnings(behaviors) -> list[str]:
+  alike = collections.defaultdict(list)
+  for item in behaviors:
+    alike[item.name.casefold()].append(item.name)
+  alike = [sorted(names) for names in alike.values() if len(names) > 1]
+  if not alike:
+    return []
+  shown = '; '.join(' and '.join(map(repr, names)) for names in alike[:5])
+  return [f'{len(alike)} names are written in several cases and stay apart: '
+          f'{shown}{"; ..." * (len(alike) > 5)}']
+
+
+def _time_warnings(form: times.Form, shifted: bool) -> list[str]:
+  """`shifted`: whether any event is shown by another clock than UTC's."""
+  warnings = []
+  if not form.clock:
+    warnings.append('times are dates alone: lines of prompts show no clock, '
+                    'and events of one day keep the order of the file')
+  if form.instants and not form.zone and not shifted:
+    warnings.append('all times are shown by the clock of UTC; if the users '
+                    'live by another one, set data.time_zone')
   return warnings
 
 

@@ -17,18 +17,19 @@ Why DuckDB: parsing and sorting are SQL, and its operators spill to disk, so a
 log larger than memory goes the same way as a small one, without a server.
 
 Invariants of the folder: events are sorted by user (names in code point order),
-then local time, then line of the file; the folder exists only when it is
-complete.
+then instant (or local clock, of a log without instants), then line of the file;
+the folder exists only when it is complete.
 
     user, time, behavior, place .npy   of columns.DTYPES; numbers are those of
                                        the next three files
     users.arrow                        name, events, group
     names.arrow, places.arrow          name
     rejected.arrow                     line, reason, text of malformed rows
-    shard.json                         counts of rows
+    shard.json                         counts of rows, the form of the times
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import shutil
 
@@ -38,11 +39,11 @@ import pyarrow as pa
 
 from behaviorlm_jax import files
 from behaviorlm_jax.data import columns
-from behaviorlm_jax.data import logs
+from behaviorlm_jax.data.log import reader
+from behaviorlm_jax.data.log import sources
 from behaviorlm_jax.errors import InputError
 
 MEMORY = '4GB'  # leaves room on an 8 GB machine; beyond it DuckDB spills
-_LONGEST_NAME = 256  # characters
 _BATCH = 1 << 20  # events at a time
 COLUMNS = ('user', 'time', 'behavior', 'place')
 _TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
@@ -65,28 +66,27 @@ def new_folder(folder: pathlib.Path):
     shutil.rmtree(half, ignore_errors=True)
 
 
-def write(data, path, folder: pathlib.Path, shard=(0, 1),
+def write(data, place, folder: pathlib.Path, shard=(0, 1),
           origin: dict | None = None):
-  """Reads the log at `path` into the new `folder`, the users of a shard.
+  """Reads the log at `place` into the new `folder`, the users of a shard.
 
-  `origin` is written beside it as config.json.
+  `place`: what sources.open_log takes; `origin` is written beside the events as
+  config.json.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise InputError(f'{path} does not exist or is no file: set data.events')
+  log = sources.open_log(place)
   with new_folder(folder) as (half, con):
-    grouped, rows = logs.read(con, data, path, shard)
-    facts = _reject(con, data.max_rejected, path, half, rows)
-    _check_names(con, path)
+    found = reader.read(con, data, log, shard)
+    facts = _reject(con, data.max_rejected, log, half, found.rows)
     for table, column in _TABLES.items():
       columns.number_names(con, table, f'SELECT {column} AS name FROM parsed')
-    if grouped:
-      _check_groups(con, path)
-    facts |= _write_events(con, half, data.collapse_repeats, grouped)
+    if found.grouped:
+      _check_groups(con, log)
+    facts |= _write_events(con, half, data.collapse_repeats, found.grouped)
     for table in ('names', 'places'):
       columns.write_table(half / f'{table}.arrow', con.sql(
           f'SELECT name FROM {table} ORDER BY id'))
-    facts |= {'grouped': grouped}
+    facts |= {'grouped': found.grouped, 'layout': found.layout,
+              'form': dataclasses.asdict(found.form)}
     if origin is not None:
       files.write_json(half / 'config.json', origin)
     files.write_json(half / 'shard.json', facts)
@@ -95,58 +95,68 @@ def write(data, path, folder: pathlib.Path, shard=(0, 1),
 # Checking: what stops the run.
 
 
-def _reject(con, most: float, path, folder, rows: int) -> dict[str, int]:
+def _reject(con, most: float, log, folder, rows: int) -> dict:
   """Writes rejected.arrow; refuses an empty log and too many malformed rows.
 
   `rows`: of the whole log. Those of other shards may be malformed, too, which
   is left to `join`.
   """
   if not rows:
-    raise InputError(f'{path} holds no rows: give data.events a log with rows')
-  (rejected,), = con.execute('SELECT count(reason) FROM rows').fetchall()
+    raise InputError(f'{log.name} holds no rows: give data.events a log with '
+                     'rows')
+  # Reasons of one kind: without what they quote.
+  reasons = dict(con.execute(r"""
+      SELECT regexp_replace(regexp_replace(reason, ' ''.*''', ''), ':.*', '')
+             AS kind, count(*) FROM rows WHERE reason IS NOT NULL
+      GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall())
   query = ('SELECT line, reason, text FROM rows WHERE reason IS NOT NULL '
            'ORDER BY line')
-  check_rejected(path, most, rows, rejected,
+  check_rejected(log, most, rows, reasons,
                  con.execute(f'{query} LIMIT 1').fetchall())
   columns.write_table(folder / 'rejected.arrow', con.sql(query))
-  return {'rows': rows, 'rejected': rejected}
+  return {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
 
 
-def check_rejected(path, most: float, rows: int, rejected: int, first):
+def check_rejected(log, most: float, rows: int, reasons: dict[str, int], first):
   """Refuses too many malformed rows; `first`: a list of the first of them."""
+  rejected = sum(reasons.values())
+  if rejected <= most * rows and rejected < rows:
+    return
+  line, reason, _ = first[0]
+  counts = ', '.join(f'{n} {kind}' for kind, n in sorted(
+      reasons.items(), key=lambda item: (-item[1], item[0]))[:5])
   if rejected > most * rows:
-    line, reason, _ = first[0]
     raise InputError(
-        f'{path} line {line}: {reason}; {rejected} of {rows} rows are '
-        f'malformed ({rejected / rows:.2%}) and data.max_rejected = {most} '
-        f'allows {most:.2%}: mend the rows, check data.columns, or raise '
-        'data.max_rejected')
-  if rejected == rows:
-    raise InputError(f'{path}: all {rows} rows are malformed: check '
-                     'data.columns')
+        f'{log.at(line)}: {reason}; {rejected} of {rows} rows are malformed '
+        f'({rejected / rows:.2%}: {counts}) and data.max_rejected = {most} '
+        f'allows {most:.2%}: mend the rows, check data.columns'
+        f'{_hint(reasons)}, or raise data.max_rejected')
+  raise InputError(f'{log.name}: all {rows} rows are malformed ({counts}): '
+                   f'check data.columns{_hint(reasons)}')
 
 
-def _check_names(con, path):
-  """An unusable behavior name is a wrong log, not a malformed row."""
-  bad = con.execute(
-      'SELECT line, length(what) FROM parsed WHERE length(what) NOT BETWEEN 1 '
-      f'AND {_LONGEST_NAME} ORDER BY line LIMIT 1').fetchone()
-  if bad:
-    line, length = bad
-    what = f'has {length} characters' if length else 'is empty'
-    raise InputError(
-        f'{path} line {line}: the behavior name {what}; give every row a name '
-        f'of 1 to {_LONGEST_NAME} characters (data.columns.behavior)')
+# Settings that such malformed rows may come from.
+_HINTS = (
+    ('fields instead of', 'data.csv (delimiter, quote, escape)'),
+    ('broken row', 'data.csv (delimiter, quote, escape)'),
+    ('is not of the form', 'data.time_format'), ('means none', 'data.nulls'),
+    ('not UTF-8', 'the encoding, which must be UTF-8 or UTF-16'))
 
 
-def _check_groups(con, path):
+def _hint(reasons) -> str:
+  found = dict.fromkeys(hint for words, hint in _HINTS
+                        if any(words in kind for kind in reasons))
+  return ''.join(f', {hint}' for hint in found)
+
+
+def _check_groups(con, log):
   torn = con.execute("""
       SELECT who, min(team), max(team), arg_max(line, (team, -line))
       FROM parsed GROUP BY who HAVING min(team) <> max(team)
       ORDER BY who LIMIT 1""").fetchone()
   if torn:
     raise InputError(
-        f'{path} line {torn[3]}: user {torn[0]!r} stands in two groups, '
+        f'{log.at(torn[3])}: user {torn[0]!r} stands in two groups, '
         f'{torn[1]!r} and {torn[2]!r}; a user belongs to one group of '
         'data.columns.group')
 
@@ -154,23 +164,23 @@ def _check_groups(con, path):
 # Writing.
 
 
-def _write_events(con, folder, collapse: bool, grouped: bool
-                  ) -> dict[str, int]:
+def _write_events(con, folder, collapse: bool, grouped: bool) -> dict:
   """Writes the columns and users.arrow; returns counts of rows."""
   # DuckDB streams only where nothing is left to fetch.
   (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
                                  '(SELECT count(*) FROM parsed)').fetchall()
   reader = con.sql("""
-      SELECT users.id AS uid, micros, names.id AS bid,
+      SELECT users.id AS uid, instant, shift, names.id AS bid,
              coalesce(places.id, -1) AS pid
       FROM parsed JOIN users ON who = users.name JOIN names ON what = names.name
       LEFT JOIN places ON place = places.name
-      ORDER BY uid, micros, line""").to_arrow_reader(_BATCH)
+      ORDER BY uid, instant, line""").to_arrow_reader(_BATCH)
   sizes = np.zeros(users, np.int64)
-  single, last = 0, (-1, -1)
+  single, last, shifted = 0, (-1, -1), False
   with columns.Writer(folder, COLUMNS) as writer:
-    for user, micros, behavior, place in _without_duplicates(reader):
+    for user, instant, shift, behavior, place in _without_duplicates(reader):
       single += len(user)
+      shifted |= bool(shift.any())
       kept = np.ones(len(user), bool)
       if collapse:  # Of immediate repeats the first one stays.
         kept[1:] = (np.diff(user) != 0) | (np.diff(behavior) != 0)
@@ -179,7 +189,8 @@ def _write_events(con, folder, collapse: bool, grouped: bool
       sizes[user[0]:user[-1] + 1] += np.bincount(
           user[kept] - user[0], minlength=user[-1] - user[0] + 1)
       writer.add(user=user[kept], behavior=behavior[kept], place=place[kept],
-                 time=micros[kept] // 1_000_000)  # Floor, also before 1970.
+                 # The user's clock; floor, also before 1970.
+                 time=instant[kept] // 1_000_000 + shift[kept])
   con.register('sizes', pa.table({'id': np.arange(users), 'events': sizes}))
   # A group is an event's in the log and a user's here.
   teams = ('SELECT who, any_value(team) AS team FROM parsed GROUP BY who'
@@ -187,23 +198,23 @@ def _write_events(con, folder, collapse: bool, grouped: bool
   columns.write_table(folder / 'users.arrow', con.sql(f"""
       SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
       LEFT JOIN ({teams}) ON who = name ORDER BY id"""))
-  return {'sound': parsed, 'duplicates': parsed - single,
+  return {'sound': parsed, 'shifted': shifted, 'duplicates': parsed - single,
           'repeats': single - int(sizes.sum())}
 
 
 def _without_duplicates(reader):
-  """Yields columns (user, micros, behavior, place) in their order, each once.
+  """Yields (user, instant, shift, behavior, place) in their order, each once.
 
   Exact duplicates are rows equal in every mapped column; the first one stays.
-  They are looked for here, among the few rows of one user and moment, because
+  They are looked for here, among the few rows of one user and instant, because
   DuckDB would have to group all rows before it sorts them.
   """
-  held = [np.zeros(0, np.int64)] * 4  # Rows of a moment that may go on.
+  held = [np.zeros(0, np.int64)] * 5  # Rows of an instant that may go on.
   for batch in reader:
     rows = [np.concatenate([old, batch.column(i).to_numpy()])
             for i, old in enumerate(held)]
-    user, micros = rows[:2]
-    others = np.flatnonzero((user != user[-1:]) | (micros != micros[-1:]))
+    user, instant = rows[:2]
+    others = np.flatnonzero((user != user[-1:]) | (instant != instant[-1:]))
     cut = others[-1] + 1 if len(others) else 0
     held = [column[cut:] for column in rows]
     if cut:
@@ -212,16 +223,15 @@ def _without_duplicates(reader):
     yield _first_of_equals(*held)
 
 
-def _first_of_equals(*rows):
-  user, micros, behavior, place = rows
-  same = (np.diff(user) == 0) & (np.diff(micros) == 0)
+def _first_of_equals(user, instant, shift, behavior, place):
+  same = (np.diff(user) == 0) & (np.diff(instant) == 0)
   tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+  keys = place, behavior, instant, user  # One instant on any clock.
   # Stable: equal rows keep their order.
-  tied = tied[np.lexsort([column[tied] for column in (
-      place, behavior, micros, user)])]
+  tied = tied[np.lexsort([column[tied] for column in keys])]
   equal = np.ones(max(len(tied) - 1, 0), bool)
-  for column in rows:
+  for column in keys:
     equal &= np.diff(column[tied]) == 0
   kept = np.ones(len(user), bool)
   kept[tied[1:][equal]] = False
-  return [column[kept] for column in rows]
+  return [column[kept] for column in (user, instant, shift, behavior, place)]

@@ -1,0 +1,1 @@
+"""A raw log, in whatever form people have it -> rows in one vocabulary."""
