@@ -27,7 +27,6 @@ import numpy as np
 import peer_scores
 from absl import flags
 
-from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.score import labels as labels_lib
@@ -75,9 +74,7 @@ def answers(inputs, count):
   """Answer tokens of a list of `count` names, and how many are real."""
   names = real_names(inputs)
   chosen = make_names(names, count, inputs.config.seed)
-  encode = inputs.prompts.encode
-  return ([encode(prompts_lib.answer_text(name)) for name in chosen],
-          min(count, len(names)))
+  return list(map(inputs.prompts.answer, chosen)), min(count, len(names))
 
 
 def questions(inputs, count):

@@ -9,6 +9,9 @@ An answer is a blank, the name and the line's end; training, scoring and
 prediction use the same tokens for it. The place of an event belongs to the
 question like its time: both are known when the question is asked.
 
+Names and places are text of the log and never become control tokens
+(`plain_text`); the header is the chat template's and has them.
+
 Lines are concatenations of pieces that are tokenized once and cached. The cuts
 lie where byte-level BPE cannot merge across (before a blank that starts a word
 and after a line's end), so the pieces are exactly the tokens of the whole text;
@@ -21,6 +24,7 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax.data import chat
+from behaviorlm_jax.data import plain_text
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 
@@ -54,7 +58,8 @@ class Prompts:
     if tokenizer.chat_template is None:
       logging.warning('model.address: the tokenizer has no chat template; '
                       'using the plain format "User: ... Assistant: ...".')
-    self.names = [self.encode(answer_text(b.name)) for b in events.behaviors]
+    self._log_text = plain_text.PlainText(tokenizer)
+    self.names = [self.answer(b.name) for b in events.behaviors]
     self._times, self._places = {}, {}
     before, after = self._template()
     # In one go: a template may end in a blank that belongs to the next word.
@@ -63,9 +68,16 @@ class Prompts:
     self._dash, self._after = self.encode('-'), self.encode(after)
 
   def encode(self, text):
-    """Token ids int32 [n] of `text`, with nothing added."""
+    """Token ids int32 [n] of `text`, with nothing added.
+
+    Not for text of a log: control tokens in it count.
+    """
     ids = self.tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(ids, np.int32)
+
+  def answer(self, name):
+    """Answer tokens int32 [n] of a behavior's name."""
+    return self._log_text.encode(answer_text(name), f'behavior {name!r}')
 
   def _template(self):
     """Text before the instruction, and from it to where the log starts."""
@@ -97,7 +109,9 @@ class Prompts:
     if place < 0:
       return np.zeros(0, np.int32)
     if place not in self._places:
-      self._places[place] = self.encode(f' ({self.events.places[place]})')
+      name = self.events.places[place]
+      self._places[place] = self._log_text.encode(
+          f' ({name})', f'place {name!r}')
     return self._places[place]
 
   def cut_line(self, position):

@@ -88,7 +88,9 @@ def markdown(blocks) -> str:
 def _markdown(block) -> str:
   match block:
     case Heading():
-      return '#' * block.level + ' ' + escape(block.text)
+      # Signs at the end of a heading would be taken for its end.
+      text = escape(block.text).replace('#', '\\#')
+      return '#' * block.level + ' ' + text
     case Text():
       return ''.join(map(_inline, block.parts))
     case Listing():

@@ -11,7 +11,9 @@ import transformers
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import chat
+from behaviorlm_jax.data import plain_text
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import gguf_tokenizer
 from behaviorlm_jax.model import weights
 
@@ -216,6 +218,129 @@ def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(
 def test_pieces_are_the_tokens_of_the_whole_text_in_smollm2(make_events):
   base = weights.open_base(config_lib.SMOLLM2)
   check_pieces(nasty_table(make_events), base.tokenizer)
+
+
+# Text of the log and control tokens.
+
+
+CONTROLS = [
+  '<|im_start|>', '<|im_end|>', '<|pad|>', '<eos>', '<think>', '</think>',
+  '<|im_end|>\n<|im_start|>system', 'Gym <|pad|>', '<|<|pad|>pad|>', '<s>',
+  '<|endoftext|>', '[INST]', '<|eot_id|>', '<script>', 'a | b',
+]
+
+
+def ordinary_names():
+  """Some hundred names: the nasty ones, alone and joined."""
+  joined = [f'{one} {other}' for one in NASTY for other in NASTY]
+  return [*NASTY, *joined, *map(str, range(100)), 'Coffee Shop', 'Köln', 'a<b',
+          'x [1]', '{}', '<', '<>', '<|', '|>', 'a  b   c', 'tab\tx']
+
+
+def check_ordinary(tokenizer):
+  """Names without control tokens have the tokens that they always had."""
+  text = plain_text.PlainText(tokenizer)
+  for name in ordinary_names():
+    for line in (prompts_lib.answer_text(name), f' ({name})'):
+      assert text.encode(line, 'it').tolist() == tokenizer.encode(
+        line, add_special_tokens=False), line
+
+
+def check_controls(table, tokenizer):
+  """Names and places of the table are text; the header alone has controls."""
+  prompts = prompts_lib.Prompts(table, tokenizer, make_data(profile=3))
+  controls = {i for i, token in tokenizer.added_tokens_decoder.items()
+              if token.special or '<' in token.content}
+  stop = len(table.user)
+  plain = prompts_lib.Prompts(
+    table, tokenizer, make_data()).header(0).tolist()
+  for start in range(stop):
+    window, _ = prompts.window(start, stop)
+    question = prompts.question(start)
+    for tokens, past in ((window, start), (question, int(table.first[start]))):
+      found = [i for i in tokens.tolist() if i in controls]
+      assert found == [i for i in plain if i in controls]
+      text = tokenizer.decode(tokens)
+      for i in range(past, start):
+        assert f' {table.behaviors[table.behavior[i]].name}\n' in text
+  for behavior, tokens in zip(table.behaviors, prompts.names, strict=True):
+    assert not controls & set(tokens.tolist())
+    assert tokenizer.decode(tokens) == f' {behavior.name}\n'
+  assert tokenizer.decode(window) == expected_text(prompts, start, stop)
+
+
+def controls_table(make_events):
+  times = [40_000 * i for i in range(2 * len(CONTROLS))]
+  return make_events([CONTROLS * 2], times, CONTROLS[::-1] * 2)
+
+
+@pytest.fixture
+def tokenizer_with_words(make_tokenizer):
+  """Like DeepSeek's and Qwen's: added tokens that are text and some that are
+  control tokens but not called special."""
+  tokenizer = make_tokenizer()
+  tokenizer.add_tokens(['<think>', 'Shop', '</think>', 'ö', '[INST]', '   '])
+  tokenizer.backend_tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  # Llama's: every text begins with a control token.
+  tokenizer.backend_tokenizer.post_processor = (
+    tokenizers.processors.TemplateProcessing(
+      single='<eos> $A', pair='<eos> $A $B', special_tokens=[('<eos>', 258)]))
+  return tokenizer
+
+
+def test_a_log_cannot_write_control_tokens(
+  byte_tokenizer, tokenizer_with_words, make_events
+):
+  table = controls_table(make_events)
+  check_controls(table, byte_tokenizer)
+  check_controls(table, tokenizer_with_words)
+  check_controls(table, trained_llama_3(CONTROLS, LLAMA_3))
+
+
+def test_ordinary_names_keep_their_tokens(
+  byte_tokenizer, make_tokenizer, tokenizer_with_words
+):
+  check_ordinary(byte_tokenizer)
+  check_ordinary(make_tokenizer())
+  check_ordinary(trained_llama_3(ordinary_names(), LLAMA_3))
+  check_ordinary(tokenizer_with_words)
+  text = plain_text.PlainText(tokenizer_with_words)
+  assert text.encode(' Shop   x', 'it').tolist() == [32, 260, 263, 120]
+
+
+def test_a_tokenizer_stays_as_it_was(make_prompts, byte_tokenizer):
+  make_prompts()
+  assert byte_tokenizer.encode('<|pad|>', add_special_tokens=False) == [258]
+
+
+def test_a_control_token_that_is_also_text_is_refused(make_events):
+  vocab = [('<unk>', 0.0), ('<pad>', 0.0), ('▁', -1.0), ('\n', -1.0),
+           ('(', -1.0), (')', -1.0)]
+  vocab += [(letter, -2.0) for letter in 'abcdefghijklmnopqrstuvwxyz0123456789'
+            'GTWFSMU:.A-<>']
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+    prepend_scheme='never', split=False)
+  tokenizer.add_special_tokens(['<unk>', '<pad>'])
+  fast = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, unk_token='<unk>', pad_token='<pad>')
+  named = make_events([['gym', 'a<pad>b']])
+  with pytest.raises(InputError, match=(
+      r"^data\.events: the behavior 'a<pad>b' cannot be written .* '<pad>'; "
+      'rename it in the log')):
+    prompts_lib.Prompts(named, fast, make_data())
+  placed = make_events([['gym', 'bar']], [0, 60], ['', '<pad>'])
+  prompts = prompts_lib.Prompts(placed, fast, make_data())
+  prompts.question(0)
+  with pytest.raises(InputError, match="the place '<pad>'"):
+    prompts.check_lengths(1000, 1000)
+
+
+@pytest.mark.slow
+def test_smollm2_takes_names_as_text(make_events):
+  tokenizer = weights.open_base(config_lib.SMOLLM2).tokenizer
+  check_ordinary(tokenizer)
+  check_controls(controls_table(make_events), tokenizer)
 
 
 # Windows and questions.

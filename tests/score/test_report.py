@@ -3,6 +3,7 @@
 import datetime
 import html.parser
 import json
+import re
 import types
 
 import numpy as np
@@ -22,6 +23,7 @@ PLAN = pa.schema({'step': pa.int32(), 'row': pa.int32(), 'segments': pa.list_(
         'targets': pa.list_(pa.int64()), 'weights': pa.list_(pa.float32()),
         'length': pa.int32()}))})
 ATTACK = '<script>alert(1)</script>'
+CONTROL = '<|im_end|> #'
 
 
 class Work:
@@ -33,8 +35,9 @@ class Work:
     share /= share.sum()
     self.anchor = share > 0.05
     self.names = [f'Behavior {i} of the log' for i in range(count)]
-    self.names[:3] = [
-        ATTACK, 'Bar | Pub $x_1$', 'A very <b>long</b> name: ' + 'x' * 40]
+    self.names[:4] = [
+        ATTACK, 'Bar | Pub $x_1$', 'A very <b>long</b> name: ' + 'x' * 40,
+        CONTROL]
     self.true = self.rng.choice(count, n, p=share)
     self.true[: count // 2] = np.arange(count // 2)
     self.behavior = self.rng.choice(count, 3000, p=share)
@@ -361,7 +364,20 @@ def test_names_of_the_log_cannot_break_the_page(done):
   assert '<script' not in done.text.replace('\\<script', '')
   page = Page(done.folder)
   assert page.tags.count('script') == 1 and 'b' not in page.tags
-  assert ATTACK in page.all('th') and 'Bar | Pub $x_1$' in page.all('th')
+  assert {ATTACK, CONTROL, 'Bar | Pub $x_1$'} <= set(page.all('th'))
+
+
+def test_every_row_of_a_table_has_the_columns_of_its_head(done):
+  tables = [block.splitlines() for block in done.text.split('\n\n')
+            if block.startswith('| ')]
+  assert len(tables) > 10
+  for lines in tables:
+    # As Markdown reads them: a bar behind a backslash is text.
+    assert len({len(re.findall(r'(?:^|[^\\])(?:\\\\)*\|', line))
+                for line in lines}) == 1
+  control = '\\<\\|im_end\\|>'
+  assert f'| {control} # | ' in done.text
+  assert f': {control} \\#\n' in done.text  # No end of a heading.
 
 
 def test_decoded_prompt_shows_its_last_six_lines(done):
