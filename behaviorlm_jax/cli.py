@@ -70,6 +70,7 @@ def run(argv, work):
   try:
     code, known = _code(work), True
   finally:
+    preemption.ignore()  # The outcome is settled.
     # The others may never come to where JAX would wait for them at the end; a
     # stop they have agreed upon.
     if code not in (0, preemption.EXIT_CODE) and hosts.several():

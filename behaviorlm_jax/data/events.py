@@ -43,6 +43,7 @@ class Events:
   behaviors: list[Behavior]
   fingerprint: str
   known: int  # how many behaviors are candidates: all before the unseen
+  clock: bool = True  # whether times have a time of day, else dates alone
 
 
 def prepare(data, place, folder: pathlib.Path, seed: int,
@@ -83,4 +84,5 @@ def open_events(folder) -> Events:
       users=columns.Names(folder / 'users.arrow'),
       places=columns.Names(folder / 'places.arrow'),
       behaviors=behaviors, fingerprint=summary['fingerprint'],
-      known=sum(item.group != 'unseen' for item in behaviors))
+      known=sum(item.group != 'unseen' for item in behaviors),
+      clock=summary['clock'])

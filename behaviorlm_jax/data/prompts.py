@@ -34,12 +34,16 @@ _PROFILE = 'Most frequent so far:\n'
 _MARK = '\x07content\x07'
 
 
-def time_text(seconds, weekday):
-  """'Tue 14:14' of local seconds since 1970-01-01, which was a Thursday."""
+def time_text(seconds, weekday, clock=True):
+  """'Tue 14:14' of local seconds since 1970-01-01, which was a Thursday.
+
+  `weekday`, `clock`: whether either part is shown; without both it is ''.
+  """
   minute = int(seconds) % DAY // 60
-  clock = f'{minute // 60:02d}:{minute % 60:02d}'
-  return f'{WEEKDAYS[(int(seconds) // DAY + 3) % 7]} {clock}' if weekday else (
-      clock)
+  parts = [WEEKDAYS[(int(seconds) // DAY + 3) % 7]] if weekday else []
+  if clock:
+    parts.append(f'{minute // 60:02d}:{minute % 60:02d}')
+  return ' '.join(parts)
 
 
 def answer_text(name):
@@ -98,7 +102,8 @@ class Prompts:
 
   def _time(self, code):
     if code not in self._times:  # At most 10,080: the minutes of a week.
-      self._times[code] = self.encode(time_text(code * 60, self.data.weekday))
+      self._times[code] = self.encode(time_text(
+          code * 60, self.data.weekday, self.events.clock))
     return self._times[code]
 
   def _time_code(self, positions):

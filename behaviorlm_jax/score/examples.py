@@ -44,9 +44,10 @@ def _example(run, final, number, index, decode) -> list:
   row = final.predictions.slice(index, 1).to_pylist()[0]
   outcome = 'right' if final.right[index] else 'wrong'
   where = 'in' if row['in_context'] else 'not in'
+  when = '%A %Y-%m-%d' + ' %H:%M' * run.summary.get('clock', True)
   blocks = [
       Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
-      Text(f'User {row["user"]}, {row["time"]:%A %Y-%m-%d %H:%M}; the true '
+      Text(f'User {row["user"]}, {row["time"]:{when}}; the true '
            'behavior, ', Strong(row['behavior']),
            f', stands {where} the context.')]
   if decode:

@@ -34,11 +34,20 @@ def install():
   def note(signum, frame):
     del signum, frame
     global _requested
-    _requested = True
-    if _at_once:
+    again, _requested = _requested, True
+    if _at_once and not again:  # A second one must not end what cleans up.
       _stop()
 
   signal.signal(signal.SIGTERM, note)
+
+
+def ignore():
+  """From now on SIGTERM does nothing: the exit code is settled.
+
+  Python gives a handler of its own back before it ends, with which a further
+  signal would kill the process; what is ignored stays so.
+  """
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def requested():

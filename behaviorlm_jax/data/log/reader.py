@@ -104,9 +104,11 @@ class _Reader:
 
   def choose(self, seen) -> times.Form | None:
     """The form of the times seen so far; None: they leave it open."""
-    shapes, word = seen.shapes(), self.data.time_format
-    return times.choose(shapes, word if word in times.ORDERS else '',
-                        self.data.time_zone, self.where) if shapes else None
+    word = self.data.time_format
+    if not seen.shapes:
+      return None
+    return times.choose(seen, word if word in times.ORDERS else '',
+                        self.data.time_zone, self.where)
 
   def settle(self, seen) -> times.Form:
     """The form of all times; refuses what is open to the end."""
@@ -116,8 +118,8 @@ class _Reader:
       raise InputError("data.time_format is 'typed', but "
                        f'{self.where} holds texts or numbers; name their form')
     form = self.choose(seen)
-    if form is None and seen.shapes():
-      times.refuse_open(seen.shapes(), self.where)
+    if form is None and seen.shapes:
+      times.refuse_open(seen, self.where)
     return form or times.Form('iso', False, True)  # No row has a time.
 
   def absorb(self, form, source: str):

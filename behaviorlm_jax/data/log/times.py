@@ -57,7 +57,8 @@ _GROUPS = ('a', 'b', 'c', 'h', 'm', 's', 'f', 'half', 'zone')
 _COMPACT = r'^(\d{4})(\d{2})(\d{2})([Tt ]\d)'  # 20240131T081500
 # What most logs have is read without the pattern of everything.
 _COMMON = (r'^(\d{4}-\d\d-\d\d[ T](?:[01]\d|2[0-3]):[0-5]\d'
-           r'(?::[0-5]\d(?:\.\d+)?)?) ?(Z|[+-]\d\d:?[0-5]\d)?$')
+           r'(?::[0-5]\d(?:\.\d+)?)?)')
+_COMMON_ZONE = r' ?(Z|[+-]\d\d:?[0-5]\d)'
 _NUMBER = r'^(\d+)(?:[.,](\d{1,12}))?$'
 _COMPACTS = {8: '%Y%m%d', 10: '%Y%m%d%H', 12: '%Y%m%d%H%M', 14: '%Y%m%d%H%M%S'}
 
@@ -92,38 +93,48 @@ class Form:
 
 
 class Seen:
-  """The shapes of the times of a column, counted batch by batch."""
+  """The shapes of the times of a column, counted batch by batch.
+
+  What tells day from month, and hours from seconds, is counted only where there
+  are such shapes.
+  """
 
   def __init__(self, con):
     self._con = con
-    con.execute(
-        'CREATE OR REPLACE TEMP TABLE shapes (shape VARCHAR, n BIGINT, '
-        'low VARCHAR, high VARCHAR, day BIGINT, month BIGINT, hours BIGINT)')
+    self._shapes = {}  # shape: (number, least, greatest text)
+    self.day = self.month = self.hours = 0  # times that can be nothing else
 
   def add(self, source: str):
     """Counts the column `moment` of a query."""
+    found = self._con.execute(f"""
+        SELECT translate(left(moment, 48), '012345678', '999999999') AS shape,
+               count(*), min(moment), max(moment)
+        FROM {source} WHERE moment <> '' GROUP BY shape""").fetchall()
+    for shape, n, low, high in found:
+      before = self._shapes.get(shape, (0, low, high))
+      self._shapes[shape] = (before[0] + n, min(before[1], low),
+                             max(before[2], high))
+    if any(re.match(r'99?[-/.]99?[-/.]9999|9999999999$', shape)
+           for shape, *_ in found):
+      self._settle(source)
+
+  def _settle(self, source: str):
     # 13/01/2024 can only be a day, 01/13/2024 only a month first; 2034013123
     # is an hour or, less likely, seconds since 1970.
-    part = ("TRY_CAST(regexp_extract(moment, '^(\\d{{1,2}})[-/.](\\d{{1,2}})"
-            "[-/.]\\d{{4}}', {}) AS INT) > 12")
-    digit = "moment[{}] BETWEEN '0' AND '9'"
-    dated = f'NOT ({digit.format(2)} AND {digit.format(3)})'
-    self._con.execute(f"""
-        INSERT INTO shapes
-        SELECT translate(left(moment, 48), '012345678', '999999999') AS shape,
-               count(*), min(moment), max(moment),
-               count(*) FILTER (CASE WHEN {dated} THEN {part.format(1)} END),
-               count(*) FILTER (CASE WHEN {dated} THEN {part.format(2)} END),
-               count(*) FILTER (CASE WHEN length(moment) = 10 AND
-                 moment BETWEEN '19900101' AND '21' THEN
-                 try_strptime(moment, '%Y%m%d%H') IS NOT NULL END)
-        FROM {source} WHERE moment <> '' GROUP BY shape""")
+    part = ("count(*) FILTER (TRY_CAST(regexp_extract(moment, "
+            "'^(\\d{{1,2}})[-/.](\\d{{1,2}})[-/.]\\d{{4}}', {}) AS INT) > 12)")
+    day, month, hours = self._con.execute(f"""
+        SELECT {part.format(1)}, {part.format(2)}, count(*) FILTER (
+          CASE WHEN length(moment) = 10 AND moment BETWEEN '19900101' AND '21'
+          THEN try_strptime(moment, '%Y%m%d%H') IS NOT NULL END)
+        FROM {source}""").fetchone()
+    self.day, self.month = self.day + day, self.month + month
+    self.hours += hours
 
-  def shapes(self) -> list[tuple]:
-    """(number, low, high, day first, month first, hours) of every shape."""
-    return self._con.execute(
-        'SELECT sum(n), min(low), max(high), sum(day), sum(month), sum(hours) '
-        'FROM shapes GROUP BY shape ORDER BY 1 DESC, 2').fetchall()
+  @property
+  def shapes(self) -> list[tuple[int, str, str]]:
+    """(number, least, greatest text) of every shape, the commonest first."""
+    return sorted(self._shapes.values(), key=lambda one: (-one[0], one[1]))
 
 
 def given(word: str, zone: str) -> Form | None:
@@ -161,47 +172,46 @@ def check(word: str, zone: str):
 _FIXED = r'([+-])(\d\d):?(\d\d)'
 
 
-def choose(shapes, word: str, zone: str, where: str) -> Form | None:
+def choose(seen: Seen, word: str, zone: str, where: str) -> Form | None:
   """The form of a column; None where its order of day and month is open.
 
   Args:
-    shapes: of `Seen`.
+    seen: of the column, with one time at least.
     word: data.time_format, '' or one of ORDERS.
     zone: data.time_zone.
     where: names the column in a refusal.
   """
-  votes, day, month, hours = collections.Counter(), 0, 0, 0
-  for n, low, high, first, second, hourly in shapes:
+  votes = collections.Counter()
+  for n, low, high in seen.shapes:
     for key in _readings(low, high):
       votes[key] += n
-    day, month, hours = day + first, month + second, hours + hourly
   if word:
     other = 'other' if word != 'iso' else 'iso'
     votes = collections.Counter(
         {key: n for key, n in votes.items() if key[0] == other})
   if not votes:
-    example = shapes[0][1] if shapes else ''
     raise InputError(
-        f'{where}: {_quote(example)} and the other times have no form that is '
-        'known; set data.time_format to a strptime pattern such as '
+        f'{where}: {_quote(seen.shapes[0][1])} and the other times have no '
+        'form that is known; set data.time_format to a strptime pattern such as '
         "'%d %b %Y %H:%M' or to one of " + ', '.join(WORDS) +
         ' (times of other years than ' + YEARS + ' need it, too), or check '
         'data.columns.time')
   (name, instants, clock), most = max(
       votes.items(), key=lambda item: (item[1], item[0]))
-  if name == 'epoch_s' and hours >= most / 2:
+  if name == 'epoch_s' and seen.hours >= most / 2:
     raise InputError(
-        f'{where}: times like {shapes[0][1]} may be seconds since 1970 or '
+        f'{where}: times like {seen.shapes[0][1]} may be seconds since 1970 or '
         'YYYYMMDDhh; set data.time_format to epoch_s or %Y%m%d%H')
   if name == 'other':
-    if not word and not day and not month:
+    if not word and not seen.day and not seen.month:
       return None
-    if not word and day and month:
+    if not word and seen.day and seen.month:
       raise InputError(
-          f'{where}: {day} times can only have the day first and {month} only '
-          'the month; set data.time_format to day_first or month_first (the '
-          'other rows are then malformed), or write all of them alike')
-    name = word or ('day_first' if day else 'month_first')
+          f'{where}: {seen.day} times can only have the day first and '
+          f'{seen.month} only the month; set data.time_format to day_first or '
+          'month_first (the other rows are then malformed), or write all of '
+          'them alike')
+    name = word or ('day_first' if seen.day else 'month_first')
   return check_zone(Form(name, instants, clock, zone, bounded=not word),
                      where)
 
@@ -215,11 +225,11 @@ def check_zone(form: Form, where: str) -> Form:
   return form
 
 
-def refuse_open(shapes, where: str):
+def refuse_open(seen: Seen, where: str):
   """Says that day and month cannot be told apart."""
   raise InputError(
-      f'{where}: times like {_quote(shapes[0][1])} may have the day or the '
-      'month first, and none has a number above 12 that would tell; set '
+      f'{where}: times like {_quote(seen.shapes[0][1])} may have the day or '
+      'the month first, and none has a number above 12 that would tell; set '
       'data.time_format to day_first or month_first')
 
 
@@ -336,14 +346,12 @@ def _select_text(form: Form, source: str) -> str:
   else:
     written += " || ' 00:00:00'"
   # CASE looks at the long pattern only where the common one does not fit.
-  common = f"regexp_extract(moment, '{_COMMON}', 1)"
   parts = f"regexp_extract({_sql_normal('moment')}, '{pattern}', [{names}])"
+  common = _COMMON + (_COMMON_ZONE if form.instants else '') + '$'
   fast = form.word == 'iso' and form.clock
-  zone = f"regexp_extract(moment, '{_COMMON}', 2)"
-  if form.instants:
-    head = f"CASE WHEN {zone} <> '' THEN {common} ELSE '' END"
-  else:
-    head = f"CASE WHEN {zone} = '' THEN {common} ELSE '' END"
+  head = f"regexp_extract(moment, '{common}', 1)" if fast else "''"
+  tail = (f"regexp_extract(moment, '{common}', 2)" if fast and form.instants
+          else "''")
   offset = f"""CASE
       WHEN head <> '' THEN {_offset('tail')} ELSE {_offset('p.zone')} END"""
   if not form.instants:
@@ -357,8 +365,7 @@ def _select_text(form: Form, source: str) -> str:
                      epoch_us(TRY_CAST(head AS TIMESTAMP))
                    ELSE {fallback} END AS wall
             FROM (SELECT *, CASE WHEN head = '' THEN {parts} END AS p
-                  FROM (SELECT *, {head if fast else "''"} AS head,
-                          {zone if fast and form.instants else "''"} AS tail
+                  FROM (SELECT *, {head} AS head, {tail} AS tail
                         FROM {source}))))""", 'behind')
 
 
