@@ -24,6 +24,8 @@ def make_config(**fields):
   data = ml_collections.ConfigDict({
       'columns': {'user': 'user', 'time': 'time', 'behavior': 'behavior',
                   'place': '', 'group': ''},
+      'csv': {'delimiter': '', 'quote': '', 'escape': ''},
+      'time_format': '', 'time_zone': '', 'nulls': ('null', 'nan', '\\n'),
       'collapse_repeats': True, 'max_rejected': .01, 'split': (.8, .1, .1),
       'anchor_share': .01})
   for name, value in fields.items():

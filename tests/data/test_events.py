@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_events_are_sorted_by_user_and_time_with_ties_in_file_order(
 
 def test_seconds_are_floored_before_1970(tmp_path, prepare):
   lines = ['u,1969-12-31 23:59:58.5,x', 'u,1969-12-31 23:59:59,y']
-  log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
+  log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0), time_format='iso')
   assert log.time.tolist() == [-2, -1]
 
 
@@ -215,17 +216,25 @@ def test_too_many_malformed_rows_name_the_first(tmp_path, history, refuse):
 
 def test_a_missing_file_is_refused(tmp_path, log_config):
   path = tmp_path / 'none.csv'
-  with pytest.raises(InputError, match=r'none\.csv does not exist'):
+  with pytest.raises(InputError, match=r"none\.csv' does not exist"):
     events.prepare(log_config(), path, tmp_path / 'work' / 'events', 0)
   assert not (tmp_path / 'work').exists()
 
 
-@pytest.mark.parametrize('name, part', [
-    ('', 'is empty'), ('  ', 'is empty'), ('x' * 257, 'has 257 characters')])
-def test_an_unusable_behavior_name_is_refused(
-    tmp_path, name, part, history, refuse):
-  lines = [*history('xyz'), f'u,2024-01-01 11:00,{name}', 'u,,']
-  refuse(tmp_path, lines, 'log.csv line 5', part, max_rejected=.9)
+@pytest.mark.parametrize('name, reason', [
+    ('', 'no behavior'), ('  ', 'no behavior'),
+    ('NaN', "behavior 'NaN' means none (data.nulls)"),
+    ('x' * 257, 'behavior of 257 characters, not 256')])
+def test_a_row_without_a_usable_behavior_is_malformed(
+    tmp_path, name, reason, history, prepare, refuse):
+  lines = [*history('xyz'), f'u,2024-01-01 11:00,{name}']
+  _, summary, folder = prepare(tmp_path, lines, max_rejected=.9)
+  assert (folder / 'rejected.csv').read_text().splitlines()[1] == (
+      f'5,{reason},"u,2024-01-01 11:00,{name}"'.replace(
+          reason, f'"{reason}"' if ',' in reason else reason))
+  assert summary['rejected'] == 1
+  shutil.rmtree(tmp_path / 'work')
+  refuse(tmp_path, lines, 'log.csv line 5', reason, '1 of 4 rows')
 
 
 def test_the_longest_name_is_allowed(tmp_path, history, prepare, names):
@@ -233,16 +242,10 @@ def test_the_longest_name_is_allowed(tmp_path, history, prepare, names):
   assert 'ä' * 256 in names(log)
 
 
-def test_a_null_behavior_in_json_is_refused(tmp_path, log_config):
-  path = tmp_path / 'log.jsonl'
-  path.write_text('{"user": 1, "time": 5, "behavior": "x"}\n'
-                  '{"user": 1, "time": 6, "behavior": null}\n')
-  with pytest.raises(InputError, match='line 2: the behavior name is empty'):
-    events.prepare(log_config(), path, tmp_path / 'events', 0)
-
-
 def test_fewer_than_two_behaviors_are_refused(tmp_path, history, refuse):
-  refuse(tmp_path, history('xxxx'), "1 behavior, 'x'", 'at least 2',
+  refuse(tmp_path, history('xxxx'), "one behavior alone, 'x'", 'at least 2',
+         'of 4 rows 0 were malformed, 0 duplicates and 3 immediate repeats')
+  refuse(tmp_path, history('xxxxxxxxxy'), "holds 1 behavior, 'x'",
          collapse_repeats=False)
 
 

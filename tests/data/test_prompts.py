@@ -63,7 +63,8 @@ def expected_text(prompts, start, stop):
     time = datetime.datetime(1970, 1, 1) + datetime.timedelta(
       seconds=int(log.time[i]))
     place = f' ({log.places[log.place[i]]})' if log.place[i] >= 0 else ''
-    lines += time.strftime('%a %H:%M' if data.weekday else '%H:%M')
+    parts = ['%a'] * data.weekday + ['%H:%M'] * log.clock
+    lines += time.strftime(' '.join(parts))
     lines += f'{place} {log.behaviors[log.behavior[i]].name}\n'
   past = log.behavior[log.first[start]:start].tolist()
   ranked = sorted(set(past), key=lambda b: (-past.count(b), b))
@@ -115,6 +116,17 @@ def test_the_weekday_can_be_left_out(make_prompts):
   prompts = make_prompts(weekday=False)
   assert prompts.tokenizer.decode(prompts.question(1)) == HEADER + (
     '14:14 Coffee Shop\n18:02 (Mall)')
+
+
+def test_lines_of_a_log_of_dates_alone_have_no_clock(
+  byte_tokenizer, make_events
+):
+  table = dataclasses.replace(
+    make_events(HISTORIES, TIMES, PLACES), clock=False)
+  for fields, text in (({}, 'Thu Coffee Shop\nThu (Mall)'),
+                       ({'weekday': False}, ' Coffee Shop\n (Mall)')):
+    prompts = prompts_lib.Prompts(table, byte_tokenizer, make_data(**fields))
+    assert byte_tokenizer.decode(prompts.question(1)) == HEADER + text
 
 
 def test_a_profile_names_the_most_frequent_before_the_window(make_prompts):
@@ -180,7 +192,10 @@ def nasty_table(make_events):
 
 
 def check_pieces(table, tokenizer):
-  for fields in ({}, {'weekday': False}, {'profile': 5}):
+  undated = dataclasses.replace(table, clock=False)
+  for table, fields in (
+      (table, {}), (table, {'weekday': False}), (table, {'profile': 5}),
+      (undated, {}), (undated, {'weekday': False})):
     prompts = prompts_lib.Prompts(table, tokenizer, make_data(**fields))
     for start, stop in ((0, 24), (20, 40), (40, 63), (62, 63)):
       tokens, spans = prompts.window(start, stop)

@@ -62,10 +62,10 @@ def test_parts_joined_are_the_whole(
 def test_of_equal_rows_the_first_stays_whatever_the_batches(size):
   rng = np.random.default_rng(0)
   rows = sorted(zip(*rng.integers(0, 3, (2, 200)).tolist(), strict=True))
-  rows = [(*row, *rng.integers(0, 2, 2).tolist()) for row in rows]
+  rows = [(*row, 0, *rng.integers(0, 2, 2).tolist()) for row in rows]
   batches = [pa.RecordBatch.from_arrays(
       [pa.array(column) for column in zip(*rows[i:i + size], strict=True)],
-      names=['user', 'micros', 'behavior', 'place'])
+      names=['user', 'instant', 'shift', 'behavior', 'place'])
       for i in range(0, len(rows), size)]
   found = [row for columns in shards._without_duplicates(batches)
            for row in zip(*(c.tolist() for c in columns), strict=True)]

@@ -310,10 +310,8 @@ class _File:
     self.table = f"read_parquet('{literal}', {_ROW_NUMBER} = true)"
     fields = [None if column is None else _field(schema, column)
               for column in columns]
-    text_rows.check_columns(
-        path, columns, list(_paths(schema)) + [
-            column for column, field in zip(columns, fields, strict=True)
-            if field is not None and column not in schema.names])
+    inside = dict.fromkeys(_paths(schema)).keys() - set(schema.names)
+    text_rows.check_columns(path, columns, [*schema.names, *sorted(inside)])
     _check_case(path, columns, schema.names)
     self.form, self.texts = None, []
     for name, column, field in zip(FIELDS, columns, fields, strict=True):
@@ -384,7 +382,7 @@ def _as_text(path, column, kind, value: str) -> str:
     # Texts of writers that leave out the UTF-8 mark.
     return f'TRY(decode({value}))'
   if pa.types.is_floating(kind):  # In full: not 1.7e+18.
-    return (f'CASE WHEN abs({value}) < 1e18 AND {value} = floor({value}) THEN '
+    return (f'CASE WHEN abs({value}) < 9e18 AND {value} = floor({value}) THEN '
             f'CAST(CAST({value} AS BIGINT) AS VARCHAR) '
             f'ELSE CAST({value} AS VARCHAR) END')
   return f'CAST({value} AS VARCHAR)'

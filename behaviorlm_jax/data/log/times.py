@@ -123,11 +123,11 @@ class Seen:
     # is an hour or, less likely, seconds since 1970.
     part = ("count(*) FILTER (TRY_CAST(regexp_extract(moment, "
             "'^(\\d{{1,2}})[-/.](\\d{{1,2}})[-/.]\\d{{4}}', {}) AS INT) > 12)")
-    day, month, hours = self._con.execute(f"""
+    (day, month, hours), = self._con.execute(f"""
         SELECT {part.format(1)}, {part.format(2)}, count(*) FILTER (
           CASE WHEN length(moment) = 10 AND moment BETWEEN '19900101' AND '21'
           THEN try_strptime(moment, '%Y%m%d%H') IS NOT NULL END)
-        FROM {source}""").fetchone()
+        FROM {source}""").fetchall()
     self.day, self.month = self.day + day, self.month + month
     self.hours += hours
 
@@ -192,8 +192,8 @@ def choose(seen: Seen, word: str, zone: str, where: str) -> Form | None:
   if not votes:
     raise InputError(
         f'{where}: {_quote(seen.shapes[0][1])} and the other times have no '
-        'form that is known; set data.time_format to a strptime pattern such as '
-        "'%d %b %Y %H:%M' or to one of " + ', '.join(WORDS) +
+        'form that is known; set data.time_format to a strptime pattern such '
+        "as '%d %b %Y %H:%M' or to one of " + ', '.join(WORDS) +
         ' (times of other years than ' + YEARS + ' need it, too), or check '
         'data.columns.time')
   (name, instants, clock), most = max(
