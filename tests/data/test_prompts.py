@@ -191,10 +191,10 @@ def nasty_table(make_events):
   return make_events([names[:40], names[40:]], times, places)
 
 
-def check_pieces(table, tokenizer):
-  undated = dataclasses.replace(table, clock=False)
+def check_pieces(dated, tokenizer):
+  undated = dataclasses.replace(dated, clock=False)
   for table, fields in (
-      (table, {}), (table, {'weekday': False}), (table, {'profile': 5}),
+      (dated, {}), (dated, {'weekday': False}), (dated, {'profile': 5}),
       (undated, {}), (undated, {'weekday': False})):
     prompts = prompts_lib.Prompts(table, tokenizer, make_data(**fields))
     for start, stop in ((0, 24), (20, 40), (40, 63), (62, 63)):

@@ -1,5 +1,8 @@
 """Times of a log: their form, the clock that is shown, and the order."""
 
+import pathlib
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,6 +72,25 @@ def test_every_form_is_read_and_said(
   assert log.clock == summary['clock'] == ('dates alone' not in form)
   assert any('dates alone' in text for text in summary['warnings']) == (
       not log.clock)
+
+
+def documented():
+  """(data.time_format, a time) of the table of forms in the docs."""
+  page = pathlib.Path(__file__).parents[3] / 'docs/your_log.md'
+  table = page.read_text().split('| `data.time_format` | examples |')[1]
+  for words, examples in re.findall(r'^\| (`.*`) \| (.*) \|$', table, re.M):
+    yield from ((re.findall('`(.*?)`', words), time)
+                for time in re.findall('`(.*?)`', examples))
+
+
+@pytest.mark.parametrize('words, time', documented())
+def test_every_time_of_the_docs_is_read(tmp_path, words, time, prepare):
+  log, summary, _ = prepare(
+    tmp_path, lines([time, time]), split=(1, 0, 0),
+    time_format='' if words[0].startswith('epoch') else words[0])
+  assert summary['rejected'] == 0
+  day = np.datetime64(int(log.time[0]), 's').astype('datetime64[D]')
+  assert str(day) == '2024-01-31'
 
 
 def test_day_or_month_first_is_found_from_the_whole_column(
