@@ -210,8 +210,7 @@ def _check(wheel: Path, wanted: _Member) -> str:
 def _unpack(wheel: Path, target: Path, wanted: _Member) -> None:
   try:
     with zipfile.ZipFile(wheel) as archive:
-      names = [info.filename for info in archive.infolist()
-               if not info.is_dir()]
+      names = [info.filename for info in archive.infolist() if not info.is_dir()]
       if wanted.member not in names:
         raise InputError(_missing(names, wanted))
       with archive.open(wanted.member) as source, open(target, 'wb') as out:
@@ -228,12 +227,13 @@ def _missing(names: list[str], wanted: _Member) -> str:
   close = [name for name in names if PurePosixPath(name).name == base]
   close += difflib.get_close_matches(wanted.member, names, n=3, cutoff=0.4)
   close = list(dict.fromkeys(close))[:3]
-  hint = f'did you mean {" or ".join(close)}?' if close else (
-    f'none of its {len(names)} files has a similar name.'
+  hint = (
+    f'did you mean {" or ".join(close)}?'
+    if close
+    else (f'none of its {len(names)} files has a similar name.')
   )
   return (
-    f'{wanted.field}: the wheel {wanted.wheel} has no file '
-    f'{wanted.member!r}; {hint}'
+    f'{wanted.field}: the wheel {wanted.wheel} has no file {wanted.member!r}; {hint}'
   )
 
 

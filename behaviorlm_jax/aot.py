@@ -23,11 +23,16 @@ from behaviorlm_jax.ahead import study
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 _TOPOLOGY = flags.DEFINE_string(
-    'topology', '', 'As v5e:4x4; empty: the devices of this machine.')
+  'topology', '', 'As v5e:4x4; empty: the devices of this machine.'
+)
 _SLICES = flags.DEFINE_integer(
-    'slices', 1, 'How many such slices; they divide mesh.data.', 1)
-_SEARCH = flags.DEFINE_bool('search', False, 'Tries meshes, micro-batches and '
-                            'remat policies of the training step.')
+  'slices', 1, 'How many such slices; they divide mesh.data.', 1
+)
+_SEARCH = flags.DEFINE_bool(
+  'search',
+  False,
+  'Tries meshes, micro-batches and remat policies of the training step.',
+)
 flags.mark_flag_as_required('config')
 
 
@@ -36,8 +41,11 @@ def main(argv):
 
 
 def _main():
-  devices = (study.devices_of(_TOPOLOGY.value, _SLICES.value)
-             if _TOPOLOGY.value else jax.devices())
+  devices = (
+    study.devices_of(_TOPOLOGY.value, _SLICES.value)
+    if _TOPOLOGY.value
+    else jax.devices()
+  )
   config = study.prepare(_CONFIG.value, devices[0].platform)
   with tempfile.TemporaryDirectory() as folder:
     if _SEARCH.value:

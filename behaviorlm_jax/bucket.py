@@ -59,8 +59,12 @@ def open_workdir(address, cache, process, part=''):
   global _mirror
   close_workdir()
   bucket = Bucket(address, '--workdir')
-  mirror = Mirror(bucket, _copies(cache, bucket.address, part or process),
-                  writes=bool(part) or process == 0, part=part)
+  mirror = Mirror(
+    bucket,
+    _copies(cache, bucket.address, part or process),
+    writes=bool(part) or process == 0,
+    part=part,
+  )
   mirror.lock()
   mirror.pull()
   absl_logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
@@ -118,15 +122,21 @@ def fetch(address, field, cache, wanted=lambda name: True):
   bucket = Bucket(address, field)
   objects = bucket.objects()
   if not objects:
-    raise InputError(f'{field}: there is nothing at {address}; give a file or '
-                     'folder that is in the bucket.')
+    raise InputError(
+      f'{field}: there is nothing at {address}; give a file or '
+      'folder that is in the bucket.'
+    )
   objects = {name: digest for name, digest in objects.items() if wanted(name)}
   # Another content has another folder: no file of an older one is left in it.
   version = json.dumps([bucket.address, sorted(objects.items())])
-  target = (_copies(cache, version, 'read')
-            / pathlib.PurePosixPath(address).name)
-  bucket.get({target / name: (name, digest) for name, digest in objects.items()
-              if _differs(target / name, digest)})
+  target = _copies(cache, version, 'read') / pathlib.PurePosixPath(address).name
+  bucket.get(
+    {
+      target / name: (name, digest)
+      for name, digest in objects.items()
+      if _differs(target / name, digest)
+    }
+  )
   return target
 
 
@@ -153,23 +163,27 @@ class Bucket:
   def __init__(self, address, field):
     self.address, self._field = address.rstrip('/'), field
     if len(self.address) <= len(PREFIX):
-      raise InputError(f'{field}: {address!r} names no bucket; give '
-                       'gs://BUCKET/NAME.')
+      raise InputError(f'{field}: {address!r} names no bucket; give gs://BUCKET/NAME.')
     try:
       import gcsfs  # Not everyone has a bucket.
       from google.auth import exceptions
     except ImportError as error:
       raise InputError(
-          f"{field}: {address} needs gcsfs; run pip install -e '.[gcs]', or "
-          'give a local folder.') from error
+        f"{field}: {address} needs gcsfs; run pip install -e '.[gcs]', or "
+        'give a local folder.'
+      ) from error
     # What it raises is said here, without its tracebacks.
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
     retried = gcsfs.retry.RETRIABLE_EXCEPTIONS
-    self._refused = (OSError, gcsfs.retry.HttpError,
-                     exceptions.GoogleAuthError, *retried)
+    self._refused = (
+      OSError,
+      gcsfs.retry.HttpError,
+      exceptions.GoogleAuthError,
+      *retried,
+    )
     self._passing = lambda error: (
-        gcsfs.retry.is_retriable(error)
-        or isinstance(error, exceptions.TransportError))
+      gcsfs.retry.is_retriable(error) or isinstance(error, exceptions.TransportError)
+    )
     self._fs = gcsfs.GCSFileSystem(use_listings_cache=False)
 
   def _full(self, name):
@@ -184,14 +198,16 @@ class Bucket:
       reason = f'{type(error).__name__}: {lines[0]}'
       if self._passing(error):
         raise Unreachable(
-            f'{self._field}: {self.address} does not answer ({reason}); run '
-            'the same command again') from error
+          f'{self._field}: {self.address} does not answer ({reason}); run '
+          'the same command again'
+        ) from error
       if isinstance(error, OSError) and error.errno is not None:
         raise  # The local disk.
       raise InputError(
-          f'{self._field}: {self.address} refuses ({reason}); see that the '
-          'bucket exists and this machine may read and write it, then run the '
-          'same command again.') from error
+        f'{self._field}: {self.address} refuses ({reason}); see that the '
+        'bucket exists and this machine may read and write it, then run the '
+        'same command again.'
+      ) from error
 
   def objects(self):
     """{name: MD5 or None}; '' is an object at the address itself.
@@ -202,14 +218,16 @@ class Bucket:
       try:
         found = self._fs.find(self.address, detail=True)
       except FileNotFoundError:
-        self._fs.ls(self.address[len(PREFIX):].split('/')[0])
+        self._fs.ls(self.address[len(PREFIX) :].split('/')[0])
         return {}
-    root = self.address[len(PREFIX):]
+    root = self.address[len(PREFIX) :]
     # Names that end with / stand for folders.
-    return {name[len(root):].lstrip('/'): facts.get('md5Hash')
-            for name, facts in found.items()
-            if (name == root and facts['type'] == 'file')
-            or (name.startswith(root + '/') and not name.endswith('/'))}
+    return {
+      name[len(root) :].lstrip('/'): facts.get('md5Hash')
+      for name, facts in found.items()
+      if (name == root and facts['type'] == 'file')
+      or (name.startswith(root + '/') and not name.endswith('/'))
+    }
 
   def read(self, name):
     """The text of an object, or None if there is none."""
@@ -228,27 +246,31 @@ class Bucket:
     if not wanted:
       return
     # Two hosts on one machine may fetch the same.
-    beside = {path: path.with_name(f'{path.name}.{os.getpid()}.tmp')
-              for path in wanted}
+    beside = {path: path.with_name(f'{path.name}.{os.getpid()}.tmp') for path in wanted}
     for path in wanted:
       path.parent.mkdir(parents=True, exist_ok=True)
     with self._explained():
-      self._fs.get([self._full(name) for name, _ in wanted.values()],
-                   [str(path) for path in beside.values()])
+      self._fs.get(
+        [self._full(name) for name, _ in wanted.values()],
+        [str(path) for path in beside.values()],
+      )
     for path, temporary in beside.items():
       name, digest = wanted[path]
       if digest is not None and _md5(temporary) != digest:
         raise Unreachable(
-            f'{self._field}: {self._full(name)} arrived with another MD5 than '
-            f'{digest}; run the same command again')
+          f'{self._field}: {self._full(name)} arrived with another MD5 than '
+          f'{digest}; run the same command again'
+        )
       temporary.replace(path)
 
   def put(self, given):
     """Writes {local path: name}."""
     with self._explained():
-      self._fs.put([str(path) for path in given],
-                   [self._full(name) for name in given.values()],
-                   consistency='md5')
+      self._fs.put(
+        [str(path) for path in given],
+        [self._full(name) for name in given.values()],
+        consistency='md5',
+      )
 
 
 class Mirror:
@@ -267,15 +289,16 @@ class Mirror:
   def lock(self):
     """Refuses a copy in which another process works."""
     self.folder.parent.mkdir(parents=True, exist_ok=True)
-    self._lock = os.open(self.folder.with_name(self.folder.name + '.lock'),
-                         os.O_CREAT | os.O_RDWR)
+    self._lock = os.open(
+      self.folder.with_name(self.folder.name + '.lock'), os.O_CREAT | os.O_RDWR
+    )
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       self.unlock()
       raise InputError(
-          f'--workdir: another process on this machine works in {self.folder}, '
-          f'its copy of {self.bucket.address}; wait for it, or end it.'
+        f'--workdir: another process on this machine works in {self.folder}, '
+        f'its copy of {self.bucket.address}; wait for it, or end it.'
       ) from error
 
   def unlock(self):
@@ -298,11 +321,15 @@ class Mirror:
     lists = fnmatch.filter(found, _CONTENTS.format('*'))
     if found and not lists:
       raise InputError(
-          f'--workdir: {self.bucket.address} holds {len(found)} objects, such '
-          f'as {min(found)}, but no {self._list}: it is no work directory that '
-          'this program began; give another name.')
-    texts = {name: self.bucket.read(name) or '' for name in lists
-             if self._whole or name == self._list}
+        f'--workdir: {self.bucket.address} holds {len(found)} objects, such '
+        f'as {min(found)}, but no {self._list}: it is no work directory that '
+        'this program began; give another name.'
+      )
+    texts = {
+      name: self.bucket.read(name) or ''
+      for name in lists
+      if self._whole or name == self._list
+    }
     own = texts.get(self._list)
     # Without names that a user deleted: what is pushed to their place counts
     # when all of it is there.
@@ -313,8 +340,7 @@ class Mirror:
     return {name for text in texts.values() for name in text.splitlines()}
 
   def _write_list(self, names):
-    self.bucket.write(self._list,
-                      ''.join(f'{name}\n' for name in sorted(names)))
+    self.bucket.write(self._list, ''.join(f'{name}\n' for name in sorted(names)))
 
   def pull(self):
     """Makes the local folder hold what the bucket does, and nothing else."""
@@ -330,10 +356,14 @@ class Mirror:
     for folder, _, _ in os.walk(self.folder, topdown=False):
       with contextlib.suppress(OSError):  # Of those that hold something.
         os.rmdir(folder)
-    self.bucket.get({
-        self.folder / name: (name, digest) for name, digest in digests.items()
+    self.bucket.get(
+      {
+        self.folder / name: (name, digest)
+        for name, digest in digests.items()
         if self._same.get(name) != (files.get(name), digest)
-        and _differs(self.folder / name, digest)})
+        and _differs(self.folder / name, digest)
+      }
+    )
     self.folder.mkdir(parents=True, exist_ok=True)
     files = self._files()
     self._same = {name: (files[name], digests[name]) for name in digests}
@@ -347,15 +377,22 @@ class Mirror:
     files = self._files()
     if lost := self._same.keys() - files.keys():
       raise InputError(
-          f'--workdir: {len(lost)} files, such as {min(lost)}, are gone from '
-          f'the local copy of {self.bucket.address}; the bucket still has them:'
-          ' run the same command again.')
-    changed = {name: _md5(self.folder / name) for name, stat in files.items()
-               if self._same.get(name, (None,))[0] != stat}
+        f'--workdir: {len(lost)} files, such as {min(lost)}, are gone from '
+        f'the local copy of {self.bucket.address}; the bucket still has them:'
+        ' run the same command again.'
+      )
+    changed = {
+      name: _md5(self.folder / name)
+      for name, stat in files.items()
+      if self._same.get(name, (None,))[0] != stat
+    }
     if not changed:
       return
     self.bucket.put({self.folder / name: name for name in changed})
-    self._write_list(name for name in files
-                     if not (self._whole and name.startswith(f'{SHARDS}/')))
-    self._same = {name: (stat, changed.get(name) or self._same[name][1])
-                  for name, stat in files.items()}
+    self._write_list(
+      name for name in files if not (self._whole and name.startswith(f'{SHARDS}/'))
+    )
+    self._same = {
+      name: (stat, changed.get(name) or self._same[name][1])
+      for name, stat in files.items()
+    }

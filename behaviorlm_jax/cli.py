@@ -18,15 +18,30 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import preemption
 
 # What flags and a config file, which is a program of the user's, may raise.
-UNUSABLE = (flags.Error, AttributeError, ImportError, KeyError, NameError,
-            OSError, SyntaxError, TypeError, ValueError)
+UNUSABLE = (
+  flags.Error,
+  AttributeError,
+  ImportError,
+  KeyError,
+  NameError,
+  OSError,
+  SyntaxError,
+  TypeError,
+  ValueError,
+)
 # What a disk that is full or fails, or a lost process, comes as; the message
 # tells.
-_FROM_BELOW = (OSError, RuntimeError, ValueError, duckdb.Error,
-               safetensors.SafetensorError)
+_FROM_BELOW = (
+  OSError,
+  RuntimeError,
+  ValueError,
+  duckdb.Error,
+  safetensors.SafetensorError,
+)
 # These report every file they touch; their warnings are wanted.
-_readable_log = lambda r: r.levelno > 20 or not any(
-    name in r.pathname for name in ('orbax', 'gcsfs', 'fsspec'))
+_readable_log = lambda r: (
+  r.levelno > 20 or not any(name in r.pathname for name in ('orbax', 'gcsfs', 'fsspec'))
+)
 
 
 def _with_addresses(record):
@@ -94,17 +109,22 @@ def _code(work):
     return _say(hosts.EXIT_CODE, f'error: {error}.')
   except _FROM_BELOW as error:
     if errors.of_disk(error):
-      _say(2, f'error: {_last_line(error)}; mend that and run the same command '
-           'again: it goes on from what was finished.')
+      _say(
+        2,
+        f'error: {_last_line(error)}; mend that and run the same command '
+        'again: it goes on from what was finished.',
+      )
       hosts.leave(2)  # Threads that still write would go on complaining.
     if not hosts.several() or not hosts.failed_together(error):
       raise
     traceback.print_exc()
     return _say(
-        hosts.EXIT_CODE, f'error: what all processes do together failed in '
-        f'process {jax.process_index()} of {jax.process_count()} '
-        f'({str(error).splitlines()[0]}); if another one was lost, run the '
-        'same command again.')
+      hosts.EXIT_CODE,
+      f'error: what all processes do together failed in '
+      f'process {jax.process_index()} of {jax.process_count()} '
+      f'({str(error).splitlines()[0]}); if another one was lost, run the '
+      'same command again.',
+    )
 
 
 def _say(code, sentence):
@@ -121,6 +141,7 @@ def _last_line(error):
 def _keep_compilations():
   """The next run starts sooner; JAX_COMPILATION_CACHE_DIR goes first."""
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir',
-                      str(addresses.cache_dir() / 'compiled'))
+    jax.config.update(
+      'jax_compilation_cache_dir', str(addresses.cache_dir() / 'compiled')
+    )
     jax.config.update('jax_compilation_cache_max_size', 2 << 30)  # Bytes.

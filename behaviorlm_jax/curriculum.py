@@ -35,8 +35,9 @@ def make_plan(this, stage, folder, adapter):
   rng = seeds.stream(config.seed, stage, 'plan')
   stream = segments(this, stage, 'train', rng, adapter, folder)
   plan = plan_lib.take(stream, config, config.train.steps, made_from)
-  logging.info('%s: plan of %s.', folder.name,
-               plan_lib.summary(plan, config.train.length))
+  logging.info(
+    '%s: plan of %s.', folder.name, plan_lib.summary(plan, config.train.length)
+  )
   plan_hash = plan_lib.content_hash(plan)
   hosts.agree({f'the plan of {folder.name}': plan_hash})
   hosts.first(plan_lib.save, path, plan, config.train.batch)
@@ -50,8 +51,12 @@ def fingerprint(this, stage, adapter, sections):
   for path in ('events', 'conversations'):  # Their content counts, see below.
     del values['data'][path]
   chosen = {name: values[name] for name in sections}
-  parts = (stage, this.events.fingerprint, this.base.fingerprint,
-           json.dumps(chosen, sort_keys=True))
+  parts = (
+    stage,
+    this.events.fingerprint,
+    this.base.fingerprint,
+    json.dumps(chosen, sort_keys=True),
+  )
   for part in parts:
     digest.update(part.encode())
   for conversation in this.conversations:
@@ -75,12 +80,14 @@ def segments(this, stage, split, rng, adapter=None, folder=None):
     stream = drawn(this, split, windows, rng, adapter, folder)
   elif plan.content == 'balanced':
     samples = samples_lib.by_behavior(
-        this.events, samples_lib.eligible(this.events, split, config))
+      this.events, samples_lib.eligible(this.events, split, config)
+    )
     rates = dict.fromkeys(samples, 1)
     stream = plan_lib.spread(windows, samples, rates, rng, neighbours(this))
   else:
-    samples = samples_lib.of_split(this.events, split, config,
-                                   _only_anchors(this, stage))
+    samples = samples_lib.of_split(
+      this.events, split, config, _only_anchors(this, stage)
+    )
     stream = plan_lib.tile(windows, samples, rng)
   if split == 'train':
     stream = plan_lib.mix(stream, this.conversations, share, rng)
@@ -118,10 +125,12 @@ def choose_subset(this, adapter, folder):
   if config.difficulty.score != 'random':
     if config.difficulty.candidates <= config.plan.per_behavior:
       logging.warning(
-          'difficulty.candidates is %d and plan.per_behavior %d: every '
-          'candidate is drawn, however difficult; raise the first, or save the '
-          'scoring with difficulty.score=random.',
-          config.difficulty.candidates, config.plan.per_behavior)
+        'difficulty.candidates is %d and plan.per_behavior %d: every '
+        'candidate is drawn, however difficult; raise the first, or save the '
+        'scoring with difficulty.score=random.',
+        config.difficulty.candidates,
+        config.plan.per_behavior,
+      )
     scores = score_difficulty(this, adapter, folder, pools)
   return subset_lib.choose(pools, scores, this.events, config, draw('subset'))
 
@@ -129,19 +138,20 @@ def choose_subset(this, adapter, folder):
 def score_difficulty(this, adapter, folder, pools):
   """{sample: difficulty} under the model that stage b starts from."""
   path, name = folder / 'difficulty.parquet', this.config.difficulty.score
-  made_from = fingerprint(this, 'difficulty', adapter,
-                          ('data', 'plan', 'difficulty', 'seed', 'score'))
+  made_from = fingerprint(
+    this, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
+  )
   if not hosts.exists(path):
     samples = np.concatenate(list(pools.values()))
-    score = lambda adapter, what, **options: measure.score(
-        this, adapter, samples, f'{folder.name}: {what}', **options).scores
+    score = lambda adapter, what, **options: (
+      measure.score(this, adapter, samples, f'{folder.name}: {what}', **options).scores
+    )
     scores, others = score(adapter, 'difficulty'), None
     if name == 'ifd':
       others = score(adapter, 'without past', past=False)
     elif name == 'rho':
       others = score(reference(this), 'reference')
-    values = difficulty.compute(name, scores, this.events.behavior[samples],
-                                others)
+    values = difficulty.compute(name, scores, this.events.behavior[samples], others)
     hosts.first(difficulty.write, path, this.events, samples, values, made_from)
   return difficulty.read(path, made_from)
 
@@ -151,8 +161,9 @@ def reference(this):
   config = this.config
   if not config.difficulty.reference:
     return None
-  folder = workdir_lib.adapter_folder(config.difficulty.reference,
-                                      'difficulty.reference')
+  folder = workdir_lib.adapter_folder(
+    config.difficulty.reference, 'difficulty.reference'
+  )
   return inputs.load_adapter(this, folder)
 
 

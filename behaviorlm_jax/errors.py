@@ -9,9 +9,16 @@ many exceptions; `of_disk` knows them.
 # By Python and Arrow, TensorStore (Orbax), DuckDB and safetensors, all with the
 # words of the C library: what a disk, or one that is shared, refuses for now.
 # Not 'Connection timed out', which is how a lost process may end, too.
-_DISK = ('No space left on device', 'Disk quota exceeded', 'Input/output error',
-         'Stale file handle', 'Permission denied', 'Read-only file system',
-         'Too many open files', 'Cannot allocate memory')
+_DISK = (
+  'No space left on device',
+  'Disk quota exceeded',
+  'Input/output error',
+  'Stale file handle',
+  'Permission denied',
+  'Read-only file system',
+  'Too many open files',
+  'Cannot allocate memory',
+)
 
 
 class InputError(ValueError):

@@ -69,47 +69,59 @@ def start(settings):
   if not settings.coordinator or jax.distributed.is_initialized():
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  waits = {'initialization_timeout': settings.timeout,
-           'heartbeat_timeout_seconds': settings.heartbeat,
-           'shutdown_timeout_seconds': _LEAVING}
+  waits = {
+    'initialization_timeout': settings.timeout,
+    'heartbeat_timeout_seconds': settings.heartbeat,
+    'shutdown_timeout_seconds': _LEAVING,
+  }
   if settings.coordinator == AUTO:
     try:
       jax.distributed.initialize(**waits)
     except ValueError as error:
       raise InputError(
-          'distributed.coordinator is auto, but there is no sign of a TPU pod, '
-          f'GKE, Slurm or MPI here ({str(error).rstrip(".")}); give host:port, '
-          'distributed.processes and distributed.process.') from error
+        'distributed.coordinator is auto, but there is no sign of a TPU pod, '
+        f'GKE, Slurm or MPI here ({str(error).rstrip(".")}); give host:port, '
+        'distributed.processes and distributed.process.'
+      ) from error
   else:
-    jax.distributed.initialize(settings.coordinator, settings.processes,
-                               settings.process, **waits)
+    jax.distributed.initialize(
+      settings.coordinator, settings.processes, settings.process, **waits
+    )
   _check_devices()
-  logging.info('host %d of %d, with %d of %d devices.', jax.process_index(),
-               jax.process_count(), jax.local_device_count(),
-               jax.device_count())
+  logging.info(
+    'host %d of %d, with %d of %d devices.',
+    jax.process_index(),
+    jax.process_count(),
+    jax.local_device_count(),
+    jax.device_count(),
+  )
 
 
 def _check(settings):
   match = re.fullmatch(r'.+:(\d{1,5})', settings.coordinator)
   if not match or not 0 < int(match[1]) < 1 << 16:
     raise InputError(
-        f'distributed.coordinator is {settings.coordinator!r}; give host:port '
-        'of the first process (a port from 1 to 65535), or auto.')
+      f'distributed.coordinator is {settings.coordinator!r}; give host:port '
+      'of the first process (a port from 1 to 65535), or auto.'
+    )
   if not 0 <= settings.process < settings.processes:
     raise InputError(
-        f'distributed.process is {settings.process} and distributed.processes '
-        f'is {settings.processes}; processes are numbered from 0 to '
-        f'{settings.processes - 1}.')
+      f'distributed.process is {settings.process} and distributed.processes '
+      f'is {settings.processes}; processes are numbered from 0 to '
+      f'{settings.processes - 1}.'
+    )
 
 
 def _check_devices():
   """What all do together needs as many devices from each."""
   counts = collections.Counter(d.process_index for d in jax.devices())
   if len(set(counts.values())) > 1:
-    listed = ', '.join(f'process {process} has {count}'
-                       for process, count in sorted(counts.items()))
-    raise InputError(f'processes differ in their devices: {listed}; give each '
-                     'the same number.')
+    listed = ', '.join(
+      f'process {process} has {count}' for process, count in sorted(counts.items())
+    )
+    raise InputError(
+      f'processes differ in their devices: {listed}; give each the same number.'
+    )
 
 
 def exists(path):
@@ -175,8 +187,9 @@ def agree(facts):
       one, two = mine.get(what), theirs.get(what)
       if one != two:
         raise InputError(
-            f'process 0 ({name}) and process {number} ({other}) differ in '
-            f'{what}: {one} and {two}; give all processes the same.')
+          f'process 0 ({name}) and process {number} ({other}) differ in '
+          f'{what}: {one} and {two}; give all processes the same.'
+        )
 
 
 def _texts(text):
@@ -184,18 +197,22 @@ def _texts(text):
   encoded = np.frombuffer(text.encode(), np.uint8)
   sizes = _gather(np.int32(len(encoded)))
   padded = np.zeros(sizes.max(), np.uint8)
-  padded[:len(encoded)] = encoded
+  padded[: len(encoded)] = encoded
   rows = multihost_utils.process_allgather(padded)
-  return [row[:size].tobytes().decode()
-          for row, size in zip(rows, sizes, strict=True)]
+  return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def failed_together(error):
   """Whether an exception is that of a computation of all processes."""
   # Some of XLA's errors reach Python as a ValueError with its status. What a
   # device lacks is no other one's fault.
-  return bool(re.match(r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|'
-                       'UNAVAILABLE|UNKNOWN): ', str(error)))
+  return bool(
+    re.match(
+      r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|'
+      'UNAVAILABLE|UNKNOWN): ',
+      str(error),
+    )
+  )
 
 
 def leave(code):

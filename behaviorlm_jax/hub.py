@@ -43,16 +43,26 @@ _FOLDER_FIELD = 'model.address'
 # What is read of a model. Exact names: other formats, other precisions and
 # folders of the same weights would multiply the download.
 _MODEL_FILES = (
-  'config.json', 'generation_config.json',
-  'model.safetensors', 'model-*.safetensors', 'model.safetensors.index.json',
-  'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-  'added_tokens.json', 'chat_template.jinja',
+  'config.json',
+  'generation_config.json',
+  'model.safetensors',
+  'model-*.safetensors',
+  'model.safetensors.index.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
 )
 # HTTPError is that of the HTTP library which this huggingface_hub uses; its
 # storage client raises RuntimeError, a page that is no hub gives no JSON.
 _FAILURES = (
-  OSError, RuntimeError, json.JSONDecodeError, errors.HTTPError,
-  errors.EntryNotFoundError, errors.RevisionResolutionError,
+  OSError,
+  RuntimeError,
+  json.JSONDecodeError,
+  errors.HTTPError,
+  errors.EntryNotFoundError,
+  errors.RevisionResolutionError,
 )
 
 
@@ -91,9 +101,11 @@ def pin(address: str, field: str, earlier: Iterable[str] = ()) -> str:
   elif _COMMIT.fullmatch(wanted.revision):
     return address
   with _one_sentence(wanted, field):
-    commit = huggingface_hub.HfApi().resolve_revision(
-      wanted.repo, repo_type=wanted.kind, revision=wanted.revision
-    ).resolved
+    commit = (
+      huggingface_hub.HfApi()
+      .resolve_revision(wanted.repo, repo_type=wanted.kind, revision=wanted.revision)
+      .resolved
+    )
   logging.info('%s: %s is commit %s.', field, address, commit)
   return str(dataclasses.replace(wanted, revision=commit))
 
@@ -104,13 +116,19 @@ def fetch(address: str, field: str) -> Path:
   api = huggingface_hub.HfApi()
   with _one_sentence(wanted, field):
     if wanted.path:
-      return Path(api.hf_hub_download(
-        wanted.repo, wanted.path, repo_type=wanted.kind,
-        revision=wanted.revision,
-      ))
-    folder = Path(api.snapshot_download(
-      wanted.repo, revision=wanted.revision, allow_patterns=list(_MODEL_FILES)
-    ))
+      return Path(
+        api.hf_hub_download(
+          wanted.repo,
+          wanted.path,
+          repo_type=wanted.kind,
+          revision=wanted.revision,
+        )
+      )
+    folder = Path(
+      api.snapshot_download(
+        wanted.repo, revision=wanted.revision, allow_patterns=list(_MODEL_FILES)
+      )
+    )
   if not any(folder.glob('model*.safetensors')):
     raise InputError(
       f'{field}: {wanted} has no model.safetensors, in one file or several; '
@@ -171,32 +189,46 @@ def _reason(error: Exception, wanted: _Wanted) -> str:
     error = error.__cause__
   match error:
     case errors.GatedRepoError():
-      return ('is gated; ask for access on its page and set HF_TOKEN to a '
-              f'token of that account, or {_INSTEAD}')
+      return (
+        'is gated; ask for access on its page and set HF_TOKEN to a '
+        f'token of that account, or {_INSTEAD}'
+      )
     case errors.RepositoryNotFoundError():
-      return (f'is no public {wanted.kind} of {constants.ENDPOINT}; correct '
-              'the name (data sets begin with hf://datasets/), or set HF_TOKEN '
-              'if it is private')
+      return (
+        f'is no public {wanted.kind} of {constants.ENDPOINT}; correct '
+        'the name (data sets begin with hf://datasets/), or set HF_TOKEN '
+        'if it is private'
+      )
     case errors.RevisionNotFoundError():
-      return (f'asks for the revision {wanted.revision!r}, which does not '
-              'exist; give a branch, tag or commit of this repository')
+      return (
+        f'asks for the revision {wanted.revision!r}, which does not '
+        'exist; give a branch, tag or commit of this repository'
+      )
     case errors.RemoteEntryNotFoundError():
-      return (f'does not exist: the repository has no file {wanted.path!r} '
-              'there; correct the path')
+      return (
+        f'does not exist: the repository has no file {wanted.path!r} '
+        'there; correct the path'
+      )
     case errors.HfHubHTTPError():
       return _status(error.response.status_code)
   said = f'{type(error).__name__}: {_first_line(error)}'.rstrip('.')
-  return (f'is not in the cache and could not be fetched from '
-          f'{constants.ENDPOINT} ({said}); check network and disk, or '
-          f'{_INSTEAD}')
+  return (
+    f'is not in the cache and could not be fetched from '
+    f'{constants.ENDPOINT} ({said}); check network and disk, or '
+    f'{_INSTEAD}'
+  )
 
 
 def _status(code: int) -> str:
   if code in (401, 403):
-    return (f'is refused by {constants.ENDPOINT} with HTTP status {code}; set '
-            f'HF_TOKEN to a token that may read it, or {_INSTEAD}')
-  return (f'could not be fetched: {constants.ENDPOINT} answered with HTTP '
-          f'status {code}; try again later, or {_INSTEAD}')
+    return (
+      f'is refused by {constants.ENDPOINT} with HTTP status {code}; set '
+      f'HF_TOKEN to a token that may read it, or {_INSTEAD}'
+    )
+  return (
+    f'could not be fetched: {constants.ENDPOINT} answered with HTTP '
+    f'status {code}; try again later, or {_INSTEAD}'
+  )
 
 
 def _first_line(error: Exception) -> str:

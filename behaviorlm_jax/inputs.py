@@ -33,6 +33,7 @@ from behaviorlm_jax.train import step as step_lib
 @dataclasses.dataclass
 class Run:
   """What the stages of one call have in common."""
+
   config: object
   workdir: pathlib.Path
   layout: sharding.Layout
@@ -74,40 +75,49 @@ def open_run(config, workdir, layout, shapes_only=False):
   plan_lib.check_lengths(prompts, config)
   prompts.check_lengths(base.config.max_length, config.train.length)
   evaluation.test_samples(events, config)  # Refuses a log without any.
-  hosts.agree(workdir_lib.facts(config) | {
-      'the events': events.fingerprint, 'the base model': base.fingerprint,
+  hosts.agree(
+    workdir_lib.facts(config)
+    | {
+      'the events': events.fingerprint,
+      'the base model': base.fingerprint,
       'the conversations': conversations.digest(talks or []),
       'the questions': conversations.digest(
-          row for question in questions for row in question.choices)})
-  attach = step_lib.attacher(base.config, config, layout,
-                             config.model.dtype)
+        row for question in questions for row in question.choices
+      ),
+    }
+  )
+  attach = step_lib.attacher(base.config, config, layout, config.model.dtype)
   place = layout.abstract if shapes_only else layout.place
   params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
   scored, attach_scored = params, attach
   if config.score.dtype != config.model.dtype:
     scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
-    attach_scored = step_lib.attacher(base.config, config, layout,
-                                      config.score.dtype, 'auto')
-  scorer = scorer_lib.Scorer(attach_scored, scored, prompts.labels,
-                             config.score, layout)
+    attach_scored = step_lib.attacher(
+      base.config, config, layout, config.score.dtype, 'auto'
+    )
+  scorer = scorer_lib.Scorer(
+    attach_scored, scored, prompts.labels, config.score, layout
+  )
   if talks is None:  # At last: it takes minutes.
     talks = _self_written(config, base, params, layout)
   talks, held = retention_lib.hold_out(talks, config.retention.conversations)
   if not talks and _shares(config):
     raise InputError(
-        f'data.conversations: all {len(held)} conversations are held out to '
-        'measure retention and none is left to train on; give more, or set '
-        'retention.conversations=0.')
-  retention = retention_lib.Retention(attach_scored, scored, layout, held,
-                                      questions, config.score.batch)
-  return Run(config, workdir, layout, base, prompts, talks, attach, params,
-             scorer, retention)
+      f'data.conversations: all {len(held)} conversations are held out to '
+      'measure retention and none is left to train on; give more, or set '
+      'retention.conversations=0.'
+    )
+  retention = retention_lib.Retention(
+    attach_scored, scored, layout, held, questions, config.score.batch
+  )
+  return Run(
+    config, workdir, layout, base, prompts, talks, attach, params, scorer, retention
+  )
 
 
 def _shares(config):
   """Whether any stage learns conversations."""
-  return (config.plan.conversation_share or
-          config.plan.balanced_conversation_share)
+  return config.plan.conversation_share or config.plan.balanced_conversation_share
 
 
 def _questions(config, base):
@@ -115,8 +125,7 @@ def _questions(config, base):
   if not config.retention.questions:
     return []
   path = addresses.resolve(config.retention.questions, 'retention.questions')
-  found = retention_lib.read_questions(path, base.tokenizer,
-                                       base.config.max_length)
+  found = retention_lib.read_questions(path, base.tokenizer, base.config.max_length)
   if len(found) <= config.retention.max_questions:
     return found
   rng = seeds.stream(config.seed, 'retention', 'questions')
@@ -140,19 +149,26 @@ def _self_written(config, base, params, layout):
   """Conversations that the untuned model answers."""
 
   def draw(task):
-    settings = sample.Settings(self_written.TOKENS, self_written.TEMPERATURE,
-                               task.ends)
+    settings = sample.Settings(self_written.TOKENS, self_written.TEMPERATURE, task.ends)
     with tqdm.tqdm(total=len(task.prompts), desc='conversations') as bar:
 
       def progress(done):
         bar.update(done)
         preemption.check()
 
-      return sample.answers(base.config, params, task.prompts, config.seed,
-                            settings, progress, layout.replicated)
+      return sample.answers(
+        base.config,
+        params,
+        task.prompts,
+        config.seed,
+        settings,
+        progress,
+        layout.replicated,
+      )
 
-  return self_written.read(base, config.model.dtype, config.seed,
-                           config.train.length, draw)
+  return self_written.read(
+    base, config.model.dtype, config.seed, config.train.length, draw
+  )
 
 
 def load_adapter(this, folder):
@@ -162,7 +178,8 @@ def load_adapter(this, folder):
   adapter, alpha = lora.load(folder)
   if jax.tree.map(np.shape, adapter) != shapes or alpha != config.lora.alpha:
     raise InputError(
-        f'{folder} holds an adapter with other lora.rank, lora.alpha, '
-        'lora.targets or for another model than this config; use the config '
-        'that made it.')
+      f'{folder} holds an adapter with other lora.rank, lora.alpha, '
+      'lora.targets or for another model than this config; use the config '
+      'that made it.'
+    )
   return jax.device_put(adapter, this.layout.adapter(shapes))

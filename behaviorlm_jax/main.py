@@ -11,13 +11,18 @@ from behaviorlm_jax import stages
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
 _ABLATIONS = flags.DEFINE_multi_string(
-    'ablation', [], f'Repeatable: {", ".join(config_lib.ABLATIONS)}.')
+  'ablation', [], f'Repeatable: {", ".join(config_lib.ABLATIONS)}.'
+)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main(argv):
-  cli.run(argv, lambda: stages.run(
-      config_lib.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value))
+  cli.run(
+    argv,
+    lambda: stages.run(
+      config_lib.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value
+    ),
+  )
 
 
 if __name__ == '__main__':

@@ -22,8 +22,7 @@ def evaluate_base(this):
   samples = evaluation.test_samples(this.events, this.config)
   path = this.workdir / 'baselines.json'
   if not hosts.exists(path):
-    hosts.first(evaluation.write_baselines, path, this.events, samples,
-                this.config)
+    hosts.first(evaluation.write_baselines, path, this.events, samples, this.config)
   evaluate(this, folder, None, samples)
   if this.config.sasrec.steps:
     evaluate_sasrec(this, samples)
@@ -44,12 +43,18 @@ def evaluate_sasrec(this, samples):
 
     model = sasrec.fit(events, config, progress)
   validation = evaluation.draw_samples(
-      events, 'validation', config.eval.validation_samples, config)
+    events, 'validation', config.eval.validation_samples, config
+  )
   scored = [
-      evaluation.Scored(
-          positions, sasrec.log_probs(model, events, positions, config),
-          [this.prompts.question(p) for p in positions], None)
-      for positions in (samples, validation) if len(positions)]
+    evaluation.Scored(
+      positions,
+      sasrec.log_probs(model, events, positions, config),
+      [this.prompts.question(p) for p in positions],
+      None,
+    )
+    for positions in (samples, validation)
+    if len(positions)
+  ]
   fitted = scored[1] if config.eval.fit and len(validation) else None
   hosts.first(evaluation.write, folder, this.prompts, scored[0], fitted, config)
 
@@ -63,13 +68,13 @@ def evaluate(this, folder, adapter, samples):
   test = score(this, adapter, samples, f'{folder.name}: evaluate')
   validation = None
   if config.eval.fit:
-    drawn = evaluation.draw_samples(this.events, 'validation',
-                                    config.eval.validation_samples, config)
+    drawn = evaluation.draw_samples(
+      this.events, 'validation', config.eval.validation_samples, config
+    )
     if len(drawn):
       validation = score(this, adapter, drawn, f'{folder.name}: validation')
   shots = None if adapter is None else config.plan.shots
-  hosts.first(evaluation.write, folder, this.prompts, test, validation, config,
-              shots)
+  hosts.first(evaluation.write, folder, this.prompts, test, validation, config, shots)
 
 
 def measure_retention(this, folder, adapter):
@@ -83,8 +88,7 @@ def measure_retention(this, folder, adapter):
       bar.update(done)
       preemption.check()
 
-    hosts.first(files.write_json, path,
-                this.retention.measure(adapter, progress))
+    hosts.first(files.write_json, path, this.retention.measure(adapter, progress))
 
 
 def score(this, adapter, samples, what, stop=preemption.check, past=True):
@@ -101,5 +105,6 @@ def score(this, adapter, samples, what, stop=preemption.check, past=True):
       stop()
 
     scores, uncertified = this.scorer(
-        adapter, questions, this.events.behavior[samples], progress)
+      adapter, questions, this.events.behavior[samples], progress
+    )
     return evaluation.Scored(samples, scores, questions, uncertified)

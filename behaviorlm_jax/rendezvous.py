@@ -18,8 +18,11 @@ from behaviorlm_jax.errors import InputError
 
 _HELLO = 'behaviorlm_jax'
 # As JAX listens: on all addresses of the machine.
-_FAMILY = ({'family': socket.AF_INET6, 'dualstack_ipv6': True}
-           if socket.has_dualstack_ipv6() else {})
+_FAMILY = (
+  {'family': socket.AF_INET6, 'dualstack_ipv6': True}
+  if socket.has_dualstack_ipv6()
+  else {}
+)
 _LONGEST = 10_000  # Characters of a line.
 
 
@@ -47,13 +50,14 @@ def _receive(port, settings, until):
   with contextlib.ExitStack() as stack:
     try:
       server = stack.enter_context(
-          socket.create_server(('', port), backlog=settings.processes,
-                               **_FAMILY))
+        socket.create_server(('', port), backlog=settings.processes, **_FAMILY)
+      )
     except OSError as error:
       raise InputError(
-          f'distributed.coordinator is {settings.coordinator}, and process 0 '
-          f'cannot listen on port {port} ({error.strerror}); give a free port '
-          'of its machine.') from error
+        f'distributed.coordinator is {settings.coordinator}, and process 0 '
+        f'cannot listen on port {port} ({error.strerror}); give a free port '
+        'of its machine.'
+      ) from error
     while missing and not problem:
       guest = _accept(server, until)
       if guest is None:
@@ -61,18 +65,22 @@ def _receive(port, settings, until):
         break
       stack.enter_context(guest)
       said = _line(guest, min(until, time.monotonic() + 5)).split()
-      if len(said) != 3 or said[0] != _HELLO or not all(
-          number.isdecimal() for number in said[1:]):
+      if (
+        len(said) != 3
+        or said[0] != _HELLO
+        or not all(number.isdecimal() for number in said[1:])
+      ):
         logging.warning('port %d: someone who is no process of this run.', port)
         continue
       guests.append(guest)
       number, processes = map(int, said[1:])
       if processes != settings.processes or number not in missing:
         problem = (
-            f'process {number} of {processes} came to {settings.coordinator}, '
-            f'which waits for {_listed(missing)} of {settings.processes}; give '
-            'each a distributed.process of its own and all the same '
-            'distributed.processes.')
+          f'process {number} of {processes} came to {settings.coordinator}, '
+          f'which waits for {_listed(missing)} of {settings.processes}; give '
+          'each a distributed.process of its own and all the same '
+          'distributed.processes.'
+        )
       missing.discard(number)
     for guest in guests:
       with contextlib.suppress(OSError):  # It is gone; JAX will miss it.
@@ -97,9 +105,10 @@ def _report(address, settings, until):
       break
     if time.monotonic() > until:
       raise InputError(
-          f'process {settings.process} waited {settings.timeout} s '
-          f'(distributed.timeout) for {awaited} at {settings.coordinator}; see '
-          'the log of process 0, or correct distributed.coordinator.')
+        f'process {settings.process} waited {settings.timeout} s '
+        f'(distributed.timeout) for {awaited} at {settings.coordinator}; see '
+        'the log of process 0, or correct distributed.coordinator.'
+      )
     time.sleep(0.2)
   if problem := reply.removeprefix(_HELLO).strip():
     raise InputError(problem)
@@ -125,11 +134,13 @@ def _line(guest, until):
 
 def _missing(missing, settings):
   one = len(missing) == 1
-  return (f'after {settings.timeout} s (distributed.timeout) '
-          f'{"process" if one else "processes"} {_listed(missing)} of '
-          f'{settings.processes} {"is" if one else "are"} missing at '
-          f'{settings.coordinator}; see {"its log" if one else "their logs"}, '
-          'and start all of them.')
+  return (
+    f'after {settings.timeout} s (distributed.timeout) '
+    f'{"process" if one else "processes"} {_listed(missing)} of '
+    f'{settings.processes} {"is" if one else "are"} missing at '
+    f'{settings.coordinator}; see {"its log" if one else "their logs"}, '
+    'and start all of them.'
+  )
 
 
 def _listed(numbers):

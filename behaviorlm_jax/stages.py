@@ -61,8 +61,12 @@ def run(config, workdir):
   measure.evaluate_base(this)
   for stage in config.stages:
     run_stage(this, stage)
-  hosts.first(report.write, workdir, 'BehaviorLM: ' + _log_name(config),
-              this.base.tokenizer.decode)
+  hosts.first(
+    report.write,
+    workdir,
+    'BehaviorLM: ' + _log_name(config),
+    this.base.tokenizer.decode,
+  )
   logging.info('report: %s', workdir / 'report.html')
 
 
@@ -98,13 +102,19 @@ def run_stage(this, stage):
   # A name that others have, too, before the folder it was fetched to.
   address = config.model.address
   name, revision = hub.repository(address) or (
-      address if bucket.is_address(address)
-      else this.base.folder or this.base.address, None)
-  hosts.first(lora.export, folder / 'adapter', this.layout.gather(adapter),
-              config.lora.alpha, name, revision)
+    address if bucket.is_address(address) else this.base.folder or this.base.address,
+    None,
+  )
+  hosts.first(
+    lora.export,
+    folder / 'adapter',
+    this.layout.gather(adapter),
+    config.lora.alpha,
+    name,
+    revision,
+  )
   hosts.first(evaluation.write_labels, folder / 'labels.json', this.prompts)
-  measure.evaluate(this, folder, adapter,
-                   evaluation.test_samples(this.events, config))
+  measure.evaluate(this, folder, adapter, evaluation.test_samples(this.events, config))
 
 
 def interpolate(start, end, share):
@@ -119,9 +129,13 @@ def interpolate(start, end, share):
   if share == 1:
     return end
   mix = lambda x, y: (1 - share) * x + share * y
-  return {name: {
+  return {
+    name: {
       'a': mix(ab['a'], end[name]['a']) if np.any(ab['b']) else end[name]['a'],
-      'b': mix(ab['b'], end[name]['b'])} for name, ab in start.items()}
+      'b': mix(ab['b'], end[name]['b']),
+    }
+    for name, ab in start.items()
+  }
 
 
 def first_adapter(this, stage):
@@ -129,11 +143,15 @@ def first_adapter(this, stage):
   config = this.config
   shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
   if stage == 'b' and workdir_lib.needs_stage_a(config):
-    return inputs.load_adapter(
-        this, workdir_lib.stage_a_adapter(config, this.workdir))
+    return inputs.load_adapter(this, workdir_lib.stage_a_adapter(config, this.workdir))
   adapter = jax.device_get(
-      lora.init(this.base.config, config.lora.rank, config.lora.targets,
-                jax.random.key(config.seed)))
+    lora.init(
+      this.base.config,
+      config.lora.rank,
+      config.lora.targets,
+      jax.random.key(config.seed),
+    )
+  )
   return jax.device_put(adapter, this.layout.adapter(shapes))
 
 
@@ -143,17 +161,30 @@ def train(this, stage, folder, plan, plan_hash, adapter):
   step_fn, optimizer, places = trainer(this, stage, plan)
   state = step_lib.init_state(adapter, optimizer, places)
   saved = checkpoints_lib.Checkpoints(
-      bucket.place(folder / 'checkpoints'), config.checkpoint.keep, plan_hash)
+    bucket.place(folder / 'checkpoints'), config.checkpoint.keep, plan_hash
+  )
   state = saved.restore_latest(state, config.checkpoint.every)
   assemble = assembler(this, plan)
   show_example(this, assemble, plan)
   rows = config.train.batch
-  batches = loader.batches(plan, assemble, rows, int(state['step']),
-                           this.layout.host_rows(rows), config.train.workers)
+  batches = loader.batches(
+    plan,
+    assemble,
+    rows,
+    int(state['step']),
+    this.layout.host_rows(rows),
+    config.train.workers,
+  )
   state = loop.run(
-      folder, config, state, step_fn, this.params,
-      (this.layout.put_rows(batch, rows) for batch in batches), saved,
-      validator(this, stage))
+    folder,
+    config,
+    state,
+    step_fn,
+    this.params,
+    (this.layout.put_rows(batch, rows) for batch in batches),
+    saved,
+    validator(this, stage),
+  )
   best = saved.best_step(config.checkpoint.best_by != 'last')
   logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
   adapter = saved.restore_adapter(best, state)
@@ -167,10 +198,16 @@ def trainer(this, stage, plan):
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = lora.shapes(base, config.lora.rank, config.lora.targets)
   places = step_lib.state_shardings(this.layout, shapes, optimizer)
-  step_fn = step_lib.make_step(this.attach, optimizer, schedule,
-                               config.train.accumulate, places, this.layout,
-                               *most_answers(this, plan),
-                               curriculum.names(this, stage, plan))
+  step_fn = step_lib.make_step(
+    this.attach,
+    optimizer,
+    schedule,
+    config.train.accumulate,
+    places,
+    this.layout,
+    *most_answers(this, plan),
+    curriculum.names(this, stage, plan),
+  )
   return step_fn, optimizer, places
 
 
@@ -178,7 +215,8 @@ def most_answers(this, plan):
   """`answers` and `auxiliary` of step.make_step, from a plan."""
   train = this.config.train
   most = lambda kind: plan_lib.most_answers(
-      plan, train.batch, train.accumulate, this.layout.row_parts, kind)
+    plan, train.batch, train.accumulate, this.layout.row_parts, kind
+  )
   auxiliary = train.auxiliary == 'kl' and most(plan_lib.CONVERSATION)
   if auxiliary:
     return most(plan_lib.WINDOW), auxiliary
@@ -187,8 +225,9 @@ def most_answers(this, plan):
 
 def assembler(this, plan):
   """What turns the rows of a plan into arrays."""
-  return loader.Assembler(this.prompts, this.conversations,
-                          this.config.train.length, plan.answers, this.tree)
+  return loader.Assembler(
+    this.prompts, this.conversations, this.config.train.length, plan.answers, this.tree
+  )
 
 
 def show_example(this, assemble, plan):
@@ -211,21 +250,26 @@ def validator(this, stage):
     stream = curriculum.segments(this, stage, 'validation', rng)
     plan = plan_lib.take(stream, config, steps, '')
   except samples_lib.NoSamples:
-    logging.warning('the validation split has no sample for stage %s; the last '
-                    'checkpoint will be taken for the best.', stage)
+    logging.warning(
+      'the validation split has no sample for stage %s; the last '
+      'checkpoint will be taken for the best.',
+      stage,
+    )
     return lambda adapter: {}
   assemble = assembler(this, plan)
   sums = step_lib.make_validation(
-      this.attach, this.layout, plan_lib.most_answers(
-          plan, rows, 1, this.layout.row_parts),
-      curriculum.names(this, stage, plan))
-  samples = evaluation.draw_samples(this.events, 'validation',
-                                    config.eval.validation_samples, config)
+    this.attach,
+    this.layout,
+    plan_lib.most_answers(plan, rows, 1, this.layout.row_parts),
+    curriculum.names(this, stage, plan),
+  )
+  samples = evaluation.draw_samples(
+    this.events, 'validation', config.eval.validation_samples, config
+  )
 
   def validate(adapter):
     loss = weight = 0.0
-    for batch in loader.batches(plan, assemble, rows,
-                                own=this.layout.host_rows(rows)):
+    for batch in loader.batches(plan, assemble, rows, own=this.layout.host_rows(rows)):
       batch = this.layout.put_rows(batch, rows)
       one, w = sums(adapter, this.params, batch)
       loss, weight = loss + float(one), weight + float(w)

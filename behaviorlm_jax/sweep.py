@@ -42,8 +42,11 @@ _REPORT = flags.DEFINE_bool('report', False, 'Write the report, run nothing.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
 # What runs of one log and seed have in common, and when it is finished.
-_SHARED = (('events', 'behaviors.json'), ('base', 'evaluation.json'),
-           ('baselines.json', ''))
+_SHARED = (
+  ('events', 'behaviors.json'),
+  ('base', 'evaluation.json'),
+  ('baselines.json', ''),
+)
 # Sections that a method may not change if it is to take what is shared.
 _FIXED = ('data', 'model', 'lora', 'score', 'eval')
 
@@ -51,6 +54,7 @@ _FIXED = ('data', 'model', 'lora', 'score', 'eval')
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One run."""
+
   log: str
   seed: int
   name: str  # Of the method.
@@ -75,30 +79,43 @@ class Job:
     elif not stages:
       last = 'sasrec' if self.config.sasrec.steps else 'base'
     settings = self.folder / 'settings.txt'
-    return ((self.folder / last / 'evaluation.json').exists()
-            and settings.exists() and settings.read_text() == self.settings)
+    return (
+      (self.folder / last / 'evaluation.json').exists()
+      and settings.exists()
+      and settings.read_text() == self.settings
+    )
 
 
 def jobs(config, workdir):
   """All runs: seed by seed, in each the methods in `config.order`."""
   for name in config.order:
     if name not in config.methods:
-      raise InputError(f'config.order names {name!r}'
-                       f'{config_lib.nearest(name, config.methods)}, which is '
-                       'not in config.methods.')
+      raise InputError(
+        f'config.order names {name!r}'
+        f'{config_lib.nearest(name, config.methods)}, which is '
+        'not in config.methods.'
+      )
   if config.base.distributed.coordinator:
-    raise InputError('distributed.coordinator is set, but a sweep is one '
-                     'process; leave it out, or give one run of it to main.')
+    raise InputError(
+      'distributed.coordinator is set, but a sweep is one '
+      'process; leave it out, or give one run of it to main.'
+    )
   methods = {name: config.methods[name] for name in config.order}
   seeds = max((m.seeds for m in methods.values()), default=0)
   logs = [name for name, address in config.logs.items() if address]
   if not logs or not methods:
-    raise InputError('config.logs names no log or config.order nothing to '
-                     'run; give --config.logs.NAME=FILE for one of '
-                     f'{", ".join(config.logs) or "none"}.')
-  return [_job(config, workdir, log, seed, name)
-          for seed in range(seeds) for name, m in methods.items()
-          if seed < m.seeds for log in logs]
+    raise InputError(
+      'config.logs names no log or config.order nothing to '
+      'run; give --config.logs.NAME=FILE for one of '
+      f'{", ".join(config.logs) or "none"}.'
+    )
+  return [
+    _job(config, workdir, log, seed, name)
+    for seed in range(seeds)
+    for name, m in methods.items()
+    if seed < m.seeds
+    for log in logs
+  ]
 
 
 def _job(config, workdir, log, seed, name):
@@ -110,36 +127,46 @@ def _job(config, workdir, log, seed, name):
   place = pathlib.Path(workdir) / log / f'seed{seed}'
   if chosen.start:
     if chosen.start not in config.order:
-      raise InputError(f'config.methods.{name} starts from {chosen.start!r}'
-                       f'{config_lib.nearest(chosen.start, config.order)}, '
-                       'which is not in config.order.')
+      raise InputError(
+        f'config.methods.{name} starts from {chosen.start!r}'
+        f'{config_lib.nearest(chosen.start, config.order)}, '
+        'which is not in config.order.'
+      )
     if config.methods[chosen.start].start:
       raise InputError(
-          f'config.methods.{name} starts from {chosen.start!r}, which has no '
-          'stage a of its own; name the method that it starts from.')
+        f'config.methods.{name} starts from {chosen.start!r}, which has no '
+        'stage a of its own; name the method that it starts from.'
+      )
     run.stages, run.init_from = ('b',), str(place / chosen.start)
   run = config_lib.ablate(run, chosen.ablations)
   config_lib.check(run)
-  origin = chosen.start and _job(config, workdir, log, seed,
-                                 chosen.start).settings
+  origin = chosen.start and _job(config, workdir, log, seed, chosen.start).settings
   return Job(log, seed, name, chosen, place / name, run, origin)
 
 
 def run_all(config, workdir):
   """Runs what is neither finished nor committed; writes all rows."""
   if bucket.is_address(workdir):
-    raise InputError(f'--workdir={workdir} lies in a bucket, where a sweep '
-                     'cannot work; give a local folder.')
+    raise InputError(
+      f'--workdir={workdir} lies in a bucket, where a sweep '
+      'cannot work; give a local folder.'
+    )
   every, committed = jobs(config, workdir), pathlib.Path(config.results)
   workdir = workdir_lib.make(workdir)
-  known = {(row['data'], row['method'], row['seed'], row['settings'])
-           for row in rows_lib.read(committed).of('results.csv')}
-  todo = [job for job in every if not job.finished
-          and (*job.key, job.settings) not in known]
+  known = {
+    (row['data'], row['method'], row['seed'], row['settings'])
+    for row in rows_lib.read(committed).of('results.csv')
+  }
+  todo = [
+    job for job in every if not job.finished and (*job.key, job.settings) not in known
+  ]
   # A method whose stage a another one starts from is run for it again.
   starts = {(job.log, job.seed, job.method.start) for job in todo}
-  todo += [job for job in every if not job.finished and job not in todo
-           and (job.log, job.seed, job.name) in starts]
+  todo += [
+    job
+    for job in every
+    if not job.finished and job not in todo and (job.log, job.seed, job.name) in starts
+  ]
   for number, job in enumerate(sorted(todo, key=every.index), start=1):
     logging.info('sweep: run %d of %d, %s.', number, len(todo), job.folder)
     run_job(job)
@@ -181,8 +208,9 @@ def collect(config, every, workdir):
   committed = pathlib.Path(config.results)
   rows = rows_lib.read(committed)
   if (committed / choices.FOLDER).is_dir():
-    shutil.copytree(committed / choices.FOLDER, workdir / choices.FOLDER,
-                    dirs_exist_ok=True)
+    shutil.copytree(
+      committed / choices.FOLDER, workdir / choices.FOLDER, dirs_exist_ok=True
+    )
   results.collect(every, config.contrasts, rows, workdir)
   rows_lib.write(workdir, rows)
 

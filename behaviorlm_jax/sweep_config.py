@@ -28,6 +28,11 @@ def method(ablations=(), start='', seeds=1, fields=None):
     seeds: 1 runs seed 0 alone, 3 also 1 and 2.
     fields: {section: {field: value}} to change.
   """
-  return config_dict.ConfigDict({
-      'ablations': tuple(ablations), 'start': start, 'seeds': seeds,
-      'fields': fields or {}})
+  return config_dict.ConfigDict(
+    {
+      'ablations': tuple(ablations),
+      'start': start,
+      'seeds': seeds,
+      'fields': fields or {},
+    }
+  )

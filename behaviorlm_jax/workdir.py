@@ -37,24 +37,34 @@ SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
 _WHERE = ('mesh', 'sharding', 'distributed')
 # What decides each folder that no stage owns.
 _DECIDES = {
-    'events': ('data.events', 'data.columns', 'data.csv', 'data.time_format',
-               'data.time_zone', 'data.nulls', 'data.collapse_repeats',
-               'data.max_rejected', 'data.split', 'data.anchor_share', 'seed'),
-    'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
+  'events': (
+    'data.events',
+    'data.columns',
+    'data.csv',
+    'data.time_format',
+    'data.time_zone',
+    'data.nulls',
+    'data.collapse_repeats',
+    'data.max_rejected',
+    'data.split',
+    'data.anchor_share',
+    'seed',
+  ),
+  'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
 }
 # Fields that take hf://, and where to look for what it was: `events` last, as
 # events serve any model.
 _ADDRESSES = ('model.address', 'data.events', 'data.conversations')
 _PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
 _NO_ADAPTER = {
-    'init_from': 'stage b starts from stage a, but {place} (init_from) holds '
-                 'no finished a_tuning/adapter; run stage a there, or give '
-                 'another --config.init_from.',
-    '--workdir': 'stage b starts from stage a, but {place} (--workdir) holds '
-                 'no finished a_tuning/adapter; run stage a there, or give '
-                 '--config.init_from=DIR.',
-    'difficulty.reference': 'difficulty.reference is {place}, which holds no '
-                            'finished adapter; give the folder of one.',
+  'init_from': 'stage b starts from stage a, but {place} (init_from) holds '
+  'no finished a_tuning/adapter; run stage a there, or give '
+  'another --config.init_from.',
+  '--workdir': 'stage b starts from stage a, but {place} (--workdir) holds '
+  'no finished a_tuning/adapter; run stage a there, or give '
+  '--config.init_from=DIR.',
+  'difficulty.reference': 'difficulty.reference is {place}, which holds no '
+  'finished adapter; give the folder of one.',
 }
 _OTHER = {'events': 'other events', 'base': 'another base model'}
 
@@ -111,8 +121,10 @@ def make(workdir, part=''):
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise InputError(f'--workdir={workdir} is no folder that can be made '
-                     f'({error.strerror}); give another.') from error
+    raise InputError(
+      f'--workdir={workdir} is no folder that can be made '
+      f'({error.strerror}); give another.'
+    ) from error
   return workdir
 
 
@@ -142,10 +154,16 @@ def _pin_addresses(config, names, earlier):
   for name in names:
     addresses_of = _get(values, name).split(',')  # Of a log: one or several.
     if any(part.startswith(hub.PREFIX) for part in addresses_of):
-      found = [old for past in earlier if (texts := _get(past, name))
-               for old in texts.split(',')]
-      pinned = [hub.pin(part, name, found) if part.startswith(hub.PREFIX)
-                else part for part in addresses_of]
+      found = [
+        old
+        for past in earlier
+        if (texts := _get(past, name))
+        for old in texts.split(',')
+      ]
+      pinned = [
+        hub.pin(part, name, found) if part.startswith(hub.PREFIX) else part
+        for part in addresses_of
+      ]
       config.update_from_flattened_dict({name: ','.join(pinned)})
   return config
 
@@ -165,12 +183,16 @@ def check_config(config, workdir):
     names = _DECIDES.get(folder, SHARED)
     if folder in ran:
       names = [name for name in mine if name not in _WHERE]
-    found = [difference for name in names for difference in
-             _differences(_get(mine, name), _get(theirs, name), name)]
+    found = [
+      difference
+      for name in names
+      for difference in _differences(_get(mine, name), _get(theirs, name), name)
+    ]
     if found:
       raise InputError(
-          f'{workdir / folder} was made with another config: '
-          f'{", ".join(found)}; use another --workdir or the old values.')
+        f'{workdir / folder} was made with another config: '
+        f'{", ".join(found)}; use another --workdir or the old values.'
+      )
   if needs_stage_a(config) and 'a' not in config.stages:
     stage_a_adapter(config, workdir)
   if config.difficulty.reference and 'b' in config.stages:
@@ -181,24 +203,37 @@ def check_hosts(config, workdir):
   """Refuses hosts of one run that differ, or do not see one work directory."""
   if not hosts.several():
     return
-  hosts.agree({'the program': _program(), 'jax': jax.__version__,
-               'their devices': jax.local_devices()[0].device_kind,
-               **facts(config)})
+  hosts.agree(
+    {
+      'the program': _program(),
+      'jax': jax.__version__,
+      'their devices': jax.local_devices()[0].device_kind,
+      **facts(config),
+    }
+  )
   path = workdir / 'hosts.txt'
   began = datetime.datetime.now(datetime.UTC).isoformat()
-  hosts.first(files.write_text, path,
-              f'{jax.process_count()} processes, from {began}\n')
+  hosts.first(
+    files.write_text, path, f'{jax.process_count()} processes, from {began}\n'
+  )
   found = path.read_text() if path.exists() else 'no such file'
-  hosts.agree({f'what they read in {bucket.named(str(path))} (--workdir must '
-               'be one that all see)': found})
+  hosts.agree(
+    {
+      f'what they read in {bucket.named(str(path))} (--workdir must '
+      'be one that all see)': found
+    }
+  )
 
 
 def facts(config):
   """{field: value} of a config, as texts, without what hosts do not share."""
   values = flat(as_dict(config), 'config.')
   values['config.stages'] = tuple(config.stages)
-  return {name: str(value) for name, value in values.items()
-          if not name.startswith('config.distributed.')}
+  return {
+    name: str(value)
+    for name, value in values.items()
+    if not name.startswith('config.distributed.')
+  }
 
 
 def _program():
@@ -223,8 +258,7 @@ def fingerprints(events, base):
 def claim(folder, config, prints):
   """Writes the config.json of a folder whose work begins."""
   folder.mkdir(parents=True, exist_ok=True)
-  files.write_json(folder / 'config.json',
-                   as_dict(config) | {'fingerprints': prints})
+  files.write_json(folder / 'config.json', as_dict(config) | {'fingerprints': prints})
 
 
 def check_fingerprints(config, workdir, prints):
@@ -235,8 +269,9 @@ def check_fingerprints(config, workdir, prints):
     for name, mine in prints.items():
       if found[name] != mine:
         raise InputError(
-            f'{workdir / folder} was made from {_OTHER[name]} (fingerprint '
-            f'{found[name][:12]}, now {mine[:12]}); use another --workdir.')
+          f'{workdir / folder} was made from {_OTHER[name]} (fingerprint '
+          f'{found[name][:12]}, now {mine[:12]}); use another --workdir.'
+        )
   if config.init_from:
     _check_origin(stage_a_adapter(config, workdir), prints)
 
@@ -245,16 +280,23 @@ def _check_origin(adapter, prints):
   """An adapter from elsewhere must fit the base model; a log may differ."""
   theirs = (_read(adapter.parent) or {}).get('fingerprints')
   if theirs is None:
-    logging.warning('init_from: %s does not say which base model it was '
-                    'trained on; only its shapes are checked.', adapter)
+    logging.warning(
+      'init_from: %s does not say which base model it was '
+      'trained on; only its shapes are checked.',
+      adapter,
+    )
   elif theirs['base'] != prints['base']:
     raise InputError(
-        f'init_from: {adapter} was trained on another base model (fingerprint '
-        f'{theirs["base"][:12]}, now {prints["base"][:12]}); set model.address '
-        'to that model.')
+      f'init_from: {adapter} was trained on another base model (fingerprint '
+      f'{theirs["base"][:12]}, now {prints["base"][:12]}); set model.address '
+      'to that model.'
+    )
   elif theirs['events'] != prints['events']:
-    logging.warning('init_from: %s was trained on other events; make sure '
-                    'that they hold none of the test split here.', adapter)
+    logging.warning(
+      'init_from: %s was trained on other events; make sure '
+      'that they hold none of the test split here.',
+      adapter,
+    )
 
 
 def needs_stage_a(config):
@@ -264,8 +306,11 @@ def needs_stage_a(config):
 
 def stage_a_adapter(config, workdir):
   """The adapter folder that stage b starts from."""
-  return (adapter_folder(config.init_from, 'init_from') if config.init_from
-          else adapter_folder(workdir, '--workdir'))
+  return (
+    adapter_folder(config.init_from, 'init_from')
+    if config.init_from
+    else adapter_folder(workdir, '--workdir')
+  )
 
 
 def adapter_folder(place, name):
@@ -302,18 +347,24 @@ def _prepare_events(config, folder):
     if shards.exists():
       complete = _complete(shards, origin)
       join.join(config.data, log, complete, folder, config.seed, origin)
-      logging.info('%s: %d shards joined in %s; they are not needed any more.',
-                   shards, len(complete), folder)
+      logging.info(
+        '%s: %d shards joined in %s; they are not needed any more.',
+        shards,
+        len(complete),
+        folder,
+      )
     else:
       events_lib.prepare(config.data, log, folder, config.seed, origin)
     return
   theirs = _read(folder)
   if theirs is None:
-    raise InputError(f'{folder} exists but was not made by this program; use '
-                     'another --workdir.')
+    raise InputError(
+      f'{folder} exists but was not made by this program; use another --workdir.'
+    )
   if theirs['log_sha256'] != origin['log_sha256']:
-    raise InputError(f'{folder} was made from another content of {log.name}; '
-                     'use another --workdir.')
+    raise InputError(
+      f'{folder} was made from another content of {log.name}; use another --workdir.'
+    )
 
 
 def prepare_shard(config, workdir):
@@ -328,15 +379,17 @@ def prepare_shard(config, workdir):
   folder = workdir / bucket.SHARDS / name
   log = sources.open_log(config.data.events)
   # DuckDB's hash decides which users are in a shard.
-  origin = as_dict(config) | {'log_sha256': log.sha256(),
-                              'duckdb': duckdb.__version__}
+  origin = as_dict(config) | {'log_sha256': log.sha256(), 'duckdb': duckdb.__version__}
   if folder.exists():
     _check_shard(folder, origin)
   else:
     shards_lib.write(config.data, log, folder, (index, count), origin)
     bucket.push()
-  logging.info('%s is prepared; once all %d are, run the same command without '
-               'data.shard.', folder, count)
+  logging.info(
+    '%s is prepared; once all %d are, run the same command without data.shard.',
+    folder,
+    count,
+  )
 
 
 def _complete(root, origin):
@@ -345,20 +398,25 @@ def _complete(root, origin):
   found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
   counts = sorted({count for count, _ in found})
   if len(counts) != 1:
-    what = ('shards of ' + ' and of '.join(map(str, counts)) + ' parts'
-            if counts else 'no shard')
+    what = (
+      'shards of ' + ' and of '.join(map(str, counts)) + ' parts'
+      if counts
+      else 'no shard'
+    )
     raise InputError(
-        f'{root} holds {what}, but all parts of one number are needed; delete '
-        'what does not belong to it, or the folder to prepare the log here.')
-  count, = counts
+      f'{root} holds {what}, but all parts of one number are needed; delete '
+      'what does not belong to it, or the folder to prepare the log here.'
+    )
+  (count,) = counts
   missing = [i for i in range(count) if (count, i) not in found]
   if missing:
     listed = ', '.join(map(str, missing[:20]))
     raise InputError(
-        f'{root} holds {count - len(missing)} of {count} shards and lacks '
-        f'{listed}{", ..." * (len(missing) > 20)}; run this command with '
-        f'--config.data.shard={missing[0]}/{count} for each, or delete the '
-        'folder to prepare the log here.')
+      f'{root} holds {count - len(missing)} of {count} shards and lacks '
+      f'{listed}{", ..." * (len(missing) > 20)}; run this command with '
+      f'--config.data.shard={missing[0]}/{count} for each, or delete the '
+      'folder to prepare the log here.'
+    )
   folders = [found[count, i] for i in range(count)]
   # Those who joined need not have hashed.
   origin = origin | {'duckdb': _get(_read(folders[0]) or {}, 'duckdb')}
@@ -371,11 +429,15 @@ def _check_shard(folder, origin):
   """Refuses a shard of another log or config; the log may have moved."""
   theirs = _read(folder) or {}
   names = ('log_sha256', 'duckdb', *_DECIDES['events'])
-  found = [difference for name in names if name != 'data.events'
-           for difference in _differences(_get(origin, name),
-                                          _get(theirs, name), name)]
+  found = [
+    difference
+    for name in names
+    if name != 'data.events'
+    for difference in _differences(_get(origin, name), _get(theirs, name), name)
+  ]
   if found:
     raise InputError(
-        f'{folder} was made of another log or config, or by another version: '
-        f'{", ".join(found)}; delete it and prepare it again, or use the old '
-        'ones.')
+      f'{folder} was made of another log or config, or by another version: '
+      f'{", ".join(found)}; delete it and prepare it again, or use the old '
+      'ones.'
+    )

@@ -31,14 +31,17 @@ def arm_config(config, arm):
   """The config of an arm, '24' or '24@16': targets, events of context."""
   targets, _, context = arm.partition('@')
   if not all(x.isdecimal() and int(x) for x in (targets, context or '1')):
-    raise InputError(f'--arms: {arm!r} is no arm; give targets per row, like '
-                     '24, or with the events of context, like 24@16.')
+    raise InputError(
+      f'--arms: {arm!r} is no arm; give targets per row, like '
+      '24, or with the events of context, like 24@16.'
+    )
   targets, context = int(targets), int(context or CONTEXT)
   least, most = config.plan.min_context, config.data.history
   if not least <= context <= most:
     raise InputError(
-        f'--arms: {arm} has {context} events of context, but plan.min_context '
-        f'is {least} and data.history {most}; choose a number between them.')
+      f'--arms: {arm} has {context} events of context, but plan.min_context '
+      f'is {least} and data.history {most}; choose a number between them.'
+    )
   config = config.copy_and_resolve_references()
   config.plan.update({'targets_per_row': targets, 'window': context + targets})
   return config
@@ -52,24 +55,39 @@ class Shared:
     config = inputs.config.copy_and_resolve_references()
     config.train.update({'steps': _ENDLESS, 'warmup': WARMUP / _ENDLESS})
     self.params = inputs.params(config.model.dtype)
-    self.adapter = jax.tree.map(np.asarray, lora.init(
-        inputs.base.config, config.lora.rank, config.lora.targets,
-        jax.random.key(config.seed)))
+    self.adapter = jax.tree.map(
+      np.asarray,
+      lora.init(
+        inputs.base.config,
+        config.lora.rank,
+        config.lora.targets,
+        jax.random.key(config.seed),
+      ),
+    )
     # Of endless cosine decay no run gets to see more than its flat top.
     self.optimizer, self.schedule = step_lib.make_optimizer(config.train)
     self.places = step_lib.state_shardings(
-        inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer)
-    self.attach = step_lib.attacher(inputs.base.config, config, inputs.layout,
-                                    config.model.dtype)
+      inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer
+    )
+    self.attach = step_lib.attacher(
+      inputs.base.config, config, inputs.layout, config.model.dtype
+    )
     self.train = config.train
 
   def step(self, plan):
     """The jitted step for the batches of a plan, as a run makes it."""
     answers = plan_lib.most_answers(
-        plan, self.train.batch, self.train.accumulate, self.layout.row_parts)
-    return step_lib.make_step(self.attach, self.optimizer, self.schedule,
-                              self.train.accumulate, self.places, self.layout,
-                              answers)
+      plan, self.train.batch, self.train.accumulate, self.layout.row_parts
+    )
+    return step_lib.make_step(
+      self.attach,
+      self.optimizer,
+      self.schedule,
+      self.train.accumulate,
+      self.places,
+      self.layout,
+      answers,
+    )
 
   def state(self):
     return step_lib.init_state(self.adapter, self.optimizer, self.places)
@@ -85,10 +103,12 @@ class Arm:
     rng = np.random.default_rng(self.config.seed)
     samples = samples_lib.of_split(inputs.events, 'train', self.config)
     windows = plan_lib.Windows(inputs.prompts, self.config)
-    self.plan = plan_lib.take(plan_lib.tile(windows, samples, rng),
-                              self.config, steps, '')
+    self.plan = plan_lib.take(
+      plan_lib.tile(windows, samples, rng), self.config, steps, ''
+    )
     self.assemble = loader.Assembler(
-        inputs.prompts, [], self.config.train.length, self.plan.answers)
+      inputs.prompts, [], self.config.train.length, self.plan.answers
+    )
     self.step = shared.step(self.plan)
     self._warm()
     self.state, self.batches = shared.state(), self._batches()
@@ -98,8 +118,7 @@ class Arm:
   def _batches(self):
     """Batches of the plan on the device; after its end, from its start."""
     while True:
-      for batch in loader.batches(self.plan, self.assemble,
-                                  self.config.train.batch):
+      for batch in loader.batches(self.plan, self.assemble, self.config.train.batch):
         yield self.layout.put_rows(batch, self.config.train.batch)
 
   def _warm(self):
@@ -108,15 +127,13 @@ class Arm:
     for batch in itertools.islice(self._batches(), 2):
       state, _ = self.step(state, self.shared.params, batch)
     jax.block_until_ready(state)
-    logging.info('arm %s: warm after %.0f s.', self.name,
-                 time.perf_counter() - begin)
+    logging.info('arm %s: warm after %.0f s.', self.name, time.perf_counter() - begin)
 
   def train(self, until):
     """Trains to the end of a step, the one nearest to `until` on the clock."""
     while self.seconds + self._half_step() < until:
       begin = time.perf_counter()
-      self.state, _ = self.step(self.state, self.shared.params,
-                                next(self.batches))
+      self.state, _ = self.step(self.state, self.shared.params, next(self.batches))
       jax.block_until_ready(self.state)
       self.seconds += time.perf_counter() - begin
       self.steps += 1
@@ -126,18 +143,25 @@ class Arm:
 
   def note(self, losses):
     self.results.append((self.seconds, self.steps, losses))
-    logging.info('arm %s, %.1f s, step %d: NLL %.3f', self.name, self.seconds,
-                 self.steps, losses.mean())
+    logging.info(
+      'arm %s, %.1f s, step %d: NLL %.3f',
+      self.name,
+      self.seconds,
+      self.steps,
+      losses.mean(),
+    )
 
   def work(self):
     """What the arm has done: {what: amount}, see `work`."""
-    rows = itertools.islice(itertools.cycle(self.plan.rows),
-                            self.steps * self.config.train.batch)
+    rows = itertools.islice(
+      itertools.cycle(self.plan.rows), self.steps * self.config.train.batch
+    )
     return work(itertools.chain.from_iterable(rows))
 
   def reached(self, nll):
-    return first_time([(seconds, losses.mean())
-                       for seconds, _, losses in self.results], nll)
+    return first_time(
+      [(seconds, losses.mean()) for seconds, _, losses in self.results], nll
+    )
 
 
 def work(segments):
@@ -150,9 +174,12 @@ def work(segments):
   for segment in segments:
     targets, length = segment['targets'], segment['length']
     total.update(
-        targets=len(targets), tokens=length, answers=segment['answers'],
-        context=sum(targets) - len(targets) * segment['start'],
-        pairs=length * (length + 1) // 2)
+      targets=len(targets),
+      tokens=length,
+      answers=segment['answers'],
+      context=sum(targets) - len(targets) * segment['start'],
+      pairs=length * (length + 1) // 2,
+    )
   return total
 
 
@@ -171,36 +198,38 @@ class Validation:
   def __init__(self, inputs, params, count):
     config = inputs.config.copy_and_resolve_references()
     rows, config.train.length = questions(inputs, count)
-    attach = step_lib.attacher(inputs.base.config, config, inputs.layout,
-                               config.model.dtype)
+    attach = step_lib.attacher(
+      inputs.base.config, config, inputs.layout, config.model.dtype
+    )
     self.sums = step_lib.make_validation(attach, inputs.layout)
     self.params, self.questions = params, len(rows)
     most = max(row[0]['answers'] for row in rows)
     assemble = loader.Assembler(inputs.prompts, [], config.train.length, most)
     self.batches = [
-        inputs.layout.put_rows(batch, config.train.batch)
-        for batch in loader.batches(
-            plan_lib.Plan(rows, most, ''), assemble, config.train.batch)]
+      inputs.layout.put_rows(batch, config.train.batch)
+      for batch in loader.batches(
+        plan_lib.Plan(rows, most, ''), assemble, config.train.batch
+      )
+    ]
     self.size = config.train.batch
 
   def __call__(self, adapter):
     """Mean NLL per question of every batch, float64 [batches]."""
-    losses = [self.sums(adapter, self.params, batch)[0]
-              for batch in self.batches]
+    losses = [self.sums(adapter, self.params, batch)[0] for batch in self.batches]
     return np.array(losses, np.float64) / self.size
 
 
 def questions(inputs, count):
   """Rows of one question each, whole batches of them, and their length."""
   config, prompts = inputs.config, inputs.prompts
-  samples = evaluation.draw_samples(inputs.events, 'validation', count,
-                                    config)
+  samples = evaluation.draw_samples(inputs.events, 'validation', count, config)
   whole = len(samples) // config.train.batch * config.train.batch
   if not whole:
     raise InputError(
-        f'--questions={count}: the validation split gives {len(samples)} '
-        f'questions, less than a batch of {config.train.batch}; ask for more '
-        'or lower train.batch.')
+      f'--questions={count}: the validation split gives {len(samples)} '
+      f'questions, less than a batch of {config.train.batch}; ask for more '
+      'or lower train.batch.'
+    )
   # The draw is sorted: a batch is of neighbours in the log, and differences
   # between batches hold those between users.
   config = config.copy_and_resolve_references()

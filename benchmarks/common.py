@@ -44,6 +44,7 @@ _REST = 0.05  # Seconds between timed calls, see above.
 @dataclasses.dataclass
 class Inputs:
   """A real log and the pretrained model, as a run of the project opens them."""
+
   config: object
   base: weights.Base
   prompts: prompts_lib.Prompts
@@ -62,19 +63,28 @@ class Inputs:
     if self.adapter_folder:
       adapter, alpha = lora.load(self.adapter_folder)
       if alpha != config.lora.alpha:
-        raise InputError(f'--adapter: {self.adapter_folder} has alpha {alpha}, '
-                         f'but lora.alpha is {config.lora.alpha}; set it.')
+        raise InputError(
+          f'--adapter: {self.adapter_folder} has alpha {alpha}, '
+          f'but lora.alpha is {config.lora.alpha}; set it.'
+        )
       return adapter
-    adapter = lora.init(self.base.config, config.lora.rank,
-                        config.lora.targets, jax.random.key(config.seed))
+    adapter = lora.init(
+      self.base.config,
+      config.lora.rank,
+      config.lora.targets,
+      jax.random.key(config.seed),
+    )
     rng = np.random.default_rng(config.seed)
-    return {name: {'a': np.asarray(ab['a']), 'b': np.float32(
-        1e-3 * rng.standard_normal(ab['b'].shape))}
-            for name, ab in adapter.items()}
+    return {
+      name: {
+        'a': np.asarray(ab['a']),
+        'b': np.float32(1e-3 * rng.standard_normal(ab['b'].shape)),
+      }
+      for name, ab in adapter.items()
+    }
 
   def params(self, dtype):
-    return weights.read_params(self.base, jnp.dtype(dtype),
-                               self.layout.place)
+    return weights.read_params(self.base, jnp.dtype(dtype), self.layout.place)
 
   def export(self, folder):
     """The adapter as a PEFT folder, for the torch side."""
@@ -87,13 +97,14 @@ def open_inputs(config, workdir, adapter=''):
   config = workdir_lib.pin(config, pathlib.Path(workdir))
   base = weights.open_base(config.model.address)
   if base.folder is None:
-    raise InputError(f'model.address is {config.model.address}, which torch '
-                     'cannot read; give a folder or a .gguf file.')
+    raise InputError(
+      f'model.address is {config.model.address}, which torch '
+      'cannot read; give a folder or a .gguf file.'
+    )
   events = workdir_lib.open_events(config, pathlib.Path(workdir))
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
-  talks = conversations.read(conversations.DEFAULT, base.tokenizer,
-                             config.train.length)
+  talks = conversations.read(conversations.DEFAULT, base.tokenizer, config.train.length)
   layout = sharding.make_layout(config).of(base.config)
   return Inputs(config, base, prompts, talks, layout, adapter)
 
@@ -107,11 +118,13 @@ def batches(inputs, steps, share):
   rng = np.random.default_rng(config.seed)
   samples = samples_lib.of_split(inputs.events, 'train', config)
   windows = plan_lib.Windows(inputs.prompts, config)
-  stream = plan_lib.mix(plan_lib.tile(windows, samples, rng),
-                        inputs.conversations, share, rng)
+  stream = plan_lib.mix(
+    plan_lib.tile(windows, samples, rng), inputs.conversations, share, rng
+  )
   plan = plan_lib.take(stream, config, steps, '')
-  assemble = loader.Assembler(inputs.prompts, inputs.conversations,
-                              config.train.length, plan.answers)
+  assemble = loader.Assembler(
+    inputs.prompts, inputs.conversations, config.train.length, plan.answers
+  )
   return plan, list(loader.batches(plan, assemble, config.train.batch))
 
 
@@ -140,17 +153,25 @@ def check_equal(what, ours, theirs, tolerance, relative=True):
   difference = np.abs(ours - theirs)
   if relative:
     difference = difference / np.abs(theirs)
-  print(f'check: {what}: largest {"relative " * relative}difference '
-        f'{difference.max():.1e}, tolerance {tolerance:.0e}', flush=True)
+  print(
+    f'check: {what}: largest {"relative " * relative}difference '
+    f'{difference.max():.1e}, tolerance {tolerance:.0e}',
+    flush=True,
+  )
   if not difference.max() <= tolerance:
-    raise InputError(f'{what} differ by {difference.max():.3g}, more than '
-                     f'{tolerance:g}; their times cannot be compared.')
+    raise InputError(
+      f'{what} differ by {difference.max():.3g}, more than '
+      f'{tolerance:g}; their times cannot be compared.'
+    )
 
 
 def show(title, headers, rows):
   """Prints an aligned Markdown table; numbers get three digits."""
-  text = lambda x: f'{x:,.3g}' if isinstance(x, float) and abs(x) < 1e3 else (
-      f'{x:,.0f}' if isinstance(x, float | int | np.integer) else str(x))
+  text = lambda x: (
+    f'{x:,.3g}'
+    if isinstance(x, float) and abs(x) < 1e3
+    else (f'{x:,.0f}' if isinstance(x, float | int | np.integer) else str(x))
+  )
   cells = [headers, *[[text(x) for x in row] for row in rows]]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   cells.insert(1, ['-' * width for width in widths])
@@ -171,20 +192,36 @@ def show_rates(title, unit, work, seconds):
     seconds: as `interleave` returns them.
   """
   rates = {name: work[name] / seconds[name] for name in seconds}
-  rows = [(name, len(rates[name]), float(np.min(seconds[name])),
-           float(np.median(seconds[name])), float(np.max(rates[name])),
-           float(np.median(rates[name]))) for name in rates]
-  show(title, ['side', 'calls', 'least s', 'median s', f'most {unit}/s',
-               f'median {unit}/s'], rows)
+  rows = [
+    (
+      name,
+      len(rates[name]),
+      float(np.min(seconds[name])),
+      float(np.median(seconds[name])),
+      float(np.max(rates[name])),
+      float(np.median(rates[name])),
+    )
+    for name in rates
+  ]
+  show(
+    title,
+    ['side', 'calls', 'least s', 'median s', f'most {unit}/s', f'median {unit}/s'],
+    rows,
+  )
   return {name: float(np.median(rate)) for name, rate in rates.items()}
 
 
 def show_machine():
   """One line: processor, threads, date and versions."""
-  versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in
-                       ('jax', 'torch', 'transformers', 'peft'))
-  print(f'{processor()}, {THREADS} threads, {datetime.date.today()}, Python '
-        f'{platform.python_version()}, {versions}', flush=True)
+  versions = ', '.join(
+    f'{name} {importlib.metadata.version(name)}'
+    for name in ('jax', 'torch', 'transformers', 'peft')
+  )
+  print(
+    f'{processor()}, {THREADS} threads, {datetime.date.today()}, Python '
+    f'{platform.python_version()}, {versions}',
+    flush=True,
+  )
 
 
 def processor():
@@ -213,12 +250,15 @@ def peak_memory():
 def best_rate(multiply, n):
   """Most GFLOP/s of some calls that multiply two n x n matrices."""
   multiply()
-  return 2e-9 * n ** 3 / min(once(multiply) for _ in range(5))
+  return 2e-9 * n**3 / min(once(multiply) for _ in range(5))
 
 
 def xla_limit(dtype, n=3072):
   """GFLOP/s of a large matrix product in XLA, results in float32."""
   x = jnp.ones((n, n), dtype)
-  multiply = jax.jit(lambda x: jax.lax.dot_general(
-      x, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
+  multiply = jax.jit(
+    lambda x: jax.lax.dot_general(
+      x, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+  )
   return best_rate(lambda: multiply(x).block_until_ready(), n)

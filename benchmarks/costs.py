@@ -22,17 +22,33 @@ _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _COMPUTATION = re.compile(r'(?:ENTRY )?%([\w.\-]+) \(.*\{$')
 _SHAPE = re.compile(r'\w+\[([\d,]*)\]')
 _CONTAINERS = ('while', 'call', 'conditional')
-_MOVES = {'parameter', 'constant', 'bitcast', 'copy', 'transpose', 'reshape',
-          'slice', 'dynamic-slice', 'dynamic-update-slice', 'concatenate',
-          'broadcast', 'gather', 'pad', 'convert', 'tuple', 'iota', 'reverse',
-          'get-tuple-element', 'copy-start', 'copy-done'}
+_MOVES = {
+  'parameter',
+  'constant',
+  'bitcast',
+  'copy',
+  'transpose',
+  'reshape',
+  'slice',
+  'dynamic-slice',
+  'dynamic-update-slice',
+  'concatenate',
+  'broadcast',
+  'gather',
+  'pad',
+  'convert',
+  'tuple',
+  'iota',
+  'reverse',
+  'get-tuple-element',
+  'copy-start',
+  'copy-done',
+}
 # Arithmetic on indices and bounds that accompanies moves.
-_INDEX = {'add', 'compare', 'select', 'clamp', 'and', 'minimum', 'maximum',
-          'subtract'}
+_INDEX = {'add', 'compare', 'select', 'clamp', 'and', 'minimum', 'maximum', 'subtract'}
 
 
-def step_flops(config, rank, tokens, answers, pairs,
-               targets=decoder.PROJECTIONS):
+def step_flops(config, rank, tokens, answers, pairs, targets=decoder.PROJECTIONS):
   """FLOPs that a LoRA step needs, by part; no recomputation, no padding.
 
   Per weight of a frozen projection and token: 2 forward and 2 for the gradient
@@ -53,14 +69,13 @@ def step_flops(config, rank, tokens, answers, pairs,
   shapes = families.shapes(config)
   kernels = {name: shapes[f'layers.{name}'] for name in decoder.PROJECTIONS}
   weights = sum(math.prod(shape) for shape in kernels.values())
-  low = sum(kernels[name][0] * rank * sum(kernels[name][1:])
-            for name in targets)
+  low = sum(kernels[name][0] * rank * sum(kernels[name][1:]) for name in targets)
   channels = config.layers * config.heads * config.head_dim
   return {
-      'frozen projections': 4 * weights * tokens,
-      'LoRA': 6 * low * tokens,
-      'head': 4 * config.vocab * config.embed * answers,
-      'attention': 12 * channels * pairs,
+    'frozen projections': 4 * weights * tokens,
+    'LoRA': 6 * low * tokens,
+    'head': 4 * config.vocab * config.embed * answers,
+    'attention': 12 * channels * pairs,
   }
 
 
@@ -124,8 +139,9 @@ def kinds(text):
     for name, _, opcode, rest in instructions:
       inside = [(opcode, rest)]
       if opcode == 'fusion':
-        inside = [item[2:] for inner, _ in _called(rest)
-                  for item in computations[inner]]
+        inside = [
+          item[2:] for inner, _ in _called(rest) for item in computations[inner]
+        ]
       if opcode not in _CONTAINERS:
         result[name] = _kind(inside)
   return result
@@ -135,13 +151,16 @@ def _kind(inside):
   """Kind of work of some (opcode, rest of the line)."""
   opcodes = {opcode for opcode, _ in inside}
   if 'dot' in opcodes:
-    batched = any('lhs_batch_dims' in rest for opcode, rest in inside
-                  if opcode == 'dot')
+    batched = any(
+      'lhs_batch_dims' in rest for opcode, rest in inside if opcode == 'dot'
+    )
     return 'products of attention' if batched else 'products with weights'
   if 'custom-call' in opcodes:
     return 'library calls'
-  if opcodes <= _MOVES or (opcodes <= _MOVES | _INDEX and opcodes & {
-      'dynamic-slice', 'dynamic-update-slice', 'gather'}):
+  if opcodes <= _MOVES or (
+    opcodes <= _MOVES | _INDEX
+    and opcodes & {'dynamic-slice', 'dynamic-update-slice', 'gather'}
+  ):
     return 'copies, transposes, conversions'
   return 'elementwise and reductions'
 
@@ -171,7 +190,8 @@ def show_profile(text, call):
   whole = seconds * common.THREADS
   spent = profile(text, call)
   spent['waiting, scheduling, the host'] = max(0, whole - sum(spent.values()))
-  common.show(f'Where a step of {seconds:.2f} s on {common.THREADS} threads '
-              'goes', ['kind of work', 'thread seconds', 'share'],
-              [(kind, float(s), f'{s / whole:.1%}')
-               for kind, s in spent.most_common()])
+  common.show(
+    f'Where a step of {seconds:.2f} s on {common.THREADS} threads goes',
+    ['kind of work', 'thread seconds', 'share'],
+    [(kind, float(s), f'{s / whole:.1%}') for kind, s in spent.most_common()],
+  )

@@ -87,8 +87,12 @@ class Meter:
 
   @property
   def found(self):
-    return {'seconds': self.seconds, 'cpu': self.cpu,
-            'anonymous': self._peak, 'resident': _memory('VmHWM')}
+    return {
+      'seconds': self.seconds,
+      'cpu': self.cpu,
+      'anonymous': self._peak,
+      'resident': _memory('VmHWM'),
+    }
 
 
 def _cpu():
@@ -106,8 +110,7 @@ def config_of(log):
   config = config_lib.default()
   config.data.events = str(log)
   config.plan.update(content='anchors', neighbours=0.0)  # As in docs/data.md.
-  config.train.update(steps=STEPS.value, batch=BATCH.value,
-                      length=LENGTH.value)
+  config.train.update(steps=STEPS.value, batch=BATCH.value, length=LENGTH.value)
   if MODEL.value:
     config.model.address = MODEL.value
   return config
@@ -130,9 +133,14 @@ def prepare(log, workdir):
   facts['join' if SHARDS.value else 'prepare'] = meter.found
   summary = json.loads((workdir / 'events' / 'summary.json').read_text())
   size = sum(p.stat().st_size for p in (workdir / 'events').iterdir())
-  return facts | {'rows': summary['rows'], 'events': summary['events'],
-                  'users': summary['users'], 'log': log.stat().st_size / 1e9,
-                  'folder': size / 1e9, 'print': summary['fingerprint']}
+  return facts | {
+    'rows': summary['rows'],
+    'events': summary['events'],
+    'users': summary['users'],
+    'log': log.stat().st_size / 1e9,
+    'folder': size / 1e9,
+    'print': summary['fingerprint'],
+  }
 
 
 def plan(log, workdir):
@@ -152,8 +160,9 @@ def plan(log, workdir):
   facts['open and check'] = meter.found
   for stage in whole.stages:
     config = config_lib.of_stage(whole, stage)
-    this = types.SimpleNamespace(config=config, events=events, prompts=prompts,
-                                 conversations=[], tree=tree)
+    this = types.SimpleNamespace(
+      config=config, events=events, prompts=prompts, conversations=[], tree=tree
+    )
     with Meter() as meter:
       for split in ('train', 'validation'):
         rng = seeds.stream(config.seed, stage, split)
@@ -180,10 +189,10 @@ def load(this, plan):
 
 def child(phase, log, workdir):
   """Facts of one phase in a process of its own."""
-  command = [sys.executable, __file__, f'--phase={phase}', str(log),
-             str(workdir)]
-  command += [f'--{flag.name}={flag.value}' for flag in (
-      STEPS, BATCH, LENGTH, MODEL, SHARDS)]
+  command = [sys.executable, __file__, f'--phase={phase}', str(log), str(workdir)]
+  command += [
+    f'--{flag.name}={flag.value}' for flag in (STEPS, BATCH, LENGTH, MODEL, SHARDS)
+  ]
   command.append('--workers=' + ','.join(WORKERS.value))
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
   return json.loads(done.stdout.splitlines()[-1])
@@ -192,21 +201,44 @@ def child(phase, log, workdir):
 def growth(title, sizes, facts):
   """A table of phases, a row for each size, the ratio to the one before."""
   print(f'\n{title}\n')
-  head = ['phase', 'million events', 'seconds', 'CPU seconds', 'grows',
-          'anonymous GB', 'resident GB']
+  head = [
+    'phase',
+    'million events',
+    'seconds',
+    'CPU seconds',
+    'grows',
+    'anonymous GB',
+    'resident GB',
+  ]
   rows = [head, ['---'] * len(head)]
-  names = [name for name, value in facts[0].items()
-           if isinstance(value, dict) and 'seconds' in value]
+  names = [
+    name
+    for name, value in facts[0].items()
+    if isinstance(value, dict) and 'seconds' in value
+  ]
   for name in names:
     last = None
     for size, fact in zip(sizes, facts, strict=True):
       one = fact[name]
-      ratio = '' if last is None else (
+      ratio = (
+        ''
+        if last is None
+        else (
           f'x {one["seconds"] / last["seconds"]:.1f} '
-          f'(CPU x {one["cpu"] / last["cpu"]:.1f})')
-      rows.append([name, f'{size:g}', f'{one["seconds"]:.1f}',
-                   f'{one["cpu"]:.1f}', ratio, f'{one["anonymous"]:.2f}',
-                   f'{one["resident"]:.2f}'])
+          f'(CPU x {one["cpu"] / last["cpu"]:.1f})'
+        )
+      )
+      rows.append(
+        [
+          name,
+          f'{size:g}',
+          f'{one["seconds"]:.1f}',
+          f'{one["cpu"]:.1f}',
+          ratio,
+          f'{one["anonymous"]:.2f}',
+          f'{one["resident"]:.2f}',
+        ]
+      )
       last = one
   for row in rows:
     print('| ' + ' | '.join(row) + ' |')
@@ -218,8 +250,10 @@ def measure(size, folder):
   if not log.exists():
     begin = time.perf_counter()
     generated_log.write(log, int(size * 1e6))
-    print(f'{size:g} million events written in '
-          f'{time.perf_counter() - begin:.0f} s', file=sys.stderr)
+    print(
+      f'{size:g} million events written in {time.perf_counter() - begin:.0f} s',
+      file=sys.stderr,
+    )
   with tempfile.TemporaryDirectory(dir=folder) as workdir:
     facts = child('prepare', log, workdir) | child('plan', log, workdir)
   print(json.dumps(facts), file=sys.stderr, flush=True)
@@ -228,23 +262,30 @@ def measure(size, folder):
 
 def report(sizes, facts):
   """Prints the tables."""
-  print(f'{common.processor()}, {os.cpu_count()} cores, '
-        f'{datetime.date.today()}')
+  print(f'{common.processor()}, {os.cpu_count()} cores, {datetime.date.today()}')
   growth('Time and memory', sizes, facts)
-  print('\n| million events | events kept | users | log, GB | events, GB | '
-        'rows/s prepared |\n|' + ' --- |' * 6)
+  print(
+    '\n| million events | events kept | users | log, GB | events, GB | '
+    'rows/s prepared |\n|' + ' --- |' * 6
+  )
   for size, fact in zip(sizes, facts, strict=True):
     seconds = fact.get('prepare', {}).get('seconds', float('nan'))
-    print(f'| {size:g} | {fact["events"]:,} | {fact["users"]:,} | '
-          f'{fact["log"]:.2f} | {fact["folder"]:.2f} | '
-          f'{fact["rows"] / seconds:,.0f} |')
-  print('\n| million events | loader threads | rows/s | of what a step needs | '
-        'anonymous GB |\n|' + ' --- |' * 5)
+    print(
+      f'| {size:g} | {fact["events"]:,} | {fact["users"]:,} | '
+      f'{fact["log"]:.2f} | {fact["folder"]:.2f} | '
+      f'{fact["rows"] / seconds:,.0f} |'
+    )
+  print(
+    '\n| million events | loader threads | rows/s | of what a step needs | '
+    'anonymous GB |\n|' + ' --- |' * 5
+  )
   for size, fact in zip(sizes, facts, strict=True):
     for workers, one in fact['load'].items():
       rate = one['rows'] / one['seconds']
-      print(f'| {size:g} | {workers} | {rate:,.0f} | x {rate / NEED.value:.1f} '
-            f'| {one["anonymous"]:.2f} |')
+      print(
+        f'| {size:g} | {workers} | {rate:,.0f} | x {rate / NEED.value:.1f} '
+        f'| {one["anonymous"]:.2f} |'
+      )
 
 
 def main(argv):

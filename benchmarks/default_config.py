@@ -10,8 +10,9 @@ from behaviorlm_jax import config as config_lib
 
 def get_config():
   config = config_lib.default()
-  config.data.events = ('pypi://retentioneering==5.2.4/'
-                        'retentioneering/datasets/ecom.csv.gz')
+  config.data.events = (
+    'pypi://retentioneering==5.2.4/retentioneering/datasets/ecom.csv.gz'
+  )
   config.data.columns.user = 'user_id'
   config.data.columns.time = 'timestamp'
   config.data.columns.behavior = 'event'

@@ -47,34 +47,59 @@ STOPPED, ELSEWHERE, WRONG = 75, 76, 2
 ABORTED = -signal.SIGABRT
 LOST = (ELSEWHERE, ABORTED)
 FIELDS = {
-    'model.address': 'random://tiny', 'model.dtype': 'float32',
-    'lora.rank': 4, 'lora.targets': ('q_proj', 'v_proj'),
-    'data.instruction': 'Log', 'data.history': 5, 'plan.window': 6,
-    'plan.min_context': 2, 'plan.targets_per_row': 4, 'plan.per_behavior': 4,
-    'plan.content': 'anchors', 'plan.neighbours': 0.0,
-    'plan.conversation_share': 0.0, 'train.balanced_loss': 'names',
-    'difficulty.score': 'nll', 'difficulty.candidates': 6,
-    'train.length': 192, 'train.batch': 4,
-    'train.accumulate': 1, 'train.steps': STEPS,
-    'train.balanced_steps': STEPS, 'train.learning_rate': 1e-3,
-    'train.balanced_learning_rate': 1e-3, 'train.balanced_interpolation': 0.5,
-    'checkpoint.every': 2,
-    'checkpoint.keep': 2, 'eval.max_samples': 40, 'eval.validation_rows': 4,
-    'eval.validation_samples': 20, 'retention.conversations': 0.0,
-    'data.columns.user': 'user', 'data.columns.time': 'time',
-    'data.columns.behavior': 'behavior',
+  'model.address': 'random://tiny',
+  'model.dtype': 'float32',
+  'lora.rank': 4,
+  'lora.targets': ('q_proj', 'v_proj'),
+  'data.instruction': 'Log',
+  'data.history': 5,
+  'plan.window': 6,
+  'plan.min_context': 2,
+  'plan.targets_per_row': 4,
+  'plan.per_behavior': 4,
+  'plan.content': 'anchors',
+  'plan.neighbours': 0.0,
+  'plan.conversation_share': 0.0,
+  'train.balanced_loss': 'names',
+  'difficulty.score': 'nll',
+  'difficulty.candidates': 6,
+  'train.length': 192,
+  'train.batch': 4,
+  'train.accumulate': 1,
+  'train.steps': STEPS,
+  'train.balanced_steps': STEPS,
+  'train.learning_rate': 1e-3,
+  'train.balanced_learning_rate': 1e-3,
+  'train.balanced_interpolation': 0.5,
+  'checkpoint.every': 2,
+  'checkpoint.keep': 2,
+  'eval.max_samples': 40,
+  'eval.validation_rows': 4,
+  'eval.validation_samples': 20,
+  'retention.conversations': 0.0,
+  'data.columns.user': 'user',
+  'data.columns.time': 'time',
+  'data.columns.behavior': 'behavior',
 }
 # (fault, processes, who is hit, processes of the run after it). 'one' of two is
 # drawn. Of each line as many as its number says.
 CAMPAIGN = (
-    ('kill', 1, 'all', 1, 9), ('stop', 1, 'all', 1, 6),
-    ('torn', 1, 'all', 1, 8), ('full', 1, 'all', 1, 6),
-    ('unreadable', 1, 'all', 1, 3), ('nan', 1, 'all', 1, 3),
-    ('kill', 2, 'one', 2, 6), ('kill', 2, 'all', 2, 4),
-    ('stop', 2, 'one', 2, 4), ('stop', 2, 'all', 2, 3),
-    ('freeze', 2, 'one', 2, 3), ('torn', 2, 'all', 2, 3),
-    ('unreadable', 2, 'one', 2, 2), ('nan', 2, 'all', 2, 2),
-    ('kill', 2, 'one', 1, 2), ('stop', 2, 'all', 1, 2),
+  ('kill', 1, 'all', 1, 9),
+  ('stop', 1, 'all', 1, 6),
+  ('torn', 1, 'all', 1, 8),
+  ('full', 1, 'all', 1, 6),
+  ('unreadable', 1, 'all', 1, 3),
+  ('nan', 1, 'all', 1, 3),
+  ('kill', 2, 'one', 2, 6),
+  ('kill', 2, 'all', 2, 4),
+  ('stop', 2, 'one', 2, 4),
+  ('stop', 2, 'all', 2, 3),
+  ('freeze', 2, 'one', 2, 3),
+  ('torn', 2, 'all', 2, 3),
+  ('unreadable', 2, 'one', 2, 2),
+  ('nan', 2, 'all', 2, 2),
+  ('kill', 2, 'one', 1, 2),
+  ('stop', 2, 'all', 1, 2),
 )
 
 
@@ -89,12 +114,13 @@ class Fault:
   torn: str = ''  # What is done to the newest checkpoint, of a torn one.
 
   def __str__(self):
-    who = '' if self.processes == 1 else (
-        ' of ' + ' and '.join(map(str, self.hit)))
+    who = '' if self.processes == 1 else (' of ' + ' and '.join(map(str, self.hit)))
     after = '' if self.after == self.processes else f', then {self.after}'
-    return (f'{self.number:2} {self.kind + who:17} {self.processes} '
-            f'process{"es" if self.processes > 1 else ""}{after}'
-            f'{" (" + self.torn + ")" if self.torn else ""}')
+    return (
+      f'{self.number:2} {self.kind + who:17} {self.processes} '
+      f'process{"es" if self.processes > 1 else ""}{after}'
+      f'{" (" + self.torn + ")" if self.torn else ""}'
+    )
 
 
 def draw():
@@ -105,8 +131,17 @@ def draw():
   for number, (kind, processes, hit, after) in enumerate(faults):
     rng = random.Random(number)
     hit = range(processes) if hit == 'all' else [rng.randrange(processes)]
-    drawn.append(Fault(number, kind, processes, tuple(hit), after, rng.random(),
-                       rng.choice(list(TEARS)) if kind == 'torn' else ''))
+    drawn.append(
+      Fault(
+        number,
+        kind,
+        processes,
+        tuple(hit),
+        after,
+        rng.random(),
+        rng.choice(list(TEARS)) if kind == 'torn' else '',
+      )
+    )
   return drawn
 
 
@@ -116,7 +151,7 @@ def draw():
 def _cut(folder):
   for path in folder.rglob('*'):
     if path.is_file():
-      path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _without_values(folder):
@@ -126,9 +161,10 @@ def _without_values(folder):
 
 
 TEARS = {
-    'every file cut': _cut, 'values gone': _without_values,
-    'state gone': lambda folder: shutil.rmtree(folder / 'state'),
-    'facts gone': lambda folder: shutil.rmtree(folder / 'facts'),
+  'every file cut': _cut,
+  'values gone': _without_values,
+  'state gone': lambda folder: shutil.rmtree(folder / 'state'),
+  'facts gone': lambda folder: shutil.rmtree(folder / 'facts'),
 }
 
 
@@ -144,8 +180,11 @@ class Campaign:
       codes, seconds = run()
       assert set(codes) == {0}, f'{run.output()}\nwithout a fault: {codes}'
       self.whole[processes] = run
-      print(f'whole run, {processes} process{"es" if processes > 1 else ""}: '
-            f'{seconds:.0f} s, {run.moments()[0]} moments', flush=True)
+      print(
+        f'whole run, {processes} process{"es" if processes > 1 else ""}: '
+        f'{seconds:.0f} s, {run.moments()[0]} moments',
+        flush=True,
+      )
 
   def __call__(self, fault):
     """(what happened, what is wrong or '')."""
@@ -168,13 +207,13 @@ class Campaign:
       if set(codes) == {STOPPED}:  # Every step that ran was saved.
         for stage, step in run.batches():
           kept[stage] = max(kept[stage], step)
-      again = run if fault.after == run.processes else Run(
-          self, run.name, fault.after)
+      again = run if fault.after == run.processes else Run(self, run.name, fault.after)
       again.begin()
       codes, seconds = again()
       what += f'; again: {codes} in {seconds:.0f} s'
-      wrong = wrong or self._difference(again, codes, kept,
-                                        fault.after == fault.processes)
+      wrong = wrong or self._difference(
+        again, codes, kept, fault.after == fault.processes
+      )
       if wrong:
         print(again.output()[-3000:], file=sys.stderr)
     shutil.rmtree(run.workdir, ignore_errors=True)
@@ -202,8 +241,7 @@ class Campaign:
       return 'the run that goes on fails'
     whole, batches = self.whole[run.processes], run.batches()
     for stage, done in kept.items():
-      first = min((step for name, step in batches if name == stage),
-                  default=STEPS + 1)
+      first = min((step for name, step in batches if name == stage), default=STEPS + 1)
       if first != done + 1:
         return f'{stage} went on at step {first}, not after {done}'
     if same_devices:
@@ -216,10 +254,13 @@ class Campaign:
       one, other = (x.losses(stage) for x in (run, whole))
       if len(one) != STEPS or not np.allclose(one, other, rtol=1e-3):
         return f'other losses in {stage}: {one}, not {other}'
-      one, other = (safetensors_numpy.load_file(x.workdir / stage / ADAPTER)
-                    for x in (run, whole))
-      if any(np.linalg.norm(one[name] - other[name]) > 0.02 * np.linalg.norm(
-          other[name]) for name in other):
+      one, other = (
+        safetensors_numpy.load_file(x.workdir / stage / ADAPTER) for x in (run, whole)
+      )
+      if any(
+        np.linalg.norm(one[name] - other[name]) > 0.02 * np.linalg.norm(other[name])
+        for name in other
+      ):
         return f'another adapter of {stage}'
     return ''
 
@@ -230,8 +271,7 @@ def _other_files(run, whole):
     if run.losses(stage) != whole.losses(stage):
       return f'other losses in {stage}'
     for name in (ADAPTER, 'evaluation.json', 'predictions.parquet'):
-      one, other = ((x.workdir / stage / name).read_bytes()
-                    for x in (run, whole))
+      one, other = ((x.workdir / stage / name).read_bytes() for x in (run, whole))
       if one != other:
         return f'another {stage}/{name}'
   return ''
@@ -241,9 +281,15 @@ def _unexpected(fault, codes):
   """Whether a process ended otherwise than is documented, or ''."""
   # Nobody looks for a stop any more in the last moments of a run.
   stopped = (STOPPED, 0) if fault.share > 0.9 else (STOPPED,)
-  expected = {'kill': (-signal.SIGKILL,), 'torn': (-signal.SIGKILL,),
-              'stop': stopped, 'freeze': (-signal.SIGKILL,),
-              'unreadable': (WRONG,), 'nan': (WRONG,), 'full': (WRONG, 0)}
+  expected = {
+    'kill': (-signal.SIGKILL,),
+    'torn': (-signal.SIGKILL,),
+    'stop': stopped,
+    'freeze': (-signal.SIGKILL,),
+    'unreadable': (WRONG,),
+    'nan': (WRONG,),
+    'full': (WRONG, 0),
+  }
   for process, code in enumerate(codes):
     fine = expected[fault.kind]
     if process not in fault.hit:
@@ -283,28 +329,43 @@ class Run:
       place = self.campaign.folder / f'{self.name}-{call}-{process}'
       self.notes.append(place.with_suffix('.notes'))
       kind, at = moments.get(process, ('none', 0))
-      command = [sys.executable, str(HERE / 'faulty.py'), kind, str(at),
-                 str(self.notes[-1]), f'--config={HERE / "default_config.py"}',
-                 f'--workdir={self.workdir}',
-                 f'--config.data.events={self.campaign.log}']
+      command = [
+        sys.executable,
+        str(HERE / 'faulty.py'),
+        kind,
+        str(at),
+        str(self.notes[-1]),
+        f'--config={HERE / "default_config.py"}',
+        f'--workdir={self.workdir}',
+        f'--config.data.events={self.campaign.log}',
+      ]
       command += [f'--config.{name}={value}' for name, value in FIELDS.items()]
       if self.processes > 1:
-        command += [f'--config.distributed.{name}={value}' for name, value in {
-            'coordinator': f'localhost:{port}', 'processes': self.processes,
-            'process': process, 'heartbeat': HEARTBEAT}.items()]
+        command += [
+          f'--config.distributed.{name}={value}'
+          for name, value in {
+            'coordinator': f'localhost:{port}',
+            'processes': self.processes,
+            'process': process,
+            'heartbeat': HEARTBEAT,
+          }.items()
+        ]
       with place.with_suffix('.err').open('w') as err:
-        started.append(subprocess.Popen(
-            command, stdout=err, stderr=err, env=self._environment()))
+        started.append(
+          subprocess.Popen(command, stdout=err, stderr=err, env=self._environment())
+        )
     codes = self._wait(started, began, fault)
     return codes, time.monotonic() - began
 
   def _environment(self):
     return os.environ | {
-        'JAX_NUM_CPU_DEVICES': str(2 // self.processes), 'JAX_PLATFORMS': 'cpu',
-        'PYTHONPATH': str(HERE.parent),
-        'JAX_COMPILATION_CACHE_DIR': str(self.campaign.folder / 'compiled'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
+      'JAX_NUM_CPU_DEVICES': str(2 // self.processes),
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(HERE.parent),
+      'JAX_COMPILATION_CACHE_DIR': str(self.campaign.folder / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
+    }
 
   def _wait(self, started, began, fault):
     """Exit codes; notes how long the last one outlived the first."""
@@ -322,29 +383,39 @@ class Run:
     # A frozen one made its last note when it froze.
     ends |= {number: self.notes[number].stat().st_mtime for number in frozen}
     self.lag = max(ends.values(), default=0) - min(ends.values(), default=0)
-    return [process.returncode if number in ends else None
-            for number, process in enumerate(started)]
+    return [
+      process.returncode if number in ends else None
+      for number, process in enumerate(started)
+    ]
 
   def output(self):
-    return '\n'.join(path.with_suffix('.err').read_text()
-                     for path in self.notes)
+    return '\n'.join(path.with_suffix('.err').read_text() for path in self.notes)
 
   def _lines(self, path):
     # A process that was killed may have left half a line.
-    return [json.loads(line) for line in path.read_text().splitlines(True)
-            if line.endswith('\n')] if path.exists() else []
+    return (
+      [
+        json.loads(line)
+        for line in path.read_text().splitlines(True)
+        if line.endswith('\n')
+      ]
+      if path.exists()
+      else []
+    )
 
   def moments(self, at=None):
     """How many each process had, of all or of one function."""
-    return [sum('moment' in line and at in (None, line['at'])
-                for line in self._lines(path))
-            for path in self.notes[:self.processes]]
+    return [
+      sum('moment' in line and at in (None, line['at']) for line in self._lines(path))
+      for path in self.notes[: self.processes]
+    ]
 
   def last_moment(self):
     """Of process 0: where it was, for people."""
     lines = [line for line in self._lines(self.notes[0]) if 'moment' in line]
-    stage = next((name for name in reversed(STAGES)
-                  if (self.workdir / name).exists()), 'before')
+    stage = next(
+      (name for name in reversed(STAGES) if (self.workdir / name).exists()), 'before'
+    )
     return f'{stage}, {lines[-1]["at"]}' if lines else 'start'
 
   def batches(self):
@@ -353,15 +424,13 @@ class Run:
     for path in self.notes:
       for line in self._lines(path):
         if 'step' in line:
-          found.setdefault((line['stage'], line['step']), {}).update(
-              line['rows'])
+          found.setdefault((line['stage'], line['step']), {}).update(line['rows'])
     return found
 
   def saved(self, stage):
     """Steps of a stage's finished checkpoints."""
     folder = self.workdir / stage / 'checkpoints'
-    return sorted(int(path.name) for path in folder.glob('*')
-                  if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit())
 
   def kept(self, torn):
     """{stage: the newest step that is safe}; a torn checkpoint is not."""
@@ -396,14 +465,17 @@ def small_disk(folder, size):
   subprocess.run([*mount, '-o', f'size={size}'], check=True)
   try:
     yield lambda: subprocess.run(
-        ['mount', '-o', 'remount,size=64m', str(folder)], check=True)
+      ['mount', '-o', 'remount,size=64m', str(folder)], check=True
+    )
   finally:
     subprocess.run(['umount', str(folder)], check=True)
 
 
 def may_mount(folder):
-  with contextlib.suppress(OSError, subprocess.CalledProcessError), small_disk(
-      folder / 'disk', 4096):
+  with (
+    contextlib.suppress(OSError, subprocess.CalledProcessError),
+    small_disk(folder / 'disk', 4096),
+  ):
     return True
   return False
 
@@ -431,10 +503,11 @@ def main():
   parser.add_argument('--folder', help='Keeps what the processes said.')
   arguments = parser.parse_args()
   with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(arguments.folder or stack.enter_context(
-        tempfile.TemporaryDirectory())).absolute()
+    folder = pathlib.Path(
+      arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
+    ).absolute()
     folder.mkdir(parents=True, exist_ok=not arguments.folder)
-    chosen = draw()[:arguments.faults]
+    chosen = draw()[: arguments.faults]
     if arguments.only:
       chosen = [fault for fault in draw() if fault.number in arguments.only]
     if not may_mount(folder):
@@ -445,8 +518,9 @@ def main():
     for fault in chosen:
       what, problem = campaign(fault)
       wrong += bool(problem)
-      print(f'{fault!s:50} {what} {"WRONG: " + problem if problem else "ok"}',
-            flush=True)
+      print(
+        f'{fault!s:50} {what} {"WRONG: " + problem if problem else "ok"}', flush=True
+      )
   print(f'{len(chosen)} faults, {len(chosen) - wrong} as they should be')
   sys.exit(bool(wrong))
 

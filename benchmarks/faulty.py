@@ -27,13 +27,13 @@ from behaviorlm_jax.train import step as step_lib
 ASSEMBLE = ('behaviorlm_jax.data.loader', 'Assembler.__call__')
 STEP = ('behaviorlm_jax.train.step', 'the step')
 MOMENTS = (
-    ('behaviorlm_jax.data.join', '_write_events'),
-    ('behaviorlm_jax.files', 'whole'),
-    ('behaviorlm_jax.score.scorer', 'Scorer._batch'),
-    ('behaviorlm_jax.train.loop', 'MetricsFile.write'),
-    ('behaviorlm_jax.train.checkpoints', 'Checkpoints.save'),
-    ('behaviorlm_jax.model.lora', 'export'),
-    ASSEMBLE,
+  ('behaviorlm_jax.data.join', '_write_events'),
+  ('behaviorlm_jax.files', 'whole'),
+  ('behaviorlm_jax.score.scorer', 'Scorer._batch'),
+  ('behaviorlm_jax.train.loop', 'MetricsFile.write'),
+  ('behaviorlm_jax.train.checkpoints', 'Checkpoints.save'),
+  ('behaviorlm_jax.model.lora', 'export'),
+  ASSEMBLE,
 )
 
 
@@ -52,13 +52,13 @@ def _unreadable():
 
 # Each: what happens, and at which moments (None: all).
 FAULTS = {
-    'none': (None, None),
-    'kill': (_signal(signal.SIGKILL), None),
-    'torn': (_kill_later, STEP),
-    'stop': (_signal(signal.SIGTERM), None),
-    'freeze': (_signal(signal.SIGSTOP), None),
-    'unreadable': (_unreadable, ASSEMBLE),
-    'nan': (None, STEP),
+  'none': (None, None),
+  'kill': (_signal(signal.SIGKILL), None),
+  'torn': (_kill_later, STEP),
+  'stop': (_signal(signal.SIGTERM), None),
+  'freeze': (_signal(signal.SIGSTOP), None),
+  'unreadable': (_unreadable, ASSEMBLE),
+  'nan': (None, STEP),
 }
 
 
@@ -133,8 +133,10 @@ def digests(batch):
       first = shard.index[0].start or 0
       for row, values in enumerate(np.asarray(shard.data), start=first):
         rows.setdefault(row, {})[name] = values.tobytes()
-  return {row: hashlib.sha256(b''.join(parts.values())).hexdigest()[:16]
-          for row, parts in sorted(rows.items())}
+  return {
+    row: hashlib.sha256(b''.join(parts.values())).hexdigest()[:16]
+    for row, parts in sorted(rows.items())
+  }
 
 
 def main():

@@ -34,30 +34,36 @@ def write(path, events, seed=0):
   zipf = np.cumsum(zipf / zipf.sum())
   listed = pa.array([f'behavior {i:03d}' for i in range(BEHAVIORS)])
   span = _SECONDS_PER_EVENT * EVENTS_PER_USER
-  schema = pa.schema([('user', pa.int64()), ('time', pa.timestamp('s')),
-                      ('behavior', pa.string())])
+  schema = pa.schema(
+    [('user', pa.int64()), ('time', pa.timestamp('s')), ('behavior', pa.string())]
+  )
   # A dictionary of users would be one of few in a small log alone, and their
   # names be read faster there.
-  with parquet.ParquetWriter(path, schema, use_dictionary=['behavior']
-                             ) as writer:
+  with parquet.ParquetWriter(path, schema, use_dictionary=['behavior']) as writer:
     for start in range(0, events, _CHUNK):
       size = min(_CHUNK, events - start)
-      begin, end = (_START + span * at // events
-                    for at in (start, start + size))
+      begin, end = (_START + span * at // events for at in (start, start + size))
       time = np.sort(rng.integers(begin, max(end, begin + 1), size))
       night = time % 86_400 < 6 * 3600
-      time = np.sort(np.where(night & (rng.random(size) < 0.8),
-                              time + 9 * 3600, time))
+      time = np.sort(np.where(night & (rng.random(size) < 0.8), time + 9 * 3600, time))
       user = np.searchsorted(rates, rng.random(size))
       drawn = np.searchsorted(zipf, rng.random(size))
       # A user's habits, by a hash of the user: frequent behaviors for most.
-      habit = np.searchsorted(zipf, (
-          user * 2654435761 + rng.integers(_HABITS, size=size) * 40503) % 9973
-          / 9973)
+      habit = np.searchsorted(
+        zipf,
+        (user * 2654435761 + rng.integers(_HABITS, size=size) * 40503) % 9973 / 9973,
+      )
       behavior = np.where(rng.random(size) < 0.5, habit, drawn)
       again = np.flatnonzero(rng.random(size - 1) < _TWICE)
       for column in (time, user, behavior):
         column[again + 1] = column[again]
-      writer.write_table(pa.table([
-          pa.array(names[user]), pa.array(time, pa.timestamp('s')),
-          listed.take(pa.array(behavior))], schema=schema))
+      writer.write_table(
+        pa.table(
+          [
+            pa.array(names[user]),
+            pa.array(time, pa.timestamp('s')),
+            listed.take(pa.array(behavior)),
+          ],
+          schema=schema,
+        )
+      )

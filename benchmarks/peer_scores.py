@@ -35,10 +35,9 @@ class Scorer:
     """float [Y]: one forward pass per name, `rows` of them in a batch."""
     scores = []
     for i in range(0, len(names), rows):
-      chosen = names[i:i + rows]
+      chosen = names[i : i + rows]
       part = peers.pad([_question(prompt, name) for name in chosen])
-      hidden = self.core.model(input_ids=part.tokens,
-                               use_cache=False).last_hidden_state
+      hidden = self.core.model(input_ids=part.tokens, use_cache=False).last_hidden_state
       log_p = self._log_p(hidden.flatten(0, 1)[part.where], part.answers)
       scores += [x.sum().item() for x in log_p.split(list(map(len, chosen)))]
     return np.array(scores)
@@ -57,7 +56,7 @@ class Scorer:
     memory = [(layer.keys, layer.values) for layer in cache.layers]
     long = [i for i, name in enumerate(names) if len(name) > 1]
     for i in range(0, len(long), rows):
-      chosen = long[i:i + rows]
+      chosen = long[i : i + rows]
       scores[chosen] += self._rest(memory, [names[y] for y in chosen])
     return scores.numpy()
 
@@ -69,13 +68,16 @@ class Scorer:
       # Views: appending the names' own keys copies them, and that once.
       layer.keys = keys.expand(len(names), -1, -1, -1)
       layer.values = values.expand(len(names), -1, -1, -1)
-    part = peers.pad([peers.Sample(name[:-1], np.arange(len(name) - 1),
-                                   name[1:]) for name in names])
-    hidden = self.core.model(input_ids=part.tokens, use_cache=True,
-                             past_key_values=cache).last_hidden_state
+    part = peers.pad(
+      [peers.Sample(name[:-1], np.arange(len(name) - 1), name[1:]) for name in names]
+    )
+    hidden = self.core.model(
+      input_ids=part.tokens, use_cache=True, past_key_values=cache
+    ).last_hidden_state
     log_p = self._log_p(hidden.flatten(0, 1)[part.where], part.answers)
-    return torch.stack([x.sum() for x in
-                        log_p.split([len(name) - 1 for name in names])])
+    return torch.stack(
+      [x.sum() for x in log_p.split([len(name) - 1 for name in names])]
+    )
 
   @torch.inference_mode()
   def row(self, prompt, names, rows=None):
@@ -93,10 +95,13 @@ class Scorer:
     positions = np.concatenate([np.arange(n) for n in sizes]) + len(prompt)
     tokens = np.concatenate([name[:-1] for name in names])
     hidden = self.core.model(
-        input_ids=peers.tensor(tokens)[None], use_cache=True,
-        attention_mask=torch.from_numpy(np.hstack([seen, own]))[None, None],
-        position_ids=peers.tensor(positions)[None],
-        past_key_values=cache).last_hidden_state[0]
-    log_p = self._log_p(hidden, peers.tensor(np.concatenate(
-        [name[1:] for name in names])))
+      input_ids=peers.tensor(tokens)[None],
+      use_cache=True,
+      attention_mask=torch.from_numpy(np.hstack([seen, own]))[None, None],
+      position_ids=peers.tensor(positions)[None],
+      past_key_values=cache,
+    ).last_hidden_state[0]
+    log_p = self._log_p(
+      hidden, peers.tensor(np.concatenate([name[1:] for name in names]))
+    )
     return scores.index_add(0, peers.tensor(owner), log_p).numpy()

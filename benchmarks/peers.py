@@ -30,6 +30,7 @@ class Setting:
     layout: 'packed' rows as ours, one 'padded' batch, or 'sorted': batches of
       similar lengths, their gradients summed.
   """
+
   dtype: str
   adapter: str
   layout: str
@@ -41,6 +42,7 @@ class Setting:
 @dataclasses.dataclass(frozen=True)
 class Sample:
   """One sequence: hidden states at `where` predict `answers`."""
+
   tokens: np.ndarray
   where: np.ndarray
   answers: np.ndarray
@@ -49,6 +51,7 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Part:
   """What runs in one forward pass."""
+
   tokens: torch.Tensor  # int64 [B, L].
   positions: torch.Tensor | None  # int64 [B, L] of packed rows.
   where: torch.Tensor  # int64 [A], into the flattened [B * L].
@@ -70,8 +73,13 @@ def unpack(batch):
     for number in range(1, segments.max() + 1):
       inside = np.flatnonzero(segments == number)
       mine = segments[at] == number
-      samples.append(Sample(batch['tokens'][row][inside], at[mine] - inside[0],
-                            batch['answer_tokens'][row][real][mine]))
+      samples.append(
+        Sample(
+          batch['tokens'][row][inside],
+          at[mine] - inside[0],
+          batch['answer_tokens'][row][real][mine],
+        )
+      )
   return samples
 
 
@@ -80,8 +88,12 @@ def pack(batch):
   real = batch['answer_weights'] > 0
   length = batch['tokens'].shape[1]
   flat = batch['answer_positions'] + length * np.arange(len(real))[:, None]
-  return Part(tensor(batch['tokens']), tensor(batch['positions']),
-              tensor(flat[real]), tensor(batch['answer_tokens'][real]))
+  return Part(
+    tensor(batch['tokens']),
+    tensor(batch['positions']),
+    tensor(flat[real]),
+    tensor(batch['answer_tokens'][real]),
+  )
 
 
 def pad(samples):
@@ -89,10 +101,14 @@ def pad(samples):
   length = max(len(s.tokens) for s in samples)
   tokens = np.zeros((len(samples), length), np.int64)
   for row, sample in enumerate(samples):
-    tokens[row, :len(sample.tokens)] = sample.tokens
+    tokens[row, : len(sample.tokens)] = sample.tokens
   where = np.concatenate([s.where + i * length for i, s in enumerate(samples)])
-  return Part(torch.from_numpy(tokens), None, tensor(where),
-              tensor(np.concatenate([s.answers for s in samples])))
+  return Part(
+    torch.from_numpy(tokens),
+    None,
+    tensor(where),
+    tensor(np.concatenate([s.answers for s in samples])),
+  )
 
 
 def by_length(samples, waste=0.1):
@@ -120,7 +136,8 @@ def load(folder, dtype):
   torch.set_num_threads(common.THREADS)
   transformers.utils.logging.disable_progress_bar()
   return transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=DTYPES[dtype], attn_implementation='sdpa')
+    folder, dtype=DTYPES[dtype], attn_implementation='sdpa'
+  )
 
 
 class Trainer:
@@ -128,12 +145,16 @@ class Trainer:
 
   def __init__(self, folder, adapter, setting, learning_rate):
     model = peft.PeftModel.from_pretrained(
-        load(folder, setting.dtype), adapter, is_trainable=True,
-        autocast_adapter_dtype=setting.adapter != 'bfloat16')
+      load(folder, setting.dtype),
+      adapter,
+      is_trainable=True,
+      autocast_adapter_dtype=setting.adapter != 'bfloat16',
+    )
     self.core = model.train().get_base_model()
     self.trained = [p for p in model.parameters() if p.requires_grad]
-    self.optimizer = torch.optim.AdamW(self.trained, learning_rate,
-                                       weight_decay=0.0, fused=True)
+    self.optimizer = torch.optim.AdamW(
+      self.trained, learning_rate, weight_decay=0.0, fused=True
+    )
     self.cast = contextlib.nullcontext()
     if setting.adapter == 'autocast':
       self.cast = torch.autocast('cpu', torch.bfloat16)
@@ -141,11 +162,13 @@ class Trainer:
   def loss(self, part):
     """Sum of the negative log-likelihoods of a Part's answers."""
     with self.cast:
-      hidden = self.core.model(input_ids=part.tokens, use_cache=False,
-                               position_ids=part.positions).last_hidden_state
+      hidden = self.core.model(
+        input_ids=part.tokens, use_cache=False, position_ids=part.positions
+      ).last_hidden_state
       logits = self.core.lm_head(hidden.flatten(0, 1)[part.where])
-    return torch.nn.functional.cross_entropy(logits.float(), part.answers,
-                                             reduction='sum')
+    return torch.nn.functional.cross_entropy(
+      logits.float(), part.answers, reduction='sum'
+    )
 
   def step(self, batch):
     """Updates the adapter on some Parts; returns mean loss, gradient norm."""

@@ -32,27 +32,32 @@ class Peer(torch.nn.Module):
   def __init__(self, sizes, known):
     super().__init__()
     self.known, width = known, sizes.width
-    self.tables = torch.nn.ModuleList([
-        torch.nn.Embedding(count, width)
-        for count in (known + 1, sizes.history, 24, 7)])
+    self.tables = torch.nn.ModuleList(
+      [torch.nn.Embedding(count, width) for count in (known + 1, sizes.history, 24, 7)]
+    )
     for table in self.tables:
-      torch.nn.init.normal_(table.weight, std=width ** -0.5)
-    self.layers = torch.nn.ModuleList([
+      torch.nn.init.normal_(table.weight, std=width**-0.5)
+    self.layers = torch.nn.ModuleList(
+      [
         torch.nn.TransformerEncoderLayer(
-            width, sizes.heads, width, sizes.dropout, batch_first=True,
-            norm_first=True) for _ in range(sizes.layers)])
+          width, sizes.heads, width, sizes.dropout, batch_first=True, norm_first=True
+        )
+        for _ in range(sizes.layers)
+      ]
+    )
     self.norm = torch.nn.LayerNorm(width)
     self.dropout = torch.nn.Dropout(sizes.dropout)
 
   def forward(self, *ids):
     """`ids`: behavior, place, hour and day int64 [B, L]. Windows are
     left-aligned, so what is padded comes last and no event sees it."""
-    x = self.dropout(sum(
-        table(part) for table, part in zip(self.tables, ids, strict=True)))
+    x = self.dropout(
+      sum(table(part) for table, part in zip(self.tables, ids, strict=True))
+    )
     mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
     for layer in self.layers:
       x = layer(x, src_mask=mask, is_causal=True)
-    return self.norm(x) @ self.tables[0].weight[:self.known].T
+    return self.norm(x) @ self.tables[0].weight[: self.known].T
 
 
 def cut(events, end, config):
@@ -67,28 +72,32 @@ def cut(events, end, config):
   row[4] = -1
   for i, at in enumerate(range(begin, end)):
     seconds, following = int(events.time[at + 1]), int(events.behavior[at + 1])
-    learned = (following < events.known
-               and events_lib.SPLITS[events.split[at + 1]] == 'train')
-    row[:, i] = (min(int(events.behavior[at]), events.known),
-                 length - (end - at), seconds // 3600 % 24,
-                 seconds // 86400 % 7 if config.data.weekday else 0,
-                 following if learned else -1)
+    learned = (
+      following < events.known and events_lib.SPLITS[events.split[at + 1]] == 'train'
+    )
+    row[:, i] = (
+      min(int(events.behavior[at]), events.known),
+      length - (end - at),
+      seconds // 3600 % 24,
+      seconds // 86400 % 7 if config.data.weekday else 0,
+      following if learned else -1,
+    )
   return row, end - begin - 1
 
 
 def stack(events, ends, config):
   """The windows int64 [5, B, L], and where in each the last event stands."""
-  rows, last = zip(*(cut(events, int(end), config) for end in ends),
-                   strict=True)
+  rows, last = zip(*(cut(events, int(end), config) for end in ends), strict=True)
   return torch.tensor(np.stack(rows, axis=1)), torch.tensor(last)
 
 
 def positions(events, split, config):
   place = np.arange(len(events.behavior)) - events.first
   return np.flatnonzero(
-      (np.array(events_lib.SPLITS)[events.split] == split)
-      & (np.asarray(events.behavior) < events.known)
-      & (place >= config.plan.min_context))
+    (np.array(events_lib.SPLITS)[events.split] == split)
+    & (np.asarray(events.behavior) < events.known)
+    & (place >= config.plan.min_context)
+  )
 
 
 def train(events, config, seed):
@@ -97,8 +106,9 @@ def train(events, config, seed):
   rng, sizes = np.random.default_rng(seed), config.sasrec
   model = Peer(sizes, events.known)
   optimizer = torch.optim.Adam(model.parameters(), sizes.learning_rate)
-  learned, held = (positions(events, split, config)
-                   for split in ('train', 'validation'))
+  learned, held = (
+    positions(events, split, config) for split in ('train', 'validation')
+  )
   held = rng.choice(held, min(len(held), _CHECKED), replace=False)
   best, kept = np.inf, None
   for step in range(1, sizes.steps + 1):
@@ -107,13 +117,16 @@ def train(events, config, seed):
     logits = model(*rows[:4])
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), rows[4].flatten(), ignore_index=-1).backward()
+      logits.flatten(0, 1), rows[4].flatten(), ignore_index=-1
+    ).backward()
     optimizer.step()
     if step % -(-sizes.steps // 10) == 0 or step == sizes.steps:
       loss = -scores(model, events, held, config)[1]
       if loss < best:
-        best, kept = loss, {name: value.clone() for name, value
-                            in model.state_dict().items()}
+        best, kept = (
+          loss,
+          {name: value.clone() for name, value in model.state_dict().items()},
+        )
   model.load_state_dict(kept)
   return model
 
@@ -132,8 +145,10 @@ def scores(model, events, ends, config):
 
 def _scores(log_p, events, ends):
   true = events.behavior[ends]
-  return (float(np.mean(log_p.argmax(1) == true)),
-          float(log_p[np.arange(len(ends)), true].mean()))
+  return (
+    float(np.mean(log_p.argmax(1) == true)),
+    float(log_p[np.arange(len(ends)), true].mean()),
+  )
 
 
 def main(argv):
@@ -146,18 +161,23 @@ def main(argv):
   for seed in map(int, flags.FLAGS.seeds):
     config.seed = seed
     model = ours.fit(events, config)
-    found['ours'].append(_scores(
-        ours.log_probs(model, events, ends, config), events, ends))
-    found['peer'].append(scores(train(events, config, seed), events, ends,
-                                config))
+    found['ours'].append(
+      _scores(ours.log_probs(model, events, ends, config), events, ends)
+    )
+    found['peer'].append(scores(train(events, config, seed), events, ends, config))
     for side, values in found.items():
-      print(f'seed {seed}, {side}: accuracy {values[-1][0]:.4f}, '
-            f'mean log p {values[-1][1]:.4f}', flush=True)
+      print(
+        f'seed {seed}, {side}: accuracy {values[-1][0]:.4f}, '
+        f'mean log p {values[-1][1]:.4f}',
+        flush=True,
+      )
   for i, name in enumerate(('accuracy', 'mean log p')):
     one, other = (np.array(found[side])[:, i] for side in ('ours', 'peer'))
-    print(f'{name}: ours {one.mean():.4f} (seeds apart {np.ptp(one):.4f}), '
-          f'peer {other.mean():.4f} ({np.ptp(other):.4f}), '
-          f'ours less the peer {one.mean() - other.mean():+.4f}')
+    print(
+      f'{name}: ours {one.mean():.4f} (seeds apart {np.ptp(one):.4f}), '
+      f'peer {other.mean():.4f} ({np.ptp(other):.4f}), '
+      f'ours less the peer {one.mean() - other.mean():+.4f}'
+    )
 
 
 if __name__ == '__main__':  # Not where tests import it: they have such flags.

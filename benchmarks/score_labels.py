@@ -35,10 +35,12 @@ from behaviorlm_jax.train import step as step_lib
 
 NAMES = flags.DEFINE_list('names', ['80', '192'], 'Lengths of the name lists.')
 NAMES_FILE = flags.DEFINE_string(
-    'names_file', '', 'One name per line, instead of the names of the log.')
+  'names_file', '', 'One name per line, instead of the names of the log.'
+)
 PROMPTS = flags.DEFINE_integer('prompts', 8, 'Prompts of a timed call of ours')
-CHECK = flags.DEFINE_integer('check', 0, 'Only compare this many searches '
-                             'with whole trees.', 0)
+CHECK = flags.DEFINE_integer(
+  'check', 0, 'Only compare this many searches with whole trees.', 0
+)
 _DTYPES = ('bfloat16', 'float32')
 _NAIVE_ROWS, _CACHED_ROWS = (2, 8), (8, 16, 64)
 _TRIED = 8  # Names on which the peer's setting is chosen.
@@ -47,11 +49,12 @@ _TRIED = 8  # Names on which the peer's setting is chosen.
 def real_names(inputs):
   if not NAMES_FILE.value:
     events = inputs.events
-    return [b.name for b in events.behaviors[:events.known]]
+    return [b.name for b in events.behaviors[: events.known]]
   path = pathlib.Path(NAMES_FILE.value)
   if not path.is_file():
-    raise InputError(f'--names_file: {path} is no file; give a file with one '
-                     'name per line.')
+    raise InputError(
+      f'--names_file: {path} is no file; give a file with one name per line.'
+    )
   return list(dict.fromkeys(filter(None, path.read_text().splitlines())))
 
 
@@ -82,7 +85,7 @@ def questions(inputs, count):
   positions = evaluation.test_samples(inputs.events, inputs.config)
   found = sorted(map(inputs.prompts.question, positions), key=len)
   begin = max(0, (len(found) - count) // 2)
-  return found[begin:begin + count]
+  return found[begin : begin + count]
 
 
 class Ours:
@@ -91,11 +94,11 @@ class Ours:
   def __init__(self, inputs, names, dtype, softmax='vocabulary', **options):
     config = inputs.config.copy_and_resolve_references()
     config.score.update(dtype=dtype, softmax=softmax)
-    attach = step_lib.attacher(inputs.base.config, config, inputs.layout,
-                               dtype)
+    attach = step_lib.attacher(inputs.base.config, config, inputs.layout, dtype)
     self.adapter = jax.device_put(inputs.adapter)
-    self.scorer = scorer_lib.Scorer(attach, inputs.params(dtype), names,
-                                    config.score, inputs.layout, **options)
+    self.scorer = scorer_lib.Scorer(
+      attach, inputs.params(dtype), names, config.score, inputs.layout, **options
+    )
 
   def __call__(self, prompts):
     return self.scorer(self.adapter, prompts)[0]
@@ -104,8 +107,7 @@ class Ours:
 def fastest_rows(name, score, choices):
   """(name, rows, seconds) of the fastest choice of rows in a batch."""
   score(choices[0])
-  seconds = {rows: common.once(lambda rows=rows: score(rows))
-             for rows in choices}
+  seconds = {rows: common.once(lambda rows=rows: score(rows)) for rows in choices}
   best = min(seconds, key=seconds.get)
   return (name, best, float(seconds[best]))
 
@@ -113,22 +115,34 @@ def fastest_rows(name, score, choices):
 def choose(way, choices, scorers, prompt, names):
   """(type, rows of a batch): the peer's fastest on one prompt."""
   dtypes = _DTYPES[:1] if command.QUICK.value else _DTYPES
-  tried = [fastest_rows(dtype, lambda rows, s=scorers[dtype]: getattr(s, way)(
-      prompt, names, rows), choices) for dtype in dtypes]
-  common.show(f'The peer on one prompt and {len(names)} names, {way}, to '
-              'choose its setting', ['type', 'rows of a batch', 'seconds'],
-              tried)
+  tried = [
+    fastest_rows(
+      dtype,
+      lambda rows, s=scorers[dtype]: getattr(s, way)(prompt, names, rows),
+      choices,
+    )
+    for dtype in dtypes
+  ]
+  common.show(
+    f'The peer on one prompt and {len(names)} names, {way}, to choose its setting',
+    ['type', 'rows of a batch', 'seconds'],
+    tried,
+  )
   return min(tried, key=lambda row: row[2])[:2]
 
 
 def check(inputs, scorer, prompt, names):
   """Ours and all ways of the peer give one prompt the same scores."""
   mine = Ours(inputs, names, 'float32', long=float('inf'))([prompt])[0]
-  for way, few in (('naive', names[:_TRIED]), ('cached', names),
-                   ('row', names)):
+  for way, few in (('naive', names[:_TRIED]), ('cached', names), ('row', names)):
     theirs = getattr(scorer, way)(prompt, few, _TRIED)
-    common.check_equal(f'scores in float32, {way}, {len(few)} names',
-                       mine[:len(few)], theirs, 1e-3, relative=False)
+    common.check_equal(
+      f'scores in float32, {way}, {len(few)} names',
+      mine[: len(few)],
+      theirs,
+      1e-3,
+      relative=False,
+    )
 
 
 def compare(inputs, scorers, prompts, count, repeats, naive):
@@ -145,27 +159,31 @@ def compare(inputs, scorers, prompts, count, repeats, naive):
   best = {'naive': naive}
   for way, rows in (('cached', _CACHED_ROWS), ('row', (0,))):
     best[way] = choose(way, rows, scorers, middle, names)
-  within = {f'within names {dtype}': Ours(inputs, names, dtype, 'names')
-            for dtype in _DTYPES}
+  within = {
+    f'within names {dtype}': Ours(inputs, names, dtype, 'names') for dtype in _DTYPES
+  }
   for one in within.values():
     one(prompts)
-  sides = {name: lambda i, s=one: s(prompts)
-           for name, one in (ours | within).items()}
+  sides = {name: lambda i, s=one: s(prompts) for name, one in (ours | within).items()}
   work = dict.fromkeys(sides, len(prompts))
   for way, (dtype, rows) in best.items():
-    sides[f'{way} {dtype}'] = lambda i, w=way, d=dtype, r=rows: getattr(
-        scorers[d], w)(prompts[i % len(prompts)], names, r)
+    sides[f'{way} {dtype}'] = lambda i, w=way, d=dtype, r=rows: getattr(scorers[d], w)(
+      prompts[i % len(prompts)], names, r
+    )
     work[f'{way} {dtype}'] = 1
   seconds = common.interleave(sides, repeats)
   lengths = list(map(len, prompts))
   searched = any(one.scorer.searches for one in ours.values())
   rates = common.show_rates(
-      f'{count} names ({real} of them real, the others joined'
-      f'{", searched by ours" * searched}), prompts of {min(lengths)} to '
-      f'{max(lengths)} tokens', 'prompts', work, seconds)
+    f'{count} names ({real} of them real, the others joined'
+    f'{", searched by ours" * searched}), prompts of {min(lengths)} to '
+    f'{max(lengths)} tokens',
+    'prompts',
+    work,
+    seconds,
+  )
   mine = max(rates[name] for name in ours)
-  return {way: mine / rates[f'{way} {dtype}']
-          for way, (dtype, _) in best.items()}
+  return {way: mine / rates[f'{way} {dtype}'] for way, (dtype, _) in best.items()}
 
 
 def check_search(inputs, count):
@@ -176,13 +194,14 @@ def check_search(inputs, count):
   config = inputs.config.copy_and_resolve_references()
   config.eval.max_samples = count
   if not config.score.tolerance:
-    raise InputError('score.tolerance is 0, so nothing is searched; give the '
-                     'nats that log p may move by.')
+    raise InputError(
+      'score.tolerance is 0, so nothing is searched; give the '
+      'nats that log p may move by.'
+    )
   samples = evaluation.test_samples(inputs.events, config)
   prompts = list(map(inputs.prompts.question, samples))
   names, _ = answers(inputs, int(NAMES.value[0]))
-  wanted = np.random.default_rng(config.seed).integers(len(names),
-                                                       size=len(prompts))
+  wanted = np.random.default_rng(config.seed).integers(len(names), size=len(prompts))
   results, seconds = [], []
   for long in (float('inf'), 0):  # Never searched, always searched.
     ours = Ours(inputs, names, 'float32', long=long)
@@ -194,17 +213,24 @@ def check_search(inputs, count):
   best = labels_lib.best(whole)
   differ = (labels_lib.best(found) != best).any(axis=1)
   common.show(
-      f'{len(prompts)} questions, {len(names)} names in a tree of '
-      f'{len(ours.scorer.index.tree.tokens)} nodes', ['what', 'value'],
-      [('whole tree, s (compilation included)', seconds[0]),
-       ('search, s (compilation included)', seconds[1]),
-       ('questions not certified, scored whole', int(uncertified.sum())),
-       (f'questions whose best {best.shape[1]} differ', int(differ.sum()))])
+    f'{len(prompts)} questions, {len(names)} names in a tree of '
+    f'{len(ours.scorer.index.tree.tokens)} nodes',
+    ['what', 'value'],
+    [
+      ('whole tree, s (compilation included)', seconds[0]),
+      ('search, s (compilation included)', seconds[1]),
+      ('questions not certified, scored whole', int(uncertified.sum())),
+      (f'questions whose best {best.shape[1]} differ', int(differ.sum())),
+    ],
+  )
   for what, chosen in (('wanted', wanted[:, None]), ('best', best)):
     common.check_equal(
-        f'log p of {what} names', np.take_along_axis(found, chosen, axis=1),
-        np.take_along_axis(whole, chosen, axis=1),
-        config.score.tolerance + 1e-4, relative=False)
+      f'log p of {what} names',
+      np.take_along_axis(found, chosen, axis=1),
+      np.take_along_axis(whole, chosen, axis=1),
+      config.score.tolerance + 1e-4,
+      relative=False,
+    )
   if differ.any():
     raise InputError(f'the best names of {differ.sum()} questions differ.')
 
@@ -215,7 +241,7 @@ def long_prompts(inputs, length, count):
   while len(tokens) < length * count:
     start, stop = stop, min(stop + 64, len(inputs.events.time))
     tokens = np.concatenate([tokens, inputs.prompts.window(start, stop)[0]])
-  return list(tokens[:length * count].reshape(count, length))
+  return list(tokens[: length * count].reshape(count, length))
 
 
 def grow_cell(inputs, prompts, count):
@@ -239,13 +265,16 @@ def grow(inputs):
   prompts = questions(inputs, count)
   real = len(real_names(inputs))
   common.show(
-      f'Ours as the list grows ({count} prompts of {len(prompts[-1])} tokens, '
-      f'{inputs.config.score.dtype}; {real} names are real)',
-      ['names', *headers],
-      [(n, *grow_cell(inputs, prompts, n)) for n in counts])
-  common.show('Ours as prompts grow (192 names)', ['tokens', *headers],
-              [(n, *grow_cell(inputs, long_prompts(inputs, n, count), 192))
-               for n in lengths])
+    f'Ours as the list grows ({count} prompts of {len(prompts[-1])} tokens, '
+    f'{inputs.config.score.dtype}; {real} names are real)',
+    ['names', *headers],
+    [(n, *grow_cell(inputs, prompts, n)) for n in counts],
+  )
+  common.show(
+    'Ours as prompts grow (192 names)',
+    ['tokens', *headers],
+    [(n, *grow_cell(inputs, long_prompts(inputs, n, count), 192)) for n in lengths],
+  )
 
 
 def benchmark(inputs, folder):
@@ -256,8 +285,9 @@ def benchmark(inputs, folder):
     check_search(inputs, CHECK.value)
     return
   adapter = inputs.export(folder / 'adapter')
-  scorers = {dtype: peer_scores.Scorer(inputs.base.folder, adapter, dtype)
-             for dtype in _DTYPES}
+  scorers = {
+    dtype: peer_scores.Scorer(inputs.base.folder, adapter, dtype) for dtype in _DTYPES
+  }
   repeats = command.REPEATS.value or (1 if command.QUICK.value else 3)
   prompts = questions(inputs, PROMPTS.value)
   few, _ = answers(inputs, _TRIED)

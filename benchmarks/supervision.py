@@ -33,18 +33,26 @@ from matplotlib.figure import Figure
 from behaviorlm_jax.score import plots
 
 ARMS = flags.DEFINE_list(
-    'arms', ['1', '4', '8', '24', '40'],
-    'Targets per row; 24@16: with 16 events of context instead of 8.')
+  'arms',
+  ['1', '4', '8', '24', '40'],
+  'Targets per row; 24@16: with 16 events of context instead of 8.',
+)
 SECONDS = flags.DEFINE_float('seconds', 120, 'Training time of an arm.', 1)
-SLICE = flags.DEFINE_float('slice', 15, 'Seconds of an arm\'s turn.', 0.1)
+SLICE = flags.DEFINE_float('slice', 15, "Seconds of an arm's turn.", 0.1)
 QUESTIONS = flags.DEFINE_integer('questions', 96, 'For validation.', 1)
 OUT = flags.DEFINE_string('out', 'supervision', 'Folder of CSV and plot.')
 _MARKS = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # Of the time, for validation.
 _LEAST_STEP = 0.1  # Seconds; faster machines see the plan more than once.
 # Okabe and Ito's, without their yellow, which is too light for lines.
-_STYLES = (('#0072B2', 'o'), ('#D55E00', '^'), ('#009E73', 's'),
-           ('#CC79A7', 'D'), ('#000000', 'v'), ('#56B4E9', 'P'),
-           ('#E69F00', 'X'))
+_STYLES = (
+  ('#0072B2', 'o'),
+  ('#D55E00', '^'),
+  ('#009E73', 's'),
+  ('#CC79A7', 'D'),
+  ('#000000', 'v'),
+  ('#56B4E9', 'P'),
+  ('#E69F00', 'X'),
+)
 
 
 def race(arms, validation, adapter, seconds):
@@ -64,52 +72,85 @@ def race(arms, validation, adapter, seconds):
 def measure(inputs, arm):
   """{measure: value} of an arm that has trained."""
   config, total = arm.config, arm.work()
-  flops = sum(costs.step_flops(
-      inputs.base.config, config.lora.rank, total['tokens'], total['answers'],
-      total['pairs'], config.lora.targets).values())
+  flops = sum(
+    costs.step_flops(
+      inputs.base.config,
+      config.lora.rank,
+      total['tokens'],
+      total['answers'],
+      total['pairs'],
+      config.lora.targets,
+    ).values()
+  )
   cells = arm.steps * config.train.batch * config.train.length
   return {
-      'steps': arm.steps, 's a step': arm.seconds / arm.steps,
-      'targets/s': total['targets'] / arm.seconds,
-      'tokens/s': total['tokens'] / arm.seconds,
-      'wasted positions': f'{1 - total["tokens"] / cells:.1%}',
-      'events before a target': total['context'] / total['targets'],
-      'GFLOP per target': flops / total['targets'] / 1e9}
+    'steps': arm.steps,
+    's a step': arm.seconds / arm.steps,
+    'targets/s': total['targets'] / arm.seconds,
+    'tokens/s': total['tokens'] / arm.seconds,
+    'wasted positions': f'{1 - total["tokens"] / cells:.1%}',
+    'events before a target': total['context'] / total['targets'],
+    'GFLOP per target': flops / total['targets'] / 1e9,
+  }
 
 
 def show(arms, measures, seconds):
   """The tables: what each arm did, and what it learned by when."""
-  common.show('What the arms did', ['targets per row', *measures[0]],
-              [(arm.name, *m.values())
-               for arm, m in zip(arms, measures, strict=True)])
+  common.show(
+    'What the arms did',
+    ['targets per row', *measures[0]],
+    [(arm.name, *m.values()) for arm, m in zip(arms, measures, strict=True)],
+  )
   best = min(arms, key=lambda arm: arm.results[-1][2].mean()).results[-1][2]
   rows = []
   for arm in arms:
     behind = arm.results[-1][2] - best
     error = behind.std(ddof=1) / len(behind) ** 0.5 if len(behind) > 1 else 0.0
-    rows.append((arm.name, *(f'{losses.mean():.3f}'
-                             for _, _, losses in arm.results),
-                 f'{behind.mean():.3f} ({error:.3f})'))
+    rows.append(
+      (
+        arm.name,
+        *(f'{losses.mean():.3f}' for _, _, losses in arm.results),
+        f'{behind.mean():.3f} ({error:.3f})',
+      )
+    )
   common.show(
-      'Validation NLL (nats per question) after seconds of training; last, '
-      'how far behind the best, with its standard error',
-      ['targets per row', *(f'{share * seconds:g} s'
-                            for share in _MARKS), 'behind'], rows)
+    'Validation NLL (nats per question) after seconds of training; last, '
+    'how far behind the best, with its standard error',
+    ['targets per row', *(f'{share * seconds:g} s' for share in _MARKS), 'behind'],
+    rows,
+  )
 
 
 def write_csv(path, arms, measures):
   with path.open('w', newline='') as file:
     writer = csv.writer(file)
-    writer.writerow(['targets_per_row', 'window', 'seconds', 'steps', 'nll',
-                     'targets_per_second', 'tokens_per_second',
-                     'gflop_per_target'])
+    writer.writerow(
+      [
+        'targets_per_row',
+        'window',
+        'seconds',
+        'steps',
+        'nll',
+        'targets_per_second',
+        'tokens_per_second',
+        'gflop_per_target',
+      ]
+    )
     for arm, m in zip(arms, measures, strict=True):
       for seconds, steps, losses in arm.results:
-        writer.writerow([
-            arm.config.plan.targets_per_row, arm.config.plan.window,
-            round(seconds, 3), steps, round(float(losses.mean()), 5),
-            *(round(m[name], 3) for name in
-              ('targets/s', 'tokens/s', 'GFLOP per target'))])
+        writer.writerow(
+          [
+            arm.config.plan.targets_per_row,
+            arm.config.plan.window,
+            round(seconds, 3),
+            steps,
+            round(float(losses.mean()), 5),
+            *(
+              round(m[name], 3)
+              for name in ('targets/s', 'tokens/s', 'GFLOP per target')
+            ),
+          ]
+        )
 
 
 def draw(path, arms, title):
@@ -119,16 +160,21 @@ def draw(path, arms, title):
   axes = figure.subplots()
   for arm, (colour, marker) in zip(arms, itertools.cycle(_STYLES)):
     seconds, _, losses = zip(*arm.results, strict=True)
-    axes.plot(seconds, [x.mean() for x in losses], color=colour,
-              marker=marker, markersize=5, linewidth=1.6,
-              label=arm.name)
+    axes.plot(
+      seconds,
+      [x.mean() for x in losses],
+      color=colour,
+      marker=marker,
+      markersize=5,
+      linewidth=1.6,
+      label=arm.name,
+    )
   axes.set_xlabel('training time (seconds)')
   axes.set_ylabel('validation NLL (nats per question)')
   axes.set_title(title, fontsize=9, loc='left', parse_math=False)
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#dddddd', linewidth=0.6)
-  axes.legend(title='targets per row', frameon=False, fontsize=9,
-              title_fontsize=9)
+  axes.legend(title='targets per row', frameon=False, fontsize=9, title_fontsize=9)
   figure.savefig(path, dpi=plots.DPI)
 
 
@@ -136,9 +182,11 @@ def title(inputs, validation):
   config = inputs.config
   log = pathlib.PurePosixPath(config.data.events).name
   model = pathlib.PurePosixPath(config.model.address).name
-  return (f'{log}, {model}: {validation.questions} validation questions\n'
-          f'with up to {config.data.history} events of history; batches of '
-          f'{config.train.batch} x {config.train.length} tokens')
+  return (
+    f'{log}, {model}: {validation.questions} validation questions\n'
+    f'with up to {config.data.history} events of history; batches of '
+    f'{config.train.batch} x {config.train.length} tokens'
+  )
 
 
 def ratios(arms, measures):
@@ -149,7 +197,8 @@ def ratios(arms, measures):
     over = f'{arm.name}_over_{first.name}'
     result[f'targets_per_second_{over}'] = m['targets/s'] / base['targets/s']
     result[f'targets_per_flop_{over}'] = (
-        base['GFLOP per target'] / m['GFLOP per target'])
+      base['GFLOP per target'] / m['GFLOP per target']
+    )
     # How much sooner it is as good as the first arm at its end.
     seconds, _, losses = first.results[-1]
     result[f'same_nll_sooner_{over}'] = seconds / arm.reached(losses.mean())
@@ -165,8 +214,10 @@ def benchmark(inputs, folder):
     arms_lib.arm_config(inputs.config, name)
   shared = arms_lib.Shared(inputs)
   validation = arms_lib.Validation(inputs, shared.params, count)
-  arms = [arms_lib.Arm(inputs, shared, name, math.ceil(seconds / _LEAST_STEP))
-          for name in names]
+  arms = [
+    arms_lib.Arm(inputs, shared, name, math.ceil(seconds / _LEAST_STEP))
+    for name in names
+  ]
   race(arms, validation, shared.adapter, seconds)
   measures = [measure(inputs, arm) for arm in arms]
   show(arms, measures, seconds)

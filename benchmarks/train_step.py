@@ -22,8 +22,12 @@ from behaviorlm_jax.train import step as step_lib
 
 PARTS = flags.DEFINE_list('parts', ['train', 'targets'], 'What is compared.')
 PROFILE = flags.DEFINE_bool('profile', False, 'Print where a step goes.')
-_DTYPES = (('bfloat16', 'bfloat16'), ('bfloat16', 'autocast'),
-           ('bfloat16', 'float32'), ('float32', 'float32'))
+_DTYPES = (
+  ('bfloat16', 'bfloat16'),
+  ('bfloat16', 'autocast'),
+  ('bfloat16', 'float32'),
+  ('float32', 'float32'),
+)
 _LAYOUTS = ('sorted', 'padded', 'packed')
 _PROMPTS = 8  # One-question prompts in a batch of the peer's.
 _CONTEXT = 8  # Events before such a question, at least.
@@ -40,24 +44,28 @@ class Ours:
     shapes = jax.tree.map(np.shape, inputs.adapter)
     places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(inputs.adapter, optimizer, places)
-    attach = step_lib.attacher(inputs.base.config, config, self.layout,
-                               config.model.dtype)
-    step = step_lib.make_step(attach, optimizer, schedule,
-                              config.train.accumulate, places, self.layout,
-                              plan_lib.most_answers(
-                                  plan, config.train.batch,
-                                  config.train.accumulate,
-                                  self.layout.row_parts))
-    self.compiled = step.lower(self.state, self.params,
-                               self.put(example)).compile()
+    attach = step_lib.attacher(
+      inputs.base.config, config, self.layout, config.model.dtype
+    )
+    step = step_lib.make_step(
+      attach,
+      optimizer,
+      schedule,
+      config.train.accumulate,
+      places,
+      self.layout,
+      plan_lib.most_answers(
+        plan, config.train.batch, config.train.accumulate, self.layout.row_parts
+      ),
+    )
+    self.compiled = step.lower(self.state, self.params, self.put(example)).compile()
 
   def put(self, batch):
     return self.layout.put_rows(batch, len(batch['tokens']))
 
   def step(self, batch):
     """One update, with the batch's way to the device; mean loss and norm."""
-    self.state, metrics = self.compiled(self.state, self.params,
-                                        self.put(batch))
+    self.state, metrics = self.compiled(self.state, self.params, self.put(batch))
     jax.block_until_ready(self.state)
     return float(metrics['loss']), float(metrics['grad_norm'])
 
@@ -68,27 +76,32 @@ def real_tokens(batch):
 
 def check_float32(inputs, folder, batch):
   """Both sides' losses on one batch agree in float32."""
-  attach = step_lib.attacher(inputs.base.config, inputs.config, inputs.layout,
-                             'float32')
+  attach = step_lib.attacher(
+    inputs.base.config, inputs.config, inputs.layout, 'float32'
+  )
   sums = step_lib.make_validation(attach, inputs.layout)
-  loss, weight = sums(inputs.adapter, inputs.params('float32'),
-                      inputs.layout.put_rows(batch, len(batch['tokens'])))
+  loss, weight = sums(
+    inputs.adapter,
+    inputs.params('float32'),
+    inputs.layout.put_rows(batch, len(batch['tokens'])),
+  )
   peer = trainer(inputs, folder, peers.Setting('float32', 'float32', ''))
   with peers.torch.no_grad():
-    theirs = sum(peer.loss(part).item() for part in
-                 peers.parts(batch, 'sorted'))
-  common.check_equal('losses in float32', float(loss) / float(weight),
-                     theirs / float(weight), 1e-4)
+    theirs = sum(peer.loss(part).item() for part in peers.parts(batch, 'sorted'))
+  common.check_equal(
+    'losses in float32', float(loss) / float(weight), theirs / float(weight), 1e-4
+  )
 
 
 def trainer(inputs, folder, setting):
-  return peers.Trainer(inputs.base.folder, folder / 'adapter', setting,
-                       inputs.config.train.learning_rate)
+  return peers.Trainer(
+    inputs.base.folder, folder / 'adapter', setting, inputs.config.train.learning_rate
+  )
 
 
 def fastest_setting(inputs, folder, batch):
   """The peer's fastest Setting: types first, then the layout."""
-  some = {name: x[:max(1, len(x) // 2)] for name, x in batch.items()}
+  some = {name: x[: max(1, len(x) // 2)] for name, x in batch.items()}
   settings = [peers.Setting(*dtypes, _LAYOUTS[0]) for dtypes in _DTYPES]
   if command.QUICK.value:
     settings = settings[:1]
@@ -97,9 +110,11 @@ def fastest_setting(inputs, folder, batch):
   for layout in _LAYOUTS[1:]:
     setting = peers.Setting(best.dtype, best.adapter, layout)
     seconds[setting] = step_time(inputs, folder, setting, some)
-  common.show('The peer on half a batch, to choose its setting',
-              ['setting', 'seconds'],
-              [(str(s), float(t)) for s, t in seconds.items()])
+  common.show(
+    'The peer on half a batch, to choose its setting',
+    ['setting', 'seconds'],
+    [(str(s), float(t)) for s, t in seconds.items()],
+  )
   return min(seconds, key=seconds.get)
 
 
@@ -113,8 +128,9 @@ def step_time(inputs, folder, setting, batch):
 
 def compare_train(inputs, folder, repeats, limits):
   """Tokens/s of both sides on the same samples; returns the ratio."""
-  plan, batches = common.batches(inputs, repeats + 1,
-                                 inputs.config.plan.conversation_share)
+  plan, batches = common.batches(
+    inputs, repeats + 1, inputs.config.plan.conversation_share
+  )
   first, timed = batches[0], batches[1:]
   check_float32(inputs, folder, first)
   setting = fastest_setting(inputs, folder, first)
@@ -125,14 +141,20 @@ def compare_train(inputs, folder, repeats, limits):
   what = f'losses, {inputs.config.model.dtype} against {setting}'
   common.check_equal(what, mine[0], theirs[0], 2e-2)
   print(f'gradient norms: {mine[1]:.4f} and {theirs[1]:.4f}')
-  seconds = common.interleave({
+  seconds = common.interleave(
+    {
       'ours': lambda i: ours.step(timed[i]),
       str(setting): lambda i: peer.step(peers.parts(timed[i], setting.layout)),
-  }, repeats)
+    },
+    repeats,
+  )
   tokens = np.array([real_tokens(batch) for batch in timed])
   rates = common.show_rates(
-      f'train: {shape_text(inputs, timed)}', 'tokens',
-      dict.fromkeys(seconds, tokens), seconds)
+    f'train: {shape_text(inputs, timed)}',
+    'tokens',
+    dict.fromkeys(seconds, tokens),
+    seconds,
+  )
   show_flops(inputs, ours, timed, float(np.median(seconds['ours'])), limits)
   if PROFILE.value:
     costs.show_profile(ours.compiled.as_text(), lambda: ours.step(timed[0]))
@@ -144,28 +166,43 @@ def shape_text(inputs, batches):
   cells = train.batch * train.length
   wasted = 1 - np.mean([real_tokens(batch) for batch in batches]) / cells
   targets = np.mean([batch['samples'].sum() for batch in batches])
-  return (f'{train.batch} rows of {train.length}, {wasted:.0%} padding, '
-          f'{targets:.0f} targets a step')
+  return (
+    f'{train.batch} rows of {train.length}, {wasted:.0%} padding, '
+    f'{targets:.0f} targets a step'
+  )
 
 
 def show_flops(inputs, ours, batches, seconds, limits):
   """What a step needs, what it multiplies, and the share of the limit."""
   config = inputs.config
-  parts = [costs.step_flops(
-      inputs.base.config, config.lora.rank, real_tokens(batch),
+  parts = [
+    costs.step_flops(
+      inputs.base.config,
+      config.lora.rank,
+      real_tokens(batch),
       int((batch['answer_weights'] > 0).sum()),
-      costs.causal_pairs(batch['segments']), config.lora.targets)
-           for batch in batches]
+      costs.causal_pairs(batch['segments']),
+      config.lora.targets,
+    )
+    for batch in batches
+  ]
   needed = {name: np.mean([p[name] for p in parts]) / 1e9 for name in parts[0]}
   done = costs.product_flops(ours.compiled.as_text()) / 1e9
   limit = limits[config.model.dtype]
-  rows = [*needed.items(), ('needed in all', sum(needed.values())),
-          ('multiplied by the compiled step', done)]
+  rows = [
+    *needed.items(),
+    ('needed in all', sum(needed.values())),
+    ('multiplied by the compiled step', done),
+  ]
   common.show(
-      f'FLOPs of our step ({seconds:.2f} s, limit of {config.model.dtype} '
-      f'{limit:,.0f} GFLOP/s)', ['part', 'GFLOP', 'GFLOP/s', '% of limit'],
-      [(name, float(x), float(x / seconds), f'{x / seconds / limit:.1%}')
-       for name, x in rows])
+    f'FLOPs of our step ({seconds:.2f} s, limit of {config.model.dtype} '
+    f'{limit:,.0f} GFLOP/s)',
+    ['part', 'GFLOP', 'GFLOP/s', '% of limit'],
+    [
+      (name, float(x), float(x / seconds), f'{x / seconds / limit:.1%}')
+      for name, x in rows
+    ],
+  )
 
 
 def questions(inputs, count):
@@ -183,7 +220,7 @@ def questions(inputs, count):
     where = len(question) - 1 + np.arange(len(answer))
     samples.append(peers.Sample(tokens, where, answer))
   samples.sort(key=lambda sample: len(sample.tokens))
-  groups = [samples[i:i + _PROMPTS] for i in range(0, len(samples), _PROMPTS)]
+  groups = [samples[i : i + _PROMPTS] for i in range(0, len(samples), _PROMPTS)]
   return [[peers.pad(groups[i])] for i in rng.permutation(count)]
 
 
@@ -195,35 +232,46 @@ def compare_targets(inputs, folder, repeats, setting):
   peer = trainer(inputs, folder, setting)
   ours.step(batches[0])
   peer.step(asked[0])
-  seconds = common.interleave({
+  seconds = common.interleave(
+    {
       'ours': lambda i: ours.step(batches[i + 1]),
       'one question per prompt': lambda i: peer.step(asked[i + 1]),
-  }, repeats)
+    },
+    repeats,
+  )
   ours_targets = np.array([b['samples'].sum() for b in batches[1:]])
   lengths = [batch[0].tokens.shape[1] for batch in asked[1:]]
   rates = common.show_rates(
-      f'targets: {shape_text(inputs, batches[1:])}; the peer '
-      f'({setting.dtype}, adapter {setting.adapter}) {_PROMPTS} prompts of up '
-      f'to {min(lengths)} to {max(lengths)} tokens', 'targets',
-      {'ours': ours_targets,
-       'one question per prompt': np.full(repeats, _PROMPTS)}, seconds)
+    f'targets: {shape_text(inputs, batches[1:])}; the peer '
+    f'({setting.dtype}, adapter {setting.adapter}) {_PROMPTS} prompts of up '
+    f'to {min(lengths)} to {max(lengths)} tokens',
+    'targets',
+    {'ours': ours_targets, 'one question per prompt': np.full(repeats, _PROMPTS)},
+    seconds,
+  )
   return rates['ours'] / rates['one question per prompt']
 
 
 def grow_cell(inputs, length, size):
   """One row of the table below."""
-  inputs.config.train.update({'length': length, 'batch': size,
-                              'accumulate': 1})
+  inputs.config.train.update({'length': length, 'batch': size, 'accumulate': 1})
   plan, batches = common.batches(inputs, 3, 0.0)
   common.forget_peak()
   ours = Ours(inputs, plan, batches[0])
   ours.step(batches[0])
-  seconds = float(min(common.once(lambda b=batch: ours.step(b))
-                      for batch in batches[1:]))
+  seconds = float(
+    min(common.once(lambda b=batch: ours.step(b)) for batch in batches[1:])
+  )
   memory = ours.compiled.memory_analysis()
-  return (length, size, seconds, length * size / seconds,
-          memory.argument_size_in_bytes / 1e9,
-          memory.temp_size_in_bytes / 1e9, common.peak_memory())
+  return (
+    length,
+    size,
+    seconds,
+    length * size / seconds,
+    memory.argument_size_in_bytes / 1e9,
+    memory.temp_size_in_bytes / 1e9,
+    common.peak_memory(),
+  )
 
 
 def grow(inputs):
@@ -231,11 +279,19 @@ def grow(inputs):
   lengths, sizes = (128, 256, 512, 1024), (1, 4, 16)
   if command.QUICK.value:
     lengths, sizes = lengths[:2], sizes[:2]
-  common.show('Our step as rows grow (least of 2; positions with padding)',
-              ['length', 'batch', 's', 'positions/s', 'arguments GB',
-               'temporary GB', 'peak resident GB'],
-              [grow_cell(inputs, length, size)
-               for length in lengths for size in sizes])
+  common.show(
+    'Our step as rows grow (least of 2; positions with padding)',
+    [
+      'length',
+      'batch',
+      's',
+      'positions/s',
+      'arguments GB',
+      'temporary GB',
+      'peak resident GB',
+    ],
+    [grow_cell(inputs, length, size) for length in lengths for size in sizes],
+  )
 
 
 def benchmark(inputs, folder):
@@ -245,9 +301,11 @@ def benchmark(inputs, folder):
   inputs.export(folder / 'adapter')
   dtypes = ('float32', 'bfloat16')
   limits = {dtype: common.xla_limit(dtype) for dtype in dtypes}
-  common.show('Limit: GFLOP/s of a 3072 x 3072 x 3072 product',
-              ['type', 'XLA', 'torch'],
-              [(d, limits[d], peers.limit(d)) for d in dtypes])
+  common.show(
+    'Limit: GFLOP/s of a 3072 x 3072 x 3072 product',
+    ['type', 'XLA', 'torch'],
+    [(d, limits[d], peers.limit(d)) for d in dtypes],
+  )
   repeats = command.REPEATS.value or (2 if command.QUICK.value else 5)
   setting, ratios = peers.Setting('bfloat16', 'bfloat16', 'sorted'), {}
   if 'train' in PARTS.value:

@@ -35,10 +35,10 @@ def get_config(name='controls'):
   config = sweep.default()
   config.base = _base()
   config.logs = dict.fromkeys(('foursquare_nyc', 'india_time_use'), '')
-  config.log_fields = {'india_time_use': {
-      'data': {'columns': {'group': 'household'}, 'weekday': False}}}
-  {'controls': _controls, 'one_pass': _one_pass,
-   'few_shot': _few_shot}[name](config)
+  config.log_fields = {
+    'india_time_use': {'data': {'columns': {'group': 'household'}, 'weekday': False}}
+  }
+  {'controls': _controls, 'one_pass': _one_pass, 'few_shot': _few_shot}[name](config)
   return config
 
 
@@ -46,60 +46,92 @@ def _controls(config):
   # Questions, if there are any, take minutes; these tell what is kept.
   asked = ('no_balanced_stage', 'behaviorlm', 'one_stage', 'no_auxiliary')
   config.methods = {
-      # Stage a by itself, on anchors or on all behaviors, and then stage b.
-      'no_balanced_stage': sweep.method(('no_balanced_stage',), seeds=3),
-      'behaviorlm': sweep.method(start='no_balanced_stage', seeds=3),
-      'all_behaviors_alone': sweep.method(seeds=3, fields={
-          'stages': ('a',), 'plan': {'content': 'all'}}),
-      'all_behaviors_first': sweep.method(start='all_behaviors_alone', seeds=3),
-      'one_stage': sweep.method(('one_stage',), seeds=3),
-      'sasrec': _sasrec(),
-      'no_difficulty': sweep.method(
-          ('no_difficulty',), 'no_balanced_stage', seeds=3),
-      # Not one_stage_balanced: windows' other events count by `neighbours`.
-      'one_stage_balanced_windows': sweep.method(
-          ('one_stage',), seeds=3, fields={'plan': {'content': 'balanced'}}),
-      'balanced_softmax': sweep.method(
-          ('one_stage',), seeds=3, fields={'train': {'loss': 'balanced'}}),
-      'over_vocabulary': sweep.method(('one_stage',), fields={
-          'train': {'loss': 'answers'}}),
-      'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
-      'no_balance': sweep.method(('no_balance',), 'no_balanced_stage'),
-      'no_anchor_stage': sweep.method(('no_anchor_stage',)),
+    # Stage a by itself, on anchors or on all behaviors, and then stage b.
+    'no_balanced_stage': sweep.method(('no_balanced_stage',), seeds=3),
+    'behaviorlm': sweep.method(start='no_balanced_stage', seeds=3),
+    'all_behaviors_alone': sweep.method(
+      seeds=3, fields={'stages': ('a',), 'plan': {'content': 'all'}}
+    ),
+    'all_behaviors_first': sweep.method(start='all_behaviors_alone', seeds=3),
+    'one_stage': sweep.method(('one_stage',), seeds=3),
+    'sasrec': _sasrec(),
+    'no_difficulty': sweep.method(('no_difficulty',), 'no_balanced_stage', seeds=3),
+    # Not one_stage_balanced: windows' other events count by `neighbours`.
+    'one_stage_balanced_windows': sweep.method(
+      ('one_stage',), seeds=3, fields={'plan': {'content': 'balanced'}}
+    ),
+    'balanced_softmax': sweep.method(
+      ('one_stage',), seeds=3, fields={'train': {'loss': 'balanced'}}
+    ),
+    'over_vocabulary': sweep.method(
+      ('one_stage',), fields={'train': {'loss': 'answers'}}
+    ),
+    'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
+    'no_balance': sweep.method(('no_balance',), 'no_balanced_stage'),
+    'no_anchor_stage': sweep.method(('no_anchor_stage',)),
   }
-  for name in ('behaviorlm', 'all_behaviors_first', 'no_difficulty',
-               'no_auxiliary', 'no_balance', 'no_anchor_stage'):
+  for name in (
+    'behaviorlm',
+    'all_behaviors_first',
+    'no_difficulty',
+    'no_auxiliary',
+    'no_balance',
+    'no_anchor_stage',
+  ):
     config.methods[name].fields.update(_STAGE_B)
   for name, method in config.methods.items():
     if name not in asked:
       method.fields.update({'retention': {'questions': ''}})
   config.order = (
-      'no_balanced_stage', 'behaviorlm', 'one_stage', 'all_behaviors_alone',
-      'all_behaviors_first', 'sasrec', 'no_difficulty',
-      'one_stage_balanced_windows', 'balanced_softmax', 'no_auxiliary',
-      'over_vocabulary', 'no_balance', 'no_anchor_stage')
+    'no_balanced_stage',
+    'behaviorlm',
+    'one_stage',
+    'all_behaviors_alone',
+    'all_behaviors_first',
+    'sasrec',
+    'no_difficulty',
+    'one_stage_balanced_windows',
+    'balanced_softmax',
+    'no_auxiliary',
+    'over_vocabulary',
+    'no_balance',
+    'no_anchor_stage',
+  )
   config.contrasts = (
-      *(('behaviorlm', name) for name in config.order if name != 'behaviorlm'),
-      ('all_behaviors_first', 'all_behaviors_alone'),
-      ('one_stage', 'over_vocabulary'),
-      ('behaviorlm', 'untuned'),
-      ('behaviorlm', 'markov'), ('behaviorlm', 'one_stage_adjusted'),
-      ('behaviorlm_adjusted', 'one_stage_adjusted'),
-      ('behaviorlm_adjusted', 'balanced_softmax_adjusted'),
-      ('behaviorlm_adjusted', 'sasrec_adjusted'),
-      ('behaviorlm_adjusted', 'markov_adjusted'),
-      ('behaviorlm_mixed_adjusted', 'markov_adjusted'),
-      *(('behaviorlm_matched', name) for name in (
-          'one_stage_adjusted', 'one_stage_balanced_windows',
-          'balanced_softmax_adjusted', 'sasrec_adjusted', 'markov_adjusted')),
-      ('behaviorlm_mixed', 'markov'),
-      *((f'behaviorlm_mixed{kind}', f'{name}_mixed{control}')
-        for name in ('one_stage', 'sasrec')
-        for kind, control in (('', ''), ('_adjusted', '_adjusted'),
-                              ('_matched', '_adjusted'))),
-      ('behaviorlm_mixed_matched', 'markov_adjusted'))
-  config.drawn = (
-      'behaviorlm', 'one_stage', 'all_behaviors_first', 'sasrec', 'markov')
+    *(('behaviorlm', name) for name in config.order if name != 'behaviorlm'),
+    ('all_behaviors_first', 'all_behaviors_alone'),
+    ('one_stage', 'over_vocabulary'),
+    ('behaviorlm', 'untuned'),
+    ('behaviorlm', 'markov'),
+    ('behaviorlm', 'one_stage_adjusted'),
+    ('behaviorlm_adjusted', 'one_stage_adjusted'),
+    ('behaviorlm_adjusted', 'balanced_softmax_adjusted'),
+    ('behaviorlm_adjusted', 'sasrec_adjusted'),
+    ('behaviorlm_adjusted', 'markov_adjusted'),
+    ('behaviorlm_mixed_adjusted', 'markov_adjusted'),
+    *(
+      ('behaviorlm_matched', name)
+      for name in (
+        'one_stage_adjusted',
+        'one_stage_balanced_windows',
+        'balanced_softmax_adjusted',
+        'sasrec_adjusted',
+        'markov_adjusted',
+      )
+    ),
+    ('behaviorlm_mixed', 'markov'),
+    *(
+      (f'behaviorlm_mixed{kind}', f'{name}_mixed{control}')
+      for name in ('one_stage', 'sasrec')
+      for kind, control in (
+        ('', ''),
+        ('_adjusted', '_adjusted'),
+        ('_matched', '_adjusted'),
+      )
+    ),
+    ('behaviorlm_mixed_matched', 'markov_adjusted'),
+  )
+  config.drawn = ('behaviorlm', 'one_stage', 'all_behaviors_first', 'sasrec', 'markov')
 
 
 def _one_pass(config):
@@ -109,65 +141,88 @@ def _one_pass(config):
   base.plan.per_behavior = 2
   base.plan.neighbours = 1e4  # All of them count alike.
   base.difficulty.candidates = 4
-  base.train.update({
-      'steps': 400, 'learning_rate': 1e-3, 'loss': 'answers',
-      'balanced_steps': 48, 'balanced_learning_rate': 5e-4,
-      'balanced_loss': 'natural', 'balanced_interpolation': 0.5})
+  base.train.update(
+    {
+      'steps': 400,
+      'learning_rate': 1e-3,
+      'loss': 'answers',
+      'balanced_steps': 48,
+      'balanced_learning_rate': 5e-4,
+      'balanced_loss': 'natural',
+      'balanced_interpolation': 0.5,
+    }
+  )
   base.eval.max_samples = 500
   base.eval.validation_rows = 32
   config.log_fields.india_time_use.train = {'steps': 505}
   start = 'all_behaviors_alone'
   config.methods = {
-      start: sweep.method(seeds=3, fields={'stages': ('a',)}),
-      'behaviorlm': sweep.method(start=start, seeds=3),
-      'natural_stage': sweep.method(
-          ('no_balance', 'no_difficulty'), start, seeds=3),
-      'behaviorlm_whole_way': sweep.method(
-          start=start, fields={'train': {'balanced_interpolation': 1.0}}),
-      'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3),
-      'sasrec': _sasrec()}
+    start: sweep.method(seeds=3, fields={'stages': ('a',)}),
+    'behaviorlm': sweep.method(start=start, seeds=3),
+    'natural_stage': sweep.method(('no_balance', 'no_difficulty'), start, seeds=3),
+    'behaviorlm_whole_way': sweep.method(
+      start=start, fields={'train': {'balanced_interpolation': 1.0}}
+    ),
+    'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3),
+    'sasrec': _sasrec(),
+  }
   config.order = tuple(config.methods)
   config.drawn = (start, 'behaviorlm', 'natural_stage', 'sasrec', 'markov')
   others = (start, 'natural_stage', 'no_difficulty', 'sasrec', 'markov')
-  config.contrasts = tuple(
-      (f'behaviorlm{kind}', f'{other}{kind}') for other in others
+  config.contrasts = (
+    tuple(
+      (f'behaviorlm{kind}', f'{other}{kind}')
+      for other in others
       for kind in ('', '_adjusted', '_mixed_adjusted')
-      if (other, kind) != ('markov', '_mixed_adjusted')) + tuple(
-          ('behaviorlm_matched', f'{other}_adjusted') for other in others) + (
-              ('behaviorlm', 'behaviorlm_whole_way'),
-              ('behaviorlm_whole_way', start), (start, 'sasrec'),
-              (f'{start}_adjusted', 'sasrec_adjusted'),
-              (f'{start}_matched', 'sasrec_adjusted'))
+      if (other, kind) != ('markov', '_mixed_adjusted')
+    )
+    + tuple(('behaviorlm_matched', f'{other}_adjusted') for other in others)
+    + (
+      ('behaviorlm', 'behaviorlm_whole_way'),
+      ('behaviorlm_whole_way', start),
+      (start, 'sasrec'),
+      (f'{start}_adjusted', 'sasrec_adjusted'),
+      (f'{start}_matched', 'sasrec_adjusted'),
+    )
+  )
   config.results = 'docs/results/one_pass'
 
 
 def _few_shot(config):
-  config.methods = {
-      'no_balanced_stage': sweep.method(('no_balanced_stage',))}
+  config.methods = {'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
     steps = {'balanced_steps': 48}
     config.methods[f'two_stages_{shots}_shots'] = sweep.method(
-        ('no_difficulty',), 'no_balanced_stage', fields={
-            'plan': {'shots': shots, 'per_behavior': 2}, 'train': steps})
+      ('no_difficulty',),
+      'no_balanced_stage',
+      fields={'plan': {'shots': shots, 'per_behavior': 2}, 'train': steps},
+    )
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
-        ('one_stage',), fields={'plan': {'shots': shots}, 'train': steps})
+      ('one_stage',), fields={'plan': {'shots': shots}, 'train': steps}
+    )
   for name, method in config.methods.items():
     if name != 'no_balanced_stage':
       method.fields.update({'retention': {'questions': ''}})
-  config.order = ('no_balanced_stage', *(
-      f'{name}_{shots}_shots' for name in ('two_stages', 'one_stage')
-      for shots in (5, 50, 0, 1, 20, 2, 10)))
+  config.order = (
+    'no_balanced_stage',
+    *(
+      f'{name}_{shots}_shots'
+      for name in ('two_stages', 'one_stage')
+      for shots in (5, 50, 0, 1, 20, 2, 10)
+    ),
+  )
   config.contrasts = tuple(
-      (f'two_stages_{shots}_shots{kind}', control + kind)
-      for shots in SHOTS for kind in ('', '_adjusted')
-      for control in (f'one_stage_{shots}_shots', 'two_stages_50_shots')
-      if control != f'two_stages_{shots}_shots')
+    (f'two_stages_{shots}_shots{kind}', control + kind)
+    for shots in SHOTS
+    for kind in ('', '_adjusted')
+    for control in (f'one_stage_{shots}_shots', 'two_stages_50_shots')
+    if control != f'two_stages_{shots}_shots'
+  )
   config.results = 'docs/results/few_shot'
 
 
 def _sasrec():
-  return sweep.method(seeds=3, fields={
-      'stages': (), 'sasrec': {'steps': 1500}})
+  return sweep.method(seeds=3, fields={'stages': (), 'sasrec': {'steps': 1500}})
 
 
 def _base():

@@ -20,13 +20,22 @@ def prepare(index, count, flags):
   """Prepares one shard; returns its name."""
   name = f'{index}/{count}'
   done = subprocess.run(
-      [sys.executable, '-m', 'behaviorlm_jax.main', *flags,
-       f'--config.data.shard={name}'],
-      stderr=subprocess.PIPE, text=True, check=False)
+    [
+      sys.executable,
+      '-m',
+      'behaviorlm_jax.main',
+      *flags,
+      f'--config.data.shard={name}',
+    ],
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
   if done.returncode:
     lines = done.stderr.strip().splitlines() or ['it said nothing']
-    raise RuntimeError(f'shard {name} ended with exit code {done.returncode}: '
-                       f'{lines[-1]}')
+    raise RuntimeError(
+      f'shard {name} ended with exit code {done.returncode}: {lines[-1]}'
+    )
   return name
 
 
@@ -37,14 +46,16 @@ def main(argv=None):
   parser = argparse.ArgumentParser(allow_abbrev=False)
   parser.add_argument('--shards', type=int, required=True)
   known, rest = parser.parse_known_args(argv)
-  flags = [flag for flag in rest
-           if flag.startswith(('--config', '--workdir='))]
+  flags = [flag for flag in rest if flag.startswith(('--config', '--workdir='))]
   rest = [flag for flag in rest if flag not in flags]
   options = PipelineOptions(rest, save_main_session=True)
   with beam.Pipeline(options=options) as pipeline:
-    _ = (pipeline | beam.Create(range(known.shards))
-         | beam.Reshuffle()  # Or one worker would get them all.
-         | beam.Map(prepare, known.shards, flags))
+    _ = (
+      pipeline
+      | beam.Create(range(known.shards))
+      | beam.Reshuffle()  # Or one worker would get them all.
+      | beam.Map(prepare, known.shards, flags)
+    )
 
 
 if __name__ == '__main__':

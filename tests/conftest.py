@@ -19,8 +19,9 @@ import subprocess
 import sys
 
 # Before JAX is loaded; in front, so that a caller's own flag wins.
-os.environ['XLA_FLAGS'] = ('--xla_backend_optimization_level=0 '
-                           + os.environ.get('XLA_FLAGS', ''))
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 ' + os.environ.get(
+  'XLA_FLAGS', ''
+)
 
 import jax
 import numpy as np
@@ -40,24 +41,40 @@ from behaviorlm_jax.model import weights
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6  # Of each stage.
 FIELDS = {
-    'model.address': 'random://tiny', 'model.dtype': 'float32',
-    'score.dtype': 'float32', 'lora.rank': 4,
-    'lora.targets': ('q_proj', 'v_proj'),
-    'data.instruction': 'Log', 'data.history': 5, 'plan.window': 6,
-    'plan.min_context': 2, 'plan.targets_per_row': 4, 'plan.per_behavior': 4,
-    'plan.content': 'anchors', 'plan.neighbours': 0.0,
-    'difficulty.score': 'nll', 'difficulty.candidates': 4,
-    'train.length': 192, 'train.batch': 2,
-    'train.steps': STEPS, 'train.balanced_steps': STEPS, 'train.warmup': 0.1,
-    'train.learning_rate': 1e-3, 'train.balanced_learning_rate': 1e-3,
-    'train.balanced_interpolation': 1.0, 'train.balanced_loss': 'names',
-    'checkpoint.every': 3,
-    'eval.max_samples': 60, 'eval.validation_rows': 2,
-    'eval.validation_samples': 75,
+  'model.address': 'random://tiny',
+  'model.dtype': 'float32',
+  'score.dtype': 'float32',
+  'lora.rank': 4,
+  'lora.targets': ('q_proj', 'v_proj'),
+  'data.instruction': 'Log',
+  'data.history': 5,
+  'plan.window': 6,
+  'plan.min_context': 2,
+  'plan.targets_per_row': 4,
+  'plan.per_behavior': 4,
+  'plan.content': 'anchors',
+  'plan.neighbours': 0.0,
+  'difficulty.score': 'nll',
+  'difficulty.candidates': 4,
+  'train.length': 192,
+  'train.batch': 2,
+  'train.steps': STEPS,
+  'train.balanced_steps': STEPS,
+  'train.warmup': 0.1,
+  'train.learning_rate': 1e-3,
+  'train.balanced_learning_rate': 1e-3,
+  'train.balanced_interpolation': 1.0,
+  'train.balanced_loss': 'names',
+  'checkpoint.every': 3,
+  'eval.max_samples': 60,
+  'eval.validation_rows': 2,
+  'eval.validation_samples': 75,
 }
 # JAX's settings and their names in the environment.
-CACHE = {'jax_persistent_cache_min_compile_time_secs': 0,
-         'jax_persistent_cache_min_entry_size_bytes': 0}
+CACHE = {
+  'jax_persistent_cache_min_compile_time_secs': 0,
+  'jax_persistent_cache_min_entry_size_bytes': 0,
+}
 
 
 def write_log(path, users=40, events=40, seed=0):
@@ -68,11 +85,12 @@ def write_log(path, users=40, events=40, seed=0):
   rng = np.random.default_rng(seed)
   lines = ['user,time,behavior']
   for user in range(users):
-    names = list(rng.choice(['home', 'work', 'gym', 'cafe'], events,
-                            p=[.5, .3, .1, .1]))
+    names = list(
+      rng.choice(['home', 'work', 'gym', 'cafe'], events, p=[0.5, 0.3, 0.1, 0.1])
+    )
     if user % 4 == 0:
       at = (10, events - 7, events - 3)[user // 4 % 3]
-      names[at:at + 2] = ['airport', 'hotel']
+      names[at : at + 2] = ['airport', 'hotel']
     time = datetime.datetime(2024, 1, 1, int(rng.integers(24)))
     for name in names:
       time += datetime.timedelta(minutes=int(rng.integers(10, 400)))
@@ -85,8 +103,10 @@ def write_conversations(path):
   """Short ones, so that byte tokens fit a row."""
   with path.open('w') as file:
     for i in range(6):
-      turns = [{'role': 'user', 'content': f'{i} and 1?'},
-               {'role': 'assistant', 'content': f'That is {i + 1}.'}]
+      turns = [
+        {'role': 'user', 'content': f'{i} and 1?'},
+        {'role': 'assistant', 'content': f'That is {i + 1}.'},
+      ]
       file.write(json.dumps({'messages': turns}) + '\n')
   return path
 
@@ -95,20 +115,34 @@ def write_model(folder, seed=0):
   """A tiny Llama as a Hugging Face folder whose tokenizer has no template."""
   base = weights.open_base('random://tiny')
   folder.mkdir(exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps({
-      'model_type': 'llama', 'vocab_size': 384, 'hidden_size': 64,
-      'intermediate_size': 128, 'num_hidden_layers': 2, 'head_dim': 16,
-      'num_attention_heads': 4, 'num_key_value_heads': 2,
-      'rope_theta': 10000.0, 'rms_norm_eps': 1e-5,
-      'tie_word_embeddings': True}))
+  (folder / 'config.json').write_text(
+    json.dumps(
+      {
+        'model_type': 'llama',
+        'vocab_size': 384,
+        'hidden_size': 64,
+        'intermediate_size': 128,
+        'num_hidden_layers': 2,
+        'head_dim': 16,
+        'num_attention_heads': 4,
+        'num_key_value_heads': 2,
+        'rope_theta': 10000.0,
+        'rms_norm_eps': 1e-5,
+        'tie_word_embeddings': True,
+      }
+    )
+  )
   tokenizer = copy.deepcopy(base.tokenizer)
   tokenizer.chat_template = None
   tokenizer.save_pretrained(folder)
   rng = np.random.default_rng(seed)
   safetensors_numpy.save_file(
-      {name: rng.standard_normal(shape, np.float32) * np.float32(0.02)
-       for name, shape in families.hf_shapes(base.config)},
-      folder / 'model.safetensors')
+    {
+      name: rng.standard_normal(shape, np.float32) * np.float32(0.02)
+      for name, shape in families.hf_shapes(base.config)
+    },
+    folder / 'model.safetensors',
+  )
   return folder
 
 
@@ -118,10 +152,19 @@ def make_llama(tmp_path_factory):
 
   def make(tied, spread):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, tie_word_embeddings=tied, max_position_embeddings=512))
+    model = transformers.LlamaForCausalLM(
+      transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        max_position_embeddings=512,
+      )
+    )
     for parameter in model.parameters():  # Norms would all be ones.
       torch.nn.init.normal_(parameter, std=spread if parameter.ndim == 2 else 1)
     folder = tmp_path_factory.mktemp('llama')
@@ -152,8 +195,9 @@ def run_fields(tmp_path_factory):
   """{dotted name: value} of every setting of the finished run."""
   folder = tmp_path_factory.mktemp('input')
   return FIELDS | {
-      'data.events': str(write_log(folder / 'log.csv')),
-      'data.conversations': str(write_conversations(folder / 'talk.jsonl'))}
+    'data.events': str(write_log(folder / 'log.csv')),
+    'data.conversations': str(write_conversations(folder / 'talk.jsonl')),
+  }
 
 
 @pytest.fixture(scope='session')
@@ -164,6 +208,7 @@ def make_run_config(run_fields):
     config = config or config_lib.default()
     config.update_from_flattened_dict(run_fields | (fields or {}))
     return config
+
   return make
 
 
@@ -189,8 +234,11 @@ def compile_once(compiled):
 @pytest.fixture(scope='session')
 def command_environment(compiled):
   cache = {name.upper(): str(value) for name, value in CACHE.items()}
-  return os.environ | cache | {
-      'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(compiled)}
+  return (
+    os.environ
+    | cache
+    | {'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(compiled)}
+  )
 
 
 @pytest.fixture(scope='session')
@@ -202,17 +250,37 @@ def run_command(run_fields, command_environment):
   environment: variables to add.
   """
 
-  def run(workdir, fields=None, config='quickstart',
-          program=('-m', 'behaviorlm_jax.main'), flags=(), environment=None):
+  def run(
+    workdir,
+    fields=None,
+    config='quickstart',
+    program=('-m', 'behaviorlm_jax.main'),
+    flags=(),
+    environment=None,
+  ):
     values = run_fields | {
-        f'data.columns.{name}': name for name in ('user', 'time', 'behavior')}
-    command = [sys.executable, *program, f'--config=configs/{config}.py',
-               f'--workdir={workdir}', *flags]
-    command += [f'--config.{name}={value}'
-                for name, value in (values | (fields or {})).items()]
+      f'data.columns.{name}': name for name in ('user', 'time', 'behavior')
+    }
+    command = [
+      sys.executable,
+      *program,
+      f'--config=configs/{config}.py',
+      f'--workdir={workdir}',
+      *flags,
+    ]
+    command += [
+      f'--config.{name}={value}' for name, value in (values | (fields or {})).items()
+    ]
     return subprocess.run(
-        command, cwd=ROOT, env=command_environment | (environment or {}),
-        capture_output=True, text=True, check=False, timeout=300)
+      command,
+      cwd=ROOT,
+      env=command_environment | (environment or {}),
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=300,
+    )
+
   return run
 
 
@@ -239,6 +307,7 @@ def copy_run(finished, tmp_path):
       else:
         (workdir / path).unlink()
     return workdir
+
   return copy
 
 
@@ -250,8 +319,8 @@ def run_stages(make_run_config, tmp_path):
     config = make_run_config(fields)
     if only:
       config.stages = (only,)
-    stages.run(config_lib.ablate(config, ablations),
-               workdir or tmp_path / 'work')
+    stages.run(config_lib.ablate(config, ablations), workdir or tmp_path / 'work')
+
   return run
 
 
@@ -267,14 +336,14 @@ def refused(run_stages, tmp_path):
       work = tmp_path / 'work'
       assert {path.name for path in work.glob('*')} == set(left)
       assert not list(work.rglob('*.tmp'))
+
   return check
 
 
 @pytest.fixture(scope='session')
 def read_rows():
   """Rows of a JSON-lines file."""
-  return lambda path: [json.loads(line) for line in
-                       path.read_text().splitlines()]
+  return lambda path: [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope='session')
@@ -289,17 +358,26 @@ def start_two(run_fields, command_environment, tmp_path_factory):
 
   def start(workdir, *flags, environment=None):
     values = run_fields | {
-        f'data.columns.{name}': name for name in ('user', 'time', 'behavior')}
-    command = [str(ROOT / 'launch/local.sh'), '2',
-               '--config=configs/quickstart.py', f'--workdir={workdir}',
-               *(f'--config.{name}={value}' for name, value in values.items()),
-               *flags]
+      f'data.columns.{name}': name for name in ('user', 'time', 'behavior')
+    }
+    command = [
+      str(ROOT / 'launch/local.sh'),
+      '2',
+      '--config=configs/quickstart.py',
+      f'--workdir={workdir}',
+      *(f'--config.{name}={value}' for name, value in values.items()),
+      *flags,
+    ]
     said = tmp_path_factory.mktemp('said') / 'err'
     with said.open('w') as err:
       process = subprocess.Popen(
-          command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err,
-          env=command_environment | {'PYTHON': sys.executable} | (
-              environment or {}), start_new_session=True)
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=err,
+        env=command_environment | {'PYTHON': sys.executable} | (environment or {}),
+        start_new_session=True,
+      )
     started.append(process)
 
     def finish():
@@ -322,6 +400,7 @@ def run_two(start_two):
 
   def run(*arguments, **options):
     return start_two(*arguments, **options).finish()
+
   return run
 
 
@@ -339,16 +418,23 @@ def assert_same_numbers(finished, read_rows, steps):
       one, other = finished / stage, workdir / stage
       assert _plan_rows(one) == _plan_rows(other)
       losses, expected = (
-          [(row['step'], row['loss'], row.get('val_loss', 0.0)) for row in
-           read_rows(folder / 'metrics.jsonl')] for folder in (other, one))
+        [
+          (row['step'], row['loss'], row.get('val_loss', 0.0))
+          for row in read_rows(folder / 'metrics.jsonl')
+        ]
+        for folder in (other, one)
+      )
       assert len(losses) == steps  # Written once.
       np.testing.assert_allclose(losses, expected, rtol=1e-4)
-      found, expected = (json.loads((folder / 'evaluation.json').read_text())
-                         for folder in (other, one))
+      found, expected = (
+        json.loads((folder / 'evaluation.json').read_text()) for folder in (other, one)
+      )
       for group in ('all', 'anchor', 'tail'):
         assert found[group] == pytest.approx(expected[group], abs=1e-4)
       found, expected = (
-          parquet.read_table(folder / 'log_probs.parquet')['log_p'].to_pylist()
-          for folder in (other, one))
+        parquet.read_table(folder / 'log_probs.parquet')['log_p'].to_pylist()
+        for folder in (other, one)
+      )
       np.testing.assert_allclose(found, expected, atol=1e-4)
+
   return check

@@ -47,6 +47,7 @@ def ablated(copy_run, make_run_config, monkeypatch):
     config.stages = (only,) if only else ('a', 'b')
     stages.run(config_lib.ablate(config, names), workdir)
     return workdir
+
   return run
 
 
@@ -59,6 +60,7 @@ def script_config(make_run_config):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return make_run_config(config=module.get_config())
+
   return load
 
 
@@ -84,9 +86,11 @@ def recorded(folder):
 
 
 def is_finished(folder):
-  return ((folder / 'evaluation.json').exists()
-          and (folder / 'predictions.parquet').exists()
-          and (folder / ADAPTER).exists())
+  return (
+    (folder / 'evaluation.json').exists()
+    and (folder / 'predictions.parquet').exists()
+    and (folder / ADAPTER).exists()
+  )
 
 
 def test_no_auxiliary_leaves_conversations_out(ablated):
@@ -100,17 +104,27 @@ def test_no_auxiliary_leaves_conversations_out(ablated):
 def test_other_losses_teach_other_things(ablated, finished, read_rows, loss):
   folder = ablated(only='a', fields={'train.loss': loss}) / 'a_tuning'
   assert is_finished(folder)
-  losses = [[row['loss'] for row in read_rows(one / 'metrics.jsonl')[:2]]
-            for one in (folder, finished / 'a_tuning')]
+  losses = [
+    [row['loss'] for row in read_rows(one / 'metrics.jsonl')[:2]]
+    for one in (folder, finished / 'a_tuning')
+  ]
   assert losses[0] != losses[1] and np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize(('stage', 'content', 'budget'), [
-    ('a', 'anchors', 'balanced'), ('a', 'all', 'balanced'),
-    ('one', 'all', 'balanced'), ('one', 'balanced', 'natural'),
-    ('b', 'all', 'natural'), ('b', 'anchors', 'tempered')])
+@pytest.mark.parametrize(
+  ('stage', 'content', 'budget'),
+  [
+    ('a', 'anchors', 'balanced'),
+    ('a', 'all', 'balanced'),
+    ('one', 'all', 'balanced'),
+    ('one', 'balanced', 'natural'),
+    ('b', 'all', 'natural'),
+    ('b', 'anchors', 'tempered'),
+  ],
+)
 def test_what_a_stage_draws_is_known_beforehand(
-    finished, make_run_config, stage, content, budget):
+  finished, make_run_config, stage, content, budget
+):
   """Or counted, where behaviors take turns."""
   config = make_run_config({'plan.content': content, 'plan.budget': budget})
   events = events_lib.open_events(finished / 'events')
@@ -120,20 +134,21 @@ def test_what_a_stage_draws_is_known_beforehand(
   segment = {'targets': (3, 4, 9), 'weights': (1.0, 0.5, 1.0)}
   plan = types.SimpleNamespace(rows=[[segment], [segment]])
   found = curriculum.drawn_counts(
-      types.SimpleNamespace(config=config, events=events), stage, plan)
+    types.SimpleNamespace(config=config, events=events), stage, plan
+  )
   if (stage, content) == ('a', 'anchors'):
     counts[~anchors] = 0
   elif content == 'balanced' or budget == 'tempered':
     counts = np.zeros(events.known)
-    for target, weight in zip(segment['targets'], segment['weights'],
-                              strict=True):
+    for target, weight in zip(segment['targets'], segment['weights'], strict=True):
       counts[events.behavior[target]] += 2 * weight
   np.testing.assert_array_equal(found, counts)
 
 
 @pytest.mark.parametrize('loss', ['natural', 'balanced'])
 def test_stage_b_allows_for_how_often_it_draws_a_behavior(
-    ablated, make_run_config, monkeypatch, loss):
+  ablated, make_run_config, monkeypatch, loss
+):
   seen = []
   names_of = curriculum.step_lib.names_of
 
@@ -142,22 +157,26 @@ def test_stage_b_allows_for_how_often_it_draws_a_behavior(
     return names_of(tree, *counts)
 
   monkeypatch.setattr(curriculum.step_lib, 'names_of', spied)
-  workdir = ablated('no_difficulty', only='b', fields={
-      'train.balanced_loss': loss, 'plan.neighbours': 3.0})
+  workdir = ablated(
+    'no_difficulty',
+    only='b',
+    fields={'train.balanced_loss': loss, 'plan.neighbours': 3.0},
+  )
   expected = collections.Counter()
   events = events_lib.open_events(workdir / 'events')
   for segment in segments(workdir / 'b_tuning'):
-    for target, weight in zip(segment['targets'], segment['weights'],
-                              strict=True):
+    for target, weight in zip(segment['targets'], segment['weights'], strict=True):
       expected[events.behavior[target]] += weight
   trained, validated = seen
   np.testing.assert_allclose(
-      trained[0], [expected[b] for b in range(events.known)], rtol=1e-6)
+    trained[0], [expected[b] for b in range(events.known)], rtol=1e-6
+  )
   assert (validated[0] != trained[0]).any()
   samples = samples_lib.eligible(events, 'train', make_run_config())
   kept = np.bincount(events.behavior[samples], minlength=events.known)
   np.testing.assert_array_equal(
-      trained[1], kept if loss == 'natural' else np.ones(events.known))
+    trained[1], kept if loss == 'natural' else np.ones(events.known)
+  )
 
 
 def test_over_the_vocabulary_a_searched_list_has_the_scores_of_a_whole_one(
@@ -168,8 +187,9 @@ def test_over_the_vocabulary_a_searched_list_has_the_scores_of_a_whole_one(
   folder = tmp_path / 'work/a_tuning'
   run_stages(fields, only='a')
   whole = json.loads((folder / 'evaluation.json').read_text())
-  log_p = lambda folder: parquet.read_table(
-      folder / 'predictions.parquet')['log_prob'].to_numpy()
+  log_p = lambda folder: parquet.read_table(folder / 'predictions.parquet')[
+    'log_prob'
+  ].to_numpy()
   expected = log_p(folder)
   assert np.abs(expected - log_p(finished / 'a_tuning')).max() > 0.01
   (folder / 'evaluation.json').unlink()
@@ -189,8 +209,10 @@ def test_conversations_are_taught_to_stay_where_the_base_is(
   workdir = ablated(only='a', fields={'train.auxiliary': 'kl'}) / 'a_tuning'
   assert kinds(workdir) == {'window', 'conversation'}
   assert is_finished(workdir)
-  first, theirs = (read_rows(folder / 'metrics.jsonl')[0] for folder in
-                   (workdir, finished / 'a_tuning'))
+  first, theirs = (
+    read_rows(folder / 'metrics.jsonl')[0]
+    for folder in (workdir, finished / 'a_tuning')
+  )
   assert first['answer_weight'] == theirs['answer_weight']
   # At first, conversations cost nothing.
   assert 0.05 * theirs['loss'] < first['loss'] < 0.95 * theirs['loss']
@@ -201,19 +223,20 @@ def test_the_model_writes_its_conversations_itself(
 ):
   monkeypatch.setattr(stages.report, 'write', lambda *_: None)
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(conversations, 'DEFAULT',
-                      run_fields['data.conversations'])
-  fields = {'data.conversations': 'self', 'eval.max_samples': 5,
-            'eval.validation_samples': 5}
+  monkeypatch.setattr(conversations, 'DEFAULT', run_fields['data.conversations'])
+  fields = {
+    'data.conversations': 'self',
+    'eval.max_samples': 5,
+    'eval.validation_samples': 5,
+  }
   run_stages(fields, only='a')
   workdir = tmp_path / 'work/a_tuning'
   assert kinds(workdir) == {'window', 'conversation'}
   assert is_finished(workdir)
   (path,) = (tmp_path / 'cache').rglob('conversations.jsonl')
-  assert {s['length'] for s in segments(workdir)
-          if s['kind'] == 'conversation'} <= {
-              len(row['prompt']) + len(row['answer'])
-              for row in read_rows(path)}
+  assert {s['length'] for s in segments(workdir) if s['kind'] == 'conversation'} <= {
+    len(row['prompt']) + len(row['answer']) for row in read_rows(path)
+  }
 
 
 def test_no_difficulty_scores_nothing_and_stays_balanced(ablated):
@@ -243,7 +266,8 @@ def test_no_balanced_stage_ends_after_stage_a(ablated, finished):
   assert recorded(workdir / 'a_tuning') == ['no_balanced_stage']
   # Stage a itself is not changed.
   assert (workdir / 'a_tuning' / ADAPTER).read_bytes() == (
-      finished / 'a_tuning' / ADAPTER).read_bytes()
+    finished / 'a_tuning' / ADAPTER
+  ).read_bytes()
 
 
 def test_no_anchor_stage_starts_stage_b_from_the_untuned_model(ablated):
@@ -271,7 +295,8 @@ def test_one_stage_takes_the_steps_of_both(ablated, read_rows, steps):
   assert not (workdir / 'a_tuning').exists()
   folder = workdir / 'b_tuning'
   assert [row['step'] for row in read_rows(folder / 'metrics.jsonl')] == list(
-      range(1, 2 * steps + 1))
+    range(1, 2 * steps + 1)
+  )
   assert recorded(folder) == ['one_stage'] and is_finished(folder)
   assert kinds(folder) == {'window', 'conversation'}
   assert not (folder / 'difficulty.parquet').exists()
@@ -295,8 +320,7 @@ def test_no_auxiliary_and_one_stage_together(ablated):
   assert is_finished(workdir / 'b_tuning')
 
 
-def test_stage1_then_stage2_equals_one_run_of_both(
-    script_config, finished, tmp_path):
+def test_stage1_then_stage2_equals_one_run_of_both(script_config, finished, tmp_path):
   workdir = tmp_path / 'work'
   stages.run(config_lib.ablate(script_config('stage1'), []), workdir)
   assert not (workdir / 'b_tuning').exists()
@@ -304,11 +328,13 @@ def test_stage1_then_stage2_equals_one_run_of_both(
   for stage in ('a_tuning', 'b_tuning'):
     for name in (ADAPTER, 'predictions.parquet', 'config.json'):
       assert (workdir / stage / name).read_bytes() == (
-          finished / stage / name).read_bytes(), (stage, name)
+        finished / stage / name
+      ).read_bytes(), (stage, name)
 
 
 def test_stage2_starts_from_stage_a_of_another_directory(
-    script_config, finished, tmp_path):
+  script_config, finished, tmp_path
+):
   config = script_config('stage2')
   config.init_from = str(finished)
   workdir = tmp_path / 'work'
@@ -317,28 +343,43 @@ def test_stage2_starts_from_stage_a_of_another_directory(
   stages.run(config_lib.ablate(config, []), workdir)
   assert not (workdir / 'a_tuning').exists()
   assert (workdir / 'b_tuning' / ADAPTER).read_bytes() == (
-      finished / 'b_tuning' / ADAPTER).read_bytes()
+    finished / 'b_tuning' / ADAPTER
+  ).read_bytes()
 
 
 @pytest.mark.parametrize('share', [0.0, 0.25])
 def test_interpolation_ends_on_the_way_between_the_stages(
-    script_config, finished, tmp_path, share):
+  script_config, finished, tmp_path, share
+):
   config = script_config('stage2')
   config.init_from = str(finished)
   config.train.balanced_interpolation = share
   stages.run(config_lib.ablate(config, []), tmp_path / 'work')
   start, end, found = (
-      lora.load(folder / 'adapter')[0] for folder in (
-          finished / 'a_tuning', finished / 'b_tuning',
-          tmp_path / 'work/b_tuning'))
-  jax.tree.map(lambda x, y, z: np.testing.assert_allclose(
-      z, (1 - share) * x + share * y, rtol=1e-6, atol=1e-8), start, end, found)
-  assert any(np.abs(x - y).max() > 1e-4 for x, y in zip(
-      jax.tree.leaves(start), jax.tree.leaves(end), strict=True))
+    lora.load(folder / 'adapter')[0]
+    for folder in (
+      finished / 'a_tuning',
+      finished / 'b_tuning',
+      tmp_path / 'work/b_tuning',
+    )
+  )
+  jax.tree.map(
+    lambda x, y, z: np.testing.assert_allclose(
+      z, (1 - share) * x + share * y, rtol=1e-6, atol=1e-8
+    ),
+    start,
+    end,
+    found,
+  )
+  assert any(
+    np.abs(x - y).max() > 1e-4
+    for x, y in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)
+  )
 
 
 def test_by_default_all_is_learned_and_stage_b_is_gentler(
-    run_stages, tmp_path, monkeypatch, read_rows):
+  run_stages, tmp_path, monkeypatch, read_rows
+):
   """As no other run here, which keep to the settings of the paper."""
   monkeypatch.setattr(stages.report, 'write', lambda *_: None)
   shares, interpolate = [], stages.interpolate
@@ -349,29 +390,37 @@ def test_by_default_all_is_learned_and_stage_b_is_gentler(
 
   monkeypatch.setattr(stages, 'interpolate', spied)
   default = config_lib.default()
-  unset = {name: default[name.split('.')[0]][name.split('.')[1]] for name in (
-      'plan.content', 'plan.neighbours', 'train.balanced_loss',
-      'train.balanced_interpolation', 'train.balanced_learning_rate')}
+  unset = {
+    name: default[name.split('.')[0]][name.split('.')[1]]
+    for name in (
+      'plan.content',
+      'plan.neighbours',
+      'train.balanced_loss',
+      'train.balanced_interpolation',
+      'train.balanced_learning_rate',
+    )
+  }
   run_stages(MORE | unset)
   workdir = tmp_path / 'work'
   first, second = drawn(workdir, 'a_tuning'), drawn(workdir, 'b_tuning')
   assert first['airport'] and first['hotel']
   assert sum(second.values()) > 2 * len(segments(workdir / 'b_tuning'))
-  peaks = [max(row['learning_rate'] for row in read_rows(
-      workdir / name / 'metrics.jsonl')) for name in ('a_tuning', 'b_tuning')]
+  peaks = [
+    max(row['learning_rate'] for row in read_rows(workdir / name / 'metrics.jsonl'))
+    for name in ('a_tuning', 'b_tuning')
+  ]
   assert peaks[1] == peaks[0] / 2
   assert shares == [1.0, 0.5]
 
 
 def test_from_nothing_a_share_of_what_was_learned_is_kept():
   rng = np.random.default_rng(0)
-  end = {'q_proj': {'a': rng.normal(size=(2, 5, 3)),
-                    'b': rng.normal(size=(2, 3, 4))}}
-  start = {'q_proj': {'a': rng.normal(size=(2, 5, 3)),
-                      'b': np.zeros((2, 3, 4))}}
+  end = {'q_proj': {'a': rng.normal(size=(2, 5, 3)), 'b': rng.normal(size=(2, 3, 4))}}
+  start = {'q_proj': {'a': rng.normal(size=(2, 5, 3)), 'b': np.zeros((2, 3, 4))}}
   found = stages.interpolate(start, end, 0.3)['q_proj']
-  np.testing.assert_allclose(found['a'] @ found['b'], 0.3 * (
-      end['q_proj']['a'] @ end['q_proj']['b']))
+  np.testing.assert_allclose(
+    found['a'] @ found['b'], 0.3 * (end['q_proj']['a'] @ end['q_proj']['b'])
+  )
 
 
 def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
@@ -379,8 +428,10 @@ def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
   run_stages({'train.interpolation': 0.0}, only='a')
   folder = tmp_path / 'work'
   assert (folder / 'a_tuning' / ADAPTER).exists()
-  shown = [(folder / name / 'predictions.parquet').read_bytes()
-           for name in ('base', 'a_tuning')]
+  shown = [
+    (folder / name / 'predictions.parquet').read_bytes()
+    for name in ('base', 'a_tuning')
+  ]
   assert shown[0] == shown[1]
 
 

@@ -40,8 +40,9 @@ def with_generation(download):
   def answered(request, response, storage, *arguments):
     download(request, response, storage, *arguments)
     if response.status < 300:
-      found = storage.get_file_obj(*(
-          request.params[name] for name in ('bucket_name', 'object_id')))
+      found = storage.get_file_obj(
+        *(request.params[name] for name in ('bucket_name', 'object_id'))
+      )
       response['x-goog-generation'] = found['generation']
 
   return answered
@@ -56,22 +57,23 @@ def service():
     # A connection that is open and silent must not keep the others waiting, but
     # the storage is not safe for threads: requests are handled one at a time.
     # With each write it also dumps a list of all objects, which nobody reads.
-    patch.setattr(emulator.server, 'HTTPServer',
-                  emulator.server.ThreadingHTTPServer)
-    patch.setattr(emulator.Router, 'handle',
-                  one_at_a_time(emulator.Router.handle))
+    patch.setattr(emulator.server, 'HTTPServer', emulator.server.ThreadingHTTPServer)
+    patch.setattr(emulator.Router, 'handle', one_at_a_time(emulator.Router.handle))
     patch.setattr(emulator.Storage, '_write_config_to_file', lambda self: None)
     # TensorStore writes under the condition that what it read is still there.
     patch.setattr(objects, 'download', with_generation(objects.download))
-    started = emulator.create_server('localhost', port, in_memory=True,
-                                     default_bucket='logs')
+    started = emulator.create_server(
+      'localhost', port, in_memory=True, default_bucket='logs'
+    )
     started.start()
     url = f'http://localhost:{port}'
-    yield {'STORAGE_EMULATOR_HOST': url,  # Of gcsfs.
-           'TENSORSTORE_GCS_HTTP_URL': url,  # Of Orbax.
-           'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
-           'NO_GCE_CHECK': 'true',  # No credentials to wait for.
-           'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
+    yield {
+      'STORAGE_EMULATOR_HOST': url,  # Of gcsfs.
+      'TENSORSTORE_GCS_HTTP_URL': url,  # Of Orbax.
+      'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
+      'NO_GCE_CHECK': 'true',  # No credentials to wait for.
+      'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+    }
     started.stop()
 
 
@@ -94,7 +96,8 @@ def address(request):
 def remove(address):
   """Deletes objects, as a user would."""
   return lambda *names: bucket.Bucket(address, '')._fs.rm(
-      [f'{address}/{name}' for name in names])
+    [f'{address}/{name}' for name in names]
+  )
 
 
 @pytest.fixture
@@ -105,10 +108,12 @@ def mirror(address, tmp_path):
   """
 
   def opened(name, writes=False, part=''):
-    copy = bucket.Mirror(bucket.Bucket(address, '--workdir'), tmp_path / name,
-                         writes or bool(part), part)
+    copy = bucket.Mirror(
+      bucket.Bucket(address, '--workdir'), tmp_path / name, writes or bool(part), part
+    )
     copy.pull()
     return copy
+
   return opened
 
 
@@ -118,8 +123,11 @@ def written(address, name):
 
 
 def contents(folder):
-  return {path.relative_to(folder).as_posix(): path.read_bytes()
-          for path in folder.rglob('*') if path.is_file()}
+  return {
+    path.relative_to(folder).as_posix(): path.read_bytes()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
 
 
 def write(folder, **texts):
@@ -148,9 +156,13 @@ def test_only_what_changed_is_fetched_and_pushed(mirror, monkeypatch):
   for name in ('get', 'put'):
     real = getattr(bucket.Bucket, name)
     monkeypatch.setattr(
-        bucket.Bucket, name, lambda self, files, real=real, name=name: (
-            files and moved.append((name, sorted(map(str, files)))),
-            real(self, files)))
+      bucket.Bucket,
+      name,
+      lambda self, files, real=real, name=name: (
+        files and moved.append((name, sorted(map(str, files)))),
+        real(self, files),
+      ),
+    )
   again = mirror('one')  # The same machine, a later run.
   write(one.folder, b='3')
   one.push()
@@ -168,13 +180,13 @@ def test_a_push_that_was_cut_short_did_not_happen(mirror, monkeypatch):
 
   def killed(self, name, text):
     raise KeyboardInterrupt
+
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(bucket.Bucket, 'write', killed)
     one.push()
   assert contents(mirror('other').folder) == {'a': b'1'}
   one.push()
-  assert set(contents(mirror('other').folder)) == {
-      'a', 'events/part', 'events/config'}
+  assert set(contents(mirror('other').folder)) == {'a', 'events/part', 'events/config'}
 
 
 def test_a_copy_of_another_run_becomes_what_the_bucket_holds(mirror, tmp_path):
@@ -188,8 +200,7 @@ def test_a_copy_of_another_run_becomes_what_the_bucket_holds(mirror, tmp_path):
   assert contents(mirror('other').folder) == {'a': b'1'}
 
 
-def test_what_a_user_deleted_in_the_bucket_is_gone(
-    mirror, remove, monkeypatch):
+def test_what_a_user_deleted_in_the_bucket_is_gone(mirror, remove, monkeypatch):
   one = mirror('one', writes=True)
   write(one.folder, events__config='1', events__part='2', a='3')
   one.push()
@@ -202,6 +213,7 @@ def test_what_a_user_deleted_in_the_bucket_is_gone(
   def killed(self, given):
     real(self, dict(list(given.items())[:1]))
     raise KeyboardInterrupt
+
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(bucket.Bucket, 'put', killed)
     one.push()
@@ -213,23 +225,32 @@ def test_a_copy_that_lost_files_takes_none_from_the_bucket(mirror):
   write(one.folder, a='1', b='2')
   one.push()
   shutil.rmtree(one.folder)
-  with pytest.raises(InputError, match='2 files, such as a, are gone from the '
-                     r'local copy of gs://logs/.*the bucket still has them'):
+  with pytest.raises(
+    InputError,
+    match='2 files, such as a, are gone from the '
+    r'local copy of gs://logs/.*the bucket still has them',
+  ):
     one.push()
   assert contents(mirror('other').folder) == {'a': b'1', 'b': b'2'}
 
 
 def test_a_place_that_holds_something_else_is_refused(mirror, address):
   bucket.Bucket(address, '').write('mine.txt', 'precious')
-  with pytest.raises(InputError, match=f'--workdir: {address} holds 1 objects, '
-                     'such as mine.txt, but no contents.txt'):
+  with pytest.raises(
+    InputError,
+    match=f'--workdir: {address} holds 1 objects, '
+    'such as mine.txt, but no contents.txt',
+  ):
     mirror('one', writes=True)
 
 
 def test_two_processes_do_not_share_a_copy(address, tmp_path):
   bucket.open_workdir(address, tmp_path, 0)
-  copy = bucket.Mirror(bucket.Bucket(address, ''), next(
-      path for path in (tmp_path / 'buckets').iterdir() if path.is_dir()), True)
+  copy = bucket.Mirror(
+    bucket.Bucket(address, ''),
+    next(path for path in (tmp_path / 'buckets').iterdir() if path.is_dir()),
+    True,
+  )
   with pytest.raises(InputError, match='another process on this machine works'):
     copy.lock()
   bucket.open_workdir(address, tmp_path, 1)  # Which ends the first.
@@ -246,13 +267,17 @@ def test_a_file_or_folder_is_fetched_by_its_address(address, remove):
   path = addresses.resolve(f'{address}/log', 'data.events')
   assert (path.name, path.read_text()) == ('log', 'user,time\n')
   held.write('log', 'other')
-  assert addresses.resolve(f'{address}/log', 'data.events').read_text() == (
-      'other')
-  assert set(contents(addresses.resolve(f'{address}/model/', 'model.address'))
-             ) == {'config', 'rest/b', 'old'}
+  assert addresses.resolve(f'{address}/log', 'data.events').read_text() == ('other')
+  assert set(contents(addresses.resolve(f'{address}/model/', 'model.address'))) == {
+    'config',
+    'rest/b',
+    'old',
+  }
   remove('model/old')
   assert contents(addresses.resolve(f'{address}/model', 'model.address')) == {
-      'config': b'model/config', 'rest/b': b'model/rest/b'}
+    'config': b'model/config',
+    'rest/b': b'model/rest/b',
+  }
 
 
 def test_what_the_bucket_put_together_is_fetched_too(address, monkeypatch):
@@ -263,10 +288,13 @@ def test_what_the_bucket_put_together_is_fetched_too(address, monkeypatch):
     with monkeypatch.context() as patch:
       real = held._fs.find
       patch.setattr(
-          type(held._fs), 'find', lambda self, path, real=real, **kw: {
-              name: {key: value for key, value in facts.items()
-                     if key != 'md5Hash'}
-              for name, facts in real(path, **kw).items()})
+        type(held._fs),
+        'find',
+        lambda self, path, real=real, **kw: {
+          name: {key: value for key, value in facts.items() if key != 'md5Hash'}
+          for name, facts in real(path, **kw).items()
+        },
+      )
       path = addresses.resolve(f'{address}/log', 'data.events')
     assert path.read_text() == text
 
@@ -279,30 +307,47 @@ def test_what_arrives_damaged_is_not_taken(address, tmp_path):
   assert not (tmp_path / 'log').exists()
 
 
-@pytest.mark.parametrize('error, kind, match', [
-    (gcsfs.retry.HttpError({'code': 503, 'message': 'later'}),
-     bucket.Unreachable, 'not answer .HttpError: later, 503.; run the'),
+@pytest.mark.parametrize(
+  'error, kind, match',
+  [
+    (
+      gcsfs.retry.HttpError({'code': 503, 'message': 'later'}),
+      bucket.Unreachable,
+      'not answer .HttpError: later, 503.; run the',
+    ),
     (exceptions.TransportError('no token'), bucket.Unreachable, 'not answer'),
     (exceptions.DefaultCredentialsError('who?'), InputError, 'refuses .Defau'),
-    (gcsfs.retry.HttpError({'code': 403, 'message': 'no'}), InputError,
-     'refuses .HttpError: no, 403.; see that'),
-    (OSError(28, 'No space left on device'), OSError, '^.Errno 28')])
-def test_what_passes_is_told_from_what_stays(
-    address, monkeypatch, error, kind, match):
+    (
+      gcsfs.retry.HttpError({'code': 403, 'message': 'no'}),
+      InputError,
+      'refuses .HttpError: no, 403.; see that',
+    ),
+    (OSError(28, 'No space left on device'), OSError, '^.Errno 28'),
+  ],
+)
+def test_what_passes_is_told_from_what_stays(address, monkeypatch, error, kind, match):
   held = bucket.Bucket(address, '--workdir')
 
   def fail(*arguments, **options):
     raise error
+
   monkeypatch.setattr(held._fs, 'find', fail)
   with pytest.raises(kind, match=match):
     held.objects()
 
 
-@pytest.mark.parametrize('place, match', [
+@pytest.mark.parametrize(
+  'place, match',
+  [
     ('gs://logs/nothing.csv', 'data.events: there is nothing at gs://logs/n'),
-    ('gs://other/log.csv', 'data.events: gs://other/log.csv refuses '
-     r'\(FileNotFoundError: .*; see that the bucket exists'),
-    ('gs://', "data.events: 'gs://' names no bucket")])
+    (
+      'gs://other/log.csv',
+      'data.events: gs://other/log.csv refuses '
+      r'\(FileNotFoundError: .*; see that the bucket exists',
+    ),
+    ('gs://', "data.events: 'gs://' names no bucket"),
+  ],
+)
 def test_what_is_not_there_is_said(place, match):
   with pytest.raises(InputError, match=match):
     addresses.resolve(place, 'data.events')
@@ -310,8 +355,11 @@ def test_what_is_not_there_is_said(place, match):
 
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'gcsfs', None)
-  with pytest.raises(InputError, match=r"needs gcsfs; run pip install -e '\.\["
-                     r"gcs\]', or give a local"):
+  with pytest.raises(
+    InputError,
+    match=r"needs gcsfs; run pip install -e '\.\["
+    r"gcs\]', or give a local",
+  ):
     addresses.resolve('gs://logs/log.csv', 'data.events')
 
 
@@ -322,11 +370,14 @@ def test_a_bucket_that_refuses_ends_the_run_before_it_begins(make_run_config):
 
 def test_a_bucket_that_does_not_answer_is_asked_again(capsys):
   def work():
-    raise bucket.Unreachable('--workdir: gs://b does not answer; run the same '
-                             'command again')
+    raise bucket.Unreachable(
+      '--workdir: gs://b does not answer; run the same command again'
+    )
+
   assert cli._code(work) == hosts.EXIT_CODE
   assert capsys.readouterr().err == (
-      'error: --workdir: gs://b does not answer; run the same command again.\n')
+    'error: --workdir: gs://b does not answer; run the same command again.\n'
+  )
 
 
 def test_a_sweep_wants_a_local_folder():
@@ -352,46 +403,59 @@ def test_shards_that_are_prepared_at_once_all_count(mirror):
   assert not contents(mirror('other').folder)  # Which joins none.
   write(first.folder, **{'events__config.json': ''})
   first.push()
-  assert set(contents(mirror('first', writes=True).folder)) == {
-      'events/config.json'}
+  assert set(contents(mirror('first', writes=True).folder)) == {'events/config.json'}
   assert set(contents(mirror('0-of-2', part='0-of-2').folder)) == {
-      'events.shards/0-of-2/config.json'}
+    'events.shards/0-of-2/config.json'
+  }
 
 
 def test_a_log_is_prepared_in_a_bucket_shard_by_shard(
-    make_run_config, address, held, tmp_path):
+  make_run_config, address, held, tmp_path
+):
   for index in range(2):
     stages.run(make_run_config({'data.shard': f'{index}/2'}), address)
   config = make_run_config()
   joined = workdir_lib.open_events(config, workdir_lib.make(address))
   assert (held() / 'events/summary.json').exists()
   stages.run(make_run_config({'data.shard': '2/3'}), address)  # For nothing.
-  assert not any('of-3' in name for name in bucket.Bucket(address, '').objects()
-                 if name.startswith('events'))
+  assert not any(
+    'of-3' in name
+    for name in bucket.Bucket(address, '').objects()
+    if name.startswith('events')
+  )
   whole = workdir_lib.open_events(config, workdir_lib.make(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
 
 
 @pytest.mark.slow
 def test_a_run_of_two_hosts_is_killed_and_goes_on_on_other_machines(
-    start_two, service, address, held, tmp_path, assert_same_numbers):
+  start_two, service, address, held, tmp_path, assert_same_numbers
+):
   cache = tmp_path / 'cache'
   environment = service | {'BEHAVIORLM_CACHE': str(cache)}
   process = start_two(address, environment=environment)
   deadline = time.monotonic() + 300
   finished = bucket.Bucket(f'{address}/a_tuning/checkpoints', '--workdir')
   saved = '3/commit_success.txt'
-  while process.poll() is None and time.monotonic() < deadline and (
-      saved not in finished.objects()):
+  while (
+    process.poll() is None
+    and time.monotonic() < deadline
+    and (saved not in finished.objects())
+  ):
     time.sleep(0.05)
   assert process.poll() is None, process.finish()[1][-3000:]
   process.kill_all()
   err = process.finish()[1]
   assert saved in finished.objects(), err[-3000:]
   assert not (held() / 'a_tuning/evaluation.json').exists()
-  kept = {name: written(address, name) for name in (
-      'events/time.npy', 'a_tuning/plan.parquet',
-      'a_tuning/checkpoints/3/_CHECKPOINT_METADATA')}
+  kept = {
+    name: written(address, name)
+    for name in (
+      'events/time.npy',
+      'a_tuning/plan.parquet',
+      'a_tuning/checkpoints/3/_CHECKPOINT_METADATA',
+    )
+  }
   shutil.rmtree(cache)  # The machine is gone.
 
   code, err = start_two(address, environment=environment).finish()
@@ -401,6 +465,5 @@ def test_a_run_of_two_hosts_is_killed_and_goes_on_on_other_machines(
   assert kept == {name: written(address, name) for name in kept}
   assert_same_numbers(held())
   # Processes on one machine have copies of their own, which are the same.
-  one, other = (path for path in (cache / 'buckets').iterdir()
-                if path.is_dir())
+  one, other = (path for path in (cache / 'buckets').iterdir() if path.is_dir())
   assert contents(one) == contents(other) == contents(held())

@@ -14,37 +14,80 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
-NAMES = ('foursquare_nyc.py', 'india_time_use.py', 'paper.py', 'quickstart.py',
-         'stage1.py', 'stage2.py')
+NAMES = (
+  'foursquare_nyc.py',
+  'india_time_use.py',
+  'paper.py',
+  'quickstart.py',
+  'stage1.py',
+  'stage2.py',
+)
 # What scripts may rely on, and a value that differs from every default.
 RELIED_ON = {
-  'data.events': 'mine.csv', 'data.columns.user': 'who',
-  'data.columns.time': 'when', 'data.columns.behavior': 'what',
-  'data.columns.place': 'where', 'data.columns.group': 'team',
-  'data.history': 7, 'data.conversations': 'talks.jsonl',
-  'model.address': 'random://tiny', 'lora.rank': 3, 'lora.alpha': 6.5,
-  'lora.targets': ('q_proj', 'v_proj'), 'train.steps': 9, 'train.batch': 6,
-  'train.length': 700, 'train.learning_rate': 0.5, 'checkpoint.every': 5,
-  'difficulty.candidates': 11, 'plan.per_behavior': 13,
-  'plan.targets_per_row': 2, 'eval.max_samples': 17, 'seed': 19,
+  'data.events': 'mine.csv',
+  'data.columns.user': 'who',
+  'data.columns.time': 'when',
+  'data.columns.behavior': 'what',
+  'data.columns.place': 'where',
+  'data.columns.group': 'team',
+  'data.history': 7,
+  'data.conversations': 'talks.jsonl',
+  'model.address': 'random://tiny',
+  'lora.rank': 3,
+  'lora.alpha': 6.5,
+  'lora.targets': ('q_proj', 'v_proj'),
+  'train.steps': 9,
+  'train.batch': 6,
+  'train.length': 700,
+  'train.learning_rate': 0.5,
+  'checkpoint.every': 5,
+  'difficulty.candidates': 11,
+  'plan.per_behavior': 13,
+  'plan.targets_per_row': 2,
+  'eval.max_samples': 17,
+  'seed': 19,
 }
 TOO_SMALL = {
-  'lora.rank': 0, 'train.steps': 0, 'train.batch': 0, 'train.length': 15,
-  'train.accumulate': 0, 'train.workers': -1, 'train.learning_rate': -0.5,
-  'train.clip': -1.0, 'train.weight_decay': -0.1, 'checkpoint.every': 0,
-  'checkpoint.keep': 0, 'score.batch': 0, 'score.names_per_pass': 0,
-  'eval.max_samples': -1, 'eval.validation_rows': 0,
-  'eval.validation_samples': 0, 'data.history': 0, 'data.profile': -1,
-  'plan.min_context': 0, 'plan.targets_per_row': 0, 'plan.per_behavior': 0,
-  'plan.per_anchor': -2, 'plan.gamma': -0.5, 'difficulty.candidates': 0,
-  'seed': -3, 'score.tolerance': -1e-3, 'plan.neighbours': -1.0,
+  'lora.rank': 0,
+  'train.steps': 0,
+  'train.batch': 0,
+  'train.length': 15,
+  'train.accumulate': 0,
+  'train.workers': -1,
+  'train.learning_rate': -0.5,
+  'train.clip': -1.0,
+  'train.weight_decay': -0.1,
+  'checkpoint.every': 0,
+  'checkpoint.keep': 0,
+  'score.batch': 0,
+  'score.names_per_pass': 0,
+  'eval.max_samples': -1,
+  'eval.validation_rows': 0,
+  'eval.validation_samples': 0,
+  'data.history': 0,
+  'data.profile': -1,
+  'plan.min_context': 0,
+  'plan.targets_per_row': 0,
+  'plan.per_behavior': 0,
+  'plan.per_anchor': -2,
+  'plan.gamma': -0.5,
+  'difficulty.candidates': 0,
+  'seed': -3,
+  'score.tolerance': -1e-3,
+  'plan.neighbours': -1.0,
 }
 NOT_A_CHOICE = {
-  'model.dtype': 'float16', 'model.remat': 'all', 'score.dtype': 'int8',
-  'plan.content': 'anchor', 'plan.budget': 'balance',
-  'difficulty.score': 'nil', 'checkpoint.best_by': 'f1',
-  'train.auxiliary': 'kd', 'train.loss': 'name',
-  'train.balanced_loss': 'naturel', 'score.softmax': 'list',
+  'model.dtype': 'float16',
+  'model.remat': 'all',
+  'score.dtype': 'int8',
+  'plan.content': 'anchor',
+  'plan.budget': 'balance',
+  'difficulty.score': 'nil',
+  'checkpoint.best_by': 'f1',
+  'train.auxiliary': 'kd',
+  'train.loss': 'name',
+  'train.balanced_loss': 'naturel',
+  'score.softmax': 'list',
   'plan.selection': 'hard',
 }
 
@@ -53,14 +96,14 @@ def changed(**fields):
   """The default config with some fields, '__' for the dots, changed."""
   config = config_lib.default()
   config.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()})
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
   return config
 
 
 def read_flags(*arguments, name='stage1.py'):
   """The config that these arguments give on the command line."""
-  values, argv = flags.FlagValues(), [
-    'main', f'--config={CONFIGS / name}', *arguments]
+  values, argv = flags.FlagValues(), ['main', f'--config={CONFIGS / name}', *arguments]
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   values(argv)
   return values.config
@@ -88,7 +131,8 @@ def test_the_shipped_configs_are_right(name):
 def test_a_number_that_is_too_small_is_refused(name, value):
   config = changed(**{name: value})
   with pytest.raises(
-    InputError, match=rf'^{name} is {value}; it must be at least \d+\.$'):
+    InputError, match=rf'^{name} is {value}; it must be at least \d+\.$'
+  ):
     config_lib.check(config)
 
 
@@ -106,56 +150,97 @@ def test_a_number_that_is_none_is_refused():
 @pytest.mark.parametrize(('name', 'value'), NOT_A_CHOICE.items())
 def test_a_word_that_is_no_choice_is_refused(name, value):
   with pytest.raises(
-    InputError, match=rf"^{name} is '{value}'.*; choose from .*, .*\.$"):
+    InputError, match=rf"^{name} is '{value}'.*; choose from .*, .*\.$"
+  ):
     config_lib.check(changed(**{name: value}))
 
 
-@pytest.mark.parametrize(('fields', 'parts'), [
-  ({'data.split': (0.5, 0.5)}, ('data.split', '(0.5, 0.5)')),
-  ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
-  ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
-  ({'train.balanced_interpolation': 1.5},
-   ('train.balanced_interpolation is 1.5', 'from 0 to 1')),
-  ({'plan.conversation_share': 1.0}, ('plan.conversation_share', '1.0')),
-  ({'plan.balanced_conversation_share': -0.1},
-   ('plan.balanced_conversation_share', '-0.1')),
-  ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
-  ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
-  ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
-  ({'train.loss': 'answers', 'train.balanced_loss': 'natural',
-    'score.softmax': 'vocabulary'},
-   ("train.balanced_loss is 'natural'", 'set score.softmax=names')),
-  ({'score.softmax': 'vocabulary'},
-   ("train.loss is 'names' and train.balanced_loss is 'natural', which",
-    "score.softmax is 'vocabulary'; set score.softmax=names or "
-    'train.loss=answers and train.balanced_loss=answers.')),
-  ({'difficulty.score': 'random', 'plan.selection': 'middle'},
-   ("plan.selection is 'middle'", "difficulty.score is 'random'", 'nll or')),
-  ({'difficulty.score': 'random', 'plan.noise_cut': 0.1},
-   ('plan.noise_cut is 0.1', 'set plan.noise_cut=0.0')),
-  ({'difficulty.score': 'random', 'plan.gamma': 2.0},
-   ('plan.gamma is 2.0', "difficulty.score is 'random'")),
-  ({'difficulty.score': 'nll', 'plan.selection': 'hardest', 'plan.gamma': 2.0},
-   ('plan.gamma is 2.0', 'set plan.gamma=1.0 or plan.selection to weighted')),
-  ({'plan.budget': 'natural', 'plan.temper': 0.3},
-   ('plan.temper is 0.3', "plan.budget is 'natural'", 'to tempered')),
-  ({'plan.effective_beta': 0.9},
-   ('plan.effective_beta is 0.9', "plan.budget is 'balanced'", 'effective')),
-  ({'difficulty.reference': 'runs/a'},
-   ("difficulty.reference is 'runs/a'", "is 'random'", 'to rho')),
-  ({'plan.temper': 1.5, 'plan.budget': 'tempered'}, ('plan.temper is 1.5',)),
-  ({'plan.noise_cut': 1.0}, ('plan.noise_cut is 1.0', 'from 0 to 0.99')),
-  ({'sasrec.width': 50, 'sasrec.heads': 4},
-   ('sasrec.width is 50', 'sasrec.heads is 4')),
-  ({'stages': ('a',), 'init_from': 'runs/a'},
-   ('init_from is runs/a', 'leave it out')),
-  ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
-  ({'train.auxiliary': 'kl', 'plan.conversation_share': 0.0},
-   ("train.auxiliary is 'kl'", 'plan.balanced_conversation_share = '
-    'plan.conversation_share = 0: ')),
-  ({'train.auxiliary': 'kl', 'stages': ('b',)},
-   ("train.auxiliary is 'kl'", 'but plan.balanced_conversation_share = 0: ')),
-])
+@pytest.mark.parametrize(
+  ('fields', 'parts'),
+  [
+    ({'data.split': (0.5, 0.5)}, ('data.split', '(0.5, 0.5)')),
+    ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
+    ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
+    (
+      {'train.balanced_interpolation': 1.5},
+      ('train.balanced_interpolation is 1.5', 'from 0 to 1'),
+    ),
+    ({'plan.conversation_share': 1.0}, ('plan.conversation_share', '1.0')),
+    (
+      {'plan.balanced_conversation_share': -0.1},
+      ('plan.balanced_conversation_share', '-0.1'),
+    ),
+    ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
+    ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
+    ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
+    (
+      {
+        'train.loss': 'answers',
+        'train.balanced_loss': 'natural',
+        'score.softmax': 'vocabulary',
+      },
+      ("train.balanced_loss is 'natural'", 'set score.softmax=names'),
+    ),
+    (
+      {'score.softmax': 'vocabulary'},
+      (
+        "train.loss is 'names' and train.balanced_loss is 'natural', which",
+        "score.softmax is 'vocabulary'; set score.softmax=names or "
+        'train.loss=answers and train.balanced_loss=answers.',
+      ),
+    ),
+    (
+      {'difficulty.score': 'random', 'plan.selection': 'middle'},
+      ("plan.selection is 'middle'", "difficulty.score is 'random'", 'nll or'),
+    ),
+    (
+      {'difficulty.score': 'random', 'plan.noise_cut': 0.1},
+      ('plan.noise_cut is 0.1', 'set plan.noise_cut=0.0'),
+    ),
+    (
+      {'difficulty.score': 'random', 'plan.gamma': 2.0},
+      ('plan.gamma is 2.0', "difficulty.score is 'random'"),
+    ),
+    (
+      {'difficulty.score': 'nll', 'plan.selection': 'hardest', 'plan.gamma': 2.0},
+      ('plan.gamma is 2.0', 'set plan.gamma=1.0 or plan.selection to weighted'),
+    ),
+    (
+      {'plan.budget': 'natural', 'plan.temper': 0.3},
+      ('plan.temper is 0.3', "plan.budget is 'natural'", 'to tempered'),
+    ),
+    (
+      {'plan.effective_beta': 0.9},
+      ('plan.effective_beta is 0.9', "plan.budget is 'balanced'", 'effective'),
+    ),
+    (
+      {'difficulty.reference': 'runs/a'},
+      ("difficulty.reference is 'runs/a'", "is 'random'", 'to rho'),
+    ),
+    ({'plan.temper': 1.5, 'plan.budget': 'tempered'}, ('plan.temper is 1.5',)),
+    ({'plan.noise_cut': 1.0}, ('plan.noise_cut is 1.0', 'from 0 to 0.99')),
+    (
+      {'sasrec.width': 50, 'sasrec.heads': 4},
+      ('sasrec.width is 50', 'sasrec.heads is 4'),
+    ),
+    (
+      {'stages': ('a',), 'init_from': 'runs/a'},
+      ('init_from is runs/a', 'leave it out'),
+    ),
+    ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
+    (
+      {'train.auxiliary': 'kl', 'plan.conversation_share': 0.0},
+      (
+        "train.auxiliary is 'kl'",
+        'plan.balanced_conversation_share = plan.conversation_share = 0: ',
+      ),
+    ),
+    (
+      {'train.auxiliary': 'kl', 'stages': ('b',)},
+      ("train.auxiliary is 'kl'", 'but plan.balanced_conversation_share = 0: '),
+    ),
+  ],
+)
 def test_values_that_contradict_each_other_are_refused(fields, parts):
   with pytest.raises(InputError) as caught:
     config_lib.check(changed(**fields))
@@ -167,21 +252,29 @@ def test_values_that_contradict_each_other_are_refused(fields, parts):
 # Ablations.
 
 
-@pytest.mark.parametrize(('name', 'stages', 'fields'), [
-  ('no_auxiliary', ('a', 'b'), {'plan.conversation_share': 0.0,
-                                'plan.balanced_conversation_share': 0.0}),
-  ('no_difficulty', ('a', 'b'), {'difficulty.score': 'random'}),
-  ('no_balance', ('a', 'b'), {'plan.budget': 'natural'}),
-  ('no_balanced_stage', ('a',), {}),
-  ('no_anchor_stage', ('b',), {}),
-  ('anchors_first', ('a', 'b'), {'plan.content': 'anchors'}),
-  ('one_stage', ('one',), {'train.steps': 400}),
-  ('one_stage_balanced', ('one',),
-   {'train.steps': 400, 'plan.content': 'balanced', 'plan.neighbours': 0.0}),
-])
+@pytest.mark.parametrize(
+  ('name', 'stages', 'fields'),
+  [
+    (
+      'no_auxiliary',
+      ('a', 'b'),
+      {'plan.conversation_share': 0.0, 'plan.balanced_conversation_share': 0.0},
+    ),
+    ('no_difficulty', ('a', 'b'), {'difficulty.score': 'random'}),
+    ('no_balance', ('a', 'b'), {'plan.budget': 'natural'}),
+    ('no_balanced_stage', ('a',), {}),
+    ('no_anchor_stage', ('b',), {}),
+    ('anchors_first', ('a', 'b'), {'plan.content': 'anchors'}),
+    ('one_stage', ('one',), {'train.steps': 400}),
+    (
+      'one_stage_balanced',
+      ('one',),
+      {'train.steps': 400, 'plan.content': 'balanced', 'plan.neighbours': 0.0},
+    ),
+  ],
+)
 def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
-  before = changed(plan__balanced_conversation_share=0.1,
-                   difficulty__score='nll')
+  before = changed(plan__balanced_conversation_share=0.1, difficulty__score='nll')
   after = config_lib.ablate(before, [name])
   expected = before.copy_and_resolve_references()
   expected.update_from_flattened_dict(fields)
@@ -191,16 +284,24 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
   config_lib.check(after)
 
 
-@pytest.mark.parametrize(('name', 'fields'), [
-  ('no_auxiliary', {'train__auxiliary': 'kl'}),
-  ('no_difficulty', {'difficulty__score': 'rho', 'plan__noise_cut': 0.1,
-                     'difficulty__reference': 'runs/a'}),
-  ('no_difficulty', {'difficulty__score': 'nll', 'plan__gamma': 2.0}),
-  ('no_difficulty', {'difficulty__score': 'nll',
-                     'plan__selection': 'middle'}),
-  ('no_balance', {'plan__budget': 'tempered', 'plan__temper': 0.3}),
-  ('no_balance', {'plan__budget': 'effective', 'plan__effective_beta': 0.9}),
-])
+@pytest.mark.parametrize(
+  ('name', 'fields'),
+  [
+    ('no_auxiliary', {'train__auxiliary': 'kl'}),
+    (
+      'no_difficulty',
+      {
+        'difficulty__score': 'rho',
+        'plan__noise_cut': 0.1,
+        'difficulty__reference': 'runs/a',
+      },
+    ),
+    ('no_difficulty', {'difficulty__score': 'nll', 'plan__gamma': 2.0}),
+    ('no_difficulty', {'difficulty__score': 'nll', 'plan__selection': 'middle'}),
+    ('no_balance', {'plan__budget': 'tempered', 'plan__temper': 0.3}),
+    ('no_balance', {'plan__budget': 'effective', 'plan__effective_beta': 0.9}),
+  ],
+)
 def test_an_ablation_takes_along_what_would_change_nothing_then(name, fields):
   config_lib.check(changed(**fields))
   config_lib.check(config_lib.ablate(changed(**fields), [name]))
@@ -208,19 +309,26 @@ def test_an_ablation_takes_along_what_would_change_nothing_then(name, fields):
 
 def test_stage_b_is_gentler_than_the_stage_it_starts_from():
   """But for what it is given; read twice it is the same."""
+
   def train(stage, **fields):
-    once = config_lib.of_stage(changed(train__learning_rate=4e-3, **fields),
-                               stage)
+    once = config_lib.of_stage(changed(train__learning_rate=4e-3, **fields), stage)
     assert config_lib.of_stage(once, stage).to_dict() == once.to_dict()
-    return (once.train.steps, once.train.learning_rate,
-            once.train.interpolation, once.train.loss)
+    return (
+      once.train.steps,
+      once.train.learning_rate,
+      once.train.interpolation,
+      once.train.loss,
+    )
 
   assert train('a') == train('one') == (200, 4e-3, 1.0, 'names')
   assert train('b') == (200, 2e-3, 0.5, 'natural')
-  assert train('b', ablations=('no_anchor_stage',)) == (
-      200, 4e-3, 1.0, 'natural')
-  own = {'train__balanced_steps': 7, 'train__balanced_learning_rate': 1e-4,
-         'train__balanced_interpolation': 0.9, 'train__balanced_loss': 'names'}
+  assert train('b', ablations=('no_anchor_stage',)) == (200, 4e-3, 1.0, 'natural')
+  own = {
+    'train__balanced_steps': 7,
+    'train__balanced_learning_rate': 1e-4,
+    'train__balanced_interpolation': 0.9,
+    'train__balanced_loss': 'names',
+  }
   assert train('b', **own) == (7, 1e-4, 0.9, 'names')
   assert train('a', **own) == train('a')
 
@@ -229,33 +337,53 @@ def test_the_config_of_the_paper_changes_what_the_readme_says_and_no_more():
   paper = runpy.run_path(str(CONFIGS / 'paper.py'))['get_config']()
   config_lib.check(paper)
   names = config_lib.field_names(config_lib.default())
-  different = {name for name in names if config_lib._get(paper, name) !=
-               config_lib._get(config_lib.default(), name)}
+  different = {
+    name
+    for name in names
+    if config_lib._get(paper, name) != config_lib._get(config_lib.default(), name)
+  }
   assert different == {
-      'plan.content', 'plan.neighbours', 'difficulty.score',
-      'train.balanced_loss',
-      'train.balanced_interpolation', 'train.balanced_learning_rate'}
+    'plan.content',
+    'plan.neighbours',
+    'difficulty.score',
+    'train.balanced_loss',
+    'train.balanced_interpolation',
+    'train.balanced_learning_rate',
+  }
   first, second = (config_lib.of_stage(paper, stage).train for stage in 'ab')
   for name in ('steps', 'learning_rate', 'interpolation', 'loss'):
     assert first[name] == second[name]
 
 
 def test_all_behaviors_first_undoes_a_config_of_anchors():
-  after = config_lib.ablate(changed(plan__content='anchors'),
-                            ['all_behaviors_first'])
+  after = config_lib.ablate(changed(plan__content='anchors'), ['all_behaviors_first'])
   assert after.plan.content == 'all' and after.stages == ('a', 'b')
 
 
 def test_every_pair_works_in_both_orders_or_is_refused_in_both():
   alone = {'one_stage', 'one_stage_balanced'}
   without_b = {'no_difficulty', 'no_balance', 'no_anchor_stage', *alone}
-  refused = {frozenset(('no_balanced_stage', name)) for name in without_b} | {
-    frozenset((one, name)) for one in alone for name in (
-      'no_anchor_stage', 'no_difficulty', 'no_balance', 'all_behaviors_first',
-      'anchors_first')
-  } | {frozenset(pair) for pair in itertools.combinations(
-      ('no_anchor_stage', 'all_behaviors_first', 'anchors_first'), 2)} | {
-          frozenset(alone)}
+  refused = (
+    {frozenset(('no_balanced_stage', name)) for name in without_b}
+    | {
+      frozenset((one, name))
+      for one in alone
+      for name in (
+        'no_anchor_stage',
+        'no_difficulty',
+        'no_balance',
+        'all_behaviors_first',
+        'anchors_first',
+      )
+    }
+    | {
+      frozenset(pair)
+      for pair in itertools.combinations(
+        ('no_anchor_stage', 'all_behaviors_first', 'anchors_first'), 2
+      )
+    }
+    | {frozenset(alone)}
+  )
   assert len(refused) == 19
   for pair in itertools.permutations(config_lib.ABLATIONS, 2):
     # Of a config in which either would change something.
@@ -271,33 +399,52 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
       config_lib.check(config)
 
 
-@pytest.mark.parametrize(('stage', 'name'), [
-  ('a', 'no_difficulty'), ('a', 'no_balance'), ('a', 'no_anchor_stage'),
-  ('a', 'no_balanced_stage'),
-  ('b', 'anchors_first'), ('b', 'no_balanced_stage')])
+@pytest.mark.parametrize(
+  ('stage', 'name'),
+  [
+    ('a', 'no_difficulty'),
+    ('a', 'no_balance'),
+    ('a', 'no_anchor_stage'),
+    ('a', 'no_balanced_stage'),
+    ('b', 'anchors_first'),
+    ('b', 'no_balanced_stage'),
+  ],
+)
 def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
   with pytest.raises(InputError, match=f'^--ablation={name} .* stages {stage}'):
     config_lib.ablate(changed(stages=(stage,), difficulty__score='nll'), [name])
 
 
-@pytest.mark.parametrize(('name', 'fields', 'already'), [
-  ('all_behaviors_first', {}, "plan.content = 'all'"),
-  ('anchors_first', {'plan__content': 'anchors'}, "plan.content = 'anchors'"),
-  ('no_difficulty', {}, "difficulty.score = 'random' and .*"),
-  ('no_auxiliary', {'plan__conversation_share': 0.0},
-   'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0 '
-   "and train.auxiliary = 'answers'"),
-])
+@pytest.mark.parametrize(
+  ('name', 'fields', 'already'),
+  [
+    ('all_behaviors_first', {}, "plan.content = 'all'"),
+    ('anchors_first', {'plan__content': 'anchors'}, "plan.content = 'anchors'"),
+    ('no_difficulty', {}, "difficulty.score = 'random' and .*"),
+    (
+      'no_auxiliary',
+      {'plan__conversation_share': 0.0},
+      'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0 '
+      "and train.auxiliary = 'answers'",
+    ),
+  ],
+)
 def test_an_ablation_that_changes_nothing_is_refused(name, fields, already):
-  with pytest.raises(InputError, match=(
-    f'^--ablation={name} changes nothing: this config has {already} already')):
+  with pytest.raises(
+    InputError,
+    match=(f'^--ablation={name} changes nothing: this config has {already} already'),
+  ):
     config_lib.ablate(changed(**fields), [name])
 
 
 def test_an_unknown_ablation_names_the_nearest():
-  with pytest.raises(InputError, match=(
-    r'^--ablation=no_dificulty is unknown \(did you mean no_difficulty\?\); '
-    r'choose from no_auxiliary, .*one_stage_balanced\.$')):
+  with pytest.raises(
+    InputError,
+    match=(
+      r'^--ablation=no_dificulty is unknown \(did you mean no_difficulty\?\); '
+      r'choose from no_auxiliary, .*one_stage_balanced\.$'
+    ),
+  ):
     config_lib.ablate(config_lib.default(), ['no_dificulty'])
 
 
@@ -306,8 +453,9 @@ def test_an_unknown_ablation_names_the_nearest():
 
 def test_field_names_are_dotted_and_hold_no_section():
   names = config_lib.field_names(config_lib.default())
-  assert {'seed', 'train.steps', 'data.columns.user', 'init_from',
-          *RELIED_ON} <= set(names)
+  assert {'seed', 'train.steps', 'data.columns.user', 'init_from', *RELIED_ON} <= set(
+    names
+  )
   assert not {'train', 'data', 'data.columns'} & set(names)
   assert len(names) == len(set(names))
 
@@ -315,8 +463,7 @@ def test_field_names_are_dotted_and_hold_no_section():
 @pytest.mark.parametrize('name', NAMES)
 def test_fields_that_scripts_rely_on_can_be_overridden(name):
   config = read_flags(name=name)
-  arguments = [f'--config.{field}={value}' for field, value in
-               RELIED_ON.items()]
+  arguments = [f'--config.{field}={value}' for field, value in RELIED_ON.items()]
   overridden = read_flags(*arguments, name=name)
   for field, value in RELIED_ON.items():
     assert config_lib._get(config, field) != value
@@ -326,38 +473,59 @@ def test_fields_that_scripts_rely_on_can_be_overridden(name):
 
 def test_a_config_file_cannot_invent_a_field(tmp_path):
   path = tmp_path / 'mine.py'
-  path.write_text((CONFIGS / 'stage1.py').read_text().replace(
-    'config.stages', 'config.train.stepz'))
+  path.write_text(
+    (CONFIGS / 'stage1.py').read_text().replace('config.stages', 'config.train.stepz')
+  )
   assert explained(name=path) == (
-    f'--config={path}: config has no field stepz (did you mean steps?).')
+    f'--config={path}: config has no field stepz (did you mean steps?).'
+  )
 
 
-@pytest.mark.parametrize(('argument', 'sentence'), [
-  ('--config.train.stepz=3',
-   'config has no field train.stepz (did you mean train.steps?).'),
-  ('--config.trian.steps=3',
-   'config has no field trian.steps (did you mean train.steps?).'),
-  ('--noconfig.data.weekdy',
-   'config has no field data.weekdy (did you mean data.weekday?).'),
-  ('--config.qqq=3', 'config has no field qqq.'),
-  ('--config.data.columns=3', 'config.data.columns is a section; set one of '
-   'its fields, such as data.columns.behavior.'),
-  ('--config.train.steps=abc',
-   "train.steps is 'abc'; it must be of type int, like 200."),
-  ('--config.lora.alpha=x',
-   "lora.alpha is 'x'; it must be of type float, like 32.0."),
-  ('--config.plan.per_anchor=x',
-   "plan.per_anchor is 'x'; it must be of type int."),
-  ('--config.seed=', "seed is ''; it must be of type int, like 0."),
-])
+@pytest.mark.parametrize(
+  ('argument', 'sentence'),
+  [
+    (
+      '--config.train.stepz=3',
+      'config has no field train.stepz (did you mean train.steps?).',
+    ),
+    (
+      '--config.trian.steps=3',
+      'config has no field trian.steps (did you mean train.steps?).',
+    ),
+    (
+      '--noconfig.data.weekdy',
+      'config has no field data.weekdy (did you mean data.weekday?).',
+    ),
+    ('--config.qqq=3', 'config has no field qqq.'),
+    (
+      '--config.data.columns=3',
+      'config.data.columns is a section; set one of '
+      'its fields, such as data.columns.behavior.',
+    ),
+    (
+      '--config.train.steps=abc',
+      "train.steps is 'abc'; it must be of type int, like 200.",
+    ),
+    (
+      '--config.lora.alpha=x',
+      "lora.alpha is 'x'; it must be of type float, like 32.0.",
+    ),
+    ('--config.plan.per_anchor=x', "plan.per_anchor is 'x'; it must be of type int."),
+    ('--config.seed=', "seed is ''; it must be of type int, like 0."),
+  ],
+)
 def test_a_wrong_flag_is_explained(argument, sentence):
   assert explained(argument) == sentence
 
 
-@pytest.mark.parametrize(('text', 'reason'), [
-  (None, r'.*No such file'), ('def get_config(:\n', 'invalid syntax'),
-  ('def get_config():\n  return 1 + []\n', 'TypeError: unsupported operand'),
-])
+@pytest.mark.parametrize(
+  ('text', 'reason'),
+  [
+    (None, r'.*No such file'),
+    ('def get_config(:\n', 'invalid syntax'),
+    ('def get_config():\n  return 1 + []\n', 'TypeError: unsupported operand'),
+  ],
+)
 def test_a_config_file_that_cannot_be_used_is_explained(tmp_path, text, reason):
   path = tmp_path / 'mine.py'
   if text:
@@ -367,6 +535,8 @@ def test_a_config_file_that_cannot_be_used_is_explained(tmp_path, text, reason):
 
 def test_what_is_missing_on_the_command_line_is_named():
   error = flags.IllegalFlagValueError(
-    'flag --workdir=None: Flag --workdir must have a value other than None.')
+    'flag --workdir=None: Flag --workdir must have a value other than None.'
+  )
   assert config_lib.explain_flag_error(['main'], error).startswith(
-    '--workdir is missing; ')
+    '--workdir is missing; '
+  )

@@ -28,10 +28,15 @@ STAGES = ('a_tuning', 'b_tuning')
 ARMS = ('base', *STAGES)
 LENGTH = 192  # Of a prompt with an answer, at most.
 TAILS = {'airport', 'hotel'}
-SCORES = {'n'} | {
-    f'{kind}_{mean}' for kind in ('precision', 'recall', 'f1')
-    for mean in ('weighted', 'macro')} | {
-    'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@3', 'ndcg@5'}
+SCORES = (
+  {'n'}
+  | {
+    f'{kind}_{mean}'
+    for kind in ('precision', 'recall', 'f1')
+    for mean in ('weighted', 'macro')
+  }
+  | {'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@3', 'ndcg@5'}
+)
 
 
 @pytest.fixture(scope='module')
@@ -52,12 +57,12 @@ def brute(finished, base):
   Each token's softmax runs over those with which some name goes on.
   """
   params = jax.tree.map(jnp.asarray, weights.read_params(base, np.float32))
-  answers = [label['tokens'] for label in
-             read_json(finished / 'a_tuning/labels.json')]
+  answers = [label['tokens'] for label in read_json(finished / 'a_tuning/labels.json')]
 
   def within(logits, answer, i):
-    nexts = sorted({other[i] for other in answers
-                    if other[:i] == answer[:i] and len(other) > i})
+    nexts = sorted(
+      {other[i] for other in answers if other[:i] == answer[:i] and len(other) > i}
+    )
     return logits[answer[i]] - np.logaddexp.reduce(logits[nexts])
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -73,12 +78,15 @@ def brute(finished, base):
       adapter, alpha = lora.load(finished / stage / 'adapter')
     tokens = np.zeros((len(answers), LENGTH), np.int32)
     for row, answer in zip(tokens, answers, strict=True):
-      row[:len(prompt) + len(answer)] = [*prompt, *answer]
+      row[: len(prompt) + len(answer)] = [*prompt, *answer]
     found = np.asarray(forward(adapter, alpha, tokens), np.float64)
-    return np.array([
-        sum(within(row[len(prompt) - 1 + i], answer, i)
-            for i in range(len(answer)))
-        for row, answer in zip(found, answers, strict=True)])
+    return np.array(
+      [
+        sum(within(row[len(prompt) - 1 + i], answer, i) for i in range(len(answer)))
+        for row, answer in zip(found, answers, strict=True)
+      ]
+    )
+
   return scores
 
 
@@ -93,8 +101,12 @@ def predictions(finished, arm):
 def targets_of(finished, stage):
   """Events that the plan of a stage teaches, in order."""
   table = parquet.read_table(finished / stage / 'plan.parquet')
-  return [target for row in table['segments'].to_pylist()
-          for segment in row for target in segment['targets']]
+  return [
+    target
+    for row in table['segments'].to_pylist()
+    for segment in row
+    for target in segment['targets']
+  ]
 
 
 def test_events_folder(finished):
@@ -132,17 +144,18 @@ def test_evaluation_has_all_scores_of_every_group(finished, arm):
 
 
 def test_retention_is_measured_against_the_untuned_model(finished):
-  base, *stages = (read_json(finished / arm / 'retention.json')['conversations']
-                   for arm in ARMS)
+  base, *stages = (
+    read_json(finished / arm / 'retention.json')['conversations'] for arm in ARMS
+  )
   assert base['perplexity_ratio'] == 1 and base['kl_to_base'] == 0
   for one in stages:
     assert one['n'] == base['n'] and one['kl_to_base'] > 0
-    assert math.isclose(one['perplexity_ratio'],
-                        one['perplexity'] / base['perplexity'], rel_tol=1e-6)
+    assert math.isclose(
+      one['perplexity_ratio'], one['perplexity'] / base['perplexity'], rel_tol=1e-6
+    )
 
 
-def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run,
-                                                           run_stages):
+def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages):
   workdir = copy_run()
   fields = {'stages': (), 'sasrec.steps': 2, 'sasrec.width': 8}
   run_stages(fields, workdir)
@@ -150,12 +163,12 @@ def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run,
   assert set(found['all']) == SCORES and found['all']['n'] == 60
   assert set(found['fitted']) == set(adjust.NAMES)
   assert [row['sample'] for row in predictions(workdir, 'sasrec')] == [
-      row['sample'] for row in predictions(workdir, 'base')]
+    row['sample'] for row in predictions(workdir, 'base')
+  ]
   assert '| SASRec, adjusted |' in (workdir / 'report.md').read_text()
 
 
-def test_held_out_conversations_are_not_trained_on(
-    make_run_config, base, tmp_path):
+def test_held_out_conversations_are_not_trained_on(make_run_config, base, tmp_path):
   for share in (0.3, 0.0):
     config = make_run_config({'retention.conversations': share})
     this = inputs.open_run(config, tmp_path, sharding.make_layout(config))
@@ -168,8 +181,11 @@ def test_held_out_conversations_are_not_trained_on(
 @pytest.mark.parametrize('arm', ARMS)
 def test_fitted_predictions_follow_from_the_log_probs(finished, arm):
   rows = predictions(finished, arm)
-  known = [b for b in read_json(finished / 'events' / 'behaviors.json')
-           if b['group'] != 'unseen']
+  known = [
+    b
+    for b in read_json(finished / 'events' / 'behaviors.json')
+    if b['group'] != 'unseen'
+  ]
   log_p = parquet.read_table(finished / arm / 'log_probs.parquet').to_pylist()
   test = [row for row in log_p if row['split'] == 'test']
   assert [row['sample'] for row in test] == [row['sample'] for row in rows]
@@ -184,7 +200,8 @@ def test_fitted_predictions_follow_from_the_log_probs(finished, arm):
 
 
 def test_few_shots_are_adjusted_by_what_could_be_learned(
-    finished, make_run_config, monkeypatch):
+  finished, make_run_config, monkeypatch
+):
   monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 3)
   monkeypatch.setattr(evaluation.adjust, 'fit_tau', lambda *_: 0.7)
   events = events_lib.open_events(finished / 'events')
@@ -192,21 +209,22 @@ def test_few_shots_are_adjusted_by_what_could_be_learned(
 
   def scored(split):
     positions = samples_lib.eligible(events, split, make_run_config())[:9]
-    return evaluation.Scored(
-        positions, rng.normal(size=(9, events.known)), [], None)
+    return evaluation.Scored(positions, rng.normal(size=(9, events.known)), [], None)
 
   test, validation = scored('test'), scored('validation')
-  counts = np.array([b.train_count for b in events.behaviors[:events.known]])
+  counts = np.array([b.train_count for b in events.behaviors[: events.known]])
   moved = {}
   for shots in (None, 1):
-    found = evaluation.fitted(events, test, validation, make_run_config(),
-                              shots)
+    found = evaluation.fitted(events, test, validation, make_run_config(), shots)
     moved[shots] = labels.log_softmax(test.scores) - found['adjusted'][1]
-    few = [shots and b.group == 'tail' and b.train_count >= 3
-           for b in events.behaviors[:events.known]]
+    few = [
+      shots and b.group == 'tail' and b.train_count >= 3
+      for b in events.behaviors[: events.known]
+    ]
     share = np.where(few, 1, counts) + 1
     np.testing.assert_allclose(
-        moved[shots], np.tile(0.7 * np.log(share / share.sum()), (9, 1)))
+      moved[shots], np.tile(0.7 * np.log(share / share.sum()), (9, 1))
+    )
   assert not np.allclose(moved[None], moved[1])
 
 
@@ -219,8 +237,7 @@ def test_baselines_have_the_same_scores_on_the_same_samples(finished):
 
 
 @pytest.mark.parametrize('arm', ARMS)
-def test_predictions_agree_with_the_events(finished, prompts, make_run_config,
-                                           arm):
+def test_predictions_agree_with_the_events(finished, prompts, make_run_config, arm):
   events, rows = prompts.events, predictions(finished, arm)
   samples = [row['sample'] for row in rows]
   assert samples == list(evaluation.test_samples(events, make_run_config()))
@@ -232,7 +249,7 @@ def test_predictions_agree_with_the_events(finished, prompts, make_run_config,
     assert row['time'] == np.datetime64(int(events.time[at]), 's').item()
     assert (row['behavior'], row['group']) == (behavior.name, behavior.group)
     assert row['prompt_tokens'] == prompts.question(at).tolist()
-    past = events.behavior[prompts.question_start(at):at]
+    past = events.behavior[prompts.question_start(at) : at]
     assert row['in_context'] == (events.behavior[at] in past)
 
 
@@ -263,15 +280,15 @@ def test_log_prob_is_that_of_the_exported_adapter(finished, brute, arm):
 
 def test_stages_differ(finished):
   first, second, third = (
-      [row['log_prob'] for row in predictions(finished, arm)] for arm in ARMS)
+    [row['log_prob'] for row in predictions(finished, arm)] for arm in ARMS
+  )
   assert first != second and second != third
 
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_labels_end_with_the_end_of_the_line(finished, prompts, stage):
   labels = read_json(finished / stage / 'labels.json')
-  assert [b['name'] for b in labels] == [
-      b.name for b in prompts.events.behaviors]
+  assert [b['name'] for b in labels] == [b.name for b in prompts.events.behaviors]
   for label in labels:
     assert set(label) == {'name', 'group', 'tokens'}
     text = prompts.tokenizer.decode(label['tokens'])
@@ -307,12 +324,12 @@ def test_adapter_has_the_layout_of_peft(finished, stage):
   assert settings['target_modules'] == ['q_proj', 'v_proj']
   tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
   assert {name: value.shape for name, value in tensors.items()} == {
-      f'base_model.model.model.layers.{layer}.self_attn.{name}.{side}.weight':
-      shape for layer in (0, 1)
-      for name, out in (('q_proj', 64), ('v_proj', 32))
-      for side, shape in (('lora_A', (4, 64)), ('lora_B', (out, 4)))}
-  assert all(value.dtype == np.float32 and value.any()
-             for value in tensors.values())
+    f'base_model.model.model.layers.{layer}.self_attn.{name}.{side}.weight': shape
+    for layer in (0, 1)
+    for name, out in (('q_proj', 64), ('v_proj', 32))
+    for side, shape in (('lora_A', (4, 64)), ('lora_B', (out, 4)))
+  }
+  assert all(value.dtype == np.float32 and value.any() for value in tensors.values())
 
 
 @pytest.mark.parametrize('stage', STAGES)
@@ -320,7 +337,8 @@ def test_plan_holds_the_rows_of_every_step(finished, steps, stage):
   table = parquet.read_table(finished / stage / 'plan.parquet')
   rows = table.to_pylist()
   assert [(row['step'], row['row']) for row in rows] == [
-      (step, row) for step in range(steps) for row in range(2)]
+    (step, row) for step in range(steps) for row in range(2)
+  ]
   for row in rows:
     assert sum(segment['length'] for segment in row['segments']) <= 192
 
@@ -335,8 +353,7 @@ def test_plans_teach_training_events_and_conversations(finished, prompts):
     found = anchors[events.behavior[targets]]
     assert found.all() if stage == 'a_tuning' else not found.all()
   table = parquet.read_table(finished / 'a_tuning/plan.parquet')
-  kinds = {segment['kind'] for row in table['segments'].to_pylist()
-           for segment in row}
+  kinds = {segment['kind'] for row in table['segments'].to_pylist() for segment in row}
   assert kinds == {'window', 'conversation'}
 
 
@@ -352,7 +369,8 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
   events = prompts.events
   drawn = [row['behavior'] for row in rows]
   assert {name: drawn.count(name) for name in drawn} == {
-      b.name: min(4, b.train_count) for b in events.behaviors}
+    b.name: min(4, b.train_count) for b in events.behaviors
+  }
   for row in rows[::6]:
     behavior = events.behavior[row['sample']]
     assert events.behaviors[behavior].name == row['behavior']
@@ -363,17 +381,23 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
   assert chosen <= {row['sample'] for row in rows}
 
 
-@pytest.mark.parametrize(('name', 'reference'), [
-    ('ifd', ''), ('rho', ''), ('rho', 'b_tuning')])
+@pytest.mark.parametrize(
+  ('name', 'reference'), [('ifd', ''), ('rho', ''), ('rho', 'b_tuning')]
+)
 def test_difficulty_beside_something_else_is_what_both_scores_say(
-    finished, prompts, brute, copy_run, run_stages, monkeypatch, name,
-    reference):
+  finished, prompts, brute, copy_run, run_stages, monkeypatch, name, reference
+):
   monkeypatch.setattr(stages.report, 'write', lambda *_: None)
   workdir = copy_run('b_tuning')
-  run_stages({
-      'difficulty.score': name, 'train.balanced_steps': 1,
-      'difficulty.reference': reference and str(finished / reference)},
-             workdir, 'b')
+  run_stages(
+    {
+      'difficulty.score': name,
+      'train.balanced_steps': 1,
+      'difficulty.reference': reference and str(finished / reference),
+    },
+    workdir,
+    'b',
+  )
   table = parquet.read_table(workdir / 'b_tuning/difficulty.parquet')
   for row in table.to_pylist()[::9]:
     true = prompts.events.behavior[row['sample']]
@@ -401,15 +425,17 @@ def test_report_shows_tables_plots_and_examples(finished):
 def test_running_again_does_nothing_again(finished, run_command):
   # The report and its plots are drawn anew, and alike.
   look = lambda: {
-      path: (path.read_bytes(), path.stat().st_mtime_ns)
-      for path in sorted(finished.rglob('*')) if path.is_file()}
+    path: (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in sorted(finished.rglob('*'))
+    if path.is_file()
+  }
   before = look()
   done = run_command(finished)
   assert done.returncode == 0, done.stderr[-3000:]
   after = look()
   assert {p: content for p, (content, _) in before.items()} == {
-      p: content for p, (content, _) in after.items()}
-  touched = {p.relative_to(finished).parts[0] for p in after
-             if before[p] != after[p]}
+    p: content for p, (content, _) in after.items()
+  }
+  touched = {p.relative_to(finished).parts[0] for p in after if before[p] != after[p]}
   assert touched <= {'report.md', 'report.html', 'report', 'base'}
   assert 'is finished' in done.stderr

@@ -24,8 +24,9 @@ def of_two(run_two, tmp_path_factory):
   """Work directory of a whole run of two processes, each with half of the rows
   and two devices that share its weights; read-only."""
   workdir = tmp_path_factory.mktemp('two') / 'work'
-  code, err = run_two(workdir, '--config.mesh.tensor=2',
-                      environment={'JAX_NUM_CPU_DEVICES': '2'})
+  code, err = run_two(
+    workdir, '--config.mesh.tensor=2', environment={'JAX_NUM_CPU_DEVICES': '2'}
+  )
   assert code == 0, err[-3000:]
   return workdir
 
@@ -39,38 +40,48 @@ def test_two_processes_make_what_one_makes(of_two, assert_same_numbers):
 
 
 @pytest.mark.slow
-def test_four_devices_make_what_one_makes(
-    run_command, tmp_path, assert_same_numbers):
+def test_four_devices_make_what_one_makes(run_command, tmp_path, assert_same_numbers):
   done = run_command(
-      tmp_path / 'work', {'mesh.fsdp': 2, 'mesh.tensor': 2},
-      environment={'JAX_NUM_CPU_DEVICES': '4'})
+    tmp_path / 'work',
+    {'mesh.fsdp': 2, 'mesh.tensor': 2},
+    environment={'JAX_NUM_CPU_DEVICES': '4'},
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   assert_same_numbers(tmp_path / 'work')
 
 
 @pytest.mark.slow
 def test_one_table_of_difficulty_gives_one_plan(run_two, finished, copy_run):
-  workdir = copy_run('b_tuning/plan.parquet', 'b_tuning/evaluation.json',
-                     'b_tuning/adapter', 'b_tuning/checkpoints')
+  workdir = copy_run(
+    'b_tuning/plan.parquet',
+    'b_tuning/evaluation.json',
+    'b_tuning/adapter',
+    'b_tuning/checkpoints',
+  )
   code, err = run_two(workdir)
   assert code == 0, err[-3000:]
-  facts = [parquet.read_schema(folder / 'b_tuning/plan.parquet').metadata
-           for folder in (workdir, finished)]
+  facts = [
+    parquet.read_schema(folder / 'b_tuning/plan.parquet').metadata
+    for folder in (workdir, finished)
+  ]
   assert facts[0] == facts[1]  # Its hash, too.
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_at_one_step_which_is_saved(
-    start_two, copy_run, read_rows):
+def test_sigterm_stops_all_at_one_step_which_is_saved(start_two, copy_run, read_rows):
   workdir = copy_run('a_tuning', 'b_tuning')
   # A checkpoint at every step: Orbax must not take the signal for itself.
-  process = start_two(workdir, '--config.train.steps=400',
-                      '--config.checkpoint.every=1')
+  process = start_two(
+    workdir, '--config.train.steps=400', '--config.checkpoint.every=1'
+  )
   folder = workdir / 'a_tuning'
   metrics = folder / 'metrics.jsonl'
   deadline = time.monotonic() + 200
-  while process.poll() is None and time.monotonic() < deadline and not (
-      metrics.exists() and metrics.read_text().count('\n') > 2):
+  while (
+    process.poll() is None
+    and time.monotonic() < deadline
+    and not (metrics.exists() and metrics.read_text().count('\n') > 2)
+  ):
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
   code, err = process.finish()
@@ -78,8 +89,14 @@ def test_sigterm_stops_all_at_one_step_which_is_saved(
   assert len(re.findall(r'\[\d\] stopped by SIGTERM', err)) == 2
   last = read_rows(metrics)[-1]['step']
   assert 2 < last < 400
-  assert max(int(path.name) for path in (folder / 'checkpoints').iterdir()
-             if path.name.isdigit()) == last
+  assert (
+    max(
+      int(path.name)
+      for path in (folder / 'checkpoints').iterdir()
+      if path.name.isdigit()
+    )
+    == last
+  )
 
 
 @pytest.mark.slow
@@ -97,32 +114,43 @@ def test_processes_with_other_devices_are_refused(start_two, tmp_path):
   process = start_two(tmp_path / 'work', environment={'PYTHON': python})
   code, err = process.finish()
   assert code == 2, err[-3000:]
-  assert err.count('error: processes differ in their devices: process 0 has 1, '
-                   'process 1 has 2; give each the same number.') == 2
+  assert (
+    err.count(
+      'error: processes differ in their devices: process 0 has 1, '
+      'process 1 has 2; give each the same number.'
+    )
+    == 2
+  )
 
 
 def own_flags(folder, flag='', environment=''):
   """A Python that gives the second process a flag or variable of its own."""
   python = folder / 'python'
-  python.write_text(f'''#!/bin/bash
+  python.write_text(f"""#!/bin/bash
 for last; do :; done
 if [[ $last == *process=1 ]]; then
   set -- "$@" {flag}
   export {environment or 'A=1'}
 fi
 exec {sys.executable} "$@"
-''')
+""")
   python.chmod(0o755)
   return str(python)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mine, field', [
-    ('--config.train.learning_rate=0.5', r'config.train.learning_rate: 0.\d+ '
-     r'and 0.\d+'),
-    ('--workdir={other}', 'what they read in .*hosts.txt .--workdir must be ')])
-def test_processes_that_differ_are_refused(
-    start_two, tmp_path, mine, field):
+@pytest.mark.parametrize(
+  'mine, field',
+  [
+    (
+      '--config.train.learning_rate=0.5',
+      r'config.train.learning_rate: 0.\d+ '
+      r'and 0.\d+',
+    ),
+    ('--workdir={other}', 'what they read in .*hosts.txt .--workdir must be '),
+  ],
+)
+def test_processes_that_differ_are_refused(start_two, tmp_path, mine, field):
   python = own_flags(tmp_path, mine.format(other=tmp_path / 'other'))
   process = start_two(tmp_path / 'work', environment={'PYTHON': python})
   code, err = process.finish()
@@ -161,49 +189,73 @@ print(json.dumps(said))
 
 
 @pytest.mark.slow
-def test_auto_takes_what_slurm_says_and_processes_go_together(
-    command_environment):
+def test_auto_takes_what_slurm_says_and_processes_go_together(command_environment):
   """As srun sets it; the port follows from the number of the job."""
   started = []
   for process in range(2):
-    slurm = {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2',
-             'SLURM_STEP_NODELIST': 'localhost', 'SLURM_STEP_NUM_NODES': '1',
-             'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process)}
-    started.append(subprocess.Popen(
-        [sys.executable, '-c', PROGRAM], env=command_environment | slurm,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    slurm = {
+      'SLURM_JOB_ID': str(os.getpid()),
+      'SLURM_NTASKS': '2',
+      'SLURM_STEP_NODELIST': 'localhost',
+      'SLURM_STEP_NUM_NODES': '1',
+      'SLURM_PROCID': str(process),
+      'SLURM_LOCALID': str(process),
+    }
+    started.append(
+      subprocess.Popen(
+        [sys.executable, '-c', PROGRAM],
+        env=command_environment | slurm,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+      )
+    )
   said = []
   for process in started:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     said.append(json.loads(out.splitlines()[-1]))
-  for name, value in {'count': 2, 'shared': ['it', 5], 'all': True,
-                      'one': False, 'agrees': None}.items():
+  for name, value in {
+    'count': 2,
+    'shared': ['it', 5],
+    'all': True,
+    'one': False,
+    'agrees': None,
+  }.items():
     assert [one[name] for one in said] == [value, value]
   assert [one['first'] for one in said] == ['done', None]
   assert said[0]['fails'] == 'OSError: no room'
   assert said[1]['fails'] == 'Elsewhere: process 0 failed; its log says at what'
   assert said[0]['differs'] == said[1]['differs']
   assert re.fullmatch(
-      r'InputError: process 0 \(.+\) and process 1 \(.+\) differ in that:  and '
-      r'1 and more; give all processes the same\.', said[0]['differs'])
+    r'InputError: process 0 \(.+\) and process 1 \(.+\) differ in that:  and '
+    r'1 and more; give all processes the same\.',
+    said[0]['differs'],
+  )
 
 
 @pytest.mark.slow
 def test_auto_without_any_cluster_is_refused(run_command, tmp_path):
   done = run_command(tmp_path / 'work', {'distributed.coordinator': 'auto'})
   assert done.returncode == 2
-  assert ('error: distributed.coordinator is auto, but there is no sign of a '
-          'TPU pod, GKE, Slurm or MPI here') in done.stderr
+  assert (
+    'error: distributed.coordinator is auto, but there is no sign of a '
+    'TPU pod, GKE, Slurm or MPI here'
+  ) in done.stderr
   assert 'Traceback' not in done.stderr
 
 
 def test_local_launcher_wants_a_number():
-  done = subprocess.run([str(ROOT / 'launch/local.sh'), '--workdir=x'],
-                        capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [str(ROOT / 'launch/local.sh'), '--workdir=x'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 2
-  assert done.stderr == ("error: launch/local.sh N ARGS: N is '--workdir=x'; "
-                         'give how many processes.\n')
+  assert done.stderr == (
+    "error: launch/local.sh N ARGS: N is '--workdir=x'; give how many processes.\n"
+  )
 
 
 def test_one_process_decides_by_itself(tmp_path):

@@ -41,11 +41,11 @@ class Hub:
     self.names = {'main': FIRST, 'v2': SECOND}
     self.broken = {}  # prefix: status of every answer about it
     self.requests = []
-    self.server = http.server.ThreadingHTTPServer(
-      ('127.0.0.1', 0), self._handler())
+    self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), self._handler())
     self.url = f'http://127.0.0.1:{self.server.server_port}'
-    threading.Thread(target=self.server.serve_forever, args=(0.01,),
-                     daemon=True).start()
+    threading.Thread(
+      target=self.server.serve_forever, args=(0.01,), daemon=True
+    ).start()
 
   def close(self):
     self.server.shutdown()
@@ -67,9 +67,16 @@ class Hub:
       return 404, b'', {'X-Error-Code': 'RevisionNotFound'}
     files = self.repos[repo][commit]
     if verb == 'tree':
-      return 200, json.dumps([
-        {'type': 'file', 'path': name, 'size': len(body), 'oid': name}
-        for name, body in files.items()]).encode(), {}
+      return (
+        200,
+        json.dumps(
+          [
+            {'type': 'file', 'path': name, 'size': len(body), 'oid': name}
+            for name, body in files.items()
+          ]
+        ).encode(),
+        {},
+      )
     if verb == 'resolve':
       return self._file(files, '/'.join(rest[2:]), commit)
     return 200, json.dumps({'id': repo, 'sha': commit}).encode(), {}
@@ -84,7 +91,6 @@ class Hub:
 
   def _handler(hub):
     class Handler(http.server.BaseHTTPRequestHandler):
-
       def do_GET(self):
         hub.requests.append(f'{self.command} {self.path}')
         status, body, headers = hub.answer(self.path)
@@ -107,10 +113,19 @@ class Hub:
 def llama(tmp_path_factory):
   """A random Llama of transformers, its files whole and in shards."""
   torch.manual_seed(0)
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=384, hidden_size=64, intermediate_size=128, head_dim=16,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    rms_norm_eps=1e-5, tie_word_embeddings=True))
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=384,
+      hidden_size=64,
+      intermediate_size=128,
+      head_dim=16,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      rms_norm_eps=1e-5,
+      tie_word_embeddings=True,
+    )
+  )
   tokenizer = weights.open_base('random://tiny').tokenizer
   files = {}
   for name, size in {'whole': '1GB', 'shards': '60KB'}.items():
@@ -126,20 +141,30 @@ def hub(llama, tmp_path, monkeypatch):
   """The hub that huggingface_hub talks to; a cache of the test's own."""
   hub = Hub()
   monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
-  monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
-                      hub.url + '/{repo_id}/resolve/{revision}/{filename}')
+  monkeypatch.setattr(
+    constants,
+    'HUGGINGFACE_CO_URL_TEMPLATE',
+    hub.url + '/{repo_id}/resolve/{revision}/{filename}',
+  )
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf'))
   monkeypatch.delenv('HF_TOKEN', raising=False)
   whole, shards = llama[1]['whole'], llama[1]['shards']
-  useless = {'pytorch_model.bin': b'x', 'model.fp16.safetensors': b'x',
-             'onnx/model.onnx': b'x', 'original/model.safetensors': b'x'}
-  hub.repos['org/tiny'] = {FIRST: whole | useless,
-                           SECOND: whole | {'generation_config.json': b'{ }'}}
+  useless = {
+    'pytorch_model.bin': b'x',
+    'model.fp16.safetensors': b'x',
+    'onnx/model.onnx': b'x',
+    'original/model.safetensors': b'x',
+  }
+  hub.repos['org/tiny'] = {
+    FIRST: whole | useless,
+    SECOND: whole | {'generation_config.json': b'{ }'},
+  }
   hub.repos['org/sharded'] = {FIRST: shards}
-  hub.repos['org/pickles'] = {FIRST: {'config.json': b'{}',
-                                      'pytorch_model.bin': b'x'}}
+  hub.repos['org/pickles'] = {FIRST: {'config.json': b'{}', 'pytorch_model.bin': b'x'}}
   hub.repos['datasets/org/logs'] = {
-    FIRST: {'2024/log.csv': LOG}, SECOND: {'2024/log.csv': LOG + b'u,1,a\n'}}
+    FIRST: {'2024/log.csv': LOG},
+    SECOND: {'2024/log.csv': LOG + b'u,1,a\n'},
+  }
   yield hub
   hub.close()
 
@@ -154,6 +179,7 @@ def refused(hub):
     said = str(caught.value)
     assert said.startswith(f'{field}: ') and said.endswith('.')
     assert '\n' not in said
+
   return check
 
 
@@ -180,7 +206,11 @@ def test_other_formats_of_the_weights_are_not_fetched(hub, llama):
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
   for revision, commit in {
-      '': FIRST, '@main': FIRST, '@v2': SECOND, f'@{SECOND}': SECOND}.items():
+    '': FIRST,
+    '@main': FIRST,
+    '@v2': SECOND,
+    f'@{SECOND}': SECOND,
+  }.items():
     pinned = hub_lib.pin(MODEL + revision, 'model.address')
     assert pinned == f'{MODEL}@{commit}'
     folder = addresses.resolve(MODEL + revision, 'model.address')
@@ -191,7 +221,9 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
 
 def test_one_file_of_a_model_or_data_set(hub):
   for address, commit, rows in (
-      (EVENTS, FIRST, 1), (EVENTS.replace('logs', 'logs@v2'), SECOND, 2)):
+    (EVENTS, FIRST, 1),
+    (EVENTS.replace('logs', 'logs@v2'), SECOND, 2),
+  ):
     pinned = hub_lib.pin(address, 'data.events')
     assert pinned == f'hf://datasets/org/logs@{commit}/2024/log.csv'
     path = addresses.resolve(pinned, 'data.events')
@@ -202,8 +234,7 @@ def test_one_file_of_a_model_or_data_set(hub):
 
 
 def test_a_pinned_address_in_the_cache_needs_no_hub(hub):
-  pinned = [hub_lib.pin(MODEL, 'model.address'),
-            hub_lib.pin(EVENTS, 'data.events')]
+  pinned = [hub_lib.pin(MODEL, 'model.address'), hub_lib.pin(EVENTS, 'data.events')]
   paths = [addresses.resolve(a, 'model.address') for a in pinned]
   hub.requests.clear()
   assert [addresses.resolve(a, 'model.address') for a in pinned] == paths
@@ -213,20 +244,29 @@ def test_a_pinned_address_in_the_cache_needs_no_hub(hub):
 
 def test_an_offline_machine_with_a_cache_goes_on(hub, tmp_path):
   # In processes of their own, as only a fresh one reads the environment.
-  program = ('import sys; from behaviorlm_jax import hub\n'
-             'for a in sys.argv[1:]:\n'
-             '  a = hub.pin(a, "model.address")\n'
-             '  print(a, hub.fetch(a, "model.address"))')
+  program = (
+    'import sys; from behaviorlm_jax import hub\n'
+    'for a in sys.argv[1:]:\n'
+    '  a = hub.pin(a, "model.address")\n'
+    '  print(a, hub.fetch(a, "model.address"))'
+  )
   environment = os.environ | {
-    'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'home'),
-    'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+    'HF_ENDPOINT': hub.url,
+    'HF_HOME': str(tmp_path / 'home'),
+    'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
+  }
   for name in ('HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'HF_TOKEN'):
     environment.pop(name, None)
 
   def run():
     done = subprocess.run(
-      [sys.executable, '-c', program, MODEL, EVENTS], env=environment,
-      capture_output=True, text=True, check=False, timeout=60)
+      [sys.executable, '-c', program, MODEL, EVENTS],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -239,10 +279,22 @@ def test_an_offline_machine_with_a_cache_goes_on(hub, tmp_path):
 # What is refused.
 
 
-@pytest.mark.parametrize('address', [
-  'hf://', 'hf://tiny', 'hf://org/', 'hf://org/tiny/', 'hf://org/tiny@',
-  'hf://org/tiny@/x.gguf', 'hf://org/tiny@a@b', 'hf://datasets/logs',
-  'hf:///org/tiny', 'hf://org/ti ny', 'hf://org/tiny@../x.gguf'])
+@pytest.mark.parametrize(
+  'address',
+  [
+    'hf://',
+    'hf://tiny',
+    'hf://org/',
+    'hf://org/tiny/',
+    'hf://org/tiny@',
+    'hf://org/tiny@/x.gguf',
+    'hf://org/tiny@a@b',
+    'hf://datasets/logs',
+    'hf:///org/tiny',
+    'hf://org/ti ny',
+    'hf://org/tiny@../x.gguf',
+  ],
+)
 def test_a_malformed_address_is_refused(hub, refused, address):
   refused('is not of the form hf://org/name', address)
   refused('is not of the form hf://org/name', address, call=hub_lib.pin)
@@ -277,17 +329,18 @@ def test_what_the_hub_refuses_is_one_sentence(hub, refused, call):
 
 def test_missing_files_are_named(hub, refused):
   refused("no file 'none.gguf'", f'{MODEL}/none.gguf')
-  refused(f'@{FIRST}/2023/log.csv does not exist',
-          f'hf://datasets/org/logs@{FIRST}/2023/log.csv', 'data.events')
-  refused('no model.safetensors.*hf://org/pickles/FILE.gguf',
-          'hf://org/pickles')
+  refused(
+    f'@{FIRST}/2023/log.csv does not exist',
+    f'hf://datasets/org/logs@{FIRST}/2023/log.csv',
+    'data.events',
+  )
+  refused('no model.safetensors.*hf://org/pickles/FILE.gguf', 'hf://org/pickles')
 
 
 @pytest.mark.parametrize('call', [hub_lib.fetch, hub_lib.pin])
 def test_no_network_is_one_sentence(hub, refused, call, monkeypatch):
   hub.close()
-  refused(f'not be fetched from {hub.url} .ConnectError.* local path', MODEL,
-          call=call)
+  refused(f'not be fetched from {hub.url} .ConnectError.* local path', MODEL, call=call)
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   refused('OfflineModeIsEnabled', MODEL, call=call)
 
@@ -301,8 +354,11 @@ def test_a_server_that_is_no_hub_is_one_sentence(hub, refused, monkeypatch):
 
 
 def test_a_work_directory_keeps_its_commit(hub, make_run_config, tmp_path):
-  fields = {'model.address': MODEL, 'data.events': EVENTS,
-            'data.conversations': 'talks.jsonl'}
+  fields = {
+    'model.address': MODEL,
+    'data.events': EVENTS,
+    'data.conversations': 'talks.jsonl',
+  }
   config = make_run_config(fields)
   pinned = workdir_lib.pin(config, tmp_path)
   assert config.model.address == MODEL  # The caller's stays as it is.
@@ -317,8 +373,10 @@ def test_a_work_directory_keeps_its_commit(hub, make_run_config, tmp_path):
   # A new work directory, another model and another file start from today's.
   new = workdir_lib.pin(config, tmp_path / 'new')
   assert new.model.address == f'{MODEL}@{SECOND}'
-  for name, other in {'model.address': SHARDED, 'data.events':
-                      'hf://datasets/org/logs/2025.csv'}.items():
+  for name, other in {
+    'model.address': SHARDED,
+    'data.events': 'hf://datasets/org/logs/2025.csv',
+  }.items():
     hub.repos['org/sharded'][SECOND] = {}
     changed = workdir_lib.pin(make_run_config(fields | {name: other}), tmp_path)
     with pytest.raises(InputError, match=rf'{name} \(.*{FIRST}.*{SECOND}'):
@@ -333,8 +391,7 @@ def test_a_run_resumes_with_the_commit_it_began_with(hub, run_stages, tmp_path):
   for folder in ('events', 'base', 'a_tuning'):
     kept = json.loads((work / folder / 'config.json').read_text())
     assert kept['model']['address'] == f'{MODEL}@{FIRST}'
-  settings = json.loads(
-    (work / 'a_tuning/adapter/adapter_config.json').read_text())
+  settings = json.loads((work / 'a_tuning/adapter/adapter_config.json').read_text())
   assert f'hf://{settings["base_model_name_or_path"]}' == MODEL
   assert settings['revision'] == FIRST
   adapter = work / 'a_tuning/adapter/adapter_model.safetensors'
@@ -349,11 +406,14 @@ def test_a_run_resumes_with_the_commit_it_began_with(hub, run_stages, tmp_path):
     run_stages({'model.address': f'{MODEL}@{SECOND}'}, only='a')
 
 
-@pytest.mark.parametrize('address, expected', [
-  (f'{MODEL}@{FIRST}', ('org/tiny', FIRST)),
-  (MODEL, ('org/tiny', None)),
-  ('hf://org/tiny/file.gguf', None),
-  ('/a/folder', None),
-])
+@pytest.mark.parametrize(
+  'address, expected',
+  [
+    (f'{MODEL}@{FIRST}', ('org/tiny', FIRST)),
+    (MODEL, ('org/tiny', None)),
+    ('hf://org/tiny/file.gguf', None),
+    ('/a/folder', None),
+  ],
+)
 def test_only_a_whole_model_of_the_hub_has_a_name_for_others(address, expected):
   assert hub_lib.repository(address) == expected

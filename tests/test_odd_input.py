@@ -37,8 +37,9 @@ def odd_run(tmp_path_factory, odd_input, make_run_config):
   logger = logging.getLogger('absl')
   logger.addHandler(handler)
   try:
-    stages.run(config_lib.ablate(make_run_config(odd_input),
-                                 ['no_balanced_stage']), workdir)
+    stages.run(
+      config_lib.ablate(make_run_config(odd_input), ['no_balanced_stage']), workdir
+    )
   finally:
     logger.removeHandler(handler)
   (workdir / 'warnings.txt').write_text(lines.getvalue())
@@ -55,28 +56,31 @@ def test_odd_input_is_warned_of_and_runs(odd_run):
   assert (odd_run / 'report.md').exists()
 
 
-@pytest.mark.parametrize(('fields', 'warned'), [
-    ({}, False), ({'data.split': (0.5, 0.001, 0.499)}, True)])
+@pytest.mark.parametrize(
+  ('fields', 'warned'), [({}, False), ({'data.split': (0.5, 0.001, 0.499)}, True)]
+)
 def test_a_validation_split_without_a_behavior_or_any_is_no_obstacle(
-    make_log, run_stages, tmp_path, caplog, fields, warned):
+  make_log, run_stages, tmp_path, caplog, fields, warned
+):
   path = make_log(tmp_path / 'log.csv')
   lines = path.read_text().splitlines()
   for user in range(20):  # In training alone.
     at = 1 + 40 * user + 8
     lines[at] = lines[at].rpartition(',')[0] + ',museum'
   path.write_text('\n'.join(lines) + '\n')
-  run_stages({'data.events': str(path), 'train.steps': 1,
-              'train.balanced_steps': 1, **fields})
+  run_stages(
+    {'data.events': str(path), 'train.steps': 1, 'train.balanced_steps': 1, **fields}
+  )
   work = tmp_path / 'work'
   assert (work / 'b_tuning/evaluation.json').exists()
   assert ('the validation split has no sample' in caplog.text) == warned
 
 
-def test_log_or_model_that_changed_in_place(
-    odd_input, odd_run, refused, write_model):
+def test_log_or_model_that_changed_in_place(odd_input, odd_run, refused, write_model):
   options = {'workdir': odd_run, 'ablations': ['no_balanced_stage']}
-  model, log = (pathlib.Path(odd_input[name]) for name in
-                ('model.address', 'data.events'))
+  model, log = (
+    pathlib.Path(odd_input[name]) for name in ('model.address', 'data.events')
+  )
   write_model(model, seed=1)
   refused('was made from another base model', odd_input, **options)
   write_model(model)
@@ -87,5 +91,6 @@ def test_log_or_model_that_changed_in_place(
 def test_plan_of_another_log_and_model(refused, copy_run, odd_run):
   workdir = copy_run('a_tuning/evaluation.json')
   shutil.copy(odd_run / 'a_tuning/plan.parquet', workdir / 'a_tuning')
-  refused(r'a_tuning/plan\.parquet was made from other events, another model',
-          workdir=workdir)
+  refused(
+    r'a_tuning/plan\.parquet was made from other events, another model', workdir=workdir
+  )

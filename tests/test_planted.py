@@ -17,22 +17,41 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
 
 # What always follows what, and what comes how often where nothing does.
-PLAIN = ({'airport': 'hotel'},
-         {'home': .4, 'work': .3, 'gym': .14, 'cafe': .11, 'airport': .05})
-NOISY = ({'home': 'work', 'work': 'gym', 'gym': 'cafe'},
-         {'home': .8, 'zoo': .11, 'fair': .09})
+PLAIN = (
+  {'airport': 'hotel'},
+  {'home': 0.4, 'work': 0.3, 'gym': 0.14, 'cafe': 0.11, 'airport': 0.05},
+)
+NOISY = (
+  {'home': 'work', 'work': 'gym', 'gym': 'cafe'},
+  {'home': 0.8, 'zoo': 0.11, 'fair': 0.09},
+)
 FIELDS = {
-    'data.anchor_share': 0.07, 'plan.conversation_share': 0.0,
-    'retention.conversations': 0.0, 'lora.rank': 16,
-    'lora.targets': ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj',
-                     'up_proj', 'down_proj'),
-    'train.steps': 100, 'train.balanced_steps': 100, 'train.batch': 8,
-    # At 1e-2 rounding decides what is learned.
-    'train.learning_rate': 3e-3, 'train.balanced_learning_rate': 3e-3,
-    'plan.per_behavior': 40, 'difficulty.score': 'nll',
-    'difficulty.candidates': 80,
-    'checkpoint.every': 100, 'eval.max_samples': 0, 'eval.fit': False,
-    'eval.validation_rows': 8,
+  'data.anchor_share': 0.07,
+  'plan.conversation_share': 0.0,
+  'retention.conversations': 0.0,
+  'lora.rank': 16,
+  'lora.targets': (
+    'q_proj',
+    'k_proj',
+    'v_proj',
+    'o_proj',
+    'gate_proj',
+    'up_proj',
+    'down_proj',
+  ),
+  'train.steps': 100,
+  'train.balanced_steps': 100,
+  'train.batch': 8,
+  # At 1e-2 rounding decides what is learned.
+  'train.learning_rate': 3e-3,
+  'train.balanced_learning_rate': 3e-3,
+  'plan.per_behavior': 40,
+  'difficulty.score': 'nll',
+  'difficulty.candidates': 80,
+  'checkpoint.every': 100,
+  'eval.max_samples': 0,
+  'eval.fit': False,
+  'eval.validation_rows': 8,
 }
 
 
@@ -42,8 +61,7 @@ def write_log(path, follows, shares, users=60, events=60):
   for user in range(users):
     time, name = datetime.datetime(2024, 1, 1, 8), ''
     for _ in range(events):
-      name = follows.get(name) or str(
-          rng.choice(names, p=list(shares.values())))
+      name = follows.get(name) or str(rng.choice(names, p=list(shares.values())))
       time += datetime.timedelta(minutes=int(rng.integers(10, 400)))
       lines.append(f'u{user},{time:%Y-%m-%d %H:%M},{name}')
   path.write_text('\n'.join(lines) + '\n')
@@ -56,12 +74,15 @@ def tuned(tmp_path_factory, write_model, make_run_config):
   folder = tmp_path_factory.mktemp('planted')
   model = write_model(folder / 'model') / 'model.safetensors'
   safetensors_numpy.save_file(
-      {name: value * 12.5 if value.ndim == 2 else np.ones_like(value)
-       for name, value in safetensors_numpy.load_file(model).items()}, model)
+    {
+      name: value * 12.5 if value.ndim == 2 else np.ones_like(value)
+      for name, value in safetensors_numpy.load_file(model).items()
+    },
+    model,
+  )
 
   def run(stage, place, fields):
-    config = make_run_config(
-        FIELDS | {'model.address': str(model.parent)} | fields)
+    config = make_run_config(FIELDS | {'model.address': str(model.parent)} | fields)
     config.stages = (stage,)
     config_lib.check(config)
     stages.run(config, place)
@@ -72,8 +93,10 @@ def tuned(tmp_path_factory, write_model, make_run_config):
     start = run('a', folder / name, log)
 
     def second(other, fields):
-      return run('b', folder / f'{name}_{other}',
-                 log | fields | {'init_from': str(start)})
+      return run(
+        'b', folder / f'{name}_{other}', log | fields | {'init_from': str(start)}
+      )
+
     return start, second
 
   return first
@@ -86,8 +109,10 @@ def of(folder):
   for row in rows:
     right = row['predicted'] == row['behavior']
     found.setdefault(row['behavior'], []).append(right)
-  return (json.loads((folder / 'evaluation.json').read_text()),
-          {name: np.mean(right) for name, right in found.items()})
+  return (
+    json.loads((folder / 'evaluation.json').read_text()),
+    {name: np.mean(right) for name, right in found.items()},
+  )
 
 
 @pytest.mark.slow
@@ -107,8 +132,10 @@ def test_cutting_or_discounting_noise_costs_no_anchors(tuned):
   kept = {'train.balanced_loss': 'natural'}
   anchors = {}
   for name, fields in (
-      ('random', {'difficulty.score': 'random'}),
-      ('cut', {'plan.noise_cut': 0.5}), ('rho', {'difficulty.score': 'rho'})):
+    ('random', {'difficulty.score': 'random'}),
+    ('cut', {'plan.noise_cut': 0.5}),
+    ('rho', {'difficulty.score': 'rho'}),
+  ):
     scores, _ = of(second(name, kept | fields) / 'b_tuning')
     anchors[name] = scores['anchor']['f1_macro']
   assert anchors['random'] > 0.8  # Or there would be nothing to lose.

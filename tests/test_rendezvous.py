@@ -25,8 +25,14 @@ def meet(port):
 
   def come(process, processes=3, timeout=20):
     config = config_lib.default().distributed
-    config.update({'coordinator': f'localhost:{port}', 'processes': processes,
-                   'process': process, 'timeout': timeout})
+    config.update(
+      {
+        'coordinator': f'localhost:{port}',
+        'processes': processes,
+        'process': process,
+        'timeout': timeout,
+      }
+    )
     return pool.submit(rendezvous.meet, config)
 
   yield come
@@ -57,14 +63,19 @@ def test_all_say_who_is_missing(meet):
 
 
 def test_without_process_0_the_others_say_so(meet, port):
-  with pytest.raises(InputError, match=f'process 1 waited 1 s .* process 0 at '
-                                       f'localhost:{port}'):
+  with pytest.raises(
+    InputError, match=f'process 1 waited 1 s .* process 0 at localhost:{port}'
+  ):
     meet(1, timeout=1).result(20)
 
 
-@pytest.mark.parametrize('second, sentence', [
-  ((1, 3), 'process 1 of 3 came to .*, which waits for 2 of 3'),
-  ((3, 4), 'process 3 of 4 came to .*, which waits for 2 of 3')])
+@pytest.mark.parametrize(
+  'second, sentence',
+  [
+    ((1, 3), 'process 1 of 3 came to .*, which waits for 2 of 3'),
+    ((3, 4), 'process 3 of 4 came to .*, which waits for 2 of 3'),
+  ],
+)
 def test_a_number_that_does_not_fit_ends_all(meet, second, sentence):
   first = [meet(0), meet(1)]
   time.sleep(2)  # Process 1 comes before the other.
@@ -82,9 +93,10 @@ def connect(port):
       time.sleep(0.05)
 
 
-@pytest.mark.parametrize('said', [
-  b'GET / HTTP/1.1\n', b'\x16\x03\x01\xff\n', b'behaviorlm_jax a b\n', b'',
-  None])
+@pytest.mark.parametrize(
+  'said',
+  [b'GET / HTTP/1.1\n', b'\x16\x03\x01\xff\n', b'behaviorlm_jax a b\n', b'', None],
+)
 def test_a_stranger_is_no_process(meet, port, caplog, said):
   """It says something else, or leaves (None: it stays and says nothing)."""
   found = [meet(0), meet(1)]
@@ -99,15 +111,23 @@ def test_a_stranger_is_no_process(meet, port, caplog, said):
 
 
 def test_a_port_that_is_taken_is_named(meet, port):
-  with socket.create_server(('', port)), pytest.raises(
-      InputError, match=f'cannot listen on port {port}'):
+  with (
+    socket.create_server(('', port)),
+    pytest.raises(InputError, match=f'cannot listen on port {port}'),
+  ):
     meet(0).result(10)
 
 
-@pytest.mark.parametrize('fields, sentence', [
-  ({'coordinator': 'here'}, "coordinator is 'here'; give host:port"),
-  ({'coordinator': 'a:1', 'processes': 2, 'process': 2},
-   'process is 2 and distributed.processes is 2; .* from 0 to 1')])
+@pytest.mark.parametrize(
+  'fields, sentence',
+  [
+    ({'coordinator': 'here'}, "coordinator is 'here'; give host:port"),
+    (
+      {'coordinator': 'a:1', 'processes': 2, 'process': 2},
+      'process is 2 and distributed.processes is 2; .* from 0 to 1',
+    ),
+  ],
+)
 def test_settings_that_cannot_be_are_refused(fields, sentence):
   config = config_lib.default().distributed
   config.update(fields)

@@ -21,7 +21,7 @@ from behaviorlm_jax.train import preemption
 
 STAGES = ('a_tuning', 'b_tuning')
 ADAPTER = 'adapter/adapter_model.safetensors'
-CHILD = '''
+CHILD = """
 import importlib, os, runpy, sys, time
 path, name, number, at, waited_for = sys.argv[1:6]
 del sys.argv[1:6]
@@ -41,7 +41,7 @@ def counted(*args, **options):
   return result
 setattr(owner, name, counted)
 runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
-'''
+"""
 WRITE = ('behaviorlm_jax.train.loop', 'MetricsFile.write')
 SCORE = ('behaviorlm_jax.score.scorer', 'Scorer._batch')
 
@@ -54,12 +54,12 @@ def run_until(run_command):
   """
 
   def run(workdir, function, number, at, waited_for=''):
-    program = ('-c', CHILD, *function, str(int(number)), str(at),
-               str(waited_for))
+    program = ('-c', CHILD, *function, str(int(number)), str(at), str(waited_for))
     done = run_command(workdir, program=program)
     code = preemption.EXIT_CODE if number == signal.SIGTERM else -number
     assert done.returncode == code, done.stderr[-3000:]
     return done
+
   return run
 
 
@@ -71,13 +71,20 @@ def assert_same(finished, read_rows, steps):
     for stage in stages:
       folder, whole = workdir / stage, finished / stage
       losses, expected = (
-          [(row['step'], row['loss'], row.get('val_loss')) for row in
-           read_rows(path / 'metrics.jsonl')] for path in (folder, whole))
+        [
+          (row['step'], row['loss'], row.get('val_loss'))
+          for row in read_rows(path / 'metrics.jsonl')
+        ]
+        for path in (folder, whole)
+      )
       assert [step for step, *_ in losses] == list(range(1, steps + 1))
       assert losses == expected
       for name in (ADAPTER, 'predictions.parquet', 'evaluation.json'):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), (
-            stage, name)
+          stage,
+          name,
+        )
+
   return check
 
 
@@ -87,13 +94,15 @@ def steps_of(folder, read_rows):
 
 def saved(folder):
   """Steps of the finished checkpoints."""
-  return sorted(int(path.name) for path in (folder / 'checkpoints').iterdir()
-                if path.name.isdigit())
+  return sorted(
+    int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit()
+  )
 
 
 @pytest.mark.slow
 def test_sigkill_in_each_stage_changes_nothing(
-    run_until, run_command, assert_same, steps, copy_run):
+  run_until, run_command, assert_same, steps, copy_run
+):
   workdir = copy_run('a_tuning', 'b_tuning')
   first, second = (workdir / stage for stage in STAGES)
   # Step 4 is noted right after the checkpoint of step 3 began to be written: in
@@ -112,7 +121,8 @@ def test_sigkill_in_each_stage_changes_nothing(
 
 @pytest.mark.slow
 def test_sigterm_anywhere_saves_and_changes_nothing(
-    run_until, run_command, assert_same, read_rows, steps, finished, copy_run):
+  run_until, run_command, assert_same, read_rows, steps, finished, copy_run
+):
   workdir = copy_run('a_tuning', 'b_tuning', 'base')
   first, second = (workdir / stage for stage in STAGES)
   # While the untuned model is scored.
@@ -132,7 +142,8 @@ def test_sigterm_anywhere_saves_and_changes_nothing(
   assert_same(workdir)
   for name in ('evaluation.json', 'predictions.parquet'):
     assert (workdir / 'base' / name).read_bytes() == (
-        finished / 'base' / name).read_bytes()
+      finished / 'base' / name
+    ).read_bytes()
 
 
 def remove_state(folder):
@@ -149,7 +160,7 @@ def remove_values(folder):
 def cut_files(folder):
   for path in (folder / 'state').rglob('*'):
     if path.is_file():
-      path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def remove_facts(folder):
@@ -157,13 +168,12 @@ def remove_facts(folder):
 
 
 @pytest.mark.usefixtures('compile_once')
-@pytest.mark.parametrize('tear', [remove_state, remove_values, cut_files,
-                                  remove_facts])
+@pytest.mark.parametrize('tear', [remove_state, remove_values, cut_files, remove_facts])
 def test_torn_checkpoint_is_skipped_with_a_warning(
-    make_run_config, copy_run, assert_same, caplog, monkeypatch, tear):
+  make_run_config, copy_run, assert_same, caplog, monkeypatch, tear
+):
   monkeypatch.setattr(stages.report, 'write', lambda *_: None)
-  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
-                     'b_tuning')
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning')
   tear(workdir / 'a_tuning/checkpoints/6')
   config = make_run_config()
   config.stages = ('a',)
@@ -176,10 +186,12 @@ def test_torn_checkpoint_is_skipped_with_a_warning(
 
 @pytest.mark.usefixtures('compile_once')
 def test_a_torn_first_checkpoint_is_as_a_kill_before_it(
-    make_run_config, copy_run, assert_same, monkeypatch):
+  make_run_config, copy_run, assert_same, monkeypatch
+):
   monkeypatch.setattr(stages.report, 'write', lambda *_: None)
-  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
-                     'b_tuning', 'a_tuning/checkpoints/6')
+  workdir = copy_run(
+    'a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning', 'a_tuning/checkpoints/6'
+  )
   cut_files(workdir / 'a_tuning/checkpoints/3')
   config = make_run_config()
   config.stages = ('a',)
@@ -188,14 +200,15 @@ def test_a_torn_first_checkpoint_is_as_a_kill_before_it(
 
 
 @pytest.mark.usefixtures('compile_once')
-def test_when_all_checkpoints_are_torn_none_is_deleted(
-    make_run_config, copy_run):
-  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
-                     'b_tuning')
+def test_when_all_checkpoints_are_torn_none_is_deleted(make_run_config, copy_run):
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning')
   for step in '36':
     cut_files(workdir / 'a_tuning/checkpoints' / step)
-  with pytest.raises(InputError, match=r'none of the checkpoints \[6, 3\] can '
-                                       'be read; delete the folder'):
+  with pytest.raises(
+    InputError,
+    match=r'none of the checkpoints \[6, 3\] can '
+    'be read; delete the folder',
+  ):
     stages.run(make_run_config(), workdir)
   assert saved(workdir / 'a_tuning') == [3, 6]
 
@@ -203,9 +216,9 @@ def test_when_all_checkpoints_are_torn_none_is_deleted(
 @pytest.mark.usefixtures('compile_once')
 @pytest.mark.parametrize('fault', [errno.EIO, errno.ESTALE])
 def test_a_disk_that_fails_costs_no_checkpoint(
-    make_run_config, copy_run, monkeypatch, fault):
-  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter',
-                     'b_tuning')
+  make_run_config, copy_run, monkeypatch, fault
+):
+  workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning')
 
   def fail(*arguments, **options):
     raise OSError(fault, os.strerror(fault))
@@ -216,7 +229,7 @@ def test_a_disk_that_fails_costs_no_checkpoint(
   assert saved(workdir / 'a_tuning') == [3, 6]
 
 
-FULL = '''
+FULL = """
 import errno, os, runpy, time
 from behaviorlm_jax.train import loop
 write = loop.MetricsFile.write
@@ -228,21 +241,26 @@ def full(self, row):
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'metrics.jsonl')
 loop.MetricsFile.write = full
 runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
-'''
+"""
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
-    run_command, copy_run, assert_same):
+  run_command, copy_run, assert_same
+):
   workdir = copy_run('b_tuning')
-  done = run_command(workdir, program=('-c', FULL), environment={
-      'CHECKPOINT': str(workdir / 'b_tuning/checkpoints/3')})
+  done = run_command(
+    workdir,
+    program=('-c', FULL),
+    environment={'CHECKPOINT': str(workdir / 'b_tuning/checkpoints/3')},
+  )
   assert done.returncode == 2
   assert saved(workdir / 'b_tuning') == [3]
   assert 'Traceback' not in done.stderr
   assert done.stderr.splitlines()[-1] == (
-      "error: [Errno 28] No space left on device: 'metrics.jsonl'; mend that "
-      'and run the same command again: it goes on from what was finished.')
+    "error: [Errno 28] No space left on device: 'metrics.jsonl'; mend that "
+    'and run the same command again: it goes on from what was finished.'
+  )
   done = run_command(workdir)
   assert done.returncode == 0, done.stderr[-3000:]
   assert_same(workdir)

@@ -32,6 +32,7 @@ def log_of(tmp_path):
     path = tmp_path / 'log.csv'
     path.write_text('\n'.join([*([header] if header else []), *lines]))
     return {'data.events': str(path)}
+
   return write
 
 
@@ -60,8 +61,9 @@ def test_too_many_malformed_rows(refused, log_of):
   refused(r'log\.csv line 8: .*1 of 20 rows', log_of(lines))
 
 
-@pytest.mark.parametrize('name, what', [
-    ('', 'is empty'), ('x' * 257, 'has 257 characters')])
+@pytest.mark.parametrize(
+  'name, what', [('', 'is empty'), ('x' * 257, 'has 257 characters')]
+)
 def test_unusable_behavior_name(refused, log_of, name, what):
   lines = [ROW.format(i, 'ab'[i % 2]) for i in range(20)]
   lines[4] = ROW.format(4, name)
@@ -92,8 +94,9 @@ def test_wheel_with_another_checksum(refused, tmp_path, monkeypatch):
 
 
 def test_model_that_does_not_exist(refused, tmp_path):
-  refused(r'model\.address: .*does not exist',
-          {'model.address': str(tmp_path / 'none')})
+  refused(
+    r'model\.address: .*does not exist', {'model.address': str(tmp_path / 'none')}
+  )
 
 
 def test_more_positions_than_the_model_knows(refused, write_model, tmp_path):
@@ -102,10 +105,16 @@ def test_more_positions_than_the_model_knows(refused, write_model, tmp_path):
   few = json.loads(path.read_text()) | {'max_position_embeddings': 200}
   path.write_text(json.dumps(few))
   fields = {'model.address': str(folder)}
-  refused(r'train\.length is 256, .* has 200 positions', fields | {
-      'train.length': 256}, left=['events'])
-  refused(r'data\.history is 30, .* has \d+ tokens, .* has 200 positions',
-          fields | {'data.history': 30}, left=['events'])
+  refused(
+    r'train\.length is 256, .* has 200 positions',
+    fields | {'train.length': 256},
+    left=['events'],
+  )
+  refused(
+    r'data\.history is 30, .* has \d+ tokens, .* has 200 positions',
+    fields | {'data.history': 30},
+    left=['events'],
+  )
 
 
 def test_corrupt_safetensors(refused, write_model, tmp_path):
@@ -128,20 +137,24 @@ def test_corrupt_gguf(refused, tmp_path):
 def test_conversation_without_assistant_turn(refused, run_fields, tmp_path):
   talks = pathlib.Path(run_fields['data.conversations']).read_text()
   path = tmp_path / 'talk.jsonl'
-  path.write_text(talks + json.dumps(
-      {'messages': [{'role': 'user', 'content': 'Hello?'}]}) + '\n')
-  refused(r'talk\.jsonl line 7: .*without an assistant',
-          {'data.conversations': str(path)})
+  path.write_text(
+    talks + json.dumps({'messages': [{'role': 'user', 'content': 'Hello?'}]}) + '\n'
+  )
+  refused(
+    r'talk\.jsonl line 7: .*without an assistant', {'data.conversations': str(path)}
+  )
 
 
 def test_mended_fields_run_in_the_same_work_directory(
-    refused, run_stages, finished, tmp_path):
+  refused, run_stages, finished, tmp_path
+):
   # Rows are too short. The events stand complete then, and nothing else.
   fields = {'train.length': 40, 'data.history': 3}
   refused(r'train\.length is 40', fields, left=['events'])
   run_stages(ablations=['no_balanced_stage'])
   assert (tmp_path / 'work/a_tuning' / ADAPTER).read_bytes() == (
-      finished / 'a_tuning' / ADAPTER).read_bytes()
+    finished / 'a_tuning' / ADAPTER
+  ).read_bytes()
 
 
 # Stages and work directories.
@@ -149,18 +162,19 @@ def test_mended_fields_run_in_the_same_work_directory(
 
 def test_work_directory_of_another_config(refused, copy_run):
   workdir = copy_run()
-  refused(r'a_tuning .*train\.learning_rate \(0\.001, now 0\.5\)',
-          {'train.learning_rate': 0.5}, workdir=workdir)
+  refused(
+    r'a_tuning .*train\.learning_rate \(0\.001, now 0\.5\)',
+    {'train.learning_rate': 0.5},
+    workdir=workdir,
+  )
   refused(r'seed \(0, now 1\)', {'seed': 1}, workdir=workdir)
   # Stage b alone may train otherwise, but not on another model.
-  refused(r'lora\.rank \(4, now 8\)', {'lora.rank': 8}, workdir=workdir,
-          only='b')
+  refused(r'lora\.rank \(4, now 8\)', {'lora.rank': 8}, workdir=workdir, only='b')
 
 
 def test_stage_b_without_stage_a(refused, tmp_path):
   refused(r'no finished a_tuning/adapter', only='b')
-  refused(r'nowhere \(init_from\)', {'init_from': str(tmp_path / 'nowhere')},
-          only='b')
+  refused(r'nowhere \(init_from\)', {'init_from': str(tmp_path / 'nowhere')}, only='b')
 
 
 def test_difficulty_of_another_model(refused, copy_run):
@@ -168,12 +182,10 @@ def test_difficulty_of_another_model(refused, copy_run):
   file = workdir / 'a_tuning' / ADAPTER
   tensors = safetensors_numpy.load_file(file)
   safetensors_numpy.save_file({k: v * 2 for k, v in tensors.items()}, file)
-  refused(r'difficulty\.parquet was made from .*another model',
-          workdir=workdir)
+  refused(r'difficulty\.parquet was made from .*another model', workdir=workdir)
 
 
-def test_loss_that_is_not_a_number(
-    run_stages, copy_run, read_rows, monkeypatch):
+def test_loss_that_is_not_a_number(run_stages, copy_run, read_rows, monkeypatch):
   make_step = stages.step_lib.make_step
 
   def make_poisoned(*args, **options):
@@ -181,14 +193,18 @@ def test_loss_that_is_not_a_number(
 
     def poisoned(state, params, batch):
       factor = np.float32('nan' if int(state['step']) == 4 else 1)
-      return step(state, params, batch | {
-          'answer_weights': batch['answer_weights'] * factor})
+      return step(
+        state, params, batch | {'answer_weights': batch['answer_weights'] * factor}
+      )
+
     return poisoned
 
   monkeypatch.setattr(stages.step_lib, 'make_step', make_poisoned)
   workdir = copy_run('a_tuning', 'b_tuning')
-  with pytest.raises(InputError, match=(
-      'a_tuning: loss of step 5 is nan; the checkpoint of step 3 stays')):
+  with pytest.raises(
+    InputError,
+    match=('a_tuning: loss of step 5 is nan; the checkpoint of step 3 stays'),
+  ):
     run_stages(workdir=workdir)
   folder = workdir / 'a_tuning'
   assert [p.name for p in (folder / 'checkpoints').iterdir()] == ['3']
@@ -200,13 +216,24 @@ def test_loss_that_is_not_a_number(
 # The command: exit status and one line.
 
 
-@pytest.mark.parametrize('fields, environment, sentence', [
-    ({'plan.window_size': 3}, {},
-     r'no field plan.window_size (did you mean plan.window?)'),
-    ({}, {'JAX_NUM_CPU_DEVICES': '8'},
-     'train.batch is 2, but mesh.data x mesh.fsdp is 8')])
+@pytest.mark.parametrize(
+  'fields, environment, sentence',
+  [
+    (
+      {'plan.window_size': 3},
+      {},
+      r'no field plan.window_size (did you mean plan.window?)',
+    ),
+    (
+      {},
+      {'JAX_NUM_CPU_DEVICES': '8'},
+      'train.batch is 2, but mesh.data x mesh.fsdp is 8',
+    ),
+  ],
+)
 def test_the_command_ends_with_one_line(
-    run_command, tmp_path, fields, environment, sentence):
+  run_command, tmp_path, fields, environment, sentence
+):
   done = run_command(tmp_path / 'work', fields, environment=environment)
   assert done.returncode not in (0, 75)
   (line,) = [line for line in done.stderr.splitlines() if 'error' in line]

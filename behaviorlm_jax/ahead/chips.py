@@ -22,6 +22,7 @@ class Chip:
     ring: how long a side of a slice must be for its ends to be wired together.
     network: bytes between slices, one way.
   """
+
   name: str
   flops: float
   memory: float
@@ -33,11 +34,9 @@ class Chip:
 
 # By jax's device_kind.
 CHIPS = {
-    'TPU v5 lite': Chip('TPU v5e', 197e12, 15.75 * 2**30, 819e9, 50e9, 16,
-                        3.1e9),
-    'TPU v5': Chip('TPU v5p', 459e12, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9),
-    'TPU v6 lite': Chip('TPU v6e', 918e12, 31.25 * 2**30, 1640e9, 100e9, 16,
-                        12.5e9),
+  'TPU v5 lite': Chip('TPU v5e', 197e12, 15.75 * 2**30, 819e9, 50e9, 16, 3.1e9),
+  'TPU v5': Chip('TPU v5p', 459e12, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9),
+  'TPU v6 lite': Chip('TPU v6e', 918e12, 31.25 * 2**30, 1640e9, 100e9, 16, 12.5e9),
 }
 
 
@@ -52,7 +51,6 @@ def links(chip, group):
     group: devices with `coords`; a ring that only slices' network closes counts
       as one link.
   """
-  sides = [len(set(places)) for places in zip(*(d.coords for d in group),
-                                              strict=True)]
+  sides = [len(set(places)) for places in zip(*(d.coords for d in group), strict=True)]
   # A chip with two cores is one place of a torus.
   return sum(2 if side >= chip.ring else 1 for side in sides if side > 1) or 1

@@ -27,8 +27,11 @@ def _of_equation(equation):
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
-    return (2 * math.prod(equation.outvars[0].aval.shape)
-            * math.prod(left[axis] for axis in contracted))
+    return (
+      2
+      * math.prod(equation.outvars[0].aval.shape)
+      * math.prod(left[axis] for axis in contracted)
+    )
   if name == 'while':
     raise ValueError('how often a while loop runs is not known beforehand.')
   inner = [_of(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]

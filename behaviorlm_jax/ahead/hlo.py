@@ -11,17 +11,46 @@ import re
 
 import numpy as np
 
-_WIDTH = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
-          's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8,
-          's4': .5, 'u4': .5}
+_WIDTH = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  's16': 2,
+  'u16': 2,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'u64': 8,
+  'f64': 8,
+  's4': 0.5,
+  'u4': 0.5,
+}
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _HEAD = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _NAMES = re.compile(r'%([\w.\-]+)')
-COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-               'collective-permute',
-               'recv')  # What libtpu makes of one between slices.
-_FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast',
-         'after-all', 'partition-id', 'replica-id', 'copy-done', 'iota'}
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'recv',
+)  # What libtpu makes of one between slices.
+_FREE = {
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'after-all',
+  'partition-id',
+  'replica-id',
+  'copy-done',
+  'iota',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +79,7 @@ class Collective:
     received: bytes that a device receives, at least.
     runs: how often.
   """
+
   kind: str
   groups: str
   received: float
@@ -77,7 +107,8 @@ class Module:
     found = collections.defaultdict(lambda: [0.0, 0])
     for (kind, _), (instruction, runs) in channels.items():
       groups = re.search(
-          r'replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)', instruction.rest)
+        r'replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)', instruction.rest
+      )
       groups = groups[1] if groups and kind != 'collective-permute' else ''
       size = group_size(groups) if groups else 1
       one = found[kind, groups]
@@ -92,8 +123,10 @@ class Module:
     of an array of which it takes a slice, the slice. What XLA keeps in other
     memory spaces is free.
     """
-    own = sum(runs * self._moved(instruction, scope)
-              for instruction, runs, scope in self._walk(self.entry, 1, False))
+    own = sum(
+      runs * self._moved(instruction, scope)
+      for instruction, runs, scope in self._walk(self.entry, 1, False)
+    )
     # What arrives is written, and about as much is read to be sent.
     return own + sum(2 * one.received for one in self.collectives())
 
@@ -105,14 +138,21 @@ class Module:
         count = runs * self.trips(instruction, scope)
         yield from self._walk(instruction.attribute('body'), count, fusions)
       elif instruction.code in ('call', 'async-start') or (
-          fusions and instruction.code == 'fusion'):
-        called = instruction.attribute('to_apply') or instruction.attribute(
-            'calls')
+        fusions and instruction.code == 'fusion'
+      ):
+        called = instruction.attribute('to_apply') or instruction.attribute('calls')
         yield from self._walk(called, runs, fusions)
       elif instruction.code == 'conditional':
-        for branch in re.findall(r'%([\w.\-]+)', ' '.join(re.findall(
-            r'(?:true_computation|false_computation|branch_computations)='
-            r'(\{[^}]*\}|%[\w.\-]+)', instruction.rest))):
+        for branch in re.findall(
+          r'%([\w.\-]+)',
+          ' '.join(
+            re.findall(
+              r'(?:true_computation|false_computation|branch_computations)='
+              r'(\{[^}]*\}|%[\w.\-]+)',
+              instruction.rest,
+            )
+          ),
+        ):
           yield from self._walk(branch, runs, fusions)
       if instruction.code != 'while':
         yield instruction, runs, scope
@@ -156,33 +196,39 @@ class Module:
 
   def _moved(self, instruction, scope):
     code = instruction.code
-    if code in _FREE or code.endswith('-done') or code in (
-        'call', 'conditional', 'async-start', 'send') or (
-            _collective(instruction)):
+    if (
+      code in _FREE
+      or code.endswith('-done')
+      or code in ('call', 'conditional', 'async-start', 'send')
+      or (_collective(instruction))
+    ):
       return 0
     written = _bytes(instruction.shape)
     if code == 'copy-start':  # Source and destination.
       return written
     if code == 'slice-start':
-      slices = _ARRAY.search(instruction.shape[_closing(instruction.shape, 1):])
+      slices = _ARRAY.search(instruction.shape[_closing(instruction.shape, 1) :])
       return _bytes(slices[0], True) + _bytes(slices[0])
     if code in ('dynamic-slice', 'gather', 'slice', 'broadcast'):
       return written if code == 'broadcast' else 2 * written
     if code == 'dynamic-update-slice':
       return 2 * _bytes(scope[instruction.operands[1]].shape)
-    sizes = [_bytes(scope[name].shape) for name in instruction.operands
-             if name in scope]
+    sizes = [
+      _bytes(scope[name].shape) for name in instruction.operands if name in scope
+    ]
     if code == 'fusion':
       inner = self.computations[instruction.attribute('calls')]
-      sizes = [size and min(size, self._read(inner, place))
-               for place, size in enumerate(sizes)]
+      sizes = [
+        size and min(size, self._read(inner, place)) for place, size in enumerate(sizes)
+      ]
       written = written and min(written, self._written(inner))
     return written + sum(sizes)
 
   def _read(self, inner, place):
     """Bytes that a fusion takes of its operand at `place`."""
-    parameter = next(i for i in inner.values()
-                     if i.code == 'parameter' and i.text == str(place))
+    parameter = next(
+      i for i in inner.values() if i.code == 'parameter' and i.text == str(place)
+    )
     return self._taken(inner, parameter)
 
   def _taken(self, inner, one):
@@ -196,12 +242,16 @@ class Module:
         total += self._taken(inner, user)
       elif user.code == 'fusion':
         called = self.computations[user.attribute('calls')]
-        total += sum(self._read(called, place)
-                     for place, name in enumerate(user.operands)
-                     if name == one.name)
-      elif not ((user.code == 'dynamic-update-slice'
-                and user.operands[0] == one.name)
-                or user.code == 'tuple' or _collective(user)):
+        total += sum(
+          self._read(called, place)
+          for place, name in enumerate(user.operands)
+          if name == one.name
+        )
+      elif not (
+        (user.code == 'dynamic-update-slice' and user.operands[0] == one.name)
+        or user.code == 'tuple'
+        or _collective(user)
+      ):
         return _bytes(one.shape, True)
     return total
 
@@ -234,8 +284,7 @@ def group_size(groups):
 
 
 _IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
-_OF_MESH = re.compile(
-    rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}$")
+_OF_MESH = re.compile(rf'mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}$')
 _OF_IOTA = re.compile(rf'\[([\d,]+)\]<={_IOTA}$')
 
 
@@ -275,8 +324,9 @@ def _result(instruction):
     return _ARRAY.search(instruction.shape)[0]
   if not instruction.code.endswith('-start'):
     return instruction.shape
-  arrays = [m for m in _ARRAY.finditer(instruction.shape)
-            if m[1] not in ('u32', 's32') or m[2]]
+  arrays = [
+    m for m in _ARRAY.finditer(instruction.shape) if m[1] not in ('u32', 's32') or m[2]
+  ]
   return arrays[len(arrays) // 2][0] if arrays else instruction.shape
 
 
@@ -314,9 +364,15 @@ def _instruction(line):
   shape, rest = rest[:end], rest[end:].lstrip()
   begin = rest.index('(')
   end = _closing(rest, begin)
-  inside = rest[begin + 1:end]
-  return Instruction(name.lstrip('%'), shape, rest[:begin],
-                     tuple(_NAMES.findall(inside)), rest[end + 1:], inside)
+  inside = rest[begin + 1 : end]
+  return Instruction(
+    name.lstrip('%'),
+    shape,
+    rest[:begin],
+    tuple(_NAMES.findall(inside)),
+    rest[end + 1 :],
+    inside,
+  )
 
 
 def _closing(text, begin):
@@ -326,4 +382,4 @@ def _closing(text, begin):
     depth += {'(': 1, ')': -1}.get(text[place], 0)
     if not depth:
       return place
-  raise ValueError(f'no end of {text[begin:begin + 40]!r}')
+  raise ValueError(f'no end of {text[begin : begin + 40]!r}')

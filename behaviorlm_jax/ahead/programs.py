@@ -42,8 +42,9 @@ def training_flops(this, plan):
   for remat in (this.config.model.remat, 'none'):
     config = this.config.copy_and_resolve_references()
     config.model.update({'remat': remat, 'attention': 'blocked'})
-    attach = step_lib.attacher(this.base.config, config, this.layout,
-                               config.model.dtype)
+    attach = step_lib.attacher(
+      this.base.config, config, this.layout, config.model.dtype
+    )
     other = dataclasses.replace(this, config=config, attach=attach)
     # Compiler options keep a jitted function from being traced in another.
     step = _step(other, plan)[0].__wrapped__
@@ -82,12 +83,17 @@ def _arguments(this, plan):
   _, optimizer, places = _step(this, plan)
   lora_config = this.config.lora
   state = step_lib.abstract_state(
-      lora.shapes(this.base.config, lora_config.rank, lora_config.targets),
-      optimizer, places)
+    lora.shapes(this.base.config, lora_config.rank, lora_config.targets),
+    optimizer,
+    places,
+  )
   row = stages.assembler(this, plan)(plan.rows[0])
-  batch = {name: this.layout.abstract_rows(
-      (this.config.train.batch, *np.shape(x)), np.asarray(x).dtype)
-           for name, x in row.items()}
+  batch = {
+    name: this.layout.abstract_rows(
+      (this.config.train.batch, *np.shape(x)), np.asarray(x).dtype
+    )
+    for name, x in row.items()
+  }
   return state, this.params, batch
 
 
@@ -96,6 +102,7 @@ def _adapter(this):
   shapes = lora.shapes(this.base.config, lora_config.rank, lora_config.targets)
   places = this.layout.adapter(shapes)
   return jax.tree.map(
-      lambda place, shape: jax.ShapeDtypeStruct(shape, np.float32,
-                                                sharding=place),
-      places, shapes)
+    lambda place, shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=place),
+    places,
+    shapes,
+  )

@@ -33,6 +33,7 @@ class Cost:
     collectives: (hlo.Collective, seconds or None) of each.
     compile_seconds: how long the compiler took.
   """
+
   chip: str
   known: chips.Chip | None
   arguments: int = 0
@@ -51,25 +52,35 @@ class Cost:
     devices = list(layout.mesh.devices.flat)
     kind = devices[0].device_kind
     chip, count = chips.CHIPS.get(kind), len(devices)
-    shared = dict(chip=chip.name if chip else kind, known=chip, over=over,
-                  compile_seconds=seconds,
-                  flops=flops and flops / count,
-                  needed=needed and needed / count)
+    shared = dict(
+      chip=chip.name if chip else kind,
+      known=chip,
+      over=over,
+      compile_seconds=seconds,
+      flops=flops and flops / count,
+      needed=needed and needed / count,
+    )
     if program is None:
       return cls(**shared)
     memory = program.memory_analysis()
     module = _module(program)
     if module:
-      shared |= dict(traffic=module.traffic(), collectives=tuple(
-          (one, chip and _seconds(one, devices, chip))
-          for one in module.collectives()))
+      shared |= dict(
+        traffic=module.traffic(),
+        collectives=tuple(
+          (one, chip and _seconds(one, devices, chip)) for one in module.collectives()
+        ),
+      )
     arguments = memory.argument_size_in_bytes
     temporaries = memory.temp_size_in_bytes
-    peak = (arguments + temporaries + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.generated_code_size_in_bytes)
-    return cls(arguments=arguments, temporaries=temporaries, peak=peak,
-               **shared)
+    peak = (
+      arguments
+      + temporaries
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.generated_code_size_in_bytes
+    )
+    return cls(arguments=arguments, temporaries=temporaries, peak=peak, **shared)
 
   @property
   def fits(self):
@@ -80,8 +91,10 @@ class Cost:
     """{resource: seconds}, of those that are known."""
     found = {}
     if self.traffic is not None:
-      found = {'memory': self.traffic / self.known.bandwidth,
-               'interconnect': sum(time for _, time in self.collectives)}
+      found = {
+        'memory': self.traffic / self.known.bandwidth,
+        'interconnect': sum(time for _, time in self.collectives),
+      }
     if self.flops:
       found['products'] = self.flops / self.known.flops
     return found
@@ -107,37 +120,50 @@ class Cost:
     """Lines of text."""
     lines = [f'compiled in {self.compile_seconds:.1f} s']
     if self.over:
-      return '\n'.join([*lines, 'does not fit: too large by '
-                        f'{self.over / _GIB:.2f} GiB'])
+      return '\n'.join(
+        [*lines, f'does not fit: too large by {self.over / _GIB:.2f} GiB']
+      )
     gib = lambda size: f'{size / _GIB:8.2f} GiB'
-    lines += [f'arguments     {gib(self.arguments)}',
-              f'temporaries   {gib(self.temporaries)}',
-              f'peak          {gib(self.peak)}']
+    lines += [
+      f'arguments     {gib(self.arguments)}',
+      f'temporaries   {gib(self.temporaries)}',
+      f'peak          {gib(self.peak)}',
+    ]
     if self.known:
       left = self.known.memory - self.peak
-      lines[-1] += (f' of {self.known.memory / _GIB:.2f}: '
-                    + ('fits' if left >= 0 else 'does not fit') +
-                    f', {abs(left) / _GIB:.2f} GiB '
-                    + ('to spare' if left >= 0 else 'too large'))
+      lines[-1] += (
+        f' of {self.known.memory / _GIB:.2f}: '
+        + ('fits' if left >= 0 else 'does not fit')
+        + f', {abs(left) / _GIB:.2f} GiB '
+        + ('to spare' if left >= 0 else 'too large')
+      )
     if self.flops:
-      lines.append(f'products      {self.flops / 1e12:8.2f} TFLOP, '
-                   f'{self.needed / 1e12:.2f} of them needed')
+      lines.append(
+        f'products      {self.flops / 1e12:8.2f} TFLOP, '
+        f'{self.needed / 1e12:.2f} of them needed'
+      )
     if self.traffic is None:
       lines.append('memory moved, and bytes between chips: not known')
     else:
       lines.append(f'memory moved  {gib(self.traffic)}')
     for one, seconds in self.collectives:
       took = '' if seconds is None else f', {seconds * 1e3:.1f} ms'
-      lines.append(f'{one.kind:18}{one.received / _GIB:8.3f} GiB in {one.runs} '
-                   f'among {_among(one)}{took}')
+      lines.append(
+        f'{one.kind:18}{one.received / _GIB:8.3f} GiB in {one.runs} '
+        f'among {_among(one)}{took}'
+      )
     if self.known and self.times:
-      parts = ', '.join(f'{name} {time * 1e3:.1f} ms'
-                        for name, time in self.times.items())
-      lines.append(f'roofline      {self.seconds * 1e3:.1f} ms ({parts}): '
-                   f'{self.binds} binds')
+      parts = ', '.join(
+        f'{name} {time * 1e3:.1f} ms' for name, time in self.times.items()
+      )
+      lines.append(
+        f'roofline      {self.seconds * 1e3:.1f} ms ({parts}): {self.binds} binds'
+      )
       if self.needed:
-        lines.append(f'MFU of that   {self.mfu(self.seconds):.1%}; '
-                     f'{self.mfu(self.apart):.1%} if nothing overlapped')
+        lines.append(
+          f'MFU of that   {self.mfu(self.seconds):.1%}; '
+          f'{self.mfu(self.apart):.1%} if nothing overlapped'
+        )
     return '\n'.join(lines)
 
 
@@ -150,8 +176,10 @@ def _module(program):
   try:
     return hlo.Module(program.as_text())
   except jax.errors.JaxRuntimeError as error:
-    logging.warning('what was compiled cannot be read (%s); its traffic is not '
-                    'known.', str(error).splitlines()[0])
+    logging.warning(
+      'what was compiled cannot be read (%s); its traffic is not known.',
+      str(error).splitlines()[0],
+    )
     return None
 
 

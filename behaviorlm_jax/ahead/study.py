@@ -20,10 +20,11 @@ from behaviorlm_jax.train import sharding
 
 # The e-commerce log of configs/quickstart.py, where a config names none.
 _LOG = {
-    'data.events': ('pypi://retentioneering==5.2.4/'
-                    'retentioneering/datasets/ecom.csv.gz'),
-    'data.columns.user': 'user_id', 'data.columns.time': 'timestamp',
-    'data.columns.behavior': 'event'}
+  'data.events': ('pypi://retentioneering==5.2.4/retentioneering/datasets/ecom.csv.gz'),
+  'data.columns.user': 'user_id',
+  'data.columns.time': 'timestamp',
+  'data.columns.behavior': 'event',
+}
 _MICRO_BATCHES = (1, 2, 4, 8)  # Of a step, in a search.
 _GIB = 2**30
 
@@ -33,13 +34,12 @@ def devices_of(topology, slices):
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # There is no TPU to ask,
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # or to share.
   try:
-    return topologies.get_topology_desc(topology, 'tpu',
-                                        num_slices=slices).devices
+    return topologies.get_topology_desc(topology, 'tpu', num_slices=slices).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
     raise InputError(
-        f'--topology={topology} cannot be compiled for '
-        f"({str(error).strip().splitlines()[0]}); install '.[tpu]', in an "
-        'environment of its own, and give a topology such as v5e:4x4.'
+      f'--topology={topology} cannot be compiled for '
+      f"({str(error).strip().splitlines()[0]}); install '.[tpu]', in an "
+      'environment of its own, and give a topology such as v5e:4x4.'
     ) from error
 
 
@@ -47,8 +47,10 @@ def prepare(config, platform='tpu'):
   """The config with what only a run of it on that platform would settle."""
   config = config.copy_and_resolve_references()
   if not config.data.events:
-    logging.info('data.events is empty: the log of configs/quickstart.py '
-                 'stands in for names and prompts.')
+    logging.info(
+      'data.events is empty: the log of configs/quickstart.py '
+      'stands in for names and prompts.'
+    )
     config.update_from_flattened_dict(_LOG)
   if config.data.conversations == 'self':
     config.data.conversations = ''
@@ -99,8 +101,9 @@ def candidates(config, count):
     for remat in ('products', 'full'):
       others = [config.copy_and_resolve_references() for _ in _MICRO_BATCHES]
       for other, accumulate in zip(others, _MICRO_BATCHES, strict=True):
-        other.mesh.update({'data': count // (tensor * fsdp), 'fsdp': fsdp,
-                           'tensor': tensor})
+        other.mesh.update(
+          {'data': count // (tensor * fsdp), 'fsdp': fsdp, 'tensor': tensor}
+        )
         other.train.accumulate = accumulate
         other.model.remat = remat
       yield others
@@ -109,18 +112,18 @@ def candidates(config, count):
 def costs(config, devices, folder, scoring=True):
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
-  this = inputs.open_run(config, workdir_lib.make(folder), layout,
-                         shapes_only=True)
+  this = inputs.open_run(config, workdir_lib.make(folder), layout, shapes_only=True)
   plan = programs.make_plan(this)
   program, seconds, over = compiled(programs.training(this, plan))
   done, needed = programs.training_flops(this, plan)
-  yield 'training step', roofline.Cost.of(program, layout, seconds, over, done,
-                                          needed)
+  yield 'training step', roofline.Cost.of(program, layout, seconds, over, done, needed)
   if scoring:
     lowered, prompts = programs.scoring(this)
     program, seconds, over = compiled(lowered)
-    yield (f'scoring pass of {prompts} prompts',
-           roofline.Cost.of(program, layout, seconds, over))
+    yield (
+      f'scoring pass of {prompts} prompts',
+      roofline.Cost.of(program, layout, seconds, over),
+    )
 
 
 def search(config, devices, folder):
@@ -133,7 +136,7 @@ def search(config, devices, folder):
   for others in candidates(config, len(devices)):
     for other in others:
       try:
-        (_, cost), = costs(other, devices, folder, scoring=False)
+        ((_, cost),) = costs(other, devices, folder, scoring=False)
       except InputError as error:  # A mesh that divides no batch.
         logging.info('%s: %s', _settings(other), error)
         continue
@@ -142,13 +145,20 @@ def search(config, devices, folder):
         found.append((cost.seconds, _settings(other), cost))
         break
       refused += 1
-  lines = [f'| {settings} | {cost.peak / _GIB:.2f} | {seconds:.3f} | '
-           f'{cost.mfu(seconds):.1%} | {cost.binds} |'
-           for seconds, settings, cost in sorted(found, key=lambda x: x[:2])]
-  return '\n'.join([
+  lines = [
+    f'| {settings} | {cost.peak / _GIB:.2f} | {seconds:.3f} | '
+    f'{cost.mfu(seconds):.1%} | {cost.binds} |'
+    for seconds, settings, cost in sorted(found, key=lambda x: x[:2])
+  ]
+  return '\n'.join(
+    [
       '| mesh, micro-batches, remat | peak, GiB | roofline s | MFU | binds |',
-      '| --- | --- | --- | --- | --- |', *lines, '',
-      f'{refused} more do not fit.'])
+      '| --- | --- | --- | --- | --- |',
+      *lines,
+      '',
+      f'{refused} more do not fit.',
+    ]
+  )
 
 
 def _settings(config):

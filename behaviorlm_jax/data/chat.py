@@ -41,9 +41,7 @@ def render(tokenizer, messages, add_generation_prompt=False) -> str:
   With `add_generation_prompt` it ends where the assistant would begin.
   """
   try:
-    return _apply(
-      tokenizer, messages, add_generation_prompt=add_generation_prompt
-    )
+    return _apply(tokenizer, messages, add_generation_prompt=add_generation_prompt)
   except jinja2.TemplateError as error:
     roles = ', '.join(message['role'] for message in messages)
     raise InputError(

@@ -11,8 +11,14 @@ import pathlib
 import numpy as np
 import pyarrow as pa
 
-DTYPES = {'user': '<i4', 'time': '<i8', 'behavior': '<i4', 'place': '<i4',
-          'split': '<i1', 'first': '<i8'}
+DTYPES = {
+  'user': '<i4',
+  'time': '<i8',
+  'behavior': '<i4',
+  'place': '<i4',
+  'split': '<i1',
+  'first': '<i8',
+}
 _BATCH = 1 << 16  # Names at a time.
 _HEADER = 128  # Bytes of a .npy file before its data.
 
@@ -26,8 +32,10 @@ class Writer:
 
   def __enter__(self):
     with contextlib.ExitStack() as stack:
-      self._files = {name: stack.enter_context(open(path, 'wb'))
-                     for name, path in self._paths.items()}
+      self._files = {
+        name: stack.enter_context(open(path, 'wb'))
+        for name, path in self._paths.items()
+      }
       for file in self._files.values():
         file.write(bytes(_HEADER))  # Until the length is known.
       self._stack = stack.pop_all()
@@ -36,9 +44,10 @@ class Writer:
   def add(self, **values):
     """Appends an array to every column; returns them as they are written."""
     assert values.keys() == self._files.keys(), sorted(values)
-    values = {name: np.ascontiguousarray(value, DTYPES[name])
-              for name, value in values.items()}
-    size, = {len(value) for value in values.values()}
+    values = {
+      name: np.ascontiguousarray(value, DTYPES[name]) for name, value in values.items()
+    }
+    (size,) = {len(value) for value in values.values()}
     for name, value in values.items():
       self._files[name].write(value)
     self._size += size
@@ -48,9 +57,9 @@ class Writer:
     with self._stack:
       for name, file in self._files.items():
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {
-            'descr': DTYPES[name], 'fortran_order': False,
-            'shape': (self._size,)})
+        np.lib.format.write_array_header_1_0(
+          file, {'descr': DTYPES[name], 'fortran_order': False, 'shape': (self._size,)}
+        )
         assert file.tell() == _HEADER, file.tell()
 
 
@@ -75,9 +84,10 @@ class Names(collections.abc.Sequence):
 def number_names(con, table: str, query: str):
   """Makes `table` (id, name): distinct names of a query in code point order."""
   con.execute(
-      f'CREATE TABLE {table} AS SELECT '
-      '(row_number() OVER (ORDER BY name) - 1)::INT AS id, name '
-      f'FROM (SELECT DISTINCT name FROM ({query}) WHERE name IS NOT NULL)')
+    f'CREATE TABLE {table} AS SELECT '
+    '(row_number() OVER (ORDER BY name) - 1)::INT AS id, name '
+    f'FROM (SELECT DISTINCT name FROM ({query}) WHERE name IS NOT NULL)'
+  )
 
 
 def write_table(path: pathlib.Path, relation):

@@ -77,9 +77,7 @@ def read(
       encoded.append(_encode(tokenizer, *renderer.render(messages, where)))
     else:
       empty += 1
-  cut = [
-    Conversation(c.tokens[:max_length], c.answers[:max_length]) for c in encoded
-  ]
+  cut = [Conversation(c.tokens[:max_length], c.answers[:max_length]) for c in encoded]
   kept = [c for c in cut if c.answers.any()]
   late = len(cut) - len(kept)
   shortened = sum(len(c.tokens) > max_length for c in encoded) - late
@@ -170,9 +168,7 @@ def _messages(record, where: str) -> list[dict[str, str]]:
     raise InputError(
       f'{where}: the assistant speaks before any user; start with the user'
     )
-  return [
-    {'role': m['role'], 'content': _content(m, where)} for m in messages
-  ]
+  return [{'role': m['role'], 'content': _content(m, where)} for m in messages]
 
 
 def _content(message: dict, where: str) -> str:
@@ -180,8 +176,7 @@ def _content(message: dict, where: str) -> str:
   content = message.get('content')
   if not isinstance(content, str):
     raise InputError(
-      f'{where}: the content of the {message["role"]} is {content!r}; give a '
-      'string'
+      f'{where}: the content of the {message["role"]} is {content!r}; give a string'
     )
   content = content.strip()
   while content.endswith(_TEXT_END):

@@ -46,8 +46,9 @@ class Events:
   clock: bool = True  # whether times have a time of day, else dates alone
 
 
-def prepare(data, place, folder: pathlib.Path, seed: int,
-            origin: dict | None = None) -> dict:
+def prepare(
+  data, place, folder: pathlib.Path, seed: int, origin: dict | None = None
+) -> dict:
   """Reads the log at `place` into the new `folder`; returns its summary.
 
   `origin` is written beside the events as config.json.
@@ -74,15 +75,21 @@ def open_events(folder) -> Events:
   """Memory-maps a prepared folder, without a copy."""
   folder = pathlib.Path(folder)
   if list(folder.glob('part-*.arrow')):
-    raise InputError(f'{folder} was prepared by an older version of this '
-                     'program; use another --workdir.')
-  behaviors = [Behavior(**item) for item in json.loads(
-      (folder / 'behaviors.json').read_text('utf-8'))]
+    raise InputError(
+      f'{folder} was prepared by an older version of this '
+      'program; use another --workdir.'
+    )
+  behaviors = [
+    Behavior(**item)
+    for item in json.loads((folder / 'behaviors.json').read_text('utf-8'))
+  ]
   summary = json.loads((folder / 'summary.json').read_text('utf-8'))
   return Events(
-      **{name: columns.read(folder, name) for name in columns.DTYPES},
-      users=columns.Names(folder / 'users.arrow'),
-      places=columns.Names(folder / 'places.arrow'),
-      behaviors=behaviors, fingerprint=summary['fingerprint'],
-      known=sum(item.group != 'unseen' for item in behaviors),
-      clock=summary['clock'])
+    **{name: columns.read(folder, name) for name in columns.DTYPES},
+    users=columns.Names(folder / 'users.arrow'),
+    places=columns.Names(folder / 'places.arrow'),
+    behaviors=behaviors,
+    fingerprint=summary['fingerprint'],
+    known=sum(item.group != 'unseen' for item in behaviors),
+    clock=summary['clock'],
+  )

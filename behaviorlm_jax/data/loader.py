@@ -33,15 +33,15 @@ class Assembler:
 
   def __call__(self, row):
     arrays = {
-        'tokens': np.zeros(self.length, np.int32),
-        'segments': np.zeros(self.length, np.int32),
-        'positions': np.zeros(self.length, np.int32),
-        'answer_positions': np.zeros(self.answers, np.int32),
-        'answer_tokens': np.zeros(self.answers, np.int32),
-        'answer_nodes': np.full(self.answers, -1, np.int32),
-        'answer_weights': np.zeros(self.answers, np.float32),
-        'answer_auxiliary': np.zeros(self.answers, bool),
-        'samples': np.int32(sum(len(s['targets']) for s in row)),
+      'tokens': np.zeros(self.length, np.int32),
+      'segments': np.zeros(self.length, np.int32),
+      'positions': np.zeros(self.length, np.int32),
+      'answer_positions': np.zeros(self.answers, np.int32),
+      'answer_tokens': np.zeros(self.answers, np.int32),
+      'answer_nodes': np.full(self.answers, -1, np.int32),
+      'answer_weights': np.zeros(self.answers, np.float32),
+      'answer_auxiliary': np.zeros(self.answers, bool),
+      'samples': np.int32(sum(len(s['targets']) for s in row)),
     }
     begin = filled = 0
     for number, segment in enumerate(row, start=1):
@@ -55,8 +55,7 @@ class Assembler:
       arrays['answer_tokens'][answers] = tokens[where]
       arrays['answer_nodes'][answers] = nodes
       arrays['answer_weights'][answers] = weights
-      arrays['answer_auxiliary'][answers] = (
-          segment['kind'] == plan_lib.CONVERSATION)
+      arrays['answer_auxiliary'][answers] = segment['kind'] == plan_lib.CONVERSATION
       begin, filled = end, filled + len(where)
     return arrays
 
@@ -69,8 +68,7 @@ class Assembler:
     start = segment['start']
     tokens, spans = self.prompts.window(start, segment['stop'])
     where, nodes, weights = [], [], []
-    for target, weight in zip(segment['targets'], segment['weights'],
-                              strict=True):
+    for target, weight in zip(segment['targets'], segment['weights'], strict=True):
       begin, end = spans[target - start]
       taught, own = np.arange(end - begin), np.full(end - begin, -1)
       if self.tree:
@@ -107,8 +105,7 @@ def batches(plan, assemble, batch, step=0, own=None, threads=1):
   source = _HostRows(plan.rows, batch, own)
   dataset = grain.MapDataset.source(source).map(assemble)
   dataset = dataset.batch(len(own), drop_remainder=True)
-  options = grain.ReadOptions(num_threads=threads,
-                              prefetch_buffer_size=2 * threads)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterator = iter(dataset.to_iter_dataset(options))
   grain.experimental.set_next_index(iterator, step)
   return iterator

@@ -52,7 +52,8 @@ class PlainText:
     found = self._controls.keys() & ids
     if found:
       raise InputError(
-          f'data.events: the {whose} cannot be written in the tokenizer of '
-          f'model.address without its control token '
-          f'{self._controls[min(found)]!r}; rename it in the log.')
+        f'data.events: the {whose} cannot be written in the tokenizer of '
+        f'model.address without its control token '
+        f'{self._controls[min(found)]!r}; rename it in the log.'
+      )
     return np.asarray(ids, np.int32)

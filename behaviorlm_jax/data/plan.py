@@ -30,7 +30,8 @@ from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 
 WINDOW, CONVERSATION = 'window', 'conversation'
-_SEGMENT = pa.struct([
+_SEGMENT = pa.struct(
+  [
     ('kind', pa.string()),
     ('start', pa.int64()),  # First event, or index of the conversation.
     ('stop', pa.int64()),  # End of the events.
@@ -38,12 +39,14 @@ _SEGMENT = pa.struct([
     ('weights', pa.list_(pa.float32())),  # Of each target in the loss.
     ('length', pa.int32()),  # Tokens.
     ('answers', pa.int32()),  # Answer tokens.
-])
+  ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
   """What one segment of a row holds; the fields are those of the table."""
+
   kind: str
   start: int
   stop: int
@@ -56,6 +59,7 @@ class Segment:
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Rows of segments, `batch` rows a step, in the order of training."""
+
   rows: list  # Of lists of dicts with the fields of Segment.
   answers: int  # Answer tokens of the fullest row, rounded up.
   made_from: str  # Fingerprint of everything that decided the plan.
@@ -78,10 +82,11 @@ def check_lengths(prompts, config):
   if needed > config.train.length:
     name = events.behaviors[events.behavior[worst]].name
     raise InputError(
-        f'train.length is {config.train.length} tokens, but an event of user '
-        f'{events.users[events.user[worst]]!r} ({name!r}) with '
-        f'plan.min_context = {context} events before it needs {needed}; raise '
-        'train.length.')
+      f'train.length is {config.train.length} tokens, but an event of user '
+      f'{events.users[events.user[worst]]!r} ({name!r}) with '
+      f'plan.min_context = {context} events before it needs {needed}; raise '
+      'train.length.'
+    )
 
 
 class Windows:
@@ -91,15 +96,15 @@ class Windows:
     """`tree`: see loader.Assembler."""
     self.prompts = prompts
     self.events = prompts.events
-    self.answer_lengths = prompts.answer_lengths[:self.events.known]
+    self.answer_lengths = prompts.answer_lengths[: self.events.known]
     if tree:
-      self.answer_lengths = np.array([
-          len(tree.choices(b)) for b in range(self.events.known)])
+      self.answer_lengths = np.array(
+        [len(tree.choices(b)) for b in range(self.events.known)]
+      )
     self.plan = config.plan
     self.length = config.train.length
     self.history = config.data.history
-    self.rules = [samples_lib.rule(split, config)
-                  for split in events_lib.SPLITS]
+    self.rules = [samples_lib.rule(split, config) for split in events_lib.SPLITS]
 
   def make(self, start, targets, weights):
     """A segment of events from `start` to the last target.
@@ -111,8 +116,9 @@ class Windows:
     targets, weights = list(targets), list(weights)
     begin, header = start, self.prompts.header
     ends = self.prompts.line_ends(start, targets[-1] + 1)
-    length = lambda start, stop: int(
-        ends[stop - begin] - ends[start - begin]) + len(header(start))
+    length = lambda start, stop: (
+      int(ends[stop - begin] - ends[start - begin]) + len(header(start))
+    )
     latest = targets[0] - self.plan.min_context
     while length(start, targets[-1] + 1) > self.length:
       if start < latest:
@@ -122,15 +128,22 @@ class Windows:
         weights.pop()
       else:
         raise InputError(
-            f'train.length is {self.length} tokens, but event {targets[0]} '
-            f'with {self.plan.min_context} events of context needs '
-            f'{length(start, targets[-1] + 1)}; raise train.length.')
+          f'train.length is {self.length} tokens, but event {targets[0]} '
+          f'with {self.plan.min_context} events of context needs '
+          f'{length(start, targets[-1] + 1)}; raise train.length.'
+        )
     answers = self.answer_lengths[self.events.behavior[targets]].sum()
     stop = targets[-1] + 1
-    return Segment(WINDOW, int(start), int(stop), tuple(map(int, targets)),
-                   # As float32, so that a plan that is read back is the same.
-                   tuple(np.asarray(weights, np.float32).tolist()),
-                   length(start, stop), int(answers))
+    return Segment(
+      WINDOW,
+      int(start),
+      int(stop),
+      tuple(map(int, targets)),
+      # As float32, so that a plan that is read back is the same.
+      tuple(np.asarray(weights, np.float32).tolist()),
+      length(start, stop),
+      int(answers),
+    )
 
   def tiles(self, positions, rng):
     """Cuts users' samples into windows that hold each exactly once.
@@ -158,8 +171,7 @@ class Windows:
     begins, sizes = [], []
     while len(i):  # The next window of every user that has samples left.
       start = self.first_event(positions[i])
-      stop = np.minimum(i + limit, np.searchsorted(
-          positions, start + self.plan.window))
+      stop = np.minimum(i + limit, np.searchsorted(positions, start + self.plan.window))
       asked = np.maximum(i + 1, np.minimum(stop, end))
       begins.append(i)
       sizes.append(asked - i)
@@ -171,9 +183,10 @@ class Windows:
       if self.prompts.data.profile:
         # A window that starts earlier may have a shorter one, or none.
         for j in np.flatnonzero(stop < asked):
-          targets = positions[i[j]:asked[j]]
-          stop[j] = i[j] + len(self.make(
-              int(start[j]), targets, [1.0] * len(targets)).targets)
+          targets = positions[i[j] : asked[j]]
+          stop[j] = i[j] + len(
+            self.make(int(start[j]), targets, [1.0] * len(targets)).targets
+          )
       left = stop < end
       i, end = stop[left], end[left]
       limit = np.full(len(i), per_row)
@@ -183,10 +196,8 @@ class Windows:
 
   def first_event(self, target):
     """Where the windows of `tiles` that begin with these targets start."""
-    context = max(self.plan.min_context,
-                  self.plan.window - self.plan.targets_per_row)
-    return np.maximum(self.events.first[target],
-                      target - min(context, self.history))
+    context = max(self.plan.min_context, self.plan.window - self.plan.targets_per_row)
+    return np.maximum(self.events.first[target], target - min(context, self.history))
 
   def _headers(self, starts):
     """Tokens of the headers of windows that start at these events."""
@@ -226,8 +237,9 @@ def tile(windows, samples, rng):
     del tiles
     for i in rng.permutation(len(first)):
       targets = samples.run(int(first[i]), size[i], windows.plan.window)
-      yield windows.make(int(windows.first_event(targets[0])), targets,
-                         [1.0] * len(targets))
+      yield windows.make(
+        int(windows.first_event(targets[0])), targets, [1.0] * len(targets)
+      )
 
 
 def spread(windows, samples, rates, rng, weight_of=None):
@@ -270,8 +282,7 @@ def mix(stream, conversations, share, rng):
     if auxiliary < share * total:
       i = int(next(order))
       answers = int(conversations[i].answers.sum())
-      yield Segment(CONVERSATION, i, i, (), (), len(conversations[i].tokens),
-                    answers)
+      yield Segment(CONVERSATION, i, i, (), (), len(conversations[i].tokens), answers)
       auxiliary += answers
     else:
       segment = next(stream)
@@ -291,8 +302,11 @@ def pack(stream, rows, length):
   """
   packed, used = [], []
   for segment in stream:
-    fitting = [i for i in range(max(0, len(used) - _OPEN_ROWS), len(used))
-               if used[i] + segment.length <= length]
+    fitting = [
+      i
+      for i in range(max(0, len(used) - _OPEN_ROWS), len(used))
+      if used[i] + segment.length <= length
+    ]
     if fitting:
       row = max(fitting, key=lambda i: used[i])
     elif len(packed) == rows:
@@ -309,8 +323,9 @@ def take(stream, config, steps, made_from):
   """The plan of `steps` steps from an endless stream of segments."""
   rows = pack(stream, steps * config.train.batch, config.train.length)
   most = max(sum(s.answers for s in row) for row in rows)
-  return Plan([[dataclasses.asdict(s) for s in row] for row in rows],
-              _rounded(most), made_from)
+  return Plan(
+    [[dataclasses.asdict(s) for s in row] for row in rows], _rounded(most), made_from
+  )
 
 
 def _rounded(count):
@@ -325,9 +340,12 @@ def most_answers(plan, batch, accumulate, groups, kind=None):
   a micro-batch to `groups` devices one after the other. `kind`: of segments
   that count; None: all.
   """
-  answers = np.array([sum(s['answers'] for s in row
-                          if kind is None or s['kind'] == kind)
-                      for row in plan.rows])
+  answers = np.array(
+    [
+      sum(s['answers'] for s in row if kind is None or s['kind'] == kind)
+      for row in plan.rows
+    ]
+  )
   rows = batch // accumulate // groups
   parts = answers.reshape(-1, groups, rows, accumulate).sum(axis=2)
   return _rounded(parts.max())
@@ -348,21 +366,28 @@ def summary(plan, length):
   segments = list(itertools.chain.from_iterable(plan.rows))
   targets = [t for segment in segments for t in segment['targets']]
   used = sum(segment['length'] for segment in segments)
-  return (f'{len(plan.rows):,} rows, {used / (len(plan.rows) * length):.1%} '
-          f'full; {len(targets):,} targets, {len(set(targets)):,} of them '
-          'different events')
+  return (
+    f'{len(plan.rows):,} rows, {used / (len(plan.rows) * length):.1%} '
+    f'full; {len(targets):,} targets, {len(set(targets)):,} of them '
+    'different events'
+  )
 
 
 def save(path, plan, batch):
   """Writes a plan; columns step, row and segments."""
   index = np.arange(len(plan.rows))
-  table = pa.table({
+  table = pa.table(
+    {
       'step': pa.array(index // batch, pa.int32()),
       'row': pa.array(index % batch, pa.int32()),
       'segments': pa.array(plan.rows, pa.list_(_SEGMENT)),
-  })
-  facts = {'made_from': plan.made_from, 'answers': str(plan.answers),
-           'plan_hash': content_hash(plan)}
+    }
+  )
+  facts = {
+    'made_from': plan.made_from,
+    'answers': str(plan.answers),
+    'plan_hash': content_hash(plan),
+  }
   files.write_parquet(path, table, facts)
 
 
@@ -377,11 +402,11 @@ def content_hash(plan):
 def load(path, made_from):
   """Reads a plan, refusing one that other inputs made."""
   table = parquet.read_table(path)
-  facts = {k.decode(): v.decode() for k, v in
-           (table.schema.metadata or {}).items()}
+  facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
   if facts.get('made_from') != made_from:
     raise InputError(
-        f'{path} was made from other events, another model, adapter or config '
-        f'(fingerprint {facts.get("made_from", "none")[:12]}, now '
-        f'{made_from[:12]}); delete it or use another --workdir.')
+      f'{path} was made from other events, another model, adapter or config '
+      f'(fingerprint {facts.get("made_from", "none")[:12]}, now '
+      f'{made_from[:12]}); delete it or use another --workdir.'
+    )
   return Plan(table['segments'].to_pylist(), int(facts['answers']), made_from)

@@ -60,8 +60,10 @@ class Prompts:
     self.tokenizer = tokenizer
     self.data = data
     if tokenizer.chat_template is None:
-      logging.warning('model.address: the tokenizer has no chat template; '
-                      'using the plain format "User: ... Assistant: ...".')
+      logging.warning(
+        'model.address: the tokenizer has no chat template; '
+        'using the plain format "User: ... Assistant: ...".'
+      )
     self._log_text = plain_text.PlainText(tokenizer)
     self.names = [self.answer(b.name) for b in events.behaviors]
     self._times, self._places = {}, {}
@@ -85,25 +87,29 @@ class Prompts:
 
   def _template(self):
     """Text before the instruction, and from it to where the log starts."""
-    text = chat.render(self.tokenizer, [{'role': 'user', 'content': _MARK}],
-                       add_generation_prompt=True)
+    text = chat.render(
+      self.tokenizer, [{'role': 'user', 'content': _MARK}], add_generation_prompt=True
+    )
     if not text[-1].isspace():
       text += '\n'  # The log starts on a line of its own.
     if text.count(_MARK) != 1:
-      raise InputError('model.address: the chat template does not show a '
-                       'user message exactly once; give it another template.')
+      raise InputError(
+        'model.address: the chat template does not show a '
+        'user message exactly once; give it another template.'
+      )
     before, after = text.split(_MARK)
     return before, self.data.instruction.strip() + after
 
   @functools.cached_property
   def labels(self):
     """Answer tokens of every candidate behavior, by id."""
-    return self.names[:self.events.known]
+    return self.names[: self.events.known]
 
   def _time(self, code):
     if code not in self._times:  # At most 10,080: the minutes of a week.
-      self._times[code] = self.encode(time_text(
-          code * 60, self.data.weekday, self.events.clock))
+      self._times[code] = self.encode(
+        time_text(code * 60, self.data.weekday, self.events.clock)
+      )
     return self._times[code]
 
   def _time_code(self, positions):
@@ -115,14 +121,15 @@ class Prompts:
       return np.zeros(0, np.int32)
     if place not in self._places:
       name = self.events.places[place]
-      self._places[place] = self._log_text.encode(
-          f' ({name})', f'place {name!r}')
+      self._places[place] = self._log_text.encode(f' ({name})', f'place {name!r}')
     return self._places[place]
 
   def cut_line(self, position):
     """Pieces of the line of `position` up to where the answer starts."""
-    return [self._time(int(self._time_code(position))),
-            self._place(int(self.events.place[position]))]
+    return [
+      self._time(int(self._time_code(position))),
+      self._place(int(self.events.place[position])),
+    ]
 
   def header(self, start):
     """Tokens of the header of a window whose first event is `start`.
@@ -140,27 +147,27 @@ class Prompts:
 
   def _most_frequent(self, start):
     """Ids of the behaviors of the user's events before `start`, at most."""
-    past = self.events.behavior[self.events.first[start]:start]
+    past = self.events.behavior[self.events.first[start] : start]
     counts = np.bincount(past, minlength=len(self.names))
-    top = np.argsort(-counts, kind='stable')[:self.data.profile]
+    top = np.argsort(-counts, kind='stable')[: self.data.profile]
     return top[counts[top] > 0]
 
   def question_start(self, position):
     """First event that the question about `position` shows."""
-    return max(int(self.events.first[position]),
-               int(position) - self.data.history)
+    return max(int(self.events.first[position]), int(position) - self.data.history)
 
   def check_lengths(self, most, train_length):
     """Refuses questions, or rows, of more positions than the model knows."""
     if train_length > most:
-      raise InputError(f'train.length is {train_length}, but the model of '
-                       f'model.address has {most} positions; lower it.')
+      raise InputError(
+        f'train.length is {train_length}, but the model of '
+        f'model.address has {most} positions; lower it.'
+      )
     longest, window = 0, (0, 0)
     for span in samples_lib.spans(self.events):
       ends = self.line_ends(span.start, span.stop)
       positions = np.arange(span.start, span.stop)
-      starts = np.maximum(self.events.first[span],
-                          positions - self.data.history)
+      starts = np.maximum(self.events.first[span], positions - self.data.history)
       lines = ends[1:] - ends[starts - span.start]
       worst = int(np.argmax(lines))
       if lines[worst] > longest:
@@ -168,9 +175,10 @@ class Prompts:
     longest = self.window_length(*window)
     if longest > most:
       raise InputError(
-          f'data.history is {self.data.history}, with which a question has '
-          f'{longest} tokens, but the model of model.address has {most} '
-          'positions; lower it.')
+        f'data.history is {self.data.history}, with which a question has '
+        f'{longest} tokens, but the model of model.address has {most} '
+        'positions; lower it.'
+      )
 
   def question(self, position, past=True):
     """Tokens int32 [n] that ask for the behavior of `position`.
@@ -205,9 +213,11 @@ class Prompts:
     """int64 [stop - start + 1]: tokens from `start` on before each event."""
     span = slice(start, stop)
     codes, places = self._time_code(span), self.events.place[span]
-    lengths = (self.answer_lengths[self.events.behavior[span]]
-               + _known(self._time_lengths, codes, self._time)
-               + _known(self._place_lengths, places, self._place))
+    lengths = (
+      self.answer_lengths[self.events.behavior[span]]
+      + _known(self._time_lengths, codes, self._time)
+      + _known(self._place_lengths, places, self._place)
+    )
     return np.concatenate([[0], np.cumsum(lengths)])
 
   @functools.cached_property

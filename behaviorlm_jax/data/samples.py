@@ -27,13 +27,16 @@ class NoSamples(InputError):
 def require(samples, stage):
   """Refuses to go on without samples."""
   if not len(samples):
-    raise NoSamples(f'data.events: no sample is left for {stage}; '
-                    'give users more events or lower plan.min_context.')
+    raise NoSamples(
+      f'data.events: no sample is left for {stage}; '
+      'give users more events or lower plan.min_context.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """What makes an event a sample, of one split."""
+
   split: str
   min_context: int
   anchors_only: bool = False
@@ -59,8 +62,7 @@ class Rule:
     if self.shots is not None:
       limited, shots = _shots(events, self, FEW_SHOT_FROM)
       at = np.searchsorted(shots, positions)
-      return positions[~limited[behavior] | (
-          np.append(shots, -1)[at] == positions)]
+      return positions[~limited[behavior] | (np.append(shots, -1)[at] == positions)]
     return positions
 
 
@@ -149,16 +151,17 @@ def _shots(events, rule, few_shot_from):
 
   bool [known]; int64, sorted.
   """
-  every, limited = dataclasses.replace(rule, shots=None), few_shot_mask(
-      train_counts(events), anchor_mask(events))
+  every, limited = (
+    dataclasses.replace(rule, shots=None),
+    few_shot_mask(train_counts(events), anchor_mask(events)),
+  )
   sizes = _counts(events, every, few_shot_from)
   ranks = {}
   for b in np.flatnonzero(limited).tolist():
     rng = seeds.stream(rule.seed, 'shots', str(b))
     ranks[b] = draw_ranks(rng, sizes[b], rule.shots)
   found = Samples(events, every).at_of_behaviors(ranks)
-  return limited, np.sort(np.concatenate(
-      [np.zeros(0, np.int64), *found.values()]))
+  return limited, np.sort(np.concatenate([np.zeros(0, np.int64), *found.values()]))
 
 
 def draw_ranks(rng, size, most):
@@ -186,8 +189,7 @@ def spans(events):
 
 def _within(ranks, begun, size):
   """Which of `size` samples from rank `begun` on have these ranks."""
-  low, high = np.searchsorted(ranks, np.array([begun, begun + size],
-                                              ranks.dtype))
+  low, high = np.searchsorted(ranks, np.array([begun, begun + size], ranks.dtype))
   return ranks[low:high].astype(np.int64) - begun
 
 
@@ -201,13 +203,12 @@ def _grouping(behavior):
 @functools.lru_cache(maxsize=8)  # Asked for with every window of a plan.
 def anchor_mask(events):
   """bool [known]: which candidate behaviors are anchors."""
-  return np.array([b.group == 'anchor' for b in
-                   events.behaviors[:events.known]], bool)
+  return np.array([b.group == 'anchor' for b in events.behaviors[: events.known]], bool)
 
 
 def train_counts(events):
   """int64 [known]: training events of each behavior."""
-  return np.array([b.train_count for b in events.behaviors[:events.known]])
+  return np.array([b.train_count for b in events.behaviors[: events.known]])
 
 
 def few_shot_mask(counts, anchor):
@@ -224,8 +225,7 @@ def learnable(counts, anchor, shots):
   """int [Y]: the counts, of what plan.shots limits as many as it leaves."""
   if shots is None:
     return counts
-  return np.where(few_shot_mask(counts, anchor), np.minimum(counts, shots),
-                  counts)
+  return np.where(few_shot_mask(counts, anchor), np.minimum(counts, shots), counts)
 
 
 def by_behavior(events, positions):

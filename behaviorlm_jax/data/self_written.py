@@ -43,6 +43,7 @@ TEMPERATURE = 1.0
 @dataclasses.dataclass(frozen=True)
 class Task:
   """What the model is to answer, and how."""
+
   openings: list  # Of messages before the first answer.
   prompts: list  # Of int32 arrays, their tokens.
   ends: tuple  # Tokens that end an answer.
@@ -71,8 +72,9 @@ def read(base, dtype, seed, max_length, draw):
   # devices may have drawn others.
   text = hosts.shared(path.read_text('utf-8') if path.exists() else None)
   if text is None:
-    logging.info('The base model answers %d questions once, into %s.',
-                 len(task.prompts), folder)
+    logging.info(
+      'The base model answers %d questions once, into %s.', len(task.prompts), folder
+    )
     text = _write(folder, task, draw(task), base)
   return _load(text, path, max_length)
 
@@ -89,16 +91,23 @@ def _task(base, dtype, seed):
   longest = max(map(len, prompts)) + TOKENS
   if longest > base.config.max_length:
     raise InputError(
-        f'data.conversations is {ADDRESS!r}, but questions and answers need '
-        f'{longest} tokens and model.address takes {base.config.max_length}; '
-        'give a file of conversations.')
+      f'data.conversations is {ADDRESS!r}, but questions and answers need '
+      f'{longest} tokens and model.address takes {base.config.max_length}; '
+      'give a file of conversations.'
+    )
   ends = {encode(renderer.end_of_turn)[-1], tokenizer.eos_token_id} - {None}
   digest = hashlib.sha256()
   for prompt in prompts:
     digest.update(len(prompt).to_bytes(4, 'little') + prompt.tobytes())
-  facts = {'fingerprint': base.fingerprint, 'dtype': dtype, 'seed': seed,
-           'temperature': TEMPERATURE, 'tokens': TOKENS, 'ends': sorted(ends),
-           'prompts_sha256': digest.hexdigest()}
+  facts = {
+    'fingerprint': base.fingerprint,
+    'dtype': dtype,
+    'seed': seed,
+    'temperature': TEMPERATURE,
+    'tokens': TOKENS,
+    'ends': sorted(ends),
+    'prompts_sha256': digest.hexdigest(),
+  }
   return Task(openings, prompts, tuple(sorted(ends)), facts)
 
 
@@ -109,16 +118,25 @@ def _write(folder, task, answers, base):
   with tempfile.TemporaryDirectory(dir=root, prefix='.write-') as place:
     half = pathlib.Path(place) / 'whole'
     half.mkdir()
-    lines = [_line(*parts, base.tokenizer) for parts in
-             zip(task.openings, task.prompts, answers, strict=True)]
+    lines = [
+      _line(*parts, base.tokenizer)
+      for parts in zip(task.openings, task.prompts, answers, strict=True)
+    ]
     text = ''.join(lines)
     files.write_text(half / 'conversations.jsonl', text)
     cut = sum(int(answer[-1]) not in task.ends for answer in answers)
     now = datetime.datetime.now(datetime.UTC)
-    files.write_json(half / 'record.json', {
-        'model': base.address, **task.facts, 'conversations': len(lines),
-        'answer_tokens': sum(map(len, answers)), 'cut_at_their_end': cut,
-        'written': now.isoformat(timespec='seconds')})
+    files.write_json(
+      half / 'record.json',
+      {
+        'model': base.address,
+        **task.facts,
+        'conversations': len(lines),
+        'answer_tokens': sum(map(len, answers)),
+        'cut_at_their_end': cut,
+        'written': now.isoformat(timespec='seconds'),
+      },
+    )
     try:
       os.rename(half, folder)
     except OSError:
@@ -130,24 +148,36 @@ def _write(folder, task, answers, base):
 def _line(messages, prompt, answer, tokenizer):
   text = tokenizer.decode(answer, skip_special_tokens=True)
   messages = [*messages, {'role': 'assistant', 'content': text}]
-  return json.dumps({'messages': messages, 'prompt': prompt.tolist(),
-                     'answer': answer.tolist()}, ensure_ascii=False) + '\n'
+  return (
+    json.dumps(
+      {'messages': messages, 'prompt': prompt.tolist(), 'answer': answer.tolist()},
+      ensure_ascii=False,
+    )
+    + '\n'
+  )
 
 
 def _load(text, path, max_length):
   """Conversations of what stands in `path`, but for those that do not fit."""
   # Not splitlines: it also cuts at characters that JSON leaves as they are.
   lines = text.removesuffix('\n').split('\n')
-  found = [_conversation(line, f'{path} line {n}', max_length)
-           for n, line in enumerate(lines, start=1)]
+  found = [
+    _conversation(line, f'{path} line {n}', max_length)
+    for n, line in enumerate(lines, start=1)
+  ]
   kept = [one for one in found if one.answers.any()]
   if not kept:
-    raise InputError(f'train.length is {max_length} tokens, which holds no '
-                     f'answer of {path}; raise it.')
+    raise InputError(
+      f'train.length is {max_length} tokens, which holds no answer of {path}; raise it.'
+    )
   if len(kept) < len(found):
-    logging.warning('%s: %d of %d conversations left out: no answer in their '
-                    'first %d tokens.', path, len(found) - len(kept),
-                    len(found), max_length)
+    logging.warning(
+      '%s: %d of %d conversations left out: no answer in their first %d tokens.',
+      path,
+      len(found) - len(kept),
+      len(found),
+      max_length,
+    )
   return kept
 
 
@@ -157,7 +187,9 @@ def _conversation(line, where, max_length):
     prompt, answer = record['prompt'], record['answer']
     tokens = np.array([*prompt, *answer], np.int32)
   except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{where} is not what this program wrote ({error!r}); '
-                     'delete its folder, and it is written again.') from error
+    raise InputError(
+      f'{where} is not what this program wrote ({error!r}); '
+      'delete its folder, and it is written again.'
+    ) from error
   answers = np.arange(len(tokens)) >= len(prompt)
   return conversations.Conversation(tokens[:max_length], answers[:max_length])

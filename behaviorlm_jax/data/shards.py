@@ -57,8 +57,10 @@ def new_folder(folder: pathlib.Path):
   spill = half / 'spill'
   spill.mkdir(parents=True)
   try:
-    with duckdb.connect(spill / 'log.duckdb', config={
-        'temp_directory': str(spill), 'memory_limit': MEMORY}) as con:
+    with duckdb.connect(
+      spill / 'log.duckdb',
+      config={'temp_directory': str(spill), 'memory_limit': MEMORY},
+    ) as con:
       yield half, con
     shutil.rmtree(spill)
     half.rename(folder)
@@ -66,8 +68,7 @@ def new_folder(folder: pathlib.Path):
     shutil.rmtree(half, ignore_errors=True)
 
 
-def write(data, place, folder: pathlib.Path, shard=(0, 1),
-          origin: dict | None = None):
+def write(data, place, folder: pathlib.Path, shard=(0, 1), origin: dict | None = None):
   """Reads the log at `place` into the new `folder`, the users of a shard.
 
   `place`: what sources.open_log takes; `origin` is written beside the events as
@@ -83,10 +84,14 @@ def write(data, place, folder: pathlib.Path, shard=(0, 1),
       _check_groups(con, log)
     facts |= _write_events(con, half, data.collapse_repeats, found.grouped)
     for table in ('names', 'places'):
-      columns.write_table(half / f'{table}.arrow', con.sql(
-          f'SELECT name FROM {table} ORDER BY id'))
-    facts |= {'grouped': found.grouped, 'layout': found.layout,
-              'form': dataclasses.asdict(found.form)}
+      columns.write_table(
+        half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
+      )
+    facts |= {
+      'grouped': found.grouped,
+      'layout': found.layout,
+      'form': dataclasses.asdict(found.form),
+    }
     if origin is not None:
       files.write_json(half / 'config.json', origin)
     files.write_json(half / 'shard.json', facts)
@@ -102,17 +107,16 @@ def _reject(con, most: float, log, folder, rows: int) -> dict:
   is left to `join`.
   """
   if not rows:
-    raise InputError(f'{log.name} holds no rows: give data.events a log with '
-                     'rows')
+    raise InputError(f'{log.name} holds no rows: give data.events a log with rows')
   # Reasons of one kind: without what they quote.
-  reasons = dict(con.execute(r"""
+  reasons = dict(
+    con.execute(r"""
       SELECT regexp_replace(regexp_replace(reason, ' ''.*''', ''), ':.*', '')
              AS kind, count(*) FROM rows WHERE reason IS NOT NULL
-      GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall())
-  query = ('SELECT line, reason, text FROM rows WHERE reason IS NOT NULL '
-           'ORDER BY line')
-  check_rejected(log, most, rows, reasons,
-                 con.execute(f'{query} LIMIT 1').fetchall())
+      GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall()
+  )
+  query = 'SELECT line, reason, text FROM rows WHERE reason IS NOT NULL ORDER BY line'
+  check_rejected(log, most, rows, reasons, con.execute(f'{query} LIMIT 1').fetchall())
   columns.write_table(folder / 'rejected.arrow', con.sql(query))
   return {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
 
@@ -123,29 +127,37 @@ def check_rejected(log, most: float, rows: int, reasons: dict[str, int], first):
   if rejected <= most * rows and rejected < rows:
     return
   line, reason, _ = first[0]
-  counts = ', '.join(f'{n} {kind}' for kind, n in sorted(
-      reasons.items(), key=lambda item: (-item[1], item[0]))[:5])
+  counts = ', '.join(
+    f'{n} {kind}'
+    for kind, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:5]
+  )
   if rejected > most * rows:
     raise InputError(
-        f'{log.at(line)}: {reason}; {rejected} of {rows} rows are malformed '
-        f'({rejected / rows:.2%}: {counts}) and data.max_rejected = {most} '
-        f'allows {most:.2%}: mend the rows, check data.columns'
-        f'{_hint(reasons)}, or raise data.max_rejected')
-  raise InputError(f'{log.name}: all {rows} rows are malformed ({counts}): '
-                   f'check data.columns{_hint(reasons)}')
+      f'{log.at(line)}: {reason}; {rejected} of {rows} rows are malformed '
+      f'({rejected / rows:.2%}: {counts}) and data.max_rejected = {most} '
+      f'allows {most:.2%}: mend the rows, check data.columns'
+      f'{_hint(reasons)}, or raise data.max_rejected'
+    )
+  raise InputError(
+    f'{log.name}: all {rows} rows are malformed ({counts}): '
+    f'check data.columns{_hint(reasons)}'
+  )
 
 
 # Settings that such malformed rows may come from.
 _HINTS = (
-    ('fields instead of', 'data.csv (delimiter, quote, escape)'),
-    ('broken row', 'data.csv (delimiter, quote, escape)'),
-    ('is not of the form', 'data.time_format'), ('means none', 'data.nulls'),
-    ('not UTF-8', 'the encoding, which must be UTF-8 or UTF-16'))
+  ('fields instead of', 'data.csv (delimiter, quote, escape)'),
+  ('broken row', 'data.csv (delimiter, quote, escape)'),
+  ('is not of the form', 'data.time_format'),
+  ('means none', 'data.nulls'),
+  ('not UTF-8', 'the encoding, which must be UTF-8 or UTF-16'),
+)
 
 
 def _hint(reasons) -> str:
-  found = dict.fromkeys(hint for words, hint in _HINTS
-                        if any(words in kind for kind in reasons))
+  found = dict.fromkeys(
+    hint for words, hint in _HINTS if any(words in kind for kind in reasons)
+  )
   return ''.join(f', {hint}' for hint in found)
 
 
@@ -156,9 +168,10 @@ def _check_groups(con, log):
       ORDER BY who LIMIT 1""").fetchone()
   if torn:
     raise InputError(
-        f'{log.at(torn[3])}: user {torn[0]!r} stands in two groups, '
-        f'{torn[1]!r} and {torn[2]!r}; a user belongs to one group of '
-        'data.columns.group')
+      f'{log.at(torn[3])}: user {torn[0]!r} stands in two groups, '
+      f'{torn[1]!r} and {torn[2]!r}; a user belongs to one group of '
+      'data.columns.group'
+    )
 
 
 # Writing.
@@ -167,8 +180,9 @@ def _check_groups(con, log):
 def _write_events(con, folder, collapse: bool, grouped: bool) -> dict:
   """Writes the columns and users.arrow; returns counts of rows."""
   # DuckDB streams only where nothing is left to fetch.
-  (users, parsed), = con.execute('SELECT (SELECT count(*) FROM users), '
-                                 '(SELECT count(*) FROM parsed)').fetchall()
+  ((users, parsed),) = con.execute(
+    'SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM parsed)'
+  ).fetchall()
   reader = con.sql("""
       SELECT users.id AS uid, instant, shift, names.id AS bid,
              coalesce(places.id, -1) AS pid
@@ -186,20 +200,35 @@ def _write_events(con, folder, collapse: bool, grouped: bool) -> dict:
         kept[1:] = (np.diff(user) != 0) | (np.diff(behavior) != 0)
         kept[0] = (user[0], behavior[0]) != last
         last = user[-1], behavior[-1]
-      sizes[user[0]:user[-1] + 1] += np.bincount(
-          user[kept] - user[0], minlength=user[-1] - user[0] + 1)
-      writer.add(user=user[kept], behavior=behavior[kept], place=place[kept],
-                 # The user's clock; floor, also before 1970.
-                 time=instant[kept] // 1_000_000 + shift[kept])
+      sizes[user[0] : user[-1] + 1] += np.bincount(
+        user[kept] - user[0], minlength=user[-1] - user[0] + 1
+      )
+      writer.add(
+        user=user[kept],
+        behavior=behavior[kept],
+        place=place[kept],
+        # The user's clock; floor, also before 1970.
+        time=instant[kept] // 1_000_000 + shift[kept],
+      )
   con.register('sizes', pa.table({'id': np.arange(users), 'events': sizes}))
   # A group is an event's in the log and a user's here.
-  teams = ('SELECT who, any_value(team) AS team FROM parsed GROUP BY who'
-           if grouped else "SELECT '' AS who, NULL::VARCHAR AS team")
-  columns.write_table(folder / 'users.arrow', con.sql(f"""
+  teams = (
+    'SELECT who, any_value(team) AS team FROM parsed GROUP BY who'
+    if grouped
+    else "SELECT '' AS who, NULL::VARCHAR AS team"
+  )
+  columns.write_table(
+    folder / 'users.arrow',
+    con.sql(f"""
       SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
-      LEFT JOIN ({teams}) ON who = name ORDER BY id"""))
-  return {'sound': parsed, 'shifted': shifted, 'duplicates': parsed - single,
-          'repeats': single - int(sizes.sum())}
+      LEFT JOIN ({teams}) ON who = name ORDER BY id"""),
+  )
+  return {
+    'sound': parsed,
+    'shifted': shifted,
+    'duplicates': parsed - single,
+    'repeats': single - int(sizes.sum()),
+  }
 
 
 def _without_duplicates(reader):
@@ -211,8 +240,9 @@ def _without_duplicates(reader):
   """
   held = [np.zeros(0, np.int64)] * 5  # Rows of an instant that may go on.
   for batch in reader:
-    rows = [np.concatenate([old, batch.column(i).to_numpy()])
-            for i, old in enumerate(held)]
+    rows = [
+      np.concatenate([old, batch.column(i).to_numpy()]) for i, old in enumerate(held)
+    ]
     user, instant = rows[:2]
     others = np.flatnonzero((user != user[-1:]) | (instant != instant[-1:]))
     cut = others[-1] + 1 if len(others) else 0

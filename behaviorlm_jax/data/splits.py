@@ -36,11 +36,15 @@ class Behavior:
 def cuts(split) -> tuple[float, float]:
   """Ends of train and validation, as fractions of a history or of groups."""
   parts = tuple(split)
-  if (len(parts) != 3 or not all(0 <= part <= 1 for part in parts)
-      or abs(sum(parts) - 1) > 1e-6):
+  if (
+    len(parts) != 3
+    or not all(0 <= part <= 1 for part in parts)
+    or abs(sum(parts) - 1) > 1e-6
+  ):
     raise InputError(
-        f'data.split is {parts}: give three fractions (train, validation, '
-        'test) that sum to 1')
+      f'data.split is {parts}: give three fractions (train, validation, '
+      'test) that sum to 1'
+    )
   return parts[0], parts[0] + parts[1]
 
 
@@ -49,11 +53,14 @@ def split_groups(groups, seed: int, ends) -> dict[str, int]:
 
   hashlib rather than `hash`, so the ranking is the same in every process.
   """
-  ranked = sorted(groups, key=lambda group: (
-      hashlib.sha256(f'{seed}:{group}'.encode()).digest(), group))
+  ranked = sorted(
+    groups,
+    key=lambda group: (hashlib.sha256(f'{seed}:{group}'.encode()).digest(), group),
+  )
   sizes = [math.floor(end * len(ranked) + _ROUNDING) for end in ends]
-  return {group: sum(rank >= size for size in sizes)
-          for rank, group in enumerate(ranked)}
+  return {
+    group: sum(rank >= size for size in sizes) for rank, group in enumerate(ranked)
+  }
 
 
 def by_time(nth, size, ends) -> np.ndarray:
@@ -61,8 +68,9 @@ def by_time(nth, size, ends) -> np.ndarray:
 
   The first floor(end * size) are training events, and so on.
   """
-  return sum((nth > np.floor(end * size + _ROUNDING)).astype(np.int8)
-             for end in map(float, ends))
+  return sum(
+    (nth > np.floor(end * size + _ROUNDING)).astype(np.int8) for end in map(float, ends)
+  )
 
 
 def group_behaviors(names, counts, anchor_share: float):
@@ -79,14 +87,21 @@ def group_behaviors(names, counts, anchor_share: float):
   counts = counts.tolist()
   total = sum(row[0] for row in counts)
   # Unseen last; among the known by training count. Test counts never enter.
-  order = sorted(range(len(counts)), key=lambda i: (
-      counts[i][0] + counts[i][1] == 0, -counts[i][0], names[i]))
+  order = sorted(
+    range(len(counts)),
+    key=lambda i: (counts[i][0] + counts[i][1] == 0, -counts[i][0], names[i]),
+  )
   behaviors, place = [], np.zeros(len(counts), np.int32)
   for i in order:
     train, validation, _ = counts[i]
     place[i] = len(behaviors)
-    share = train / total if total else 0.
-    group = ('unseen' if train + validation == 0
-             else 'anchor' if share > anchor_share else 'tail')
+    share = train / total if total else 0.0
+    group = (
+      'unseen'
+      if train + validation == 0
+      else 'anchor'
+      if share > anchor_share
+      else 'tail'
+    )
     behaviors.append(Behavior(names[i], sum(counts[i]), train, share, group))
   return behaviors, place

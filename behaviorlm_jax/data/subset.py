@@ -38,10 +38,10 @@ def budgets(events, config):
     return balanced
   samples = np.maximum(n, 1).astype(np.float64)
   if plan.budget == 'tempered':
-    rates = samples ** plan.temper
+    rates = samples**plan.temper
   else:
     beta = plan.effective_beta
-    rates = samples * (1 - beta) / (1 - beta ** samples)
+    rates = samples * (1 - beta) / (1 - beta**samples)
   rates *= n > 0
   shares = balanced.sum() * rates / max(rates.sum(), 1e-12)
   return np.where(n > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
@@ -61,8 +61,10 @@ def candidates(events, config, rng):
   """
   sizes = counts(events, config)
   limits = np.maximum(budgets(events, config), config.difficulty.candidates)
-  draws = {b: samples_lib.draw_ranks(rng, sizes[b], limits[b])
-           for b in np.flatnonzero(sizes).tolist()}
+  draws = {
+    b: samples_lib.draw_ranks(rng, sizes[b], limits[b])
+    for b in np.flatnonzero(sizes).tolist()
+  }
   samples = samples_lib.of_split(events, 'train', config)
   if config.plan.budget == 'natural':
     size = sum(map(len, draws.values()))
@@ -104,7 +106,7 @@ def select(positions, difficulty, size, plan, rng):
     hardest, middle, easiest    those at that end, or around the median
   """
   order = np.argsort(difficulty, kind='stable')
-  order = order[:max(1, round(len(order) * (1 - plan.noise_cut)))]
+  order = order[: max(1, round(len(order) * (1 - plan.noise_cut)))]
   if plan.selection == 'weighted':
     kept = np.sort(order)
     weights = np.maximum(difficulty[kept], 0) ** plan.gamma
@@ -114,8 +116,7 @@ def select(positions, difficulty, size, plan, rng):
   spare = len(positions) - rest
   begin = {'easiest': 0, 'middle': spare // 2, 'hardest': spare}
   begin = begin[plan.selection]
-  return np.concatenate([np.tile(positions, whole),
-                         positions[begin:begin + rest]])
+  return np.concatenate([np.tile(positions, whole), positions[begin : begin + rest]])
 
 
 def weighted_draw(positions, weights, size, rng):

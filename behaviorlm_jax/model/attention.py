@@ -70,8 +70,9 @@ def grouped(q, k, v, mask):
   mask bool [B, 1, L, M], k and v [B, M, K, C].
   """
   q = _by_key_head(q, k.shape[2])
-  y, _ = _attend(_rows(q), k.swapaxes(1, 2), v.swapaxes(1, 2),
-                 _bias(mask[:, 0], q.shape[2]))
+  y, _ = _attend(
+    _rows(q), k.swapaxes(1, 2), v.swapaxes(1, 2), _bias(mask[:, 0], q.shape[2])
+  )
   return _by_position(y.reshape(q.shape))
 
 
@@ -133,10 +134,16 @@ def _blocked_forward(q, k, v, segments):
   for begin, end in _blocks(q.shape[3]):
     block = q[:, :, :, begin:end]
     bias = _bias(causal_mask(segments[:, :end])[:, 0, begin:], groups)
-    parts.append([x.reshape(*block.shape[:4], -1) for x in _attend(
-        _rows(block), k[:, :, :end], v[:, :, :end], bias)])
-  y, sums = (checkpoint_name(jnp.concatenate(x, axis=3), 'product')
-             for x in zip(*parts, strict=True))
+    parts.append(
+      [
+        x.reshape(*block.shape[:4], -1)
+        for x in _attend(_rows(block), k[:, :, :end], v[:, :, :end], bias)
+      ]
+    )
+  y, sums = (
+    checkpoint_name(jnp.concatenate(x, axis=3), 'product')
+    for x in zip(*parts, strict=True)
+  )
   return y, (q, k, v, segments, y, sums)
 
 
@@ -155,13 +162,16 @@ def _blocked_backward(saved, dy):
   dqs, dks, dvs = [], [], []
   for begin, end in _blocks(length):
     block, dy_block, sum_block, inside_block = (
-        _rows(x[:, :, :, begin:end]) for x in (q, dy, sums, inside))
+      _rows(x[:, :, :, begin:end]) for x in (q, dy, sums, inside)
+    )
     mask = causal_mask(segments[:, :end])[:, 0, begin:]
     bias = _bias(mask.swapaxes(1, 2), groups, axis=2)
-    weights = jnp.exp(_products(k[:, :, :end], block, 3, 3) + bias
-                      - sum_block.swapaxes(2, 3))
-    dscores = weights * (_products(v[:, :, :end], dy_block, 3, 3)
-                         - inside_block.swapaxes(2, 3))
+    weights = jnp.exp(
+      _products(k[:, :, :end], block, 3, 3) + bias - sum_block.swapaxes(2, 3)
+    )
+    dscores = weights * (
+      _products(v[:, :, :end], dy_block, 3, 3) - inside_block.swapaxes(2, 3)
+    )
     dscores = dscores.astype(q.dtype)
     dvs.append(_products(weights.astype(q.dtype), dy_block, 3, 2))
     dks.append(_products(dscores, block, 3, 2))
@@ -169,20 +179,27 @@ def _blocked_backward(saved, dy):
     dq = jax.lax.optimization_barrier(dq).swapaxes(2, 3)
     dqs.append(dq.reshape(*dq.shape[:2], groups, -1, dq.shape[-1]))
   dq = jnp.concatenate(dqs, axis=3)
-  return (dq.astype(q.dtype), _add_up(dks, length).astype(k.dtype),
-          _add_up(dvs, length).astype(v.dtype), None)
+  return (
+    dq.astype(q.dtype),
+    _add_up(dks, length).astype(k.dtype),
+    _add_up(dvs, length).astype(v.dtype),
+    None,
+  )
 
 
 def _blocks(length):
-  return [(begin, min(begin + _BLOCK, length))
-          for begin in range(0, length, _BLOCK)]
+  return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
 
 
 def _add_up(parts, length):
   """Sum of what the blocks say of keys, each of those up to its own end."""
   return jnp.concatenate(
-      [sum(part[:, :, begin:end] for part in parts[i:])
-       for i, (begin, end) in enumerate(_blocks(length))], axis=2)
+    [
+      sum(part[:, :, begin:end] for part in parts[i:])
+      for i, (begin, end) in enumerate(_blocks(length))
+    ],
+    axis=2,
+  )
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -192,8 +209,12 @@ def _products(x, y, x_axis, y_axis):
   """One product per row and key head, in float32."""
   precision = 'highest' if x.dtype == jnp.float32 else None  # See decoder.
   return jax.lax.dot_general(
-      x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision,
-      preferred_element_type=jnp.float32)
+    x,
+    y,
+    (((x_axis,), (y_axis,)), ((0, 1), (0, 1))),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def cudnn(q, k, v, segments):
@@ -207,8 +228,9 @@ def cudnn(q, k, v, segments):
   length = q.shape[1]
   # With a mask, cuDNN differentiates even lengths only.
   q, k, v, segments = _pad(2, q, k, v, segments)
-  y = jax.nn.dot_product_attention(q, k, v, mask=_same(segments),
-                                   is_causal=True, implementation='cudnn')
+  y = jax.nn.dot_product_attention(
+    q, k, v, mask=_same(segments), is_causal=True, implementation='cudnn'
+  )
   return y[:, :length]
 
 
@@ -221,38 +243,51 @@ def pallas(q, k, v, segments, interpret=False):
   q, k, v, segments = _pad(_LANES, scaled(q), k, v, segments)
   kernel = _splash(q.shape[1], q.shape[2], interpret)
   heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-  y = jax.vmap(kernel)(*heads_first,
-                       splash_attention.SegmentIds(segments, segments))
+  y = jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(segments, segments))
   return y.swapaxes(1, 2)[:, :length]
 
 
 def _splash(length, heads, interpret):
   block = next(b for b in _BLOCKS if length % b == 0)
   sizes = splash_attention.BlockSizes(
-      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-      block_q_dq=block, block_kv_dq=block)
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
   mask = splash_attention.CausalMask((length, length))
   return splash_attention.make_splash_mha(
-      splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes,
-      head_shards=1, q_seq_shards=1, interpret=interpret,
-      residual_checkpoint_name='product')
+    splash_attention.MultiHeadMask([mask] * heads),
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+    residual_checkpoint_name='product',
+  )
 
 
 def _pad(multiple, *arrays):
   """Axis 1 of each array, filled with zeros up to a multiple."""
   more = -arrays[0].shape[1] % multiple
-  return [jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
-          for x in arrays]
+  return [
+    jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
+    for x in arrays
+  ]
 
 
-IMPLEMENTATIONS = {'reference': reference, 'blocked': blocked, 'cudnn': cudnn,
-                   'pallas': pallas}
+IMPLEMENTATIONS = {
+  'reference': reference,
+  'blocked': blocked,
+  'cudnn': cudnn,
+  'pallas': pallas,
+}
 _FASTEST = {'cpu': 'blocked', 'gpu': 'cudnn', 'tpu': 'pallas'}
 _KERNEL_OF = {'cudnn': 'gpu', 'pallas': 'tpu'}  # Opaque to XLA.
 
 
-def packed_attention(q, k, v, segments, implementation='reference',
-                     where=None):
+def packed_attention(q, k, v, segments, implementation='reference', where=None):
   """Causal attention inside each segment of packed rows.
 
   Args:
@@ -273,9 +308,13 @@ def packed_attention(q, k, v, segments, implementation='reference',
 def on_each_device(attend, where):
   part = where.spec
   # Kernels do not declare over which axes their results vary.
-  return jax.shard_map(attend, mesh=where.mesh, out_specs=part,
-                       in_specs=(part, part, part, PartitionSpec(*part[:1])),
-                       check_vma=False)
+  return jax.shard_map(
+    attend,
+    mesh=where.mesh,
+    out_specs=part,
+    in_specs=(part, part, part, PartitionSpec(*part[:1])),
+    check_vma=False,
+  )
 
 
 def choose(wanted, device, config, dtype, rows, length):
@@ -297,8 +336,9 @@ def choose(wanted, device, config, dtype, rows, length):
   if obstacle is None:
     return name
   if wanted != 'auto':
-    raise InputError(f'model.attention is {name!r}, but {obstacle}; choose '
-                     'auto or reference.')
+    raise InputError(
+      f'model.attention is {name!r}, but {obstacle}; choose auto or reference.'
+    )
   logging.info('Attention: reference, not %s: %s.', name, obstacle)
   return 'reference'
 
@@ -308,8 +348,7 @@ def _obstacle(name, device, config, dtype, rows, length):
   if name not in _KERNEL_OF:
     return None
   if device.platform != _KERNEL_OF[name]:
-    return (f'it needs a {_KERNEL_OF[name].upper()} and this run is on '
-            f'{device.platform}')
+    return f'it needs a {_KERNEL_OF[name].upper()} and this run is on {device.platform}'
   if dtype != jnp.bfloat16:  # float32 is asked for its digits; kernels drop it.
     return f'it needs bfloat16 weights and these are {dtype}'
   error = compile_error(name, device, config, dtype, rows, length)
@@ -324,7 +363,8 @@ def compile_error(name, device, config, dtype, rows, length):
   """
   where = jax.sharding.SingleDeviceSharding(device)
   array = lambda heads: jax.ShapeDtypeStruct(
-      (rows, length, heads, config.head_dim), dtype, sharding=where)
+    (rows, length, heads, config.head_dim), dtype, sharding=where
+  )
   segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
 
   def total(q, k, v, segments):
@@ -332,8 +372,8 @@ def compile_error(name, device, config, dtype, rows, length):
 
   try:  # Missing cuDNN, its limits and the compilers' refusals.
     jax.jit(jax.grad(total, (0, 1, 2))).lower(
-        array(config.heads), array(config.kv_heads), array(config.kv_heads),
-        segments).compile()
+      array(config.heads), array(config.kv_heads), array(config.kv_heads), segments
+    ).compile()
   except Exception as error:  # Pallas raises classes of its own, some private.
     return str(error).strip().split('\n')[0].rstrip('.')
   return None

@@ -26,14 +26,20 @@ from jax.ad_checkpoint import checkpoint_name
 from behaviorlm_jax.model import attention
 
 PROJECTIONS = (
-    'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'
+  'q_proj',
+  'k_proj',
+  'v_proj',
+  'o_proj',
+  'gate_proj',
+  'up_proj',
+  'down_proj',
 )
 # What the backward pass finds saved; the rest of a layer it computes again.
 REMAT_POLICIES = {
-    'none': None,  # Everything.
-    'full': jax.checkpoint_policies.nothing_saveable,  # The layer's input.
-    # What takes a product to compute; attention names what it keeps itself.
-    'products': jax.checkpoint_policies.save_only_these_names('product'),
+  'none': None,  # Everything.
+  'full': jax.checkpoint_policies.nothing_saveable,  # The layer's input.
+  # What takes a product to compute; attention names what it keeps itself.
+  'products': jax.checkpoint_policies.save_only_these_names('product'),
 }
 
 
@@ -45,9 +51,13 @@ def _contract(x, y, x_axes, y_axes):
   """Sum of products over the given axes, in float32, `x`'s dtype inside."""
   # TF32 would lose half of the digits that float32 is asked for.
   precision = 'highest' if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(x, y.astype(x.dtype), ((x_axes, y_axes), ((), ())),
-                             precision=precision,
-                             preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    x,
+    y.astype(x.dtype),
+    ((x_axes, y_axes), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
 
 
 @jax.custom_vjp
@@ -105,8 +115,12 @@ def _lora_dot_backward(scale, saved, dy):
   # The narrow factor first: XLA for CPU transposes the first one in memory, and
   # the wide one costs more to transpose than to multiply. The barrier keeps it
   # from turning the product round again.
-  return (dx.astype(x.dtype), _outer(dy, x).astype(w.dtype), _outer(dlow, x),
-          jax.lax.optimization_barrier(scale * _outer(low, dy)).T)
+  return (
+    dx.astype(x.dtype),
+    _outer(dy, x).astype(w.dtype),
+    _outer(dlow, x),
+    jax.lax.optimization_barrier(scale * _outer(low, dy)).T,
+  )
 
 
 _lora_dot.defvjp(_lora_dot_forward, _lora_dot_backward)
@@ -129,8 +143,10 @@ def _keep_bits(y):
 
 
 # Not _keep_bits again: remat policies see no name inside a custom gradient.
-_keep_bits.defvjp(lambda y: (_as_bits(y), jnp.zeros((), y.dtype)),
-                  lambda like, dy: (dy.astype(like.dtype),))
+_keep_bits.defvjp(
+  lambda y: (_as_bits(y), jnp.zeros((), y.dtype)),
+  lambda like, dy: (dy.astype(like.dtype),),
+)
 
 
 def _rms_norm(x, weight, eps):
@@ -227,8 +243,8 @@ class Layer(nnx.Module):
   def _attend(self, x, cos, sin, attend, memory):
     batch, length = x.shape[:2]
     heads = lambda y, axis: self.constrain(
-        y.reshape(batch, length, -1, self.config.head_dim),
-        ('batch', None, axis, None))
+      y.reshape(batch, length, -1, self.config.head_dim), ('batch', None, axis, None)
+    )
     q = self._round(_rotate(heads(self.q_proj(x), 'heads'), cos, sin))
     k = self._round(_rotate(heads(self.k_proj(x), 'kv_heads'), cos, sin))
     v = self._round(heads(self.v_proj(x), 'kv_heads'))
@@ -239,9 +255,17 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
   """Token ids to hidden states; `logits` is separate, for chosen positions."""
 
-  def __init__(self, config, params, lora=None, scale=1.0, remat='none',
-               packed=attention.reference, backend=None,
-               constrain=lambda x, axes: x):
+  def __init__(
+    self,
+    config,
+    params,
+    lora=None,
+    scale=1.0,
+    remat='none',
+    packed=attention.reference,
+    backend=None,
+    constrain=lambda x, axes: x,
+  ):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
     Args:
@@ -292,8 +316,9 @@ class Decoder(nnx.Module):
     with jax.default_matmul_precision(precise):
       angles = positions[..., None] * rope_frequencies(self.config)
       angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-      x, cache = self._scan(x, jnp.cos(angles), jnp.sin(angles), attend, memory,
-                            keep_cache)
+      x, cache = self._scan(
+        x, jnp.cos(angles), jnp.sin(angles), attend, memory, keep_cache
+      )
     x = _rms_norm(x, self.final_norm[...], self.config.norm_eps)
     return x.astype(embedded.dtype), cache
 
@@ -310,8 +335,7 @@ class Decoder(nnx.Module):
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = self.packed_hidden(tokens, positions, segments,
-                                       keep_cache=True)
+    hidden, cache = self.packed_hidden(tokens, positions, segments, keep_cache=True)
     last = hidden[jnp.arange(batch), lengths - 1]
     return last, cache
 
@@ -325,8 +349,9 @@ class Decoder(nnx.Module):
       return x, self._bits(cache) if keep_cache else None
 
     if self.remat != 'none':
-      block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat],
-                             prevent_cse=False)
+      block = jax.checkpoint(
+        block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
+      )
     x, cache = jax.lax.scan(block, x, self._bits((state, memory)))
     return x, self._unpacked(cache)
 
@@ -344,8 +369,7 @@ class Decoder(nnx.Module):
   def _recast(self, state, given, wanted):
     if not self.on_cpu:
       return state
-    cast = lambda x: (jax.lax.bitcast_convert_type(x, wanted)
-                      if x.dtype == given else x)
+    cast = lambda x: jax.lax.bitcast_convert_type(x, wanted) if x.dtype == given else x
     return jax.tree.map(cast, state)
 
   def logits(self, hidden):

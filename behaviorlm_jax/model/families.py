@@ -60,26 +60,63 @@ _LLAMA_3 = dict(rope_theta=5e5, norm_eps=1e-5, max_length=131072)
 
 PRESETS = {
   'tiny': DecoderConfig(
-    vocab=384, layers=2, embed=64, mlp=128, heads=4, kv_heads=2, head_dim=16,
-    rope_theta=1e4, norm_eps=1e-5, tied=True,
+    vocab=384,
+    layers=2,
+    embed=64,
+    mlp=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tied=True,
   ),
   'smollm2-135m': DecoderConfig(
-    vocab=49152, layers=30, embed=576, mlp=1536, heads=9, kv_heads=3,
-    head_dim=64, rope_theta=1e5, norm_eps=1e-5, tied=True,
+    vocab=49152,
+    layers=30,
+    embed=576,
+    mlp=1536,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    rope_theta=1e5,
+    norm_eps=1e-5,
+    tied=True,
   ),
   'llama-3.2-1b': DecoderConfig(
-    vocab=128256, layers=16, embed=2048, mlp=8192, heads=32, kv_heads=8,
-    head_dim=64, tied=True, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+    vocab=128256,
+    layers=16,
+    embed=2048,
+    mlp=8192,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    tied=True,
+    rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
     **_LLAMA_3,
   ),
   'llama-3.1-8b': DecoderConfig(
-    vocab=128256, layers=32, embed=4096, mlp=14336, heads=32, kv_heads=8,
-    head_dim=128, tied=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    vocab=128256,
+    layers=32,
+    embed=4096,
+    mlp=14336,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    tied=False,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
     **_LLAMA_3,
   ),
   'llama-3.1-70b': DecoderConfig(
-    vocab=128256, layers=80, embed=8192, mlp=28672, heads=64, kv_heads=8,
-    head_dim=128, tied=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    vocab=128256,
+    layers=80,
+    embed=8192,
+    mlp=28672,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    tied=False,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
     **_LLAMA_3,
   ),
 }
@@ -194,9 +231,7 @@ def _size(config: dict, key: str, where: str, default: int = 0) -> int:
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
     given = config.get(key)
     found = f'lacks {key}' if given is None else f'has {key}={given!r}'
-    raise InputError(
-      f'model.address: {where} {found}; a positive integer is needed.'
-    )
+    raise InputError(f'model.address: {where} {found}; a positive integer is needed.')
   return value
 
 
@@ -246,7 +281,8 @@ def to_hf(config: DecoderConfig) -> dict:
     'tie_word_embeddings': config.tied,
     'max_position_embeddings': config.max_length,
     'rope_theta': config.rope_theta,
-    'rope_scaling': scaling and {
+    'rope_scaling': scaling
+    and {
       'rope_type': 'llama3',
       'factor': scaling.factor,
       'low_freq_factor': scaling.low_freq_factor,

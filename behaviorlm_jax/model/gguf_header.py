@@ -38,8 +38,7 @@ def check_complete(path: Path) -> None:
 
 def corrupt(path: Path, reason: object) -> InputError:
   return InputError(
-    f'model.address: {path} is not a readable GGUF file ({reason}); fetch it '
-    'again.'
+    f'model.address: {path} is not a readable GGUF file ({reason}); fetch it again.'
   )
 
 
@@ -52,8 +51,11 @@ def unsupported(path: Path, name: str, kind: str) -> InputError:
 
 def under(fields: dict, prefix: str) -> dict:
   """The metadata whose keys begin with `prefix`, by the rest of the key."""
-  return {key.removeprefix(prefix): value for key, value in fields.items()
-          if key.startswith(prefix)}
+  return {
+    key.removeprefix(prefix): value
+    for key, value in fields.items()
+    if key.startswith(prefix)
+  }
 
 
 class _Header:

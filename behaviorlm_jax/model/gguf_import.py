@@ -46,6 +46,7 @@ _LAYER_NAMES = {
 }
 _ROPE_FACTORS = 'rope_freqs.weight'
 
+
 def convert(path: Path, folder: Path) -> None:
   """Writes config, float32 weights and tokenizer of `path` into `folder`."""
   gguf_header.check_complete(path)
@@ -59,8 +60,7 @@ def convert(path: Path, folder: Path) -> None:
   tokenizer = gguf_tokenizer.build(fields, path)
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / 'tokenizer.json'))
-  files.write_json(folder / 'tokenizer_config.json',
-                   gguf_tokenizer.config(fields))
+  files.write_json(folder / 'tokenizer_config.json', gguf_tokenizer.config(fields))
   if template := fields.get('tokenizer.chat_template'):
     (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
   hf_config = families.to_hf(config) | {'dtype': 'float32'}
@@ -142,9 +142,7 @@ def _rope_scaling(
   turns = found.original_length / wavelengths
   smooth = np.clip((turns - low) / (high - low), 0, 1)
   expected = 1 / ((1 - smooth) / found.factor + smooth)
-  if factors.shape != expected.shape or not np.allclose(
-    factors, expected, rtol=1e-5
-  ):
+  if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
     raise InputError(
       f'model.address: the tensor {_ROPE_FACTORS} of {path} is not the rope '
       'scaling of a published Llama 3 model; give the Hugging Face folder of '
@@ -196,9 +194,7 @@ def _write_weights(
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for name, shape in shapes.items():
     start, end = end, end + 4 * math.prod(shape)
-    header[name] = {
-      'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]
-    }
+    header[name] = {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]}
   encoded = json.dumps(header).encode()
   encoded += b' ' * (-len(encoded) % 8)
   heads = {'q_proj': config.heads, 'k_proj': config.kv_heads}
@@ -219,8 +215,9 @@ def _sources(
 ) -> dict[str, gguf.ReaderTensor]:
   """Hugging Face name -> tensor: all that are needed, in their shapes, and
   none in the file that we would ignore."""
-  sources = {_hf_name(name): tensor for name, tensor in tensors.items()
-             if name != _ROPE_FACTORS}
+  sources = {
+    _hf_name(name): tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS
+  }
   needed = set()
   for name, shape in families.hf_shapes(config):
     needed.add(name)

@@ -47,9 +47,7 @@ def build(fields: dict, path: Path) -> tokenizers.Tokenizer:
     if kind in (_CONTROL, _USER_DEFINED):
       special = kind == _CONTROL
       added = tokenizers.AddedToken(token, special=special, normalized=False)
-      (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(
-        [added]
-      )
+      (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
   _add_bos(tokenizer, fields, pre == 'llama-bpe')
   return tokenizer
 
@@ -72,16 +70,20 @@ def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
   byte_level = pre_tokenizers.ByteLevel
   if name == 'smollm':
     # Digits first: the blank before a number is a token of its own.
-    return pre_tokenizers.Sequence([
-      pre_tokenizers.Digits(individual_digits=True),
-      byte_level(add_prefix_space=False, use_regex=True),
-    ])
+    return pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Digits(individual_digits=True),
+        byte_level(add_prefix_space=False, use_regex=True),
+      ]
+    )
   if name == 'llama-bpe':
     split = tokenizers.Regex(_LLAMA_3_SPLIT)
-    return pre_tokenizers.Sequence([
-      pre_tokenizers.Split(split, behavior='isolated'),
-      byte_level(add_prefix_space=False, use_regex=False),
-    ])
+    return pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(split, behavior='isolated'),
+        byte_level(add_prefix_space=False, use_regex=False),
+      ]
+    )
   if name in ('gpt-2', 'default'):
     if name == 'default':
       logging.warning('%s names no pre-tokenizer; that of GPT-2 is used.', path)
@@ -95,9 +97,7 @@ def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
 def _merge(merge: str, vocab: dict, path: Path) -> tuple[str, str]:
   left, _, right = merge.partition(' ')
   if not {left, right, left + right} <= vocab.keys():
-    raise gguf_header.corrupt(
-      path, f'its merge {merge!r} is not made of its tokens'
-    )
+    raise gguf_header.corrupt(path, f'its merge {merge!r} is not made of its tokens')
   return left, right
 
 
@@ -107,9 +107,7 @@ def _special(fields: dict, name: str) -> str | None:
   return tokens[index] if index is not None and index < len(tokens) else None
 
 
-def _add_bos(
-  tokenizer: tokenizers.Tokenizer, fields: dict, usual: bool
-) -> None:
+def _add_bos(tokenizer: tokenizers.Tokenizer, fields: dict, usual: bool) -> None:
   """Lets every text begin with the begin token, where the model wants that."""
   bos = _special(fields, 'bos')
   wanted = fields.get('tokenizer.ggml.add_bos_token')

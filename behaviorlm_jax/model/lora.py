@@ -26,8 +26,8 @@ def shapes(config, rank, targets):
   unknown = sorted(set(targets) - set(decoder.PROJECTIONS))
   if unknown or not targets:
     raise InputError(
-        f'lora.targets: {unknown or "the empty list"} is not a choice of '
-        f'projections; choose from {", ".join(decoder.PROJECTIONS)}.'
+      f'lora.targets: {unknown or "the empty list"} is not a choice of '
+      f'projections; choose from {", ".join(decoder.PROJECTIONS)}.'
     )
   kernels = families.shapes(config)
   result = {}
@@ -91,19 +91,19 @@ def export(folder, adapter, alpha, base, revision=None):
         key = f'{_module(name, layer)}.{side}.weight'
         tensors[key] = np.ascontiguousarray(one)
   safetensors_numpy.save_file(
-      tensors, half / 'adapter_model.safetensors', {'format': 'pt'}
+    tensors, half / 'adapter_model.safetensors', {'format': 'pt'}
   )
   settings = {
-      'peft_type': 'LORA',
-      'task_type': 'CAUSAL_LM',
-      'base_model_name_or_path': str(base),
-      'revision': revision,
-      'r': next(iter(adapter.values()))['a'].shape[1],
-      'lora_alpha': alpha,
-      'lora_dropout': 0.0,
-      'bias': 'none',
-      'init_lora_weights': True,
-      'target_modules': sorted(adapter),
+    'peft_type': 'LORA',
+    'task_type': 'CAUSAL_LM',
+    'base_model_name_or_path': str(base),
+    'revision': revision,
+    'r': next(iter(adapter.values()))['a'].shape[1],
+    'lora_alpha': alpha,
+    'lora_dropout': 0.0,
+    'bias': 'none',
+    'init_lora_weights': True,
+    'target_modules': sorted(adapter),
   }
   files.write_json(half / 'adapter_config.json', settings)
   shutil.rmtree(folder, ignore_errors=True)
@@ -119,13 +119,22 @@ def load(folder):
   try:
     return _load(pathlib.Path(folder))
   except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-    raise InputError(f'{folder} is no adapter that can be read ({error!r}); '
-                     'use one that this project exported.') from error
+    raise InputError(
+      f'{folder} is no adapter that can be read ({error!r}); '
+      'use one that this project exported.'
+    ) from error
 
 
 # Of other kinds of adapters; a plain one has them off, empty or left out.
-_FOREIGN = ('use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern',
-            'modules_to_save', 'layers_to_transform', 'lora_bias')
+_FOREIGN = (
+  'use_rslora',
+  'use_dora',
+  'rank_pattern',
+  'alpha_pattern',
+  'modules_to_save',
+  'layers_to_transform',
+  'lora_bias',
+)
 
 
 def _load(folder):

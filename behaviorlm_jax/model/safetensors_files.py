@@ -57,9 +57,7 @@ class Files:
     return self.open[file].get_slice(name)[index]
 
 
-def stored_tensors(
-  folder: Path, config: families.DecoderConfig
-) -> dict[str, Stored]:
+def stored_tensors(folder: Path, config: families.DecoderConfig) -> dict[str, Stored]:
   """Every tensor of `config` in the folder; no byte of the data is read.
 
   Raises:
@@ -80,8 +78,7 @@ def read_json(path: Path) -> dict:
     ) from error
   if not isinstance(content, dict):
     raise InputError(
-      f'{_FIELD}: {path} holds {type(content).__name__}, not an object; fetch '
-      'it again.'
+      f'{_FIELD}: {path} holds {type(content).__name__}, not an object; fetch it again.'
     )
   return content
 

@@ -25,13 +25,15 @@ WIDTH = 32  # Prompts are padded to a multiple of this many tokens.
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How answers are drawn."""
+
   tokens: int  # Of an answer, at most.
   temperature: float  # 1: as the model says; 0: always the likeliest.
   ends: tuple[int, ...]  # Tokens that end an answer, as its last one.
 
 
-def answers(config, params, prompts, seed, settings, progress=lambda n: None,
-            where=None):
+def answers(
+  config, params, prompts, seed, settings, progress=lambda n: None, where=None
+):
   """Draws an answer to each prompt.
 
   Args:
@@ -55,13 +57,13 @@ def answers(config, params, prompts, seed, settings, progress=lambda n: None,
   key, found = jax.random.key(seed), [None] * len(prompts)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   for begin in range(0, len(order), BATCH):
-    chosen = order[begin:begin + BATCH]
+    chosen = order[begin : begin + BATCH]
     tokens, lengths = _pad([prompts[i] for i in chosen])
     numbers = np.zeros(BATCH, np.int32)
-    numbers[:len(chosen)] = chosen
+    numbers[: len(chosen)] = chosen
     drawn, counts = map(np.asarray, run(params, key, tokens, lengths, numbers))
     for row, i in enumerate(chosen):
-      found[i] = drawn[row, :counts[row]]
+      found[i] = drawn[row, : counts[row]]
     progress(len(chosen))
   return found
 
@@ -72,7 +74,7 @@ def _pad(prompts):
   tokens = np.zeros((BATCH, width), np.int32)
   lengths = np.zeros(BATCH, np.int32)
   for row, prompt in enumerate(prompts):
-    tokens[row, :len(prompt)] = prompt
+    tokens[row, : len(prompt)] = prompt
     lengths[row] = len(prompt)
   return tokens, lengths
 
@@ -102,9 +104,14 @@ def _draw(model, settings, key, tokens, lengths, numbers):
     return at + 1, last, cache, drawn, counts, open_
 
   rows = len(tokens)
-  start = (jnp.int32(0), last, cache,
-           jnp.zeros((rows, settings.tokens), jnp.int32),
-           jnp.zeros(rows, jnp.int32), lengths > 0)
+  start = (
+    jnp.int32(0),
+    last,
+    cache,
+    jnp.zeros((rows, settings.tokens), jnp.int32),
+    jnp.zeros(rows, jnp.int32),
+    lengths > 0,
+  )
   _, _, _, drawn, counts, _ = jax.lax.while_loop(unfinished, step, start)
   return drawn, counts
 
@@ -123,8 +130,7 @@ def _advance(model, cache, tokens, lengths, width, at):
   Returns the hidden state after each [B, D] and the cache with them in it.
   """
   places = jnp.arange(cache[0].shape[2])
-  seen = (places < lengths[:, None]) | (
-      (places >= width) & (places < width + at))
+  seen = (places < lengths[:, None]) | ((places >= width) & (places < width + at))
   itself = jnp.ones((len(tokens), 1), bool)
   mask = jnp.concatenate([seen, itself], axis=1)[:, None, None]
 
@@ -134,9 +140,9 @@ def _advance(model, cache, tokens, lengths, width, at):
     return attention.grouped(attention.scaled(q), keys, values, mask)
 
   positions = lengths[:, None] + at
-  hidden, new = model(tokens[:, None], positions, attend, memory=cache,
-                      keep_cache=True)
+  hidden, new = model(tokens[:, None], positions, attend, memory=cache, keep_cache=True)
   cache = tuple(
-      jax.lax.dynamic_update_slice_in_dim(old, more, width + at, axis=2)
-      for old, more in zip(cache, new, strict=True))
+    jax.lax.dynamic_update_slice_in_dim(old, more, width + at, axis=2)
+    for old, more in zip(cache, new, strict=True)
+  )
   return hidden[:, 0], cache

@@ -30,7 +30,9 @@ from behaviorlm_jax.model import safetensors_files
 
 _FIELD = 'model.address'
 _DESCRIPTIONS = (
-  'config.json', 'tokenizer.json', 'tokenizer_config.json',
+  'config.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
   'chat_template.jinja',
 )
 _CONVERTER = 1  # raise it when gguf_import writes something else
@@ -157,9 +159,7 @@ def _byte_tokenizer(config: families.DecoderConfig) -> PreTrainedTokenizerFast:
   )
 
 
-def _random_tensor(
-  name: str, shape: tuple[int, ...], index: Index
-) -> np.ndarray:
+def _random_tensor(name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
   """Normal(0, 0.02), a function of the name alone; norms are ones."""
   if 'norm' in name:
     return np.ones(shape, np.float32)[index]
@@ -204,7 +204,10 @@ def _folder_base(address: str, folder: Path) -> Base:
   config = families.from_hf(safetensors_files.read_json(where), str(where))
   stored = safetensors_files.stored_tensors(folder, config)
   return Base(
-    config, _load_tokenizer(folder, config), address, folder,
+    config,
+    _load_tokenizer(folder, config),
+    address,
+    folder,
     _fingerprint(folder, {item.file for item in stored.values()}),
   )
 
@@ -216,8 +219,7 @@ def _load_tokenizer(
   Llama with a pre-tokenizer of its own."""
   if 'model' not in safetensors_files.read_json(folder / 'tokenizer.json'):
     raise InputError(
-      f'{_FIELD}: {folder / "tokenizer.json"} describes no tokenizer; fetch '
-      'it again.'
+      f'{_FIELD}: {folder / "tokenizer.json"} describes no tokenizer; fetch it again.'
     )
   tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
   if len(tokenizer) > config.vocab:

@@ -42,9 +42,10 @@ def fit(log_p, counted, prior, true):
   a, b = fit_mix(log_p, counted, true)
   mixed = mix(log_p, counted, a, b)
   return {
-      'adjusted': {'tau': fit_tau(log_p, prior, true)},
-      'mixed': {'a': a, 'b': b},
-      'mixed_adjusted': {'a': a, 'b': b, 'tau': fit_tau(mixed, prior, true)}}
+    'adjusted': {'tau': fit_tau(log_p, prior, true)},
+    'mixed': {'a': a, 'b': b},
+    'mixed_adjusted': {'a': a, 'b': b, 'tau': fit_tau(mixed, prior, true)},
+  }
 
 
 def apply(numbers, log_p, counted, prior):
@@ -69,9 +70,10 @@ def fit_mix(log_p, counted, true):
 
 def fit_tau(log_p, prior, true):
   """The tau of TAUS with the best macro-F1; of equals the nearest to zero."""
-  gains = {tau: metrics.per_behavior(true, best, len(prior))[2].mean()
-           for tau, best in zip(TAUS, first_choices(log_p, prior),
-                                strict=True)}
+  gains = {
+    tau: metrics.per_behavior(true, best, len(prior))[2].mean()
+    for tau, best in zip(TAUS, first_choices(log_p, prior), strict=True)
+  }
   return max(sorted(TAUS, key=abs), key=gains.get)
 
 
@@ -88,6 +90,7 @@ def trade_off(by_tau, true, anchor):
   points = []
   for best in by_tau:
     f1 = metrics.per_behavior(true, best, len(anchor))[2]
-    points.append([f1[members].mean() if members.any() else 0.0
-                   for members in (anchor, ~anchor)])
+    points.append(
+      [f1[members].mean() if members.any() else 0.0 for members in (anchor, ~anchor)]
+    )
   return np.array(points)

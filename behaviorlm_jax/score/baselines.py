@@ -26,8 +26,7 @@ import numpy as np
 
 from behaviorlm_jax.score import adjust
 
-NAMES = ('user_frequent', 'hour_frequent', 'recent_counts', 'markov',
-         'markov_adjusted')
+NAMES = ('user_frequent', 'hour_frequent', 'recent_counts', 'markov', 'markov_adjusted')
 TRAIN, VALIDATION = 0, 1
 HOURS = 24
 BLOCK = 1 << 22  # events per step of a scan: bounds memory, not results
@@ -36,8 +35,11 @@ BLOCK = 1 << 22  # events per step of a scan: bounds memory, not results
 # lean on the global shares, the user's transitions on the user's habits.
 PRIOR_GLOBAL, PRIOR_HABIT = 10.0, 5.0
 # Exponents of the user's transitions, the training transitions and the hour.
-GRID = tuple(itertools.product(
-    (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75), (0.0, 0.5, 1.0)))
+GRID = tuple(
+  itertools.product(
+    (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75), (0.0, 0.5, 1.0)
+  )
+)
 DEFAULT_WEIGHTS = (0.75, 0.5, 0.5)  # where there is nothing to fit on
 FIT_SAMPLES = 2000
 
@@ -64,8 +66,7 @@ def scores(name, events, samples, history=24, seed=0):
     if name == 'markov':
       return log_p
     prior = adjust.log_prior(hour_table(events).sum(0))
-    return (log_p - fit_tau(events, weights, prior, seed) * prior).astype(
-        np.float32)
+    return (log_p - fit_tau(events, weights, prior, seed) * prior).astype(np.float32)
   hours = hour_table(events)
   if name == 'hour_frequent':
     counts = hours[_hour(events.time[samples])]
@@ -96,8 +97,7 @@ def fit_tau(events, weights, prior, seed=0):
 
 
 def _fit_samples(events, seed):
-  pool = np.flatnonzero(
-      (events.split == VALIDATION) & (events.behavior < events.known))
+  pool = np.flatnonzero((events.split == VALIDATION) & (events.behavior < events.known))
   rng = np.random.default_rng(seed)
   return np.sort(rng.choice(pool, min(len(pool), FIT_SAMPLES), replace=False))
 
@@ -109,8 +109,7 @@ def hour_table(events):
     behavior = np.asarray(events.behavior[block], np.int64)
     counted = (events.split[block] == TRAIN) & (behavior < events.known)
     code = _hour(events.time[block]) * events.known + behavior
-    table += np.bincount(
-        code[counted], minlength=table.size).reshape(table.shape)
+    table += np.bincount(code[counted], minlength=table.size).reshape(table.shape)
   return table
 
 
@@ -149,8 +148,7 @@ def train_transitions(events, samples):
   Both events of a pair are training events of one user. Only rows of last
   behaviors that the samples show are kept; a sample without a past has zeros.
   """
-  last = np.where(
-      events.first[samples] < samples, events.behavior[samples - 1], -1)
+  last = np.where(events.first[samples] < samples, events.behavior[samples - 1], -1)
   wanted, row_of = np.unique(last, return_inverse=True)
   table = np.zeros((len(wanted), events.known), np.int64)
   for block in _blocks(len(events.behavior), overlap=1):
@@ -159,11 +157,14 @@ def train_transitions(events, samples):
     row = np.searchsorted(wanted, behavior[:-1])
     row = np.minimum(row, len(wanted) - 1)
     counted = (
-        (user[1:] == user[:-1]) & (split[:-1] == TRAIN) & (split[1:] == TRAIN)
-        & (wanted[row] == behavior[:-1]) & (behavior[1:] < events.known))
+      (user[1:] == user[:-1])
+      & (split[:-1] == TRAIN)
+      & (split[1:] == TRAIN)
+      & (wanted[row] == behavior[:-1])
+      & (behavior[1:] < events.known)
+    )
     code = row * events.known + behavior[1:]
-    table += np.bincount(
-        code[counted], minlength=table.size).reshape(table.shape)
+    table += np.bincount(code[counted], minlength=table.size).reshape(table.shape)
   return table[row_of]
 
 

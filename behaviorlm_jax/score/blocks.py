@@ -36,12 +36,14 @@ class Text:
 @dataclasses.dataclass(frozen=True)
 class Listing:
   """Lines shown as they are."""
+
   text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
   """Rows of str, Mono, bool, int, float (three decimals) or None."""
+
   head: tuple
   rows: list
   caption: str = ''
@@ -62,6 +64,7 @@ class Figure:
 @dataclasses.dataclass(frozen=True)
 class Details:
   """Blocks that a reader opens when they want them."""
+
   summary: str
   blocks: list
 
@@ -100,11 +103,15 @@ def _markdown(block) -> str:
       caption = escape(block.caption) + '\n\n' if block.caption else ''
       return caption + _table(block)
     case Figure():
-      return (f'![{escape(block.alt)}]({block.path})\n\n'
-              f'**{escape(block.title)}.** {escape(block.caption)}')
+      return (
+        f'![{escape(block.alt)}]({block.path})\n\n'
+        f'**{escape(block.title)}.** {escape(block.caption)}'
+      )
     case Details():
-      return (f'<details>\n<summary>{html.escape(block.summary)}</summary>'
-              f'\n\n{markdown(block.blocks)}\n</details>')
+      return (
+        f'<details>\n<summary>{html.escape(block.summary)}</summary>'
+        f'\n\n{markdown(block.blocks)}\n</details>'
+      )
   raise AssertionError(block)
 
 

@@ -21,9 +21,14 @@ from behaviorlm_jax.errors import InputError
 
 FOLDER = 'choices'  # In the folder of the rows.
 _IDS = pa.list_(pa.int32())
-_SCHEMA = pa.schema([
-    ('predictor', pa.string()), ('predicted', _IDS),
-    ('log_p', pa.list_(pa.float32())), ('by_tau', pa.list_(_IDS))])
+_SCHEMA = pa.schema(
+  [
+    ('predictor', pa.string()),
+    ('predicted', _IDS),
+    ('log_p', pa.list_(pa.float32())),
+    ('by_tau', pa.list_(_IDS)),
+  ]
+)
 
 
 def digest(names, anchor, samples, true):
@@ -43,15 +48,22 @@ def digest(names, anchor, samples, true):
 
 def write(folder, job, found):
   """Keeps the choices of a run's own predictors (results.Finished)."""
-  rows = [{
-      'predictor': name, 'predicted': found.arms[name].predicted.tolist(),
+  rows = [
+    {
+      'predictor': name,
+      'predicted': found.arms[name].predicted.tolist(),
       'log_p': _list(found.arms[name].log_p),
-      'by_tau': _list(found.by_tau.get(name))} for name in sorted(found.own)]
+      'by_tau': _list(found.by_tau.get(name)),
+    }
+    for name in sorted(found.own)
+  ]
   path = _path(folder, job)
   path.parent.mkdir(parents=True, exist_ok=True)
   files.write_parquet(
-      path, pa.Table.from_pylist(rows, _SCHEMA),
-      {'settings': job.settings, 'digest': found.digest})
+    path,
+    pa.Table.from_pylist(rows, _SCHEMA),
+    {'settings': job.settings, 'digest': found.digest},
+  )
 
 
 def read(folder, job, at_hand):
@@ -74,19 +86,28 @@ def read(folder, job, at_hand):
   try:
     table = parquet.read_table(path)
   except pa.ArrowException as error:
-    raise InputError(f'{path} cannot be read ({error}); delete it, or copy it '
-                     'again from where it was written.') from error
+    raise InputError(
+      f'{path} cannot be read ({error}); delete it, or copy it '
+      'again from where it was written.'
+    ) from error
   facts = table.schema.metadata or {}
   like = at_hand.get(facts.get(b'digest', b'').decode())
   if like is None or facts.get(b'settings', b'').decode() != job.settings:
     return {}, {}
   rows = {row['predictor']: row for row in table.to_pylist()}
-  arms = {name: dataclasses.replace(
-      like, predicted=np.array(row['predicted'], np.int64),
-      log_p=row['log_p'] and np.array(row['log_p']))
-          for name, row in rows.items()}
-  return arms, {name: np.array(row['by_tau'], np.int64)
-                for name, row in rows.items() if row['by_tau']}
+  arms = {
+    name: dataclasses.replace(
+      like,
+      predicted=np.array(row['predicted'], np.int64),
+      log_p=row['log_p'] and np.array(row['log_p']),
+    )
+    for name, row in rows.items()
+  }
+  return arms, {
+    name: np.array(row['by_tau'], np.int64)
+    for name, row in rows.items()
+    if row['by_tau']
+  }
 
 
 def _list(array):
@@ -94,5 +115,4 @@ def _list(array):
 
 
 def _path(folder, job):
-  return pathlib.Path(
-      folder, FOLDER, job.log, f'seed{job.seed}', f'{job.name}.parquet')
+  return pathlib.Path(folder, FOLDER, job.log, f'seed{job.seed}', f'{job.name}.parquet')

@@ -22,9 +22,10 @@ from behaviorlm_jax.score.verdict import Change
 from behaviorlm_jax.score.verdict import Outcome
 
 SCORES = {  # name: (group, key) in an evaluation
-    'accuracy': ('all', 'accuracy@1'),
-    'tail macro-F1': ('tail', 'f1_macro'),
-    'anchor macro-F1': ('anchor', 'f1_macro')}
+  'accuracy': ('all', 'accuracy@1'),
+  'tail macro-F1': ('tail', 'f1_macro'),
+  'anchor macro-F1': ('anchor', 'f1_macro'),
+}
 # Mean log p of the true behavior, of samples of a group: tells predictors apart
 # where both name the same behavior first.
 LOG_P = {'log p': 'all', 'tail log p': 'tail', 'anchor log p': 'anchor'}
@@ -33,6 +34,7 @@ LOG_P = {'log p': 'all', 'tail log p': 'tail', 'anchor log p': 'anchor'}
 @dataclasses.dataclass(frozen=True)
 class Arm:
   """First choices of one predictor for the samples of the final stage."""
+
   true: np.ndarray  # ids int64[n]
   predicted: np.ndarray  # ids int64[n]
   user: np.ndarray  # [n]
@@ -51,8 +53,7 @@ class Arm:
 
   def macro_f1(self, members, weight=None) -> float:
     """Of the behaviors bool[Y], of which there is one at least."""
-    f1 = metrics.per_behavior(
-        self.true, self.predicted, len(self.anchor), weight)[2]
+    f1 = metrics.per_behavior(self.true, self.predicted, len(self.anchor), weight)[2]
     return float(f1[members].mean())
 
   def draws(self, score):
@@ -60,14 +61,14 @@ class Arm:
     if score == 'accuracy':
       return bootstrap_accuracy(self.true == self.predicted, self.user)
     return metrics.bootstrap_macro_f1(
-        self.true, self.predicted, self._members(score), self.user)
+      self.true, self.predicted, self._members(score), self.user
+    )
 
   def counted(self, score):
     """Samples bool[n] without which there is no such score."""
     group = LOG_P.get(score, 'all')
     every = np.ones(len(self.true), bool)
-    return every if group == 'all' else (
-        self.anchor[self.true] == (group == 'anchor'))
+    return every if group == 'all' else (self.anchor[self.true] == (group == 'anchor'))
 
   def _members(self, score):
     return ~self.anchor if score.startswith('tail') else self.anchor
@@ -81,12 +82,13 @@ def matched(control, own, by_tau) -> Arm:
   or better; where none is, those of the best anchors. No predictor to use, but
   what two are to be compared at.
   """
-  arms = [dataclasses.replace(own, predicted=best, log_p=None)
-          for best in by_tau]
+  arms = [dataclasses.replace(own, predicted=best, log_p=None) for best in by_tau]
   anchors = [arm.value('anchor macro-F1') for arm in arms]
   goal = min(control.value('anchor macro-F1'), max(anchors))
-  return max(zip(anchors, range(len(arms)), arms, strict=True),
-             key=lambda found: (found[0] >= goal, found[1]))[2]
+  return max(
+    zip(anchors, range(len(arms)), arms, strict=True),
+    key=lambda found: (found[0] >= goal, found[1]),
+  )[2]
 
 
 def bootstrap_accuracy(right, user, draws=1000, seed=0):
@@ -114,24 +116,30 @@ def paired(pairs, score, draws=1000, seed=0):
   """
   sizes = [len(before.user) for before, _ in pairs]
   names, owner = np.unique(
-      np.concatenate([before.user for before, _ in pairs]), return_inverse=True)
+    np.concatenate([before.user for before, _ in pairs]), return_inverse=True
+  )
   owners = np.split(owner, np.cumsum(sizes)[:-1])
 
   def means(times):
     """Before and after, float64[2], with each user counting so many times."""
-    return np.mean([
+    return np.mean(
+      [
         [one.value(score, times[owner]) for one in pair]
-        for pair, owner in zip(pairs, owners, strict=True)], axis=0)
+        for pair, owner in zip(pairs, owners, strict=True)
+      ],
+      axis=0,
+    )
 
   before, after = means(np.ones(len(names)))
   if len(names) < 2:
     return float(before), float(after - before), None
   rng, changes = np.random.default_rng(seed), []
   while len(changes) < draws:
-    times = np.bincount(rng.integers(len(names), size=len(names)),
-                        minlength=len(names))
-    if all(times[owner][one.counted(score)].any() for (one, _), owner
-           in zip(pairs, owners, strict=True)):  # No pair stays empty.
+    times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+    if all(
+      times[owner][one.counted(score)].any()
+      for (one, _), owner in zip(pairs, owners, strict=True)
+    ):  # No pair stays empty.
       changes.append(np.diff(means(times))[0])
   change = float(after - before)
   return float(before), change, _interval(change, np.array(changes))
@@ -143,26 +151,31 @@ def outcome(run) -> Outcome | None:
     return None
   *others, final = run.predicting
   last = arm(run, final, _predicted(run, final))
-  known = {'all': np.ones_like(run.anchor), 'tail': ~run.anchor,
-           'anchor': run.anchor}
-  samples = {group: int(members[last.true].sum())
-             for group, members in known.items()}
+  known = {'all': np.ones_like(run.anchor), 'tail': ~run.anchor, 'anchor': run.anchor}
+  samples = {group: int(members[last.true].sum()) for group, members in known.items()}
   scores = [name for name, (group, _) in SCORES.items() if samples[group]]
   values = {name: last.value(name) for name in scores}
   users = len(np.unique(last.user))
   draws = {name: last.draws(name) for name in scores} if users > 1 else {}
   change = functools.partial(_change, last, draws)
   contrasts = {
-      _called(stage): [
-          change(name, stage.name, arm(run, final, _predicted(run, stage)))
-          for name in scores]
-      for stage in others if _same_samples(stage, final)}
+    _called(stage): [
+      change(name, stage.name, arm(run, final, _predicted(run, stage)))
+      for name in scores
+    ]
+    for stage in others
+    if _same_samples(stage, final)
+  }
   contrasts |= _baseline_contrast(run, final, scores, change)
   return Outcome(
-      final=_called(final),
-      scores={name: (value, _interval(value, draws.get(name)))
-              for name, value in values.items()},
-      samples=samples, users=users, contrasts=contrasts)
+    final=_called(final),
+    scores={
+      name: (value, _interval(value, draws.get(name))) for name, value in values.items()
+    },
+    samples=samples,
+    users=users,
+    contrasts=contrasts,
+  )
 
 
 def _baseline_contrast(run, final, scores, change):
@@ -172,19 +185,23 @@ def _baseline_contrast(run, final, scores, change):
     return {}
   names = {name for _, name in best.values()}
   first = lambda scores: labels.best(scores, 1)[:, 0]
-  arms = {name: arm(run, final, first(counted(run, final, name)))
-          for name in names}
+  arms = {name: arm(run, final, first(counted(run, final, name))) for name in names}
   called = 'the best count baseline'
   called += f' ({names.pop()})' if len(names) == 1 else ' of each score'
-  return {called: [
-      change(score, name, arms[name]) for score, (_, name) in best.items()]}
+  return {
+    called: [change(score, name, arms[name]) for score, (_, name) in best.items()]
+  }
 
 
 def counted(run, stage, name):
   """A baseline's scores for the samples of a stage: float32[n, Y]."""
   return baselines.scores(
-      name, run.events, stage.column('sample'),
-      stage.config['data']['history'], stage.config['seed'])
+    name,
+    run.events,
+    stage.column('sample'),
+    stage.config['data']['history'],
+    stage.config['seed'],
+  )
 
 
 def _change(last, draws, score, name, other):
@@ -197,8 +214,9 @@ def _change(last, draws, score, name, other):
 
 def arm(run, stage, predicted) -> Arm:
   """First choices int64[n] for the samples of a stage."""
-  return Arm(run.encode(stage.column('behavior')), predicted,
-             stage.column('user'), run.anchor)
+  return Arm(
+    run.encode(stage.column('behavior')), predicted, stage.column('user'), run.anchor
+  )
 
 
 def _predicted(run, stage):
@@ -211,7 +229,8 @@ def _same_samples(stage, other):
 
 def _called(stage):
   return {'untuned': 'the untuned model', 'one stage': 'one-stage tuning'}.get(
-      stage.name, stage.name)
+    stage.name, stage.name
+  )
 
 
 def _interval(value, draws):

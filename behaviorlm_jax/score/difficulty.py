@@ -69,12 +69,14 @@ def _margin(scores, true):
 def write(path, events, positions, difficulty, made_from):
   """Writes the table: sample, behavior, group, score."""
   behaviors = [events.behaviors[b] for b in events.behavior[positions]]
-  table = pa.table({
+  table = pa.table(
+    {
       'sample': pa.array(positions, pa.int64()),
       'behavior': [b.name for b in behaviors],
       'group': [b.group for b in behaviors],
       'score': pa.array(difficulty, pa.float32()),
-  })
+    }
+  )
   files.write_parquet(path, table, {'made_from': made_from})
 
 
@@ -88,8 +90,8 @@ def read(path, made_from):
   found = (table.schema.metadata or {}).get(b'made_from', b'none').decode()
   if found != made_from:
     raise InputError(
-        f'{path} was made from other events, another model or config '
-        f'(fingerprint {found[:12]}, now {made_from[:12]}); delete it or use '
-        'another --workdir.')
-  return dict(zip(table['sample'].to_pylist(), table['score'].to_pylist(),
-                  strict=True))
+      f'{path} was made from other events, another model or config '
+      f'(fingerprint {found[:12]}, now {made_from[:12]}); delete it or use '
+      'another --workdir.'
+    )
+  return dict(zip(table['sample'].to_pylist(), table['score'].to_pylist(), strict=True))

@@ -24,6 +24,7 @@ from behaviorlm_jax.score import metrics
 @dataclasses.dataclass(frozen=True)
 class Scored:
   """What a model says of samples of one split."""
+
   samples: np.ndarray  # Positions int64 [n].
   scores: np.ndarray  # s(y), float [n, Y].
   questions: list  # Token ids of each prompt.
@@ -45,16 +46,18 @@ def test_samples(events, config):
   samples = draw_samples(events, 'test', config.eval.max_samples, config)
   if not len(samples):
     raise InputError(
-        'data.events: the test split has no sample with '
-        f'{config.plan.min_context} events before it; give users more events '
-        'or lower plan.min_context.')
+      'data.events: the test split has no sample with '
+      f'{config.plan.min_context} events before it; give users more events '
+      'or lower plan.min_context.'
+    )
   return samples
 
 
 def summarize(events, samples, scores):
   """metrics.evaluate of scores [n, Y]."""
-  return metrics.evaluate(events.behavior[samples], labels.best(scores),
-                          samples_lib.anchor_mask(events))
+  return metrics.evaluate(
+    events.behavior[samples], labels.best(scores), samples_lib.anchor_mask(events)
+  )
 
 
 def write(folder, prompts, test, validation, config, shots=None):
@@ -75,15 +78,22 @@ def write(folder, prompts, test, validation, config, shots=None):
   table = _predictions(prompts, test.samples, test.questions, test.scores)
   if validation is not None:
     summary['fitted'] = {}
-    for name, (numbers, scores) in fitted(events, test, validation, config,
-                                          shots).items():
+    for name, (numbers, scores) in fitted(
+      events, test, validation, config, shots
+    ).items():
       summary['fitted'][name] = {
-          'validation_samples': len(validation.samples), **numbers,
-          **summarize(events, test.samples, scores)}
+        'validation_samples': len(validation.samples),
+        **numbers,
+        **summarize(events, test.samples, scores),
+      }
       first = [events.behaviors[b].name for b in labels.best(scores, 1)[:, 0]]
       table = table.append_column(name, pa.array(first))
-    files.write_parquet(folder / 'log_probs.parquet', pa.concat_tables([
-        _log_probs('validation', validation), _log_probs('test', test)]))
+    files.write_parquet(
+      folder / 'log_probs.parquet',
+      pa.concat_tables(
+        [_log_probs('validation', validation), _log_probs('test', test)]
+      ),
+    )
   files.write_parquet(folder / 'predictions.parquet', table)
   # Last, because its presence says that the stage is finished.
   files.write_json(folder / 'evaluation.json', summary)
@@ -95,24 +105,37 @@ def fitted(events, test, validation, config, shots=None):
   With `shots` the prior is that of what they leave to learn from; the counts
   that are mixed in are still those of all training events.
   """
-  counted = [baselines.scores('markov', events, part.samples,
-                              config.data.history, config.seed)
-             for part in (validation, test)]
-  prior = adjust.log_prior(samples_lib.learnable(
-      samples_lib.train_counts(events), samples_lib.anchor_mask(events), shots))
-  numbers = adjust.fit(labels.log_softmax(validation.scores), counted[0], prior,
-                       events.behavior[validation.samples])
+  counted = [
+    baselines.scores('markov', events, part.samples, config.data.history, config.seed)
+    for part in (validation, test)
+  ]
+  prior = adjust.log_prior(
+    samples_lib.learnable(
+      samples_lib.train_counts(events), samples_lib.anchor_mask(events), shots
+    )
+  )
+  numbers = adjust.fit(
+    labels.log_softmax(validation.scores),
+    counted[0],
+    prior,
+    events.behavior[validation.samples],
+  )
   log_p = labels.log_softmax(test.scores)
-  return {name: (found, adjust.apply(found, log_p, counted[1], prior))
-          for name, found in numbers.items()}
+  return {
+    name: (found, adjust.apply(found, log_p, counted[1], prior))
+    for name, found in numbers.items()
+  }
 
 
 def _log_probs(split, scored):
   log_p = labels.log_softmax(scored.scores)
-  return pa.table({
+  return pa.table(
+    {
       'split': [split] * len(scored.samples),
       'sample': pa.array(scored.samples, pa.int64()),
-      'log_p': pa.array(log_p.tolist(), pa.list_(pa.float32()))})
+      'log_p': pa.array(log_p.tolist(), pa.list_(pa.float32())),
+    }
+  )
 
 
 def _predictions(prompts, samples, questions, scores):
@@ -121,39 +144,41 @@ def _predictions(prompts, samples, questions, scores):
   log_probs = labels.log_softmax(scores)
   top = labels.best(scores)
   name = lambda b: events.behaviors[b].name
-  return pa.table({
+  return pa.table(
+    {
       'sample': pa.array(samples, pa.int64()),
       'user': [events.users[u] for u in events.user[samples]],
       'time': pa.array(events.time[samples], pa.timestamp('s')),
       'group': [events.behaviors[b].group for b in true],
       'behavior': [name(b) for b in true],
       'predicted': [name(b) for b in top[:, 0]],
-      'log_prob': pa.array(log_probs[np.arange(len(true)), true],
-                           pa.float32()),
+      'log_prob': pa.array(log_probs[np.arange(len(true)), true], pa.float32()),
       'top5': [[name(b) for b in row] for row in top],
       'top5_log_prob': pa.array(
-          np.take_along_axis(log_probs, top, axis=1).tolist(),
-          pa.list_(pa.float32())),
-      'prompt_tokens': pa.array([q.tolist() for q in questions],
-                                pa.list_(pa.int32())),
+        np.take_along_axis(log_probs, top, axis=1).tolist(), pa.list_(pa.float32())
+      ),
+      'prompt_tokens': pa.array([q.tolist() for q in questions], pa.list_(pa.int32())),
       'in_context': [in_context(prompts, p) for p in samples],
-  })
+    }
+  )
 
 
 def in_context(prompts, position):
   """Whether the true behavior stands in its question's context."""
   behavior = prompts.events.behavior
-  past = behavior[prompts.question_start(position):position]
+  past = behavior[prompts.question_start(position) : position]
   return bool((past == behavior[position]).any())
 
 
 def write_baselines(path, events, samples, config):
   """Writes the metrics of every free baseline on the same samples."""
   result = {
-      name: summarize(events, samples,
-                      baselines.scores(name, events, samples,
-                                       config.data.history, config.seed))
-      for name in baselines.NAMES
+    name: summarize(
+      events,
+      samples,
+      baselines.scores(name, events, samples, config.data.history, config.seed),
+    )
+    for name in baselines.NAMES
   }
   files.write_json(path, result)
 
@@ -161,7 +186,10 @@ def write_baselines(path, events, samples, config):
 def write_labels(path, prompts):
   """labels.json: name, group and answer tokens of every behavior, by id."""
   events = prompts.events
-  files.write_json(path, [
+  files.write_json(
+    path,
+    [
       {'name': b.name, 'group': b.group, 'tokens': tokens.tolist()}
       for b, tokens in zip(events.behaviors, prompts.labels, strict=False)
-  ])
+    ],
+  )

@@ -25,8 +25,8 @@ def pick(groups, right, count=EXAMPLES, seed=0):
   for i in order:
     kinds[str(groups[i]), bool(right[i])].append(i)
   turns = sorted(
-      (turn, kind, i) for kind, members in kinds.items()
-      for turn, i in enumerate(members))
+    (turn, kind, i) for kind, members in kinds.items() for turn, i in enumerate(members)
+  )
   return np.array([i for _, _, i in turns[:count]], np.int64)
 
 
@@ -36,8 +36,11 @@ def show(run, decode=None) -> list:
     return []
   final = run.predicting[-1]
   chosen = pick(final.column('group'), final.right)
-  return [block for number, i in enumerate(chosen, 1)
-          for block in _example(run, final, number, int(i), decode)]
+  return [
+    block
+    for number, i in enumerate(chosen, 1)
+    for block in _example(run, final, number, int(i), decode)
+  ]
 
 
 def _example(run, final, number, index, decode) -> list:
@@ -46,10 +49,13 @@ def _example(run, final, number, index, decode) -> list:
   where = 'in' if row['in_context'] else 'not in'
   when = '%A %Y-%m-%d' + ' %H:%M' * run.summary.get('clock', True)
   blocks = [
-      Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
-      Text(f'User {row["user"]}, {row["time"]:{when}}; the true '
-           'behavior, ', Strong(row['behavior']),
-           f', stands {where} the context.')]
+    Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
+    Text(
+      f'User {row["user"]}, {row["time"]:{when}}; the true behavior, ',
+      Strong(row['behavior']),
+      f', stands {where} the context.',
+    ),
+  ]
   if decode:
     lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
     blocks.append(Listing('\n'.join(lines)))
@@ -57,12 +63,17 @@ def _example(run, final, number, index, decode) -> list:
   for stage in run.predicting:
     found = stage.find(row['sample'])
     if found:
-      choices.append((
-          stage.name, found['top5'][0],
+      choices.append(
+        (
+          stage.name,
+          found['top5'][0],
           float(np.exp(found['top5_log_prob'][0])),
-          found['top5'][0] == found['behavior']))
+          found['top5'][0] == found['behavior'],
+        )
+      )
   blocks.append(Table(('stage', 'first choice', 'p', 'right'), choices))
   top = ' · '.join(
-      f'{name} {np.exp(log_prob):.3f}' for name, log_prob
-      in zip(row['top5'], row['top5_log_prob'], strict=True))
+    f'{name} {np.exp(log_prob):.3f}'
+    for name, log_prob in zip(row['top5'], row['top5_log_prob'], strict=True)
+  )
   return [*blocks, Text(f'Top five of {final.name}: {top}')]

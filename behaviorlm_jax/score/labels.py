@@ -41,6 +41,7 @@ class Tree:
   1..N are inner nodes, each right before its descendants. Edges lead from a
   node to a token.
   """
+
   tokens: np.ndarray  # int32 [N], of nodes 1..N.
   depths: np.ndarray  # int32 [N], 1 for children of the root.
   edge_nodes: np.ndarray  # int32 [E], node that predicts the edge's token.
@@ -56,8 +57,7 @@ class Tree:
       edges[node].append(edge)
     most = max(map(len, edges))
     none = len(self.edge_nodes)
-    return np.array([[*mine, *[none] * (most - len(mine))] for mine in edges],
-                    np.int32)
+    return np.array([[*mine, *[none] * (most - len(mine))] for mine in edges], np.int32)
 
   def path(self, answer):
     """Edges int32 [n] of an answer."""
@@ -106,32 +106,38 @@ def build(answers):
     for i in range(len(answer)):
       if i:
         nodes.setdefault(answer[:i], len(nodes))
-      edges.setdefault(answer[:i + 1], len(edges))
+      edges.setdefault(answer[: i + 1], len(edges))
   whole = set(map(tuple, answers))
   if len(whole) < len(answers) or whole & set(nodes):
-    raise InputError('data.events: two behavior names have the same tokens, or '
-                     'one begins with all of another; rename one of them.')
+    raise InputError(
+      'data.events: two behavior names have the same tokens, or '
+      'one begins with all of another; rename one of them.'
+    )
   inner = [prefix for prefix in nodes if prefix]
   paths = np.full((len(answers), max(map(len, answers))), len(edges), np.int32)
   for y, answer in enumerate(map(tuple, answers)):
     for i in range(len(answer)):
-      paths[y, i] = edges[answer[:i + 1]]
+      paths[y, i] = edges[answer[: i + 1]]
   return Tree(
-      np.array([p[-1] for p in inner], np.int32),
-      np.array([len(p) for p in inner], np.int32),
-      np.array([nodes[p[:-1]] for p in edges], np.int32),
-      np.array([p[-1] for p in edges], np.int32),
-      np.array([nodes.get(p, 0) for p in edges], np.int32), paths)
+    np.array([p[-1] for p in inner], np.int32),
+    np.array([len(p) for p in inner], np.int32),
+    np.array([nodes[p[:-1]] for p in edges], np.int32),
+    np.array([p[-1] for p in edges], np.int32),
+    np.array([nodes.get(p, 0) for p in edges], np.int32),
+    paths,
+  )
 
 
 def shortest(answers):
   """The answers as tuples, each cut behind its first token of its own."""
   answers = list(map(tuple, answers))
-  count = collections.Counter(answer[:i] for answer in answers
-                              for i in range(1, len(answer) + 1))
-  own = lambda answer: next(i for i in range(1, len(answer) + 1)
-                            if count[answer[:i]] == 1)
-  return [answer[:own(answer)] for answer in answers]
+  count = collections.Counter(
+    answer[:i] for answer in answers for i in range(1, len(answer) + 1)
+  )
+  own = lambda answer: next(
+    i for i in range(1, len(answer) + 1) if count[answer[:i]] == 1
+  )
+  return [answer[: own(answer)] for answer in answers]
 
 
 def tree_scores(model, tree, last, cache, lengths, softmax):
@@ -158,8 +164,7 @@ def _within_names(model, tree, hidden):
   def score(hidden):
     logits = model.logits_of(hidden[nodes], jnp.asarray(tree.edge_tokens))
     logits -= jax.ops.segment_max(logits, nodes, count)[nodes]
-    return logits - jnp.log(
-        jax.ops.segment_sum(jnp.exp(logits), nodes, count))[nodes]
+    return logits - jnp.log(jax.ops.segment_sum(jnp.exp(logits), nodes, count))[nodes]
 
   return jax.lax.map(score, hidden)  # A prompt at a time: E x D products.
 
@@ -178,10 +183,11 @@ def _over_vocabulary(model, tree, hidden):
   hidden = jnp.pad(hidden.reshape(-1, width), ((0, more), (0, 0)))
   children = np.pad(np.tile(children, (batch, 1)), ((0, more), (0, 0)))
   found = jax.lax.map(
-      lambda x: log_probs(model, *x),
-      (hidden.reshape(blocks, rows, -1), children.reshape(blocks, rows, -1)))
-  found = found.reshape(blocks * rows, -1)[:batch * nodes]
-  edges = np.argsort(tree.node_edges, axis=None)[:len(tree.edge_nodes)]
+    lambda x: log_probs(model, *x),
+    (hidden.reshape(blocks, rows, -1), children.reshape(blocks, rows, -1)),
+  )
+  found = found.reshape(blocks * rows, -1)[: batch * nodes]
+  edges = np.argsort(tree.node_edges, axis=None)[: len(tree.edge_nodes)]
   return found.reshape(batch, -1)[:, edges]
 
 
@@ -207,17 +213,22 @@ def _attention(tree, prompt):
   def attend(q, k, v, prompt_k, prompt_v):
     q, blocks = attention.scaled(q), []
     for begin in range(0, len(tree.tokens), _BLOCK):
-      block = tree.ancestors[begin:begin + _BLOCK]
+      block = tree.ancestors[begin : begin + _BLOCK]
       seen = slice(int(block.any(axis=0).argmax()), begin + len(block))
       keys = jnp.concatenate([prompt_k, k[:, seen]], axis=1)
       values = jnp.concatenate([prompt_v, v[:, seen]], axis=1)
       above = block[:, seen]
       shape = (len(prompt), 1, len(block))
-      mask = jnp.concatenate([
+      mask = jnp.concatenate(
+        [
           jnp.broadcast_to(prompt[:, None, None], (*shape, prompt.shape[1])),
-          jnp.broadcast_to(above, (*shape, above.shape[1]))], axis=-1)
-      blocks.append(attention.grouped(q[:, begin:begin + len(block)], keys,
-                                      values, mask))
+          jnp.broadcast_to(above, (*shape, above.shape[1])),
+        ],
+        axis=-1,
+      )
+      blocks.append(
+        attention.grouped(q[:, begin : begin + len(block)], keys, values, mask)
+      )
     return jnp.concatenate(blocks, axis=1)
 
   return attend
@@ -233,4 +244,3 @@ def log_softmax(scores):
 def best(scores, k=TOP):
   """Ids int64 [n, min(k, Y)] by falling score; equals by id."""
   return np.argsort(-scores, axis=1, kind='stable')[:, :k]
-

@@ -31,11 +31,11 @@ def evaluate(true, ranked, anchor) -> dict:
   top = ranked[:, 0] if len(true) else true
   table = per_behavior(true, top, len(anchor))
   rank = _rank(true, ranked)
-  members = {
-      'all': np.ones_like(anchor), 'anchor': anchor, 'tail': ~anchor}
+  members = {'all': np.ones_like(anchor), 'anchor': anchor, 'tail': ~anchor}
   return {
-      group: _group_scores(table, members[group], rank[members[group][true]])
-      for group in GROUPS}
+    group: _group_scores(table, members[group], rank[members[group][true]])
+    for group in GROUPS
+  }
 
 
 def per_behavior(true, predicted, count, weight=None):
@@ -56,9 +56,14 @@ def per_behavior(true, predicted, count, weight=None):
   claimed = np.bincount(predicted, weight, count)
   hits = np.bincount(true, weight * (true == predicted), count)
   # F1 = 2 hits / (support + claimed) equals 2PR / (P + R), also at zero.
-  return np.stack([
-      _divide(hits, claimed), _divide(hits, support),
-      _divide(2 * hits, support + claimed), support])
+  return np.stack(
+    [
+      _divide(hits, claimed),
+      _divide(hits, support),
+      _divide(2 * hits, support + claimed),
+      support,
+    ]
+  )
 
 
 def bootstrap_macro_f1(true, predicted, members, user, draws=1000, seed=0):
@@ -79,8 +84,7 @@ def bootstrap_macro_f1(true, predicted, members, user, draws=1000, seed=0):
   if not len(names) or not members.any():
     return result
   for draw in range(draws):
-    times = np.bincount(
-        rng.integers(len(names), size=len(names)), minlength=len(names))
+    times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
     f1 = per_behavior(true, predicted, len(members), times[owner])[2]
     result[draw] = f1[members].mean()
   return result
@@ -88,8 +92,8 @@ def bootstrap_macro_f1(true, predicted, members, user, draws=1000, seed=0):
 
 def _divide(numerator, denominator):
   return np.divide(
-      numerator, denominator, out=np.zeros(len(numerator)),
-      where=denominator > 0)
+    numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0
+  )
 
 
 def _rank(true, ranked):

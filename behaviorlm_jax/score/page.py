@@ -21,7 +21,7 @@ from behaviorlm_jax.score.blocks import Strong
 from behaviorlm_jax.score.blocks import Table
 from behaviorlm_jax.score.blocks import Text
 
-STYLE = '''
+STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5a5a5a;
   --line: #d5d5d5; --paper: #ffffff; --tint: #f3f6f9; --mark: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #a8a8a8;
@@ -58,12 +58,12 @@ figcaption { font-size: .9rem; color: var(--soft); }
 figcaption strong { color: var(--ink); }
 pre { background: var(--tint); padding: .6rem .9rem; overflow-x: auto; }
 summary { cursor: pointer; color: var(--mark); }
-'''
+"""
 
 # A column of numbers starts with the largest, one of text with A; a second
 # click turns it round. Rows without a value stay last. Buttons are made here,
 # so that without JavaScript no head pretends to do something.
-SCRIPT = '''
+SCRIPT = """
 'use strict';
 const value = (row, column) => {
   const cell = row.cells[column];
@@ -98,21 +98,32 @@ for (const table of document.querySelectorAll('table.sorts')) {
     });
   });
 }
-'''
+"""
 
 
 def html(title, blocks, folder) -> str:
   """The blocks as one HTML page; images are read from `folder`."""
-  return '\n'.join([
-      '<!DOCTYPE html>', '<html lang="en">', '<head>',
+  return '\n'.join(
+    [
+      '<!DOCTYPE html>',
+      '<html lang="en">',
+      '<head>',
       '<meta charset="utf-8">',
       '<meta name="viewport" content="width=device-width, initial-scale=1">',
       '<meta http-equiv="Content-Security-Policy" content="default-src '
       f"'none'; img-src data:; style-src {_hash(STYLE)}; "
       f'script-src {_hash(SCRIPT)}">',
-      f'<title>{escape(title)}</title>', f'<style>{STYLE}</style>', '</head>',
-      '<body>', _body(blocks, folder), f'<script>{SCRIPT}</script>', '</body>',
-      '</html>', ''])
+      f'<title>{escape(title)}</title>',
+      f'<style>{STYLE}</style>',
+      '</head>',
+      '<body>',
+      _body(blocks, folder),
+      f'<script>{SCRIPT}</script>',
+      '</body>',
+      '</html>',
+      '',
+    ]
+  )
 
 
 def _hash(text) -> str:
@@ -124,7 +135,8 @@ def _hash(text) -> str:
 def _body(blocks, folder) -> str:
   parts = []
   for figures, group in itertools.groupby(
-      blocks, lambda block: isinstance(block, Figure)):
+    blocks, lambda block: isinstance(block, Figure)
+  ):
     text = '\n'.join(_html(block, folder) for block in group)
     parts.append(f'<div class="figures">\n{text}\n</div>' if figures else text)
   return '\n'.join(parts)
@@ -144,8 +156,11 @@ def _html(block, folder) -> str:
     case Figure():
       return _figure(block, folder)
     case Details(summary, inner):
-      return (f'<details>\n<summary>{escape(summary)}</summary>\n'
-              + _body(inner, folder) + '\n</details>')
+      return (
+        f'<details>\n<summary>{escape(summary)}</summary>\n'
+        + _body(inner, folder)
+        + '\n</details>'
+      )
   raise AssertionError(block)
 
 
@@ -153,31 +168,39 @@ def _figure(block, folder) -> str:
   data = base64.b64encode((folder / block.path).read_bytes()).decode()
   wide = ' class="wide"' if block.wide else ''
   return (
-      f'<figure{wide}>\n<img alt="{escape(block.alt)}" '
-      f'src="data:image/png;base64,{data}">\n<figcaption>'
-      f'<strong>{escape(block.title)}.</strong> {escape(block.caption)}'
-      '</figcaption>\n</figure>')
+    f'<figure{wide}>\n<img alt="{escape(block.alt)}" '
+    f'src="data:image/png;base64,{data}">\n<figcaption>'
+    f'<strong>{escape(block.title)}.</strong> {escape(block.caption)}'
+    '</figcaption>\n</figure>'
+  )
 
 
 def _table(block) -> str:
   numbers = [
-      all(_is_number(row[i]) or row[i] is None for row in block.rows)
-      for i in range(len(block.head))]
+    all(_is_number(row[i]) or row[i] is None for row in block.rows)
+    for i in range(len(block.head))
+  ]
   head = ''.join(
-      f'<th scope="col"{_class(number)}>{escape(text)}</th>'
-      for text, number in zip(block.head, numbers, strict=True))
+    f'<th scope="col"{_class(number)}>{escape(text)}</th>'
+    for text, number in zip(block.head, numbers, strict=True)
+  )
   body = '\n'.join(
-      '<tr>' + ''.join(
-          _cell(value, number, first=i == 0) for i, (value, number)
-          in enumerate(zip(row, numbers, strict=True))) + '</tr>'
-      for row in block.rows)
+    '<tr>'
+    + ''.join(
+      _cell(value, number, first=i == 0)
+      for i, (value, number) in enumerate(zip(row, numbers, strict=True))
+    )
+    + '</tr>'
+    for row in block.rows
+  )
   caption = block.caption and f'<caption>{escape(block.caption)}</caption>\n'
   sorts = ' class="sorts"' if len(block.rows) > 1 else ''
   # A region that scrolls has to be within reach of the keyboard.
   return (
-      f'<div class="scroll" tabindex="0">\n<table{sorts}>\n{caption}'
-      f'<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n'
-      '</table>\n</div>')
+    f'<div class="scroll" tabindex="0">\n<table{sorts}>\n{caption}'
+    f'<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n'
+    '</table>\n</div>'
+  )
 
 
 def _cell(value, number, first) -> str:

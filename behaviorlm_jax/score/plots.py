@@ -24,14 +24,21 @@ COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
 MARKERS = {'anchor': 'o', 'tail': '^', 'all': 's'}
 HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
 # Of predictors side by side, told apart by line and mark, too.
-PREDICTORS = (('#0072B2', 'o', '-'), ('#D55E00', '^', '--'),
-              ('#009E73', 's', '-.'), ('#CC79A7', 'D', ':'),
-              ('#000000', 'v', '-'), ('#E69F00', 'P', '--'))
-DIFFICULTY = {'nll': '-log p of the true behavior (nats)',
-              'error': '1 - p of the true behavior',
-              'margin': 'lead of the best other behavior (nats)',
-              'ifd': 'share of -log p that the past leaves',
-              'rho': '-log p above the reference model\'s (nats)'}
+PREDICTORS = (
+  ('#0072B2', 'o', '-'),
+  ('#D55E00', '^', '--'),
+  ('#009E73', 's', '-.'),
+  ('#CC79A7', 'D', ':'),
+  ('#000000', 'v', '-'),
+  ('#E69F00', 'P', '--'),
+)
+DIFFICULTY = {
+  'nll': '-log p of the true behavior (nats)',
+  'error': '1 - p of the true behavior',
+  'margin': 'lead of the best other behavior (nats)',
+  'ifd': 'share of -log p that the past leaves',
+  'rho': "-log p above the reference model's (nats)",
+}
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
 
@@ -48,8 +55,15 @@ def stage_bars(path, labels, series):
   for index, ((group, text), values) in enumerate(series.items()):
     x = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
     bars = axes.bar(
-        x, values, width * 0.92, label=text, color=COLOURS[group],
-        hatch=HATCHES[group], edgecolor='white', linewidth=0)
+      x,
+      values,
+      width * 0.92,
+      label=text,
+      color=COLOURS[group],
+      hatch=HATCHES[group],
+      edgecolor='white',
+      linewidth=0,
+    )
     axes.bar_label(bars, fmt='%.3f', fontsize=7, padding=1)
   axes.set_xticks(range(len(labels)), labels)
   axes.set_xlabel('stage, in the order of the run')
@@ -67,14 +81,20 @@ def change_intervals(path, panels):
   """
   rows = max(map(len, panels.values()))
   figure, stack = _figure(
-      len(panels), height=1 + (0.55 + 0.27 * rows) * len(panels), stacked=True)
+    len(panels), height=1 + (0.55 + 0.27 * rows) * len(panels), stacked=True
+  )
   for axes, (against, changes) in zip(stack, panels.items(), strict=True):
     for y, change in enumerate(changes):
       group = next((g for g in MARKERS if g in change.score), 'all')
       axes.plot(change.interval, [y, y], color=COLOURS[group], linewidth=1.8)
       axes.plot(
-          change.size, y, MARKERS[group], color=COLOURS[group], markersize=7,
-          markerfacecolor='white' if change.outcome == 'within' else None)
+        change.size,
+        y,
+        MARKERS[group],
+        color=COLOURS[group],
+        markersize=7,
+        markerfacecolor='white' if change.outcome == 'within' else None,
+      )
     axes.axvline(0, color='#444444', linewidth=0.9, linestyle=':')
     axes.set_yticks(range(len(changes)), [c.score for c in changes])
     axes.set_ylim(len(changes) - 0.4, -0.6)
@@ -93,14 +113,14 @@ def trade_off(path, panels, taus):
   start = taus.index(0.0)
 
   def draw(axes, points, look):
-    line, = axes.plot(*points.T, **look, markersize=3, linewidth=1.4)
+    (line,) = axes.plot(*points.T, **look, markersize=3, linewidth=1.4)
     # Hollow: where predictors coincide all of their marks are seen.
-    axes.plot(*points[start], **look, markersize=12, markerfacecolor='none',
-              markeredgewidth=2)
+    axes.plot(
+      *points[start], **look, markersize=12, markerfacecolor='none', markeredgewidth=2
+    )
     return line
 
-  _curves(path, panels, draw, 'anchor macro-F1 (fraction)',
-          'tail macro-F1 (fraction)')
+  _curves(path, panels, draw, 'anchor macro-F1 (fraction)', 'tail macro-F1 (fraction)')
 
 
 def few_shot(path, panels):
@@ -110,19 +130,24 @@ def few_shot(path, panels):
     panels: {title: {predictor: {samples: F1}}}.
   """
 
-  shots = sorted({n for lines in panels.values() for values in lines.values()
-                  for n in values})
+  shots = sorted(
+    {n for lines in panels.values() for values in lines.values() for n in values}
+  )
   place = lambda n: np.log2(1 + np.array(list(n)))  # 0 has one, too.
 
   def draw(axes, values, look):
     axes.set_xticks(place(shots), list(map(str, shots)))
     axes.axhline(0, linewidth=0)  # The axis begins there.
-    line, = axes.plot(place(values), list(values.values()), **look,
-                      markersize=6)
+    (line,) = axes.plot(place(values), list(values.values()), **look, markersize=6)
     return line
 
-  _curves(path, panels, draw, 'samples of each tail behavior (log scale)',
-          'mean F1 (fraction)')
+  _curves(
+    path,
+    panels,
+    draw,
+    'samples of each tail behavior (log scale)',
+    'mean F1 (fraction)',
+  )
 
 
 def deciles(path, panels):
@@ -134,11 +159,16 @@ def deciles(path, panels):
 
   def draw(axes, values, look):
     axes.set_xticks(range(1, 11))
-    line, = axes.plot(list(values), list(values.values()), **look, markersize=6)
+    (line,) = axes.plot(list(values), list(values.values()), **look, markersize=6)
     return line
 
-  _curves(path, panels, draw, 'tenth of the behaviors, 1 the most frequent',
-          'mean F1 (fraction)')
+  _curves(
+    path,
+    panels,
+    draw,
+    'tenth of the behaviors, 1 the most frequent',
+    'mean F1 (fraction)',
+  )
 
 
 def marks(path, panels, x, line=None):
@@ -154,8 +184,14 @@ def marks(path, panels, x, line=None):
   for axes, (title, found) in zip(row, panels.items(), strict=True):
     for y, name in enumerate(names):
       values = found.get(name, [])
-      axes.plot(values, [y] * len(values), MARKERS['all'],
-                color=COLOURS['all'], markersize=7, alpha=0.75)
+      axes.plot(
+        values,
+        [y] * len(values),
+        MARKERS['all'],
+        color=COLOURS['all'],
+        markersize=7,
+        alpha=0.75,
+      )
     if line is None:
       axes.set_xlim(left=0)
     else:
@@ -174,8 +210,8 @@ def _curves(path, panels, draw, x, y):
   draw: (axes, values of a predictor, look) -> line.
   """
   figure, row = _figure(
-      len(panels), height=4.4, width=WIDTH if len(panels) == 1 else WIDE,
-      sharey=False)
+    len(panels), height=4.4, width=WIDTH if len(panels) == 1 else WIDE, sharey=False
+  )
   names = list(dict.fromkeys(itertools.chain(*panels.values())))
   looks = dict(zip(names, itertools.cycle(PREDICTORS), strict=False))
   lines = {}
@@ -188,8 +224,13 @@ def _curves(path, panels, draw, x, y):
     axes.grid(axis='x', color='#dddddd', linewidth=0.6)
   row[0].set_ylabel(y)
   figure.legend(
-      [lines[name] for name in names], names, loc='outside upper center',
-      ncols=min(len(names), 3 * len(panels)), frameon=False, fontsize=9)
+    [lines[name] for name in names],
+    names,
+    loc='outside upper center',
+    ncols=min(len(names), 3 * len(panels)),
+    frameon=False,
+    fontsize=9,
+  )
   _save(figure, path)
 
 
@@ -209,8 +250,15 @@ def f1_against_frequency(path, panels, train_count, anchor):
       if not members.any():
         continue
       axes.scatter(
-          count[members], f1[members], s=26, alpha=0.75, linewidth=0,
-          marker=MARKERS[group], color=COLOURS[group], label=group)
+        count[members],
+        f1[members],
+        s=26,
+        alpha=0.75,
+        linewidth=0,
+        marker=MARKERS[group],
+        color=COLOURS[group],
+        label=group,
+      )
       means.append(f'{group} {f1[members].mean():.3f}')
     _decades(axes, count)
     axes.set_ylim(-0.04, 1.04)
@@ -226,8 +274,8 @@ def _decades(axes, count):
   low, high = np.log10([max(count.min(), 1), max(count.max(), 10)])
   axes.set_xscale('log')
   axes.set_xlim(
-      min(0.7 * 10 ** np.floor(low), 0.8 * count.min()),
-      1.4 * 10 ** np.ceil(high))
+    min(0.7 * 10 ** np.floor(low), 0.8 * count.min()), 1.4 * 10 ** np.ceil(high)
+  )
   axes.set_xticks(10.0 ** np.arange(np.floor(low), np.ceil(high) + 1))
   axes.xaxis.set_major_formatter(EngFormatter(sep=''))  # 10k: it must fit.
   axes.xaxis.set_minor_formatter(NullFormatter())
@@ -251,8 +299,13 @@ def difficulty_histogram(path, scores, groups, name='nll'):
       continue
     share = np.histogram(values, edges)[0] / len(values)
     axes.stairs(
-        share, edges, color=COLOURS[group], linewidth=1.8, linestyle=style,
-        label=f'{group}: {len(values):,} samples, mean {values.mean():.3f}')
+      share,
+      edges,
+      color=COLOURS[group],
+      linewidth=1.8,
+      linestyle=style,
+      label=f'{group}: {len(values):,} samples, mean {values.mean():.3f}',
+    )
   axes.set_xlabel(f'difficulty: {DIFFICULTY[name]}')
   axes.set_ylabel('share of the group (fraction)')
   _legend(figure, axes)
@@ -269,28 +322,44 @@ def drawn_targets(path, panels, names, anchor):
   """
   named = len(names) <= MOST_NAMES
   figure, rows = _figure(
-      len(panels), height=1.5 * len(panels) + 1 + 1.1 * named,
-      stacked=True, width=WIDE)
+    len(panels), height=1.5 * len(panels) + 1 + 1.1 * named, stacked=True, width=WIDE
+  )
   x = np.arange(1, len(names) + 1)
   for axes, (stage, counts) in zip(rows, panels.items(), strict=True):
     for group, members in (('anchor', anchor), ('tail', ~anchor)):
       axes.bar(
-          x[members], counts[members], 0.85, color=COLOURS[group],
-          hatch=HATCHES[group] if named else '', edgecolor='white',
-          linewidth=0, label=group)
+        x[members],
+        counts[members],
+        0.85,
+        color=COLOURS[group],
+        hatch=HATCHES[group] if named else '',
+        edgecolor='white',
+        linewidth=0,
+        label=group,
+      )
     if not named and anchor.any() and not anchor.all():
       # Bars too narrow for a hatch: colour must not be the only sign.
       axes.axvline(
-          anchor.sum() + 0.5, color='#444444', linestyle=':', linewidth=1,
-          label='anchor left of here, tail right')
+        anchor.sum() + 0.5,
+        color='#444444',
+        linestyle=':',
+        linewidth=1,
+        label='anchor left of here, tail right',
+      )
     axes.set_title(f'{stage}: {counts.sum():,} targets', fontsize=10)
     axes.set_ylabel('targets (count)')
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.set_xlim(0.2, len(names) + 0.8)
   if named:
     rows[-1].set_xticks(
-        x, [_short(name) for name in names], rotation=55, ha='right',
-        rotation_mode='anchor', fontsize=8, parse_math=False)
+      x,
+      [_short(name) for name in names],
+      rotation=55,
+      ha='right',
+      rotation_mode='anchor',
+      fontsize=8,
+      parse_math=False,
+    )
     rows[-1].set_xlabel('behavior, most frequent in training first')
   else:
     rows[-1].set_xlabel('rank of the behavior by training frequency')
@@ -305,18 +374,29 @@ def loss_curves(path, panels):
     panels: {stage name: (steps, loss, validation steps, validation loss)}.
   """
   figure, row = _figure(
-      len(panels), height=3.6, width=WIDTH if len(panels) == 1 else WIDE)
+    len(panels), height=3.6, width=WIDTH if len(panels) == 1 else WIDE
+  )
   for axes, (name, curves) in zip(row, panels.items(), strict=True):
     steps, loss, val_steps, val_loss = (np.asarray(c, float) for c in curves)
     axes.plot(
-        steps, loss, color=COLOURS['anchor'], alpha=0.35, linewidth=0.9,
-        label='training')
+      steps, loss, color=COLOURS['anchor'], alpha=0.35, linewidth=0.9, label='training'
+    )
     axes.plot(
-        steps, _running_mean(loss), color=COLOURS['anchor'], linewidth=1.8,
-        label='training, mean over 5 % of the steps')
+      steps,
+      _running_mean(loss),
+      color=COLOURS['anchor'],
+      linewidth=1.8,
+      label='training, mean over 5 % of the steps',
+    )
     axes.plot(
-        val_steps, val_loss, color=COLOURS['tail'], linestyle='--',
-        marker='s', markersize=4, label='validation')
+      val_steps,
+      val_loss,
+      color=COLOURS['tail'],
+      linestyle='--',
+      marker='s',
+      markersize=4,
+      label='validation',
+    )
     axes.set_title(name, fontsize=10)
     axes.set_xlabel('step (count)')
   row[0].set_ylabel('loss per answer token (nats)')
@@ -336,7 +416,7 @@ def _running_mean(values):
 def _short(name):
   if len(name) <= LONGEST_NAME:
     return name
-  return name[:LONGEST_NAME - 1] + '…'
+  return name[: LONGEST_NAME - 1] + '…'
 
 
 def _figure(panels, height, stacked=False, width=WIDTH, sharey=True):
@@ -358,8 +438,13 @@ def _legend(figure, axes):
   """A legend above the axes, where it cannot cover anything."""
   handles, texts = axes.get_legend_handles_labels()
   figure.legend(
-      handles, texts, loc='outside upper center', ncols=max(len(texts), 1),
-      frameon=False, fontsize=9)
+    handles,
+    texts,
+    loc='outside upper center',
+    ncols=max(len(texts), 1),
+    frameon=False,
+    fontsize=9,
+  )
 
 
 def _save(figure, path):

@@ -33,8 +33,7 @@ def write(workdir, title, decode=None) -> None:
   run = run_files.load(Path(workdir))
   content = contents(run, title, decode)
   files.write_text(run.workdir / 'report.md', blocks.markdown(content))
-  files.write_text(
-      run.workdir / 'report.html', page.html(title, content, run.workdir))
+  files.write_text(run.workdir / 'report.html', page.html(title, content, run.workdir))
 
 
 def contents(run, title, decode=None) -> list:
@@ -42,18 +41,22 @@ def contents(run, title, decode=None) -> list:
   outcome = compare.outcome(run)
   many = tables.behaviors(run)
   sections = {
-      'Results': [
-          tables.results(run), *uncertified(run), tables.groups(run),
-          tables.changes(outcome)],
-      'Figures': figures.draw(run, outcome),
-      'True behavior in the context or not': [tables.context(run)],
-      'What the model still knows': [tables.retention(run)],
-      'Every behavior': many and [
-          Details(f'Scores of all {len(many.rows):,} behaviors', [many])],
-      'Worked examples': examples.show(run, decode),
-      'Data': [tables.data(run)],
-      'Time': [tables.times(run)],
-      'Files and configuration': [tables.files(run), tables.config(run)]}
+    'Results': [
+      tables.results(run),
+      *uncertified(run),
+      tables.groups(run),
+      tables.changes(outcome),
+    ],
+    'Figures': figures.draw(run, outcome),
+    'True behavior in the context or not': [tables.context(run)],
+    'What the model still knows': [tables.retention(run)],
+    'Every behavior': many
+    and [Details(f'Scores of all {len(many.rows):,} behaviors', [many])],
+    'Worked examples': examples.show(run, decode),
+    'Data': [tables.data(run)],
+    'Time': [tables.times(run)],
+    'Files and configuration': [tables.files(run), tables.config(run)],
+  }
   content = [Heading(1, title)]
   if outcome:
     content.append(Text(Strong('Verdict.'), ' ' + verdict(outcome), lead=True))
@@ -69,11 +72,15 @@ def summary(run) -> str:
   anchors = int(run.anchor.sum())
   events, users = (run.summary.get(key, 0) for key in ('events', 'users'))
   text = [
-      f'The log holds {events:,} events of {users:,} users and '
-      f'{len(run.behaviors):,} behaviors that can be predicted, {anchors:,} of '
-      f'them anchors and {len(run.behaviors) - anchors:,} tail.']
-  model = {str(address) for s in run.stages
-           if (address := s.config.get('model', {}).get('address'))}
+    f'The log holds {events:,} events of {users:,} users and '
+    f'{len(run.behaviors):,} behaviors that can be predicted, {anchors:,} of '
+    f'them anchors and {len(run.behaviors) - anchors:,} tail.'
+  ]
+  model = {
+    str(address)
+    for s in run.stages
+    if (address := s.config.get('model', {}).get('address'))
+  }
   if model:
     text.append(f'The model is {", ".join(sorted(model))}.')
   return ' '.join(text + _headlines(run))
@@ -85,9 +92,10 @@ def _headlines(run) -> list[str]:
     return []
   last = run.scored[-1].evaluation
   text = [
-      f'Scored are n = {last["all"]["n"]:,} events of the test split '
-      f'({last["anchor"]["n"]:,} anchor, {last["tail"]["n"]:,} tail), in the '
-      'order ' + ' → '.join(stage.name for stage in run.scored) + '.']
+    f'Scored are n = {last["all"]["n"]:,} events of the test split '
+    f'({last["anchor"]["n"]:,} anchor, {last["tail"]["n"]:,} tail), in the '
+    'order ' + ' → '.join(stage.name for stage in run.scored) + '.'
+  ]
   for name, (group, key) in compare.SCORES.items():
     line = ' → '.join(f'{s.evaluation[group][key]:.3f}' for s in run.scored)
     best = run.best_baseline(group, key)
@@ -99,9 +107,15 @@ def _headlines(run) -> list[str]:
 def uncertified(run) -> list[Text]:
   """How often a search was not certified, where stages noted it."""
   shares = [
-      f'{stage.evaluation["uncertified"]:.1%} ({stage.name})'
-      for stage in run.scored if 'uncertified' in stage.evaluation]
+    f'{stage.evaluation["uncertified"]:.1%} ({stage.name})'
+    for stage in run.scored
+    if 'uncertified' in stage.evaluation
+  ]
   if not shares:
     return []
-  return [Text('Prompts whose search of the label tree was not certified, so '
-               'that they were scored whole: ' + ', '.join(shares) + '.')]
+  return [
+    Text(
+      'Prompts whose search of the label tree was not certified, so '
+      'that they were scored whole: ' + ', '.join(shares) + '.'
+    )
+  ]

@@ -19,8 +19,7 @@ from behaviorlm_jax.score import labels
 from behaviorlm_jax.score import rows as rows_lib
 from behaviorlm_jax.score import run_files
 
-METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro',
-           'ndcg@5')
+METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro', 'ndcg@5')
 # Ends the name of a method at the anchor macro-F1 of its control.
 _MATCHED = '_matched'
 
@@ -35,10 +34,12 @@ def settings_hash(config, origin='') -> str:
   default = workdir_lib.flat(default)
   for name in ('seed', 'init_from', 'data.events', 'retention.questions'):
     del changed[name]
-  different = {name: value for name, value in changed.items()
-               if value != default.get(name)}
-  text = (json.dumps(different, sort_keys=True) + origin
-          + f'defaults {config_lib.DEFAULTS}')
+  different = {
+    name: value for name, value in changed.items() if value != default.get(name)
+  }
+  text = (
+    json.dumps(different, sort_keys=True) + origin + f'defaults {config_lib.DEFAULTS}'
+  )
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -64,13 +65,13 @@ class Finished:
     self.retention, self.arms = {}, {}
     self.log_p, self.by_tau, self.few_targets = {}, {}, {}
     self.anchor, self.cost, self.own = run.anchor, {}, set()
-    self.deciles = dict(zip(
-        rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True))
+    self.deciles = dict(
+      zip(rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True)
+    )
     self.few_shot = samples_lib.few_shot_mask(run.counts, run.anchor)
     last = run.scored[-1]
     self.true = run.encode(last.column('behavior'))
-    self.digest = choices.digest(
-        run.ids, run.anchor, last.column('sample'), self.true)
+    self.digest = choices.digest(run.ids, run.anchor, last.column('sample'), self.true)
     counted = compare.counted(run, last, 'markov')
     for stage in run.scored:
       name = _method(job, stage)
@@ -79,16 +80,21 @@ class Finished:
         if name == job.name:
           self.own |= names
         self.cost[name] = _cost(job, stage)
-        if stage.key in run_files.TRAINED and self.few_shot.any() and (
-            job.config.plan.shots is not None):
+        if (
+          stage.key in run_files.TRAINED
+          and self.few_shot.any()
+          and (job.config.plan.shots is not None)
+        ):
           self.few_targets[name] = _few_targets(run, stage, self.few_shot)
     if run.sasrec:
       names = self._add(run, run.sasrec, 'sasrec', counted)
       if not job.config.stages:  # Else it comes along, as counts do.
         self.own |= names
     self._curve('markov', counted, run.log_prior())
-    for name, scores in (('markov', counted), (
-        'markov_adjusted', compare.counted(run, last, 'markov_adjusted'))):
+    for name, scores in (
+      ('markov', counted),
+      ('markov_adjusted', compare.counted(run, last, 'markov_adjusted')),
+    ):
       self.arms[name] = compare.arm(run, last, labels.best(scores, 1)[:, 0])
 
   def _add(self, run, stage, name, counted):
@@ -96,22 +102,27 @@ class Finished:
     fitted = stage.evaluation.get('fitted', {})
     self.retention[name] = stage.retention
     columns = {name: 'predicted', **{f'{name}_{kind}': kind for kind in fitted}}
-    self.evaluations |= {name: stage.evaluation, **{
-        f'{name}_{kind}': scores for kind, scores in fitted.items()}}
+    self.evaluations |= {
+      name: stage.evaluation,
+      **{f'{name}_{kind}': scores for kind, scores in fitted.items()},
+    }
     for called, column in columns.items():
-      self.arms[called] = compare.arm(
-          run, stage, run.encode(stage.column(column)))
+      self.arms[called] = compare.arm(run, stage, run.encode(stage.column(column)))
     self.arms[name] = dataclasses.replace(
-        self.arms[name], log_p=stage.column('log_prob'))
+      self.arms[name], log_p=stage.column('log_prob')
+    )
     log_p = stage.log_p('test')
     if log_p is not None:
       self._curve(name, log_p, run.log_prior(stage))
       mixed, weights = f'{name}_mixed', fitted['mixed']
-      self._curve(mixed, adjust.mix(log_p, counted, weights['a'], weights['b']),
-                  run.log_prior(stage))
+      self._curve(
+        mixed,
+        adjust.mix(log_p, counted, weights['a'], weights['b']),
+        run.log_prior(stage),
+      )
       self.arms[mixed] = dataclasses.replace(
-          self.arms[mixed],
-          log_p=self.log_p[mixed][np.arange(len(self.true)), self.true])
+        self.arms[mixed], log_p=self.log_p[mixed][np.arange(len(self.true)), self.true]
+      )
     return set(columns)
 
   def _curve(self, name, log_p, prior):
@@ -136,10 +147,11 @@ def _cost(job, stage):
   if stage.key == 'b_tuning' and workdir_lib.needs_stage_a(job.config):
     origin = workdir_lib.stage_a_adapter(job.config, job.folder)
     folders.append(origin.parent)
-  steps = [run_files.read_json_lines(folder / 'metrics.jsonl')
-           for folder in folders]
-  return {'seconds': sum(map(_seconds, steps)),
-          'targets': sum(row['samples'] for stage in steps for row in stage)}
+  steps = [run_files.read_json_lines(folder / 'metrics.jsonl') for folder in folders]
+  return {
+    'seconds': sum(map(_seconds, steps)),
+    'targets': sum(row['samples'] for stage in steps for row in stage),
+  }
 
 
 def _seconds(steps):
@@ -194,11 +206,20 @@ def collect(jobs, contrasts, rows, folder):
       name = method.removesuffix(_MATCHED)
       if name != method:
         own = arms.get((log, name), {})
-        after = {seed: compare.matched(before[seed], own[seed], by_tau)
-                 for seed, by_tau in curves.get((log, name), {}).items()
-                 if seed in before}
-      _contrast(log, method, control, before, after, '/'.join(
-          settings.get((log, found), '') for found in (name, control)), rows)
+        after = {
+          seed: compare.matched(before[seed], own[seed], by_tau)
+          for seed, by_tau in curves.get((log, name), {}).items()
+          if seed in before
+        }
+      _contrast(
+        log,
+        method,
+        control,
+        before,
+        after,
+        '/'.join(settings.get((log, found), '') for found in (name, control)),
+        rows,
+      )
 
 
 def _add_scores(job, found, rows):
@@ -206,8 +227,9 @@ def _add_scores(job, found, rows):
   run = {'data': job.log, 'seed': job.seed, 'settings': job.settings}
 
   def add(method, group, metric, value, n):
-    rows.add('results.csv', **run, method=method, group=group, metric=metric,
-             value=value, n=n)
+    rows.add(
+      'results.csv', **run, method=method, group=group, metric=metric, value=value, n=n
+    )
 
   for name, measured in found.retention.items():
     for part, metric in rows_lib.RETENTION:
@@ -216,32 +238,49 @@ def _add_scores(job, found, rows):
   for name, evaluation in found.evaluations.items():
     for group in ('all', 'anchor', 'tail'):
       for metric in METRICS:
-        add(name, group, metric, evaluation[group][metric],
-            evaluation[group]['n'])
+        add(name, group, metric, evaluation[group][metric], evaluation[group]['n'])
   for name, cost in found.cost.items():
     for metric, value in cost.items():
       add(name, 'training', metric, value, 1)
   for name, arm in found.arms.items():
     for group, members in found.deciles.items():
       if len(members):
-        add(name, group, 'f1_macro', arm.macro_f1(members),
-            int(np.isin(arm.true, members).sum()))
+        add(
+          name,
+          group,
+          'f1_macro',
+          arm.macro_f1(members),
+          int(np.isin(arm.true, members).sum()),
+        )
     if found.few_shot.any():
-      add(name, *rows_lib.FEW_SHOT, arm.macro_f1(found.few_shot),
-          int(found.few_shot[arm.true].sum()))
+      add(
+        name,
+        *rows_lib.FEW_SHOT,
+        arm.macro_f1(found.few_shot),
+        int(found.few_shot[arm.true].sum()),
+      )
   for name, value in found.few_targets.items():
     add(name, *rows_lib.FEW_TARGETS, float(value), int(found.few_shot.sum()))
   for name, log_p in found.log_p.items():
     losses = difficulty.nll(log_p, found.true)
-    for group, chosen in (('all', np.ones_like(found.anchor)),
-                          ('anchor', found.anchor), ('tail', ~found.anchor)):
+    for group, chosen in (
+      ('all', np.ones_like(found.anchor)),
+      ('anchor', found.anchor),
+      ('tail', ~found.anchor),
+    ):
       part = losses[chosen[found.true]]
       if len(part):
         add(name, group, 'nll', float(part.mean()), len(part))
     points = adjust.trade_off(found.by_tau[name], found.true, found.anchor)
     for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
-      rows.add('trade_off.csv', **run, method=name, tau=tau,
-               anchor=float(anchor), tail=float(tail))
+      rows.add(
+        'trade_off.csv',
+        **run,
+        method=name,
+        tau=tau,
+        anchor=float(anchor),
+        tail=float(tail),
+      )
 
 
 def _contrast(log, method, control, before, after, settings, rows):
@@ -251,16 +290,22 @@ def _contrast(log, method, control, before, after, settings, rows):
   if not pairs:
     return
   for one, other in pairs:
-    if not all(np.array_equal(getattr(one, name), getattr(other, name))
-               for name in ('true', 'user', 'anchor')):
+    if not all(
+      np.array_equal(getattr(one, name), getattr(other, name))
+      for name in ('true', 'user', 'anchor')
+    ):
       logging.warning(
-          '%s and %s were evaluated on different events of %s: no difference '
-          'is shown.', method, control, log)
+        '%s and %s were evaluated on different events of %s: no difference is shown.',
+        method,
+        control,
+        log,
+      )
       return
   for score in (*compare.SCORES, *compare.LOG_P):
     if score in compare.LOG_P and not all(
-        one.log_p is not None and other.log_p is not None
-        and one.counted(score).any() for one, other in pairs):
+      one.log_p is not None and other.log_p is not None and one.counted(score).any()
+      for one, other in pairs
+    ):
       continue
     known = rows.seeds_of(log, method, control, score, settings=settings)
     if any(found > set(seeds) for found in known.values()):
@@ -270,7 +315,17 @@ def _contrast(log, method, control, before, after, settings, rows):
         del rows.tables['differences.csv'][key]
     value, change, interval = compare.paired(pairs, score)
     low, high = interval or (None, None)
-    rows.add('differences.csv', data=log, method=method, control=control,
-             metric=score, seeds=' '.join(map(str, seeds)),
-             n=sum(len(arm.true) for arm, _ in pairs), before=value,
-             change=change, low=low, high=high, settings=settings)
+    rows.add(
+      'differences.csv',
+      data=log,
+      method=method,
+      control=control,
+      metric=score,
+      seeds=' '.join(map(str, seeds)),
+      n=sum(len(arm.true) for arm, _ in pairs),
+      before=value,
+      change=change,
+      low=low,
+      high=high,
+      settings=settings,
+    )

@@ -76,8 +76,9 @@ class _Numbers:
 class Retention:
   """Measures adapters against their base model, on the same items."""
 
-  def __init__(self, attach, params, layout, conversations=None, questions=None,
-               batch=8):
+  def __init__(
+    self, attach, params, layout, conversations=None, questions=None, batch=8
+  ):
     """Compiles nothing yet.
 
     Args:
@@ -100,8 +101,7 @@ class Retention:
     def hidden(adapter, params, tokens, lengths):
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
       segments = (positions < lengths[:, None]).astype(jnp.int32)
-      return attach(params, adapter).packed_hidden(tokens, positions,
-                                                   segments)[0]
+      return attach(params, adapter).packed_hidden(tokens, positions, segments)[0]
 
     def log_probs(params, states, tokens):
       return labels_lib.log_probs(attach(params, None), states, tokens)
@@ -148,15 +148,18 @@ class Retention:
   def _run(self, adapter, progress) -> _Numbers:
     states = self._states(adapter, self.conversations, progress)
     choices = self._states(adapter, self.choices, progress)
-    return _Numbers(states, self._totals(states, self.conversations),
-                    self._totals(choices, self.choices))
+    return _Numbers(
+      states,
+      self._totals(states, self.conversations),
+      self._totals(choices, self.choices),
+    )
 
   def _states(self, adapter, rows, progress):
     """Hidden states [n, D] that predict the answers of each Conversation."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     states = [None] * len(rows)
     for begin in range(0, len(order), self.batch):
-      chosen = order[begin:begin + self.batch]
+      chosen = order[begin : begin + self.batch]
       padded = self._pad([rows[i].tokens for i in chosen])
       found = np.asarray(self._hidden(adapter, self.params, *padded))
       for i, hidden in zip(chosen, found, strict=False):
@@ -171,7 +174,7 @@ class Retention:
     tokens = np.zeros((self.batch, width), np.int32)
     lengths = np.ones(self.batch, np.int32)
     for row, prompt in enumerate(prompts):
-      tokens[row, :len(prompt)] = prompt
+      tokens[row, : len(prompt)] = prompt
       lengths[row] = len(prompt)
     placed = self.layout.put_same({'t': tokens, 'n': lengths})
     return placed['t'], placed['n']
@@ -181,15 +184,14 @@ class Retention:
     if not rows:
       return np.zeros(0)
     tokens = np.concatenate([row.tokens[1:][row.answers[1:]] for row in rows])
-    found = self._in_blocks(self._log_probs, np.concatenate(states),
-                            tokens[:, None])
+    found = self._in_blocks(self._log_probs, np.concatenate(states), tokens[:, None])
     return _sums(found[:, 0], states)
 
   def _in_blocks(self, function, *arrays):
     """function(params, *arrays) of arrays [N, ...], a few rows at a time."""
     count, found = len(arrays[0]), []
     for begin in range(0, count, self.block):
-      parts = [x[begin:begin + self.block] for x in arrays]
+      parts = [x[begin : begin + self.block] for x in arrays]
       more = self.block - len(parts[0])
       parts = [np.pad(x, ((0, more), (0, 0))) for x in parts]
       placed = self.layout.put_same(dict(enumerate(parts)))
@@ -199,15 +201,21 @@ class Retention:
   def _of_conversations(self, ours):
     base, n = self._base, len(self.conversations)
     tokens = np.array([len(x) for x in ours.states])
-    kl = _sums(self._in_blocks(self._divergence, np.concatenate(base.states),
-                               np.concatenate(ours.states)), ours.states)
+    kl = _sums(
+      self._in_blocks(
+        self._divergence, np.concatenate(base.states), np.concatenate(ours.states)
+      ),
+      ours.states,
+    )
     per_token = lambda sums: lambda times: times @ sums / (times @ tokens)
     loss, change = per_token(-ours.talks), per_token(base.talks - ours.talks)
     return {
-        'n': n, 'answer_tokens': int(tokens.sum()),
-        **_estimate('perplexity', n, lambda times: np.exp(loss(times))),
-        **_estimate('kl_to_base', n, per_token(kl)),
-        **_estimate('perplexity_ratio', n, lambda times: np.exp(change(times)))}
+      'n': n,
+      'answer_tokens': int(tokens.sum()),
+      **_estimate('perplexity', n, lambda times: np.exp(loss(times))),
+      **_estimate('kl_to_base', n, per_token(kl)),
+      **_estimate('perplexity_ratio', n, lambda times: np.exp(change(times))),
+    }
 
   def _of_questions(self, ours):
     n = len(self.questions)
@@ -215,8 +223,7 @@ class Retention:
     result = {'n': n, 'chance': float(np.mean(chances))}
     sizes = np.concatenate([one.sizes for one in self.questions])
     for name, unit in (('accuracy', 1), ('accuracy_per_byte', sizes)):
-      right, before = (self._right(x.choices / unit)
-                       for x in (ours, self._base))
+      right, before = (self._right(x.choices / unit) for x in (ours, self._base))
       mean = lambda values: lambda times: times @ values / times.sum()
       result |= _estimate(name, n, mean(right))
       result |= _estimate(f'{name}_change', n, mean(right - before))
@@ -225,8 +232,12 @@ class Retention:
   def _right(self, scores):
     """float64 [questions], 1 where the right choice scores highest."""
     parts = _parts(scores, [len(one.choices) for one in self.questions])
-    return np.array([float(part.argmax() == one.answer) for part, one in
-                     zip(parts, self.questions, strict=True)])
+    return np.array(
+      [
+        float(part.argmax() == one.answer)
+        for part, one in zip(parts, self.questions, strict=True)
+      ]
+    )
 
 
 def _parts(values, sizes):
@@ -247,8 +258,10 @@ def _estimate(name, n, statistic) -> dict:
   """
   rng, interval = np.random.default_rng(0), None
   if n > 1:
-    draws = [statistic(np.bincount(rng.integers(n, size=n), minlength=n))
-             for _ in range(_DRAWS)]
+    draws = [
+      statistic(np.bincount(rng.integers(n, size=n), minlength=n))
+      for _ in range(_DRAWS)
+    ]
     interval = np.quantile(draws, [0.025, 0.975]).tolist()
   return {name: float(statistic(np.ones(n))), f'{name}_interval': interval}
 
@@ -279,8 +292,9 @@ def read_questions(path, tokenizer, max_length) -> list[Question]:
   renderer, questions, equal, long = chat.Renderer(tokenizer), [], 0, 0
   for where, record in _records(pathlib.Path(path)):
     choices = [choice.strip() for choice in record['choices']]
-    rows = [_row(renderer, tokenizer, record['question'], choice, where)
-            for choice in choices]
+    rows = [
+      _row(renderer, tokenizer, record['question'], choice, where) for choice in choices
+    ]
     if len(set(choices)) < len(choices):
       equal += 1
     elif max(len(row.tokens) for row in rows) > max_length:
@@ -289,9 +303,10 @@ def read_questions(path, tokenizer, max_length) -> list[Question]:
       sizes = [len(choice.encode()) for choice in choices]
       questions.append(Question(rows, sizes, record['answer']))
   counts = (
-      f'{path}: of {len(questions) + equal + long} questions {equal + long} '
-      f'left out ({equal} with equal choices, {long} longer than {max_length} '
-      'tokens)')
+    f'{path}: of {len(questions) + equal + long} questions {equal + long} '
+    f'left out ({equal} with equal choices, {long} longer than {max_length} '
+    'tokens)'
+  )
   if not questions:
     raise InputError(f'{counts}; none is left: give other questions')
   if equal or long:
@@ -300,8 +315,10 @@ def read_questions(path, tokenizer, max_length) -> list[Question]:
 
 
 def _row(renderer, tokenizer, question, choice, where):
-  messages = [{'role': 'user', 'content': question.strip()},
-              {'role': 'assistant', 'content': choice}]
+  messages = [
+    {'role': 'user', 'content': question.strip()},
+    {'role': 'assistant', 'content': choice},
+  ]
   return conversations_lib._encode(tokenizer, *renderer.render(messages, where))
 
 
@@ -335,6 +352,8 @@ def _mistake(record) -> str | None:
   if len(choices) < 2:
     return f'there are {len(choices)} choices; give two or more'
   if type(answer) is not int or not 0 <= answer < len(choices):
-    return (f'`answer` is {answer!r} and there are {len(choices)} choices; '
-            f'give the index of the right one, 0 to {len(choices) - 1}')
+    return (
+      f'`answer` is {answer!r} and there are {len(choices)} choices; '
+      f'give the index of the right one, 0 to {len(choices) - 1}'
+    )
   return None

@@ -19,8 +19,11 @@ import io
 from behaviorlm_jax import files
 
 # (group, metric) of what score.retention measures.
-RETENTION = (('conversations', 'perplexity_ratio'),
-             ('conversations', 'kl_to_base'), ('questions', 'accuracy'))
+RETENTION = (
+  ('conversations', 'perplexity_ratio'),
+  ('conversations', 'kl_to_base'),
+  ('questions', 'accuracy'),
+)
 # Training steps alone, of both stages; neither compilation nor scoring.
 COST = (('training', 'seconds'), ('training', 'targets'))
 # Groups of behaviors by training frequency, the most frequent tenth first.
@@ -31,18 +34,24 @@ FEW_SHOT = 'few_shot', 'f1_macro'
 FEW_TARGETS = 'few_shot', 'targets'
 # Columns of each file; those before `:` name a row.
 _FILES = {
-    'results.csv': 'data method seed group metric : value n settings',
-    'differences.csv': 'data method control metric seeds : n before change low '
-                       'high settings',
-    'trade_off.csv': 'data method seed tau : anchor tail settings'}
-_NUMBERS = {'seed': int, 'n': int, **dict.fromkeys(
-    ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'),
-    float)}
+  'results.csv': 'data method seed group metric : value n settings',
+  'differences.csv': 'data method control metric seeds : n before change low '
+  'high settings',
+  'trade_off.csv': 'data method seed tau : anchor tail settings',
+}
+_NUMBERS = {
+  'seed': int,
+  'n': int,
+  **dict.fromkeys(
+    ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'), float
+  ),
+}
 
 
 @dataclasses.dataclass
 class Rows:
   """The rows of the three files, by what names them."""
+
   tables: dict  # {file: {key: row}}
 
   def add(self, name, **row):
@@ -55,10 +64,11 @@ class Rows:
   def seeds_of(self, *difference, settings):
     """{key: its seeds, or none where its settings are others}; `difference`:
     log, method, control and metric."""
-    return {key: {int(seed) for seed in row['seeds'].split()
-                  if row['settings'] == settings}
-            for key, row in self.tables['differences.csv'].items()
-            if key[:-1] == difference}
+    return {
+      key: {int(seed) for seed in row['seeds'].split() if row['settings'] == settings}
+      for key, row in self.tables['differences.csv'].items()
+      if key[:-1] == difference
+    }
 
 
 def _columns(name):
@@ -74,9 +84,13 @@ def read(folder) -> Rows:
     if path.is_file():
       with path.open(encoding='utf-8', newline='') as lines:
         for row in csv.DictReader(lines):
-          rows.add(name, **{
+          rows.add(
+            name,
+            **{
               column: _NUMBERS.get(column, str)(text) if text else None
-              for column, text in row.items()})
+              for column, text in row.items()
+            },
+          )
   return rows
 
 
@@ -87,8 +101,7 @@ def write(folder, rows):
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writeheader()
     for key in sorted(found):
-      writer.writerow({column: _short(found[key][column])
-                       for column in columns})
+      writer.writerow({column: _short(found[key][column]) for column in columns})
     files.write_text(folder / name, text.getvalue())
 
 

@@ -26,6 +26,7 @@ STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """The files of one stage; None or empty where a file is missing."""
+
   key: str
   folder: Path
   config: dict
@@ -41,7 +42,8 @@ class Stage:
   def one_stage(self):
     """Whether stage 'one' made it, which stands in the place of stage b."""
     return self.key == 'b_tuning' and any(
-        name.startswith('one_stage') for name in self.ablations)
+      name.startswith('one_stage') for name in self.ablations
+    )
 
   @property
   def ablations(self):
@@ -84,6 +86,7 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class Run:
   """What the work directory holds, in the form that the sections need."""
+
   workdir: Path
   summary: dict
   behaviors: list  # the candidate list: dicts name, train_count, group
@@ -114,10 +117,14 @@ class Run:
 
     Without a stage, or of one that is not trained, in the training split.
     """
-    plan = {} if stage is None or stage.key not in TRAINED else (
-        stage.config.get('plan', {}))
-    return adjust.log_prior(samples_lib.learnable(
-        self.counts, self.anchor, plan.get('shots')))
+    plan = (
+      {}
+      if stage is None or stage.key not in TRAINED
+      else (stage.config.get('plan', {}))
+    )
+    return adjust.log_prior(
+      samples_lib.learnable(self.counts, self.anchor, plan.get('shots'))
+    )
 
   @functools.cached_property
   def by_frequency(self):
@@ -135,8 +142,10 @@ class Run:
   def per_behavior(self, stage):
     """Precision, recall, F1 and support of every behavior: float64[4, Y]."""
     return metrics.per_behavior(
-        self.encode(stage.column('behavior')),
-        self.encode(stage.column('predicted')), len(self.behaviors))
+      self.encode(stage.column('behavior')),
+      self.encode(stage.column('predicted')),
+      len(self.behaviors),
+    )
 
   def encode(self, names):
     return np.array([self.ids[name] for name in names], np.int64)
@@ -151,16 +160,26 @@ def load(workdir) -> Run:
   behaviors = read_json(workdir / 'events/behaviors.json', [])
   known = [row for row in behaviors if row['group'] != 'unseen']
   found = {
-      key: Stage(
-          key, folder, read_json(folder / 'config.json', {}),
-          read_json(folder / 'evaluation.json', None),
-          read_table(folder / 'predictions.parquet'))
-      for key in (*STAGES, 'sasrec') if (folder := workdir / key).is_dir()}
+    key: Stage(
+      key,
+      folder,
+      read_json(folder / 'config.json', {}),
+      read_json(folder / 'evaluation.json', None),
+      read_table(folder / 'predictions.parquet'),
+    )
+    for key in (*STAGES, 'sasrec')
+    if (folder := workdir / key).is_dir()
+  }
   sasrec = found.pop('sasrec', None)
   return Run(
-      workdir, read_json(workdir / 'events/summary.json', {}), known,
-      len(behaviors) - len(known), read_json(workdir / 'baselines.json', {}),
-      list(found.values()), sasrec if sasrec and sasrec.evaluation else None)
+    workdir,
+    read_json(workdir / 'events/summary.json', {}),
+    known,
+    len(behaviors) - len(known),
+    read_json(workdir / 'baselines.json', {}),
+    list(found.values()),
+    sasrec if sasrec and sasrec.evaluation else None,
+  )
 
 
 def plan_targets(path):
@@ -168,8 +187,11 @@ def plan_targets(path):
   rows = pq.read_table(path, columns=['segments'])
   segments = pc.list_flatten(rows.column('segments').combine_chunks())
   windows = segments.filter(pc.equal(segments.field('kind'), 'window'))
-  return pc.list_flatten(windows.field('targets')).to_numpy(
-      zero_copy_only=False).astype(np.int64)
+  return (
+    pc.list_flatten(windows.field('targets'))
+    .to_numpy(zero_copy_only=False)
+    .astype(np.int64)
+  )
 
 
 def read_json(path, missing):
@@ -181,8 +203,9 @@ def read_json(path, missing):
 def read_json_lines(path):
   if not path.is_file():
     return []
-  return [json.loads(line)
-          for line in path.read_text(encoding='utf-8').splitlines() if line]
+  return [
+    json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line
+  ]
 
 
 def read_table(path):

@@ -35,8 +35,13 @@ class Block(nnx.Module):
     self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
     # Flax would drop the same weights for all windows of a batch: worse.
     self.attention = nnx.MultiHeadAttention(
-        sasrec.heads, width, dropout_rate=sasrec.dropout,
-        broadcast_dropout=False, decode=False, rngs=rngs)
+      sasrec.heads,
+      width,
+      dropout_rate=sasrec.dropout,
+      broadcast_dropout=False,
+      decode=False,
+      rngs=rngs,
+    )
     self.inner = nnx.Linear(width, width, rngs=rngs)
     self.outer = nnx.Linear(width, width, rngs=rngs)
     self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
@@ -53,14 +58,15 @@ class SasRec(nnx.Module):
 
   def __init__(self, sasrec, known, rngs):
     embed = lambda count: nnx.Embed(
-        count, sasrec.width, rngs=rngs,
-        embedding_init=nnx.initializers.normal(sasrec.width ** -0.5))
+      count,
+      sasrec.width,
+      rngs=rngs,
+      embedding_init=nnx.initializers.normal(sasrec.width**-0.5),
+    )
     self.known = known
     self.behaviors = embed(known + 1)  # The last: those not known.
-    self.places, self.hours, self.days = map(
-        embed, (sasrec.history, HOURS, DAYS))
-    self.blocks = nnx.List(
-        [Block(sasrec, rngs) for _ in range(sasrec.layers)])
+    self.places, self.hours, self.days = map(embed, (sasrec.history, HOURS, DAYS))
+    self.blocks = nnx.List([Block(sasrec, rngs) for _ in range(sasrec.layers)])
     self.norm = nnx.LayerNorm(sasrec.width, rngs=rngs)
     self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
 
@@ -71,7 +77,7 @@ class SasRec(nnx.Module):
     mask = (places[:, None] >= places) & real[:, None, None]
     for block in self.blocks:
       x = block(x, mask)
-    return self.norm(x) @ self.behaviors.embedding[:self.known].T
+    return self.norm(x) @ self.behaviors.embedding[: self.known].T
 
 
 def windows(events, ends, config):
@@ -92,9 +98,13 @@ def windows(events, ends, config):
   seconds = np.asarray(events.time[at + 1], np.int64)
   day = seconds // 86400 % DAYS if config.data.weekday else 0 * seconds
   behavior = np.where(real, events.behavior[at], 0)
-  return {'behavior': np.minimum(behavior, events.known).astype(np.int32),
-          'hour': (seconds // 3600 % HOURS).astype(np.int32),
-          'day': day.astype(np.int32), 'real': real, 'next': at + 1}
+  return {
+    'behavior': np.minimum(behavior, events.known).astype(np.int32),
+    'hour': (seconds // 3600 % HOURS).astype(np.int32),
+    'day': day.astype(np.int32),
+    'real': real,
+    'next': at + 1,
+  }
 
 
 def targets(events, batch, split):
@@ -105,17 +115,23 @@ def targets(events, batch, split):
   """
   place = batch['next']
   behavior = events.behavior[place]
-  chosen = (batch['real'] & (behavior < events.known)
-            & (events.split[place] == events_lib.SPLITS.index(split)))
+  chosen = (
+    batch['real']
+    & (behavior < events.known)
+    & (events.split[place] == events_lib.SPLITS.index(split))
+  )
   rest = {name: value for name, value in batch.items() if name != 'next'}
-  return rest | {'target': np.where(chosen, behavior, 0).astype(np.int32),
-                 'weight': chosen.astype(np.float32)}
+  return rest | {
+    'target': np.where(chosen, behavior, 0).astype(np.int32),
+    'weight': chosen.astype(np.float32),
+  }
 
 
 def loss(model, batch):
   """Mean cross-entropy of the targets, in nats."""
   losses = optax.softmax_cross_entropy_with_integer_labels(
-      model(batch), batch['target'])
+    model(batch), batch['target']
+  )
   weight = batch['weight']
   return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1)
 
@@ -132,8 +148,7 @@ def fit(events, config, progress=lambda n: None):
   sasrec = config.sasrec
   model = SasRec(sasrec, events.known, nnx.Rngs(config.seed))
   model.train()
-  optimizer = nnx.Optimizer(model, optax.adam(sasrec.learning_rate),
-                            wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, optax.adam(sasrec.learning_rate), wrt=nnx.Param)
   draw = _ends(events, 'train', config)
   held = _ends(events, 'validation', config)
   rng = seeds.stream(config.seed, 'sasrec', 'batches')
@@ -144,8 +159,7 @@ def fit(events, config, progress=lambda n: None):
   every = -(-sasrec.steps // CHECKS)
   for step in range(1, sasrec.steps + 1):
     ends = rng.choice(draw, sasrec.batch)
-    _train(model, optimizer,
-           targets(events, windows(events, ends, config), 'train'))
+    _train(model, optimizer, targets(events, windows(events, ends, config), 'train'))
     if step % every == 0 or step == sasrec.steps:
       found = _validation(model, events, checks, config)
       if found < best or not len(checks):
@@ -158,11 +172,11 @@ def fit(events, config, progress=lambda n: None):
 
 def _ends(events, split, config):
   """Positions int64 with a past and a known behavior."""
-  chosen = ((events.split == events_lib.SPLITS.index(split))
-            & (events.behavior < events.known))
+  chosen = (events.split == events_lib.SPLITS.index(split)) & (
+    events.behavior < events.known
+  )
   positions = np.flatnonzero(chosen)
-  return positions[positions - events.first[positions]
-                   >= config.plan.min_context]
+  return positions[positions - events.first[positions] >= config.plan.min_context]
 
 
 @nnx.jit
@@ -189,10 +203,10 @@ def log_probs(model, events, samples, config):
   """log p float32 [n, Y] of what happens at positions int64 [n]."""
   found = []
   for begin in range(0, len(samples), SCORED):
-    ends = samples[begin:begin + SCORED]
+    ends = samples[begin : begin + SCORED]
     more = SCORED - len(ends)  # One shape, one compilation.
     batch = windows(events, np.pad(ends, (0, more), 'edge'), config)
     del batch['next']
-    logits = np.asarray(_logits(model, batch))[:len(ends)]
+    logits = np.asarray(_logits(model, batch))[: len(ends)]
     found.append(logits - np.logaddexp.reduce(logits, 1, keepdims=True))
   return np.concatenate(found).astype(np.float32)

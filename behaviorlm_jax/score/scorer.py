@@ -46,39 +46,47 @@ class Scorer:
     if softmax == 'names':  # Over all names, so they stay together.
       tree = labels_lib.build(labels_lib.shortest(labels))
       step = len(labels)
-    trees = [tree] if step >= len(labels) else [
-        labels_lib.build(labels[i:i + step])
-        for i in range(0, len(labels), step)]
+    trees = (
+      [tree]
+      if step >= len(labels)
+      else [labels_lib.build(labels[i : i + step]) for i in range(0, len(labels), step)]
+    )
     self.index = search.Index(tree)
-    self.searches = bool(self.tolerance) and softmax == 'vocabulary' and (
-        len(tree.tokens) >= (_LONG if long is None else long))
+    self.searches = (
+      bool(self.tolerance)
+      and softmax == 'vocabulary'
+      and (len(tree.tokens) >= (_LONG if long is None else long))
+    )
 
     def whole(adapter, params, tokens, lengths):
       model = attach(params, adapter)
       last, cache = model.prefill(tokens, lengths)
-      parts = [labels_lib.tree_scores(model, tree, last, cache, lengths,
-                                      softmax)
-               for tree in trees]
+      parts = [
+        labels_lib.tree_scores(model, tree, last, cache, lengths, softmax)
+        for tree in trees
+      ]
       return jnp.concatenate(parts, axis=1)
 
     def start(adapter, params, tokens, lengths):
       model = attach(params, adapter)
       last, cache = model.prefill(tokens, lengths)
-      root = jnp.broadcast_to(self.index.root_tokens,
-                              (len(last), len(self.index.root_tokens)))
+      root = jnp.broadcast_to(
+        self.index.root_tokens, (len(last), len(self.index.root_tokens))
+      )
       room = [(0, 0)] * 2 + [(0, _SLOTS)] + [(0, 0)] * 2
       return labels_lib.log_probs(model, last, root), tuple(
-          jnp.pad(x, room) for x in cache)
+        jnp.pad(x, room) for x in cache
+      )
 
     def expand(adapter, params, cache, *arguments):
       return search.expand(attach(params, adapter), tree, cache, *arguments)
 
     everywhere = layout.replicated
-    self._whole = jax.jit(whole, out_shardings=everywhere,
-                          compiler_options=layout.compiler_options)
+    self._whole = jax.jit(
+      whole, out_shardings=everywhere, compiler_options=layout.compiler_options
+    )
     # The cache of a prompt stays with it.
-    rows = layout.sharding((None, 'batch', None, None, None),
-                           (1, self.batch, 1, 1, 1))
+    rows = layout.sharding((None, 'batch', None, None, None), (1, self.batch, 1, 1, 1))
     outputs = (everywhere, (rows, rows))
     self._start = jax.jit(start, out_shardings=outputs)
     self._expand = jax.jit(expand, donate_argnums=2, out_shardings=outputs)
@@ -106,15 +114,23 @@ class Scorer:
       guesses = search.Guesses(self.index)
 
       def searched(chosen):
-        return self._search(adapter, [prompts[i] for i in chosen], guesses,
-                            [None if wanted is None else int(wanted[i])
-                             for i in chosen])
+        return self._search(
+          adapter,
+          [prompts[i] for i in chosen],
+          guesses,
+          [None if wanted is None else int(wanted[i]) for i in chosen],
+        )
 
       self._batches(prompts, left, searched, scores, progress)
       left = [i for i in left if scores[i] is None]
     uncertified = np.isin(np.arange(len(prompts)), left)
-    self._batches(prompts, left, lambda chosen: self._batch(
-        adapter, [prompts[i] for i in chosen]), scores, progress)
+    self._batches(
+      prompts,
+      left,
+      lambda chosen: self._batch(adapter, [prompts[i] for i in chosen]),
+      scores,
+      progress,
+    )
     return np.stack(scores), uncertified if self.searches else None
 
   def lower(self, adapter, width):
@@ -133,18 +149,18 @@ class Scorer:
     """scores[i] of the prompts `left`, by length, where `score` has one."""
     order = sorted(left, key=lambda i: len(prompts[i]))
     for begin in range(0, len(order), self.batch):
-      chosen = order[begin:begin + self.batch]
+      chosen = order[begin : begin + self.batch]
       found = score(chosen)
       for i, row in zip(chosen, found, strict=False):
         scores[i] = row
-      progress(sum(row is not None for row in found[:len(chosen)]))
+      progress(sum(row is not None for row in found[: len(chosen)]))
 
   def _pad(self, prompts):
     width = -(-len(prompts[-1]) // WIDTH) * WIDTH
     tokens = np.zeros((self.batch, width), np.int32)
     lengths = np.ones(self.batch, np.int32)
     for row, prompt in enumerate(prompts):
-      tokens[row, :len(prompt)] = prompt
+      tokens[row, : len(prompt)] = prompt
       lengths[row] = len(prompt)
     placed = self.layout.put_same({'t': tokens, 'n': lengths})
     return placed['t'], placed['n']
@@ -158,26 +174,36 @@ class Scorer:
     tokens, lengths = self._pad(prompts)
     root, cache = self._start(adapter, self.params, tokens, lengths)
     root = np.asarray(root)
-    searches = [search.Search(self.index, guesses, root[row], self.tolerance,
-                              labels_lib.TOP, wanted[row])
-                for row in range(len(prompts))]
+    searches = [
+      search.Search(
+        self.index, guesses, root[row], self.tolerance, labels_lib.TOP, wanted[row]
+      )
+      for row in range(len(prompts))
+    ]
     for begin in range(0, _SLOTS, _ROUND):
-      chosen = [[] if one.certified() else one.choose(_ROUND)
-                for one in searches]
+      chosen = [[] if one.certified() else one.choose(_ROUND) for one in searches]
       if not any(chosen):
         break
       nodes = np.zeros((self.batch, _ROUND), np.int32)
       seen = np.zeros((self.batch, _ROUND, _SLOTS), bool)
       children = np.full((self.batch, _ROUND, self.index.most), -1, np.int32)
       for row, (one, some) in enumerate(zip(searches, chosen, strict=True)):
-        nodes[row, :len(some)] = some
+        nodes[row, : len(some)] = some
         one.place(some, begin, seen[row], children[row])
-      placed = self.layout.put_same({
-          'nodes': nodes, 'seen': seen, 'children': children})
-      found, cache = self._expand(adapter, self.params, cache, lengths,
-                                  placed['nodes'], placed['seen'],
-                                  placed['children'], np.int32(begin))
+      placed = self.layout.put_same(
+        {'nodes': nodes, 'seen': seen, 'children': children}
+      )
+      found, cache = self._expand(
+        adapter,
+        self.params,
+        cache,
+        lengths,
+        placed['nodes'],
+        placed['seen'],
+        placed['children'],
+        np.int32(begin),
+      )
       found = np.asarray(found)
       for row, (one, some) in enumerate(zip(searches, chosen, strict=True)):
-        one.learn(some, found[row, :len(some)])
+        one.learn(some, found[row, : len(some)])
     return [one.result() if one.certified() else None for one in searches]

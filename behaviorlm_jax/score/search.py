@@ -64,8 +64,9 @@ class Guesses:
   """
 
   def __init__(self, index):
-    self.mean = np.array([-np.log(len(index.edges[node]))
-                          for node in index.tree.edge_nodes])
+    self.mean = np.array(
+      [-np.log(len(index.edges[node])) for node in index.tree.edge_nodes]
+    )
     self._count = np.ones(len(self.mean))
 
   def learn(self, edges, log_probs):
@@ -135,7 +136,7 @@ class Search:
     """Takes log_probs float [n, F]: of chosen[i], of its index.edges first."""
     for node, children in zip(chosen, log_probs, strict=True):
       edges = self.index.edges[node]
-      self.guesses.learn(edges, children[:len(edges)])
+      self.guesses.learn(edges, children[: len(edges)])
       self._learn(node, self.open.pop(node), children)
 
   def _learn(self, node, bound, log_probs):
@@ -159,7 +160,7 @@ class Search:
     for i, node in enumerate(chosen):
       self.slots[node] = begin + i
       edges = self.index.edges[node]
-      children[i, :len(edges)] = self.index.tree.edge_tokens[edges]
+      children[i, : len(edges)] = self.index.tree.edge_tokens[edges]
       while node:
         seen[i, self.slots[node]] = True
         node = int(self.index.tree.parents[node])
@@ -194,8 +195,9 @@ def expand(model, tree, cache, lengths, nodes, seen, children, begin):
   batch, count = nodes.shape
   slots = seen.shape[-1]
   width = cache[0].shape[2] - slots
-  prompt = jnp.broadcast_to((jnp.arange(width) < lengths[:, None])[:, None],
-                            (batch, count, width))
+  prompt = jnp.broadcast_to(
+    (jnp.arange(width) < lengths[:, None])[:, None], (batch, count, width)
+  )
   earlier = seen & (jnp.arange(slots) < begin)
   now = jax.lax.dynamic_slice_in_dim(seen, begin, count, axis=2)
   mask = jnp.concatenate([prompt, earlier, now], axis=-1)[:, None]
@@ -210,8 +212,8 @@ def expand(model, tree, cache, lengths, nodes, seen, children, begin):
   positions = lengths[:, None] + depths - 1
   hidden, new = model(tokens, positions, attend, memory=cache, keep_cache=True)
   cache = tuple(
-      jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
-      for old, more in zip(cache, new, strict=True))
-  found = jax.lax.map(lambda x: labels.log_probs(model, *x),
-                      (hidden, children))
+    jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
+    for old, more in zip(cache, new, strict=True)
+  )
+  found = jax.lax.map(lambda x: labels.log_probs(model, *x), (hidden, children))
   return found, cache

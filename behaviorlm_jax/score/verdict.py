@@ -14,6 +14,7 @@ FEW_USERS = 10  # below which redrawing users says little
 @dataclasses.dataclass(frozen=True)
 class Change:
   """What the final stage changed in one score, against one other predictor."""
+
   score: str
   other: str  # the other predictor
   before: float  # score of the other
@@ -36,6 +37,7 @@ class Change:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """The final stage's scores and what they mean beside others."""
+
   final: str
   scores: dict  # name: (value, interval or None)
   samples: dict  # group: test samples, for 'all', 'anchor', 'tail'
@@ -49,38 +51,48 @@ def verdict(outcome) -> str:
     return ''
   sentences = [_level(outcome)]
   sentences += [
-      _contrast(against, changes)
-      for against, changes in outcome.contrasts.items()]
+    _contrast(against, changes) for against, changes in outcome.contrasts.items()
+  ]
   if outcome.users > 1:
     sentences.append('Brackets hold 95 % intervals from redrawn users.')
   return ' '.join(sentences + _warnings(outcome))
 
 
 def _level(outcome) -> str:
-  scores = _join([
+  scores = _join(
+    [
       f'{name} {value:.3f}' + (f' ({_range(interval)})' if interval else '')
-      for name, (value, interval) in outcome.scores.items()])
-  return (f'On {_count(outcome.samples["all"], "test event")} of '
-          f'{_count(outcome.users, "user")}, {outcome.final} reaches {scores}.')
+      for name, (value, interval) in outcome.scores.items()
+    ]
+  )
+  return (
+    f'On {_count(outcome.samples["all"], "test event")} of '
+    f'{_count(outcome.users, "user")}, {outcome.final} reaches {scores}.'
+  )
 
 
 def _contrast(against, changes) -> str:
   same = len({change.other for change in changes}) == 1
   told = {
-      outcome: [_change(c, same) for c in changes if c.outcome == outcome]
-      for outcome in ('better', 'worse', 'within', 'unknown')}
-  clear = [f'{outcome} in {_join(told[outcome])}'
-           for outcome in ('better', 'worse') if told[outcome]]
+    outcome: [_change(c, same) for c in changes if c.outcome == outcome]
+    for outcome in ('better', 'worse', 'within', 'unknown')
+  }
+  clear = [
+    f'{outcome} in {_join(told[outcome])}'
+    for outcome in ('better', 'worse')
+    if told[outcome]
+  ]
   if told['unknown']:
     return f'Against {against} it differs by {_join(told["unknown"])}.'
   if all(c.size == 0 and c.interval == (0, 0) for c in changes):
     names = _join([change.score for change in changes])
     return f'Against {against}, nothing changed in {names}.'
   if not clear:
-    return (f'Against {against}, no change is larger than its uncertainty: '
-            f'{_join(told["within"])}.')
-  text = (f'Against {against} it is {" and ".join(clear)}, larger than the '
-          'uncertainty')
+    return (
+      f'Against {against}, no change is larger than its uncertainty: '
+      f'{_join(told["within"])}.'
+    )
+  text = f'Against {against} it is {" and ".join(clear)}, larger than the uncertainty'
   if told['within']:
     text += f'; within it: {_join(told["within"])}'
   return text + '.'
@@ -96,14 +108,18 @@ def _change(change, same) -> str:
 def _warnings(outcome) -> list[str]:
   """One sentence on what weakens the numbers, or none."""
   samples, text = outcome.samples, []
-  few = [f'{samples[group]} {group}' for group in ('anchor', 'tail')
-         if 0 < samples[group] < FEW]
+  few = [
+    f'{samples[group]} {group}'
+    for group in ('anchor', 'tail')
+    if 0 < samples[group] < FEW
+  ]
   if few:
-    text.append(f'few test events ({", ".join(few)}; below {FEW}) make these '
-                'scores a hint, not a result')
+    text.append(
+      f'few test events ({", ".join(few)}; below {FEW}) make these '
+      'scores a hint, not a result'
+    )
   if not samples['tail']:
-    text.append('no test event has a tail behavior, so nothing is known of '
-                'the tail')
+    text.append('no test event has a tail behavior, so nothing is known of the tail')
   if outcome.users == 1:
     text.append('all events are of one user, so no uncertainty can be given')
   elif outcome.users < FEW_USERS:

@@ -18,11 +18,11 @@ from behaviorlm_jax.errors import InputError
 
 # For what host 0 does alone, without waiting for the others.
 _ALONE = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix='alone')
+  primary_host=0, active_processes={0}, barrier_sync_key_prefix='alone'
+)
 
 
 class _Manager(ocp.CheckpointManager):
-
   def reached_preemption(self, step):
     """Never: it would ask JAX by its own count of steps, and JAX, which keeps
     one count, would forget that of train.preemption."""
@@ -43,25 +43,34 @@ class Checkpoints:
 
   def __init__(self, folder, keep, plan_hash):
     self.plan_hash = plan_hash
-    policy = checkpoint_managers.AnyPreservationPolicy([
+    policy = checkpoint_managers.AnyPreservationPolicy(
+      [
         checkpoint_managers.LatestN(n=keep),
-        checkpoint_managers.BestN(get_metric_fn=lambda m: m['score'], n=1,
-                                  keep_checkpoints_without_metrics=False),
-    ])
+        checkpoint_managers.BestN(
+          get_metric_fn=lambda m: m['score'],
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        ),
+      ]
+    )
     self._manager = _Manager(
-        folder,
-        options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-        item_names=('state', 'facts'))
+      folder,
+      options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+      item_names=('state', 'facts'),
+    )
 
   def save(self, state, score=None):
     """Starts to write `state`; higher `score` is better, None: not scored."""
     metrics = None if score is None else {'score': float(score)}
     self._manager.save(
-        int(state['step']),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            facts=ocp.args.JsonSave({'plan_hash': self.plan_hash})),
-        metrics=metrics, force=True)
+      int(state['step']),
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        facts=ocp.args.JsonSave({'plan_hash': self.plan_hash}),
+      ),
+      metrics=metrics,
+      force=True,
+    )
 
   def latest_step(self):
     """The last finished step, or 0."""
@@ -84,8 +93,9 @@ class Checkpoints:
     newest, torn = hosts.shared(hosts.first(self._newest, state))
     if torn and not newest and max(torn) > first:
       raise InputError(
-          f'{self._manager.directory}: none of the checkpoints {torn} can be '
-          'read; delete the folder to train this stage from its start.')
+        f'{self._manager.directory}: none of the checkpoints {torn} can be '
+        'read; delete the folder to train this stage from its start.'
+      )
     for step in torn:  # Training will write these steps again.
       self._manager.delete(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -97,46 +107,55 @@ class Checkpoints:
     Its arrays are let go. A disk that fails is no reason to give up a
     checkpoint, and ends the run.
     """
-    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                         state)
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), state)
     handler = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=_ALONE),
-        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=_ALONE),
-        facts=ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE))
+      composite_options=ocp.CompositeOptions(multiprocessing_options=_ALONE),
+      state=ocp.PyTreeCheckpointHandler(multiprocessing_options=_ALONE),
+      facts=ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE),
+    )
     with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
       torn = []
       for step in sorted(self._manager.all_steps(), reverse=True):
         try:
           reader.restore(
-              self._manager.directory / str(step), ocp.args.Composite(
-                  state=ocp.args.PyTreeRestore(state, restore_args=whole),
-                  facts=ocp.args.JsonRestore()))
+            self._manager.directory / str(step),
+            ocp.args.Composite(
+              state=ocp.args.PyTreeRestore(state, restore_args=whole),
+              facts=ocp.args.JsonRestore(),
+            ),
+          )
         except (OSError, KeyError, ValueError) as error:
           if errors.of_disk(error):
             raise
-          logging.warning('checkpoint %d cannot be read (%s); going on from '
-                          'before it.', step, str(error).split('\n')[0])
+          logging.warning(
+            'checkpoint %d cannot be read (%s); going on from before it.',
+            step,
+            str(error).split('\n')[0],
+          )
           torn.append(step)
         else:
           return step, torn
     return 0, torn
 
   def _restore(self, step, abstract):
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract),
-        facts=ocp.args.JsonRestore()))
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
+      ),
+    )
     found = restored['facts']['plan_hash']
     if found != self.plan_hash:
       raise InputError(
-          f'{self._manager.directory}/{step} belongs to another plan (hash '
-          f'{found[:12]}, now {self.plan_hash[:12]}); use another --workdir.')
+        f'{self._manager.directory}/{step} belongs to another plan (hash '
+        f'{found[:12]}, now {self.plan_hash[:12]}); use another --workdir.'
+      )
     return restored['state']
 
   def best_step(self, by_score):
     """The step whose score is highest (last of equals), or the last one."""
     self.wait()
-    metrics = {step: self._manager.metrics(step)
-               for step in self._manager.all_steps()}
+    metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
     scored = {step: m['score'] for step, m in metrics.items() if m}
     if by_score and scored:
       return max(scored, key=lambda step: (scored[step], step))

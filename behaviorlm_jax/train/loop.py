@@ -35,7 +35,8 @@ class MetricsFile:
     files.write_text(path, ''.join(kept))
     self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(
-        str(folder / 'tensorboard'), purge_step=step + 1)
+      str(folder / 'tensorboard'), purge_step=step + 1
+    )
 
   def write(self, row):
     self._file.write(json.dumps(row) + '\n')
@@ -75,9 +76,11 @@ class _Clock:
     if then is None:
       return {'seconds_to_first_step': round(now - self._begin, 2)}
     seconds = max(now - then, 1e-9)
-    return {'seconds': round(seconds, 4),
-            'tokens_per_second': round(row['tokens'] / seconds, 1),
-            'samples_per_second': round(row['samples'] / seconds, 3)}
+    return {
+      'seconds': round(seconds, 4),
+      'tokens_per_second': round(row['tokens'] / seconds, 1),
+      'samples_per_second': round(row['samples'] / seconds, 3),
+    }
 
 
 def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
@@ -100,15 +103,24 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
   steps, done = config.train.steps, int(state['step'])
   metrics_file = MetricsFile(folder, done) if hosts.leader() else None
   clock = _Clock()
-  bar = tqdm.tqdm(total=steps, initial=done, desc=folder.name, unit='step',
-                  mininterval=1.0, disable=not hosts.leader())
+  bar = tqdm.tqdm(
+    total=steps,
+    initial=done,
+    desc=folder.name,
+    unit='step',
+    mininterval=1.0,
+    disable=not hosts.leader(),
+  )
 
   def note(step, metrics, validate=None):
     row = {'step': step, **{k: float(v) for k, v in metrics.items()}}
     row |= clock.rates(row)
     if 'seconds_to_first_step' in row:
-      logging.info('%s: first step after %.1f s, compilation included.',
-                   folder.name, row['seconds_to_first_step'])
+      logging.info(
+        '%s: first step after %.1f s, compilation included.',
+        folder.name,
+        row['seconds_to_first_step'],
+      )
     if validate:
       row |= validate()
       clock.reset()
@@ -116,11 +128,12 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
       if not math.isfinite(row.get(name, 0.0)):
         checkpoints.wait()  # The one that stays may still be on its way.
         raise InputError(
-            f'{folder.name}: {name} of step {step} is {row[name]}; the '
-            f'checkpoint of step {checkpoints.latest_step()} stays. Use another'
-            ' --workdir and a lower train.learning_rate, or '
-            'train.balanced_learning_rate in stage b (it is '
-            f'{config.train.learning_rate}).')
+          f'{folder.name}: {name} of step {step} is {row[name]}; the '
+          f'checkpoint of step {checkpoints.latest_step()} stays. Use another'
+          ' --workdir and a lower train.learning_rate, or '
+          'train.balanced_learning_rate in stage b (it is '
+          f'{config.train.learning_rate}).'
+        )
     if metrics_file:
       metrics_file.write(row)
     bar.set_postfix_str(_postfix(row), refresh=False)
@@ -165,8 +178,10 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
 def _postfix(row):
   text = f'loss {row["loss"]:.3f}'
   if 'tokens_per_second' in row:
-    text += (f', {row["samples_per_second"]:.1f} samples/s, '
-             f'{row["tokens_per_second"]:.0f} tokens/s')
+    text += (
+      f', {row["samples_per_second"]:.1f} samples/s, '
+      f'{row["tokens_per_second"]:.0f} tokens/s'
+    )
   if 'val_loss' in row:
     text += f', validation {row["val_loss"]:.3f}'
   return text

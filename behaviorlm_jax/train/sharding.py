@@ -21,24 +21,25 @@ AXES = ('data', 'fsdp', 'tensor')
 # Of heads and kv_heads a weight has head_dim numbers for each, which stay
 # together.
 PARAM_AXES = {
-    'embed': ('vocab', 'embed'),
-    'head': ('vocab', 'embed'),
-    'final_norm': (None,),
-    'layers.attention_norm': ('layers', None),
-    'layers.mlp_norm': ('layers', None),
-    'layers.q_proj': ('layers', 'heads', 'embed'),
-    'layers.k_proj': ('layers', 'kv_heads', 'embed'),
-    'layers.v_proj': ('layers', 'kv_heads', 'embed'),
-    'layers.o_proj': ('layers', 'embed', 'heads'),
-    'layers.gate_proj': ('layers', 'mlp', 'embed'),
-    'layers.up_proj': ('layers', 'mlp', 'embed'),
-    'layers.down_proj': ('layers', 'embed', 'mlp'),
+  'embed': ('vocab', 'embed'),
+  'head': ('vocab', 'embed'),
+  'final_norm': (None,),
+  'layers.attention_norm': ('layers', None),
+  'layers.mlp_norm': ('layers', None),
+  'layers.q_proj': ('layers', 'heads', 'embed'),
+  'layers.k_proj': ('layers', 'kv_heads', 'embed'),
+  'layers.v_proj': ('layers', 'kv_heads', 'embed'),
+  'layers.o_proj': ('layers', 'embed', 'heads'),
+  'layers.gate_proj': ('layers', 'mlp', 'embed'),
+  'layers.up_proj': ('layers', 'mlp', 'embed'),
+  'layers.down_proj': ('layers', 'embed', 'mlp'),
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
   """The devices and the table: where arrays of given logical axes live."""
+
   mesh: jax.sharding.Mesh
   table: dict  # {logical axis: mesh axes, as a tuple}.
   head_dim: int = 1  # Of the model.
@@ -85,23 +86,28 @@ class Layout:
       target = self.table[axis] if axis else ()
       if axis and size % self._parts(axis):
         if name:
-          logging.info('%s: %d %s cannot be divided by %s (%d); each device '
-                       'has all.', name, size, axis, ' x '.join(target),
-                       self._parts(axis))
+          logging.info(
+            '%s: %d %s cannot be divided by %s (%d); each device has all.',
+            name,
+            size,
+            axis,
+            ' x '.join(target),
+            self._parts(axis),
+          )
         target = ()
       spec.append(target or None)
     used = [name for target in spec for name in target or ()]
     if len(set(used)) < len(used):
       raise InputError(
-          f'{name or "an activation"} is divided along {", ".join(used)} by '
-          f'{", ".join(f"sharding.{a}" for a in axes if a and self.table[a])}; '
-          'give them different axes of the mesh.')
+        f'{name or "an activation"} is divided along {", ".join(used)} by '
+        f'{", ".join(f"sharding.{a}" for a in axes if a and self.table[a])}; '
+        'give them different axes of the mesh.'
+      )
     return NamedSharding(self.mesh, PartitionSpec(*spec))
 
   def weight(self, axes, shape, name):
     """`sharding` of a weight: heads stay whole."""
-    units = [self.head_dim if axis in ('heads', 'kv_heads') else 1
-             for axis in axes]
+    units = [self.head_dim if axis in ('heads', 'kv_heads') else 1 for axis in axes]
     counts = [size // unit for size, unit in zip(shape, units, strict=True)]
     return self.sharding(axes, counts, name)
 
@@ -121,8 +127,9 @@ class Layout:
     They need not be neighbors: a mesh follows the wires between devices.
     """
     parts = self.rows((batch,)).addressable_devices_indices_map((batch,))
-    return sorted({row for (rows,) in parts.values()
-                   for row in range(*rows.indices(batch))})
+    return sorted(
+      {row for (rows,) in parts.values() for row in range(*rows.indices(batch))}
+    )
 
   def adapter(self, shapes):
     """Shardings of an adapter, from its shapes (see lora.shapes)."""
@@ -130,22 +137,25 @@ class Layout:
     for name, shape in shapes.items():
       layers, out, into = PARAM_AXES[f'layers.{name}']
       result[name] = {
-          'a': self.weight((layers, 'rank', into), shape['a'], f'{name} a'),
-          'b': self.weight((layers, out, 'rank'), shape['b'], f'{name} b'),
+        'a': self.weight((layers, 'rank', into), shape['a'], f'{name} a'),
+        'b': self.weight((layers, out, 'rank'), shape['b'], f'{name} b'),
       }
     return result
 
   def place(self, name, shape, dtype, read):
     """`place` of weights.read_params: every device reads its own slices."""
     return jax.make_array_from_callback(
-        shape, self.weight(PARAM_AXES[name], shape, name),
-        lambda index: np.asarray(read(index), dtype))
+      shape,
+      self.weight(PARAM_AXES[name], shape, name),
+      lambda index: np.asarray(read(index), dtype),
+    )
 
   def abstract(self, name, shape, dtype, read):
     """As `place`, but shape, dtype and place alone: nothing is read."""
     del read
     return jax.ShapeDtypeStruct(
-        shape, dtype, sharding=self.weight(PARAM_AXES[name], shape, name))
+      shape, dtype, sharding=self.weight(PARAM_AXES[name], shape, name)
+    )
 
   def abstract_rows(self, shape, dtype):
     """The same of an array whose first axis is the batch."""
@@ -163,7 +173,7 @@ class Layout:
 
       def part(index):
         start, stop, _ = index[0].indices(rows)
-        return x[places[start]:places[stop - 1] + 1]
+        return x[places[start] : places[stop - 1] + 1]
 
       return jax.make_array_from_callback(shape, self.rows(shape), part)
 
@@ -171,14 +181,14 @@ class Layout:
 
   def put_same(self, batch):
     """A batch that every host holds whole, its rows spread over the devices."""
-    return {name: jax.make_array_from_callback(x.shape, self.rows(x.shape),
-                                               x.__getitem__)
-            for name, x in batch.items()}
+    return {
+      name: jax.make_array_from_callback(x.shape, self.rows(x.shape), x.__getitem__)
+      for name, x in batch.items()
+    }
 
   def gather(self, tree):
     """Global arrays as numpy, whole, on every host."""
-    return jax.device_get(
-        jax.jit(lambda x: x, out_shardings=self.replicated)(tree))
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=self.replicated)(tree))
 
 
 def make_layout(config, devices=None):
@@ -189,30 +199,38 @@ def make_layout(config, devices=None):
   table = {axis: tuple(names) for axis, names in config.sharding.items()}
   for axis, names in table.items():
     if len(set(names) & set(AXES)) < len(names):
-      raise InputError(f'sharding.{axis} is {names}; give axes of the mesh, '
-                       f'each once: {", ".join(AXES)}.')
+      raise InputError(
+        f'sharding.{axis} is {names}; give axes of the mesh, '
+        f'each once: {", ".join(AXES)}.'
+      )
   devices = jax.devices() if devices is None else devices
   shape = [config.mesh[axis] for axis in AXES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-    raise InputError(f'mesh is {dict(zip(AXES, shape, strict=True))}; every '
-                     'axis must be positive and at most one -1.')
+    raise InputError(
+      f'mesh is {dict(zip(AXES, shape, strict=True))}; every '
+      'axis must be positive and at most one -1.'
+    )
   if -1 in shape:
     known = -int(np.prod(shape))
     shape[shape.index(-1)] = max(1, len(devices) // known)
   if np.prod(shape) != len(devices):
     raise InputError(
-        f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
-        f'there are {len(devices)} devices; make the product equal.')
+      f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
+      f'there are {len(devices)} devices; make the product equal.'
+    )
   ordered = _arrange(shape, devices)
-  layout = Layout(jax.sharding.Mesh(
-      ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3), table)
+  layout = Layout(
+    jax.sharding.Mesh(ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3),
+    table,
+  )
   batch, accumulate = config.train.batch, config.train.accumulate
   if batch % (layout.row_parts * accumulate):
     axes = ' x '.join(f'mesh.{name}' for name in table['batch']) or 'one device'
     raise InputError(
-        f'train.batch is {batch}, but {axes} is {layout.row_parts} '
-        f'and train.accumulate is {accumulate}; the batch must be a '
-        'multiple of their product.')
+      f'train.batch is {batch}, but {axes} is {layout.row_parts} '
+      f'and train.accumulate is {accumulate}; the batch must be a '
+      'multiple of their product.'
+    )
   return layout
 
 
@@ -227,7 +245,10 @@ def _arrange(shape, devices):
   if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, **split)
   if shape[0] % slices:
-    raise InputError(f'mesh.data is {shape[0]}, but there are {slices} slices, '
-                     'over which it is divided; make it a multiple.')
+    raise InputError(
+      f'mesh.data is {shape[0]}, but there are {slices} slices, '
+      'over which it is divided; make it a multiple.'
+    )
   return mesh_utils.create_hybrid_device_mesh(
-      (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, **split)
+    (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, **split
+  )

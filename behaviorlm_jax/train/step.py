@@ -32,6 +32,7 @@ class Names:
     tokens: int32 [nodes, F]; -1 is none.
     bonus: float32 [nodes, F], added to the logits of these tokens.
   """
+
   tokens: np.ndarray
   bonus: np.ndarray
 
@@ -75,8 +76,9 @@ def names_of(tree, drawn=None, kept=None):
     drawn = np.maximum(np.asarray(drawn) / np.sum(drawn), _NEVER * kept)
     bonus = np.log(_below(tree, drawn)) - np.log(_below(tree, kept))
   pick = lambda values, none: np.append(values, none)[tree.node_edges]
-  return Names(pick(tree.edge_tokens, -1).astype(np.int32),
-               pick(bonus, 0).astype(np.float32))
+  return Names(
+    pick(tree.edge_tokens, -1).astype(np.int32), pick(bonus, 0).astype(np.float32)
+  )
 
 
 def _below(tree, values):
@@ -95,16 +97,20 @@ def make_optimizer(train):
   """AdamW with linear warm-up, cosine decay to zero and clipping."""
   warmup = max(1, round(train.warmup * train.steps))
   schedule = optax.warmup_cosine_decay_schedule(
-      train.learning_rate / warmup, train.learning_rate, warmup,
-      max(train.steps, warmup + 1))
+    train.learning_rate / warmup,
+    train.learning_rate,
+    warmup,
+    max(train.steps, warmup + 1),
+  )
   adam = optax.adamw(schedule, weight_decay=train.weight_decay)
   if train.clip:
     return optax.chain(optax.clip_by_global_norm(train.clip), adam), schedule
   return adam, schedule
 
 
-def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None,
-              names=None):
+def loss_sums(
+  model, batch, groups=1, answers=None, base=None, auxiliary=None, names=None
+):
   """Weighted loss of the answer tokens, and the weights.
 
   A token's loss is its negative log-likelihood, over the vocabulary or within
@@ -131,31 +137,34 @@ def loss_sums(model, batch, groups=1, answers=None, base=None, auxiliary=None,
   if base is None:
     return _likelihood(model, hidden, batch, weights, groups, answers, names)
   of_base, chosen = _hidden(base, batch), batch['answer_auxiliary']
-  own = _likelihood(model, hidden, batch, jnp.where(chosen, 0, weights),
-                    groups, answers, names)
-  kept = _divergence(model, hidden, of_base, batch,
-                     jnp.where(chosen, weights, 0), groups, auxiliary)
+  own = _likelihood(
+    model, hidden, batch, jnp.where(chosen, 0, weights), groups, answers, names
+  )
+  kept = _divergence(
+    model, hidden, of_base, batch, jnp.where(chosen, weights, 0), groups, auxiliary
+  )
   return own[0] + kept[0], own[1] + kept[1]
 
 
 def _hidden(model, batch):
-  return model.packed_hidden(batch['tokens'], batch['positions'],
-                             batch['segments'])[0]
+  return model.packed_hidden(batch['tokens'], batch['positions'], batch['segments'])[0]
 
 
 def _likelihood(model, hidden, batch, weights, groups, most, names):
   where, tokens, nodes, weights = _chosen(batch, weights, groups, most)
   logits = model.logits(_at(hidden, where))
-  losses = (names.losses(logits, tokens, nodes) if names else
-            _over_vocabulary(logits, tokens))
+  losses = (
+    names.losses(logits, tokens, nodes) if names else _over_vocabulary(logits, tokens)
+  )
   return jnp.sum(losses * weights), jnp.sum(weights)
 
 
 def _divergence(model, hidden, of_base, batch, weights, groups, most):
   where, _, _, weights = _chosen(batch, weights, groups, most)
   # An adapter does not touch the head, so the model's serves both.
-  ours, base = (jax.nn.log_softmax(model.logits(_at(x, where)))
-                for x in (hidden, of_base))
+  ours, base = (
+    jax.nn.log_softmax(model.logits(_at(x, where))) for x in (hidden, of_base)
+  )
   losses = jnp.sum(jnp.exp(base) * (base - ours), axis=-1)
   return jnp.sum(losses * weights), jnp.sum(weights)
 
@@ -164,10 +173,14 @@ def _chosen(batch, weights, groups, most):
   """Positions, tokens, nodes and weights [G, N] of answers of some weight."""
   most = most or weights.size // groups
   split = lambda x: x.reshape(groups, -1, *x.shape[1:])
-  return jax.vmap(functools.partial(
-      _compact, length=batch['tokens'].shape[1], most=most))(
-          split(batch['answer_positions']), split(batch['answer_tokens']),
-          split(batch['answer_nodes']), split(weights))
+  return jax.vmap(
+    functools.partial(_compact, length=batch['tokens'].shape[1], most=most)
+  )(
+    split(batch['answer_positions']),
+    split(batch['answer_tokens']),
+    split(batch['answer_nodes']),
+    split(weights),
+  )
 
 
 def _at(hidden, where):
@@ -187,8 +200,17 @@ def _compact(where, tokens, nodes, weights, length, most):
   return pick(where), pick(tokens), pick(nodes), pick(weights)
 
 
-def gradient(adapter, params, batch, attach, accumulate, groups=1,
-             answers=None, auxiliary=None, names=None):
+def gradient(
+  adapter,
+  params,
+  batch,
+  attach,
+  accumulate,
+  groups=1,
+  answers=None,
+  auxiliary=None,
+  names=None,
+):
   """Loss (mean over the batch's weights), its gradient and the weight sum.
 
   `answers` and `auxiliary`: see make_step; `names`: see loss_sums.
@@ -196,12 +218,12 @@ def gradient(adapter, params, batch, attach, accumulate, groups=1,
 
   def sums(adapter, part):
     base = attach(params, None) if auxiliary else None
-    return loss_sums(attach(params, adapter), part, groups, answers, base,
-                     auxiliary, names)
+    return loss_sums(
+      attach(params, adapter), part, groups, answers, base, auxiliary, names
+    )
 
   if accumulate == 1:
-    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
-        adapter, batch)
+    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, batch)
   else:
     loss, weight, grads = _accumulated(sums, adapter, batch, accumulate)
   grads = jax.tree.map(lambda g: g / weight, grads)
@@ -213,8 +235,7 @@ def _accumulated(sums, adapter, batch, parts):
   split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
   def add(totals, part):
-    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(
-        adapter, part)
+    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, part)
     return jax.tree.map(jnp.add, totals, (loss, weight, grads)), None
 
   zero = jnp.zeros((), jnp.float32)
@@ -229,21 +250,29 @@ def attacher(base_config, config, layout, dtype, wanted=None):
   another attention than model.attention.
   """
   train = config.train
-  shape = (train.batch, train.length, base_config.kv_heads,
-           base_config.head_dim)
-  where = layout.sharding(('batch', None, 'kv_heads', None), shape,
-                          'attention')
+  shape = (train.batch, train.length, base_config.kv_heads, base_config.head_dim)
+  where = layout.sharding(('batch', None, 'kv_heads', None), shape, 'attention')
   rows = train.batch // train.accumulate // layout.row_parts
-  name = attention.choose(wanted or config.model.attention, layout.device,
-                          base_config, dtype, rows, train.length)
-  packed = functools.partial(attention.packed_attention, implementation=name,
-                             where=where)
-  options = dict(remat=config.model.remat, packed=packed,
-                 backend=layout.device.platform, constrain=layout.constrain)
+  name = attention.choose(
+    wanted or config.model.attention,
+    layout.device,
+    base_config,
+    dtype,
+    rows,
+    train.length,
+  )
+  packed = functools.partial(
+    attention.packed_attention, implementation=name, where=where
+  )
+  options = dict(
+    remat=config.model.remat,
+    packed=packed,
+    backend=layout.device.platform,
+    constrain=layout.constrain,
+  )
 
   def attach(params, adapter):
-    return lora.attach(base_config, params, adapter, config.lora.alpha,
-                       **options)
+    return lora.attach(base_config, params, adapter, config.lora.alpha, **options)
 
   return attach
 
@@ -251,13 +280,19 @@ def attacher(base_config, config, layout, dtype, wanted=None):
 def state_shardings(layout, shapes, optimizer):
   """Shardings of {'adapter', 'optimizer', 'step'}; moments lie as weights."""
   where = layout.adapter(shapes)
-  abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
-                          shapes, is_leaf=lambda x: isinstance(x, tuple))
+  abstract = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
   everywhere = layout.replicated
   moments = optax.tree.map_params(
-      optimizer, lambda _, place: place,
-      jax.eval_shape(optimizer.init, abstract), where,
-      transform_non_params=lambda _: everywhere)
+    optimizer,
+    lambda _, place: place,
+    jax.eval_shape(optimizer.init, abstract),
+    where,
+    transform_non_params=lambda _: everywhere,
+  )
   return {'adapter': where, 'optimizer': moments, 'step': everywhere}
 
 
@@ -265,8 +300,11 @@ def init_state(adapter, optimizer, shardings):
   """Fresh training state around `adapter`, placed by `shardings`."""
 
   def init(adapter):
-    return {'adapter': adapter, 'optimizer': optimizer.init(adapter),
-            'step': jnp.zeros((), jnp.int32)}
+    return {
+      'adapter': adapter,
+      'optimizer': optimizer.init(adapter),
+      'step': jnp.zeros((), jnp.int32),
+    }
 
   adapter = jax.device_put(adapter, shardings['adapter'])
   return jax.jit(init, out_shardings=shardings)(adapter)
@@ -274,17 +312,34 @@ def init_state(adapter, optimizer, shardings):
 
 def abstract_state(shapes, optimizer, shardings):
   """What init_state returns, as jax.ShapeDtypeStruct with shardings."""
-  adapter = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
-                         shapes, is_leaf=lambda x: isinstance(x, tuple))
-  state = {'adapter': adapter,
-           'optimizer': jax.eval_shape(optimizer.init, adapter),
-           'step': jax.ShapeDtypeStruct((), jnp.int32)}
-  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=where), state, shardings)
+  adapter = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  state = {
+    'adapter': adapter,
+    'optimizer': jax.eval_shape(optimizer.init, adapter),
+    'step': jax.ShapeDtypeStruct((), jnp.int32),
+  }
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    state,
+    shardings,
+  )
 
 
-def make_step(attach, optimizer, schedule, accumulate, shardings, layout,
-              answers=None, auxiliary=None, names=None):
+def make_step(
+  attach,
+  optimizer,
+  schedule,
+  accumulate,
+  shardings,
+  layout,
+  answers=None,
+  auxiliary=None,
+  names=None,
+):
   """jitted (state, params, batch) -> (state, metrics); state is donated.
 
   `answers`: the most in a device's rows of a micro-batch, see loss_sums.
@@ -295,24 +350,40 @@ def make_step(attach, optimizer, schedule, accumulate, shardings, layout,
   groups = layout.row_parts
 
   def step(state, params, batch):
-    loss, grads, weight = gradient(state['adapter'], params, batch, attach,
-                                   accumulate, groups, answers, auxiliary,
-                                   names)
-    updates, moments = optimizer.update(grads, state['optimizer'],
-                                        state['adapter'])
-    new = {'adapter': optax.apply_updates(state['adapter'], updates),
-           'optimizer': moments, 'step': state['step'] + 1}
-    metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads),
-               'learning_rate': schedule(state['step']),
-               'answer_weight': weight,
-               'tokens': jnp.sum(batch['segments'] > 0),
-               'padding': jnp.mean(batch['segments'] == 0),
-               'samples': jnp.sum(batch['samples'])}
+    loss, grads, weight = gradient(
+      state['adapter'],
+      params,
+      batch,
+      attach,
+      accumulate,
+      groups,
+      answers,
+      auxiliary,
+      names,
+    )
+    updates, moments = optimizer.update(grads, state['optimizer'], state['adapter'])
+    new = {
+      'adapter': optax.apply_updates(state['adapter'], updates),
+      'optimizer': moments,
+      'step': state['step'] + 1,
+    }
+    metrics = {
+      'loss': loss,
+      'grad_norm': optax.tree.norm(grads),
+      'learning_rate': schedule(state['step']),
+      'answer_weight': weight,
+      'tokens': jnp.sum(batch['segments'] > 0),
+      'padding': jnp.mean(batch['segments'] == 0),
+      'samples': jnp.sum(batch['samples']),
+    }
     return new, metrics
 
-  return jax.jit(step, donate_argnums=0,
-                 out_shardings=(shardings, layout.replicated),
-                 compiler_options=layout.compiler_options)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(shardings, layout.replicated),
+    compiler_options=layout.compiler_options,
+  )
 
 
 def make_validation(attach, layout, answers=None, names=None):
@@ -320,7 +391,6 @@ def make_validation(attach, layout, answers=None, names=None):
   groups = layout.row_parts
 
   def sums(adapter, params, batch):
-    return loss_sums(attach(params, adapter), batch, groups, answers,
-                     names=names)
+    return loss_sums(attach(params, adapter), batch, groups, answers, names=names)
 
   return jax.jit(sums, out_shardings=layout.replicated)

@@ -30,8 +30,9 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
 
 def test_a_gradient_costs_two_more_products_and_remat_one_more():
   def loss(body):
-    scanned = lambda x, w: jax.lax.scan(
-        lambda x, _: (body(x, w), None), x, length=5)[0].sum()
+    scanned = lambda x, w: jax.lax.scan(lambda x, _: (body(x, w), None), x, length=5)[
+      0
+    ].sum()
     return jax.grad(scanned, (0, 1))
 
   plain = lambda x, w: jnp.sin(x @ w)
@@ -41,13 +42,11 @@ def test_a_gradient_costs_two_more_products_and_remat_one_more():
 
 
 def test_of_alternatives_the_largest_counts():
-  either = lambda x, w: jax.lax.cond(
-      x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
+  either = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
   assert flops.count(either, X, W) == 2 * ONE
 
 
 def test_a_loop_of_unknown_length_is_refused():
-  endless = lambda x, w: jax.lax.while_loop(
-      lambda x: x[0, 0] > 0, lambda x: x @ w, x)
+  endless = lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ w, x)
   with pytest.raises(ValueError, match='how often'):
     flops.count(endless, X, W)

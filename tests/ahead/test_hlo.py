@@ -120,30 +120,37 @@ def test_of_stacked_weights_a_loop_reads_a_slice_each_time(module):
 
 
 def test_what_comes_from_another_slice_is_counted_as_received():
-  line = ('  %recv.1 = (f32[2,8]{1,0:T(8,128)}, u32[], token[]) '
-          'recv(%after-all.1), channel_id=28, is_host_transfer=true\n'
-          '  %start = s32[] constant(0)')
+  line = (
+    '  %recv.1 = (f32[2,8]{1,0:T(8,128)}, u32[], token[]) '
+    'recv(%after-all.1), channel_id=28, is_host_transfer=true\n'
+    '  %start = s32[] constant(0)'
+  )
   head, tail = TEXT.split('ENTRY')
-  module = hlo.Module(head + 'ENTRY' + tail.replace(
-      '  %start = s32[] constant(0)', line))
+  module = hlo.Module(
+    head + 'ENTRY' + tail.replace('  %start = s32[] constant(0)', line)
+  )
   assert hlo.Collective('recv', '', 2 * 8 * 4, 1) in module.collectives()
 
 
 def test_a_loop_that_cannot_be_counted_is_refused():
-  text = TEXT.replace('%copied = s32[] copy(%eight)',
-                      '%copied = s32[] add(%eight, %eight)')
+  text = TEXT.replace(
+    '%copied = s32[] copy(%eight)', '%copied = s32[] add(%eight, %eight)'
+  )
   with pytest.raises(ValueError, match='loop cannot be counted'):
     hlo.Module(text).collectives()
 
 
-@pytest.mark.parametrize('text, groups', [
+@pytest.mark.parametrize(
+  'text, groups',
+  [
     ('{{0,1},{2,3}}', [[0, 1], [2, 3]]),
     ('[2,2]<=[4]', [[0, 1], [2, 3]]),
     ('[2,2]<=[2,2]T(1,0)', [[0, 2], [1, 3]]),
     ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
     ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
-    ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}",
-     [[0, 1, 2, 3], [4, 5, 6, 7]])])
+    ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+  ],
+)
 def test_every_notation_of_groups_is_read(text, groups):
   assert hlo.members(text) == groups
 
@@ -155,9 +162,12 @@ def test_groups_that_cannot_be_read_are_refused():
 
 def test_collectives_of_compiled_loops_count_every_run():
   found = subprocess.run(
-      [sys.executable, '-c', WORKER], text=True, capture_output=True,
-      check=True, env=os.environ | {
-          'JAX_NUM_CPU_DEVICES': '8', 'JAX_PLATFORMS': 'cpu'})
+    [sys.executable, '-c', WORKER],
+    text=True,
+    capture_output=True,
+    check=True,
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': '8', 'JAX_PLATFORMS': 'cpu'},
+  )
   loop, added = json.loads(found.stdout.splitlines()[-1])
   assert loop == [['all-gather', 5 * 64 * 64 * 4 * 3 / 4, 5, 4]]
   assert added == [['all-reduce', 2 * 64 * 4 * 7 / 8, 1, 8]]

@@ -20,9 +20,18 @@ def slice_of(*sides):
   return [types.SimpleNamespace(coords=c) for c in coords]
 
 
-@pytest.mark.parametrize('chip, sides, links', [
-    (V5E, (4, 1), 1), (V5E, (4, 4), 2), (V5E, (16, 16), 4), (V5E, (16, 4), 3),
-    (V5P, (4, 4, 4), 6), (V5P, (2, 2, 1), 2), (V5E, (1, 1), 1)])
+@pytest.mark.parametrize(
+  'chip, sides, links',
+  [
+    (V5E, (4, 1), 1),
+    (V5E, (4, 4), 2),
+    (V5E, (16, 16), 4),
+    (V5E, (16, 4), 3),
+    (V5P, (4, 4, 4), 6),
+    (V5P, (2, 2, 1), 2),
+    (V5E, (1, 1), 1),
+  ],
+)
 def test_a_ring_brings_two_links_and_an_open_side_one(chip, sides, links):
   assert chips.links(chip, slice_of(*sides)) == links
 
@@ -43,8 +52,13 @@ def cost(**fields):
 
 def test_the_slowest_resource_binds():
   one = hlo.Collective('all-gather', '{{0,1}}', 2**30, 4)
-  found = cost(flops=197e12, needed=98.5e12, traffic=819e9 / 2,
-               collectives=((one, 0.25),), peak=4 * 2**30)
+  found = cost(
+    flops=197e12,
+    needed=98.5e12,
+    traffic=819e9 / 2,
+    collectives=((one, 0.25),),
+    peak=4 * 2**30,
+  )
   assert (found.seconds, found.binds) == (1.0, 'products')
   assert found.mfu(found.seconds) == 0.5
   assert found.apart == 1 + 0.5 + 0.25

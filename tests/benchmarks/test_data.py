@@ -28,7 +28,7 @@ def test_a_log_follows_its_seed_and_is_like_a_real_one(tmp_path, monkeypatch):
   assert late.max() <= np.timedelta64(9, 'h')
   sizes = np.sort(np.unique(user, return_counts=True)[1])[::-1]
   assert 900 < len(sizes) <= 1000
-  assert sizes[:len(sizes) // 10].sum() > .3 * sizes.sum()  # A heavy tail.
+  assert sizes[: len(sizes) // 10].sum() > 0.3 * sizes.sum()  # A heavy tail.
   behaviors = np.unique(np.asarray(table['behavior']), return_counts=True)[1]
   assert len(behaviors) == generated_log.BEHAVIORS
   assert behaviors.max() > 50 * behaviors.min()
@@ -36,13 +36,24 @@ def test_a_log_follows_its_seed_and_is_like_a_real_one(tmp_path, monkeypatch):
 
 def test_a_small_log_is_measured_whole():
   done = subprocess.run(
-      [sys.executable, PROGRAM, '--sizes=0.01,0.02', '--steps=1',
-       '--batch=4', '--length=512', '--workers=0,1', '--shards=2',
-       '--model=random://tiny'], capture_output=True, text=True, check=False)
+    [
+      sys.executable,
+      PROGRAM,
+      '--sizes=0.01,0.02',
+      '--steps=1',
+      '--batch=4',
+      '--length=512',
+      '--workers=0,1',
+      '--shards=2',
+      '--model=random://tiny',
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   rows = [line.split(' | ') for line in done.stdout.splitlines()]
-  for phase in ('| shard 0 of 2', '| join', '| open and check', '| plan a',
-                '| plan b'):
+  for phase in ('| shard 0 of 2', '| join', '| open and check', '| plan a', '| plan b'):
     assert len([row for row in rows if row[0] == phase]) == 2
   loaded = [row for row in rows if row[0] in ('| 0.01', '| 0.02')]
   assert sum('x ' in row[3] for row in loaded) == 4

@@ -15,17 +15,31 @@ def numbers():
   """One fault of a single process, one of two, one that goes on with fewer."""
   drawn = faults.draw()
   wanted = (('torn', 1, 1), ('kill', 2, 2), ('kill', 2, 1))
-  return [next(fault.number for fault in drawn
-               if (fault.kind, fault.processes, fault.after) == one)
-          for one in wanted]
+  return [
+    next(
+      fault.number
+      for fault in drawn
+      if (fault.kind, fault.processes, fault.after) == one
+    )
+    for one in wanted
+  ]
 
 
 @pytest.mark.slow
 def test_three_faults_end_as_if_nothing_was(tmp_path):
   done = subprocess.run(
-      [sys.executable, faults.__file__, f'--folder={tmp_path / "campaign"}',
-       '--only', *map(str, numbers())],
-      capture_output=True, text=True, check=False, timeout=600)
+    [
+      sys.executable,
+      faults.__file__,
+      f'--folder={tmp_path / "campaign"}',
+      '--only',
+      *map(str, numbers()),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   assert done.stdout.splitlines()[-1] == '3 faults, 3 as they should be'
 
@@ -34,8 +48,15 @@ def test_the_campaign_is_large_and_always_the_same():
   drawn = faults.draw()
   assert len(drawn) >= 60 and drawn == faults.draw()
   assert {fault.kind for fault in drawn} == {
-      'kill', 'stop', 'torn', 'full', 'unreadable', 'nan', 'freeze'}
-  assert all(set(fault.hit) <= set(range(fault.processes)) and fault.hit
-             for fault in drawn)
-  assert 0 < min(f.share for f in drawn) < 0.1 < 0.9 < max(
-      f.share for f in drawn) < 1
+    'kill',
+    'stop',
+    'torn',
+    'full',
+    'unreadable',
+    'nan',
+    'freeze',
+  }
+  assert all(
+    set(fault.hit) <= set(range(fault.processes)) and fault.hit for fault in drawn
+  )
+  assert 0 < min(f.share for f in drawn) < 0.1 < 0.9 < max(f.share for f in drawn) < 1

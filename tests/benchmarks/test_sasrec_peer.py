@@ -18,8 +18,16 @@ import sasrec_peer
 @pytest.fixture
 def config():
   config = config_lib.default()
-  config.sasrec.update({'steps': 60, 'batch': 16, 'history': 6, 'width': 16,
-                        'dropout': 0.0, 'learning_rate': 1e-2})
+  config.sasrec.update(
+    {
+      'steps': 60,
+      'batch': 16,
+      'history': 6,
+      'width': 16,
+      'dropout': 0.0,
+      'learning_rate': 1e-2,
+    }
+  )
   config.plan.min_context = 2
   return config
 
@@ -32,9 +40,12 @@ def events():
     rows[:, t] = rows[:, t - 2]
   place = np.tile(np.arange(30), 12)
   return types.SimpleNamespace(
-      behavior=rows.ravel(), known=5, first=np.repeat(np.arange(12) * 30, 30),
-      time=np.arange(360) * 5000, split=np.where(
-          place < 20, 0, np.where(place < 25, 1, 2)).astype(np.int8))
+    behavior=rows.ravel(),
+    known=5,
+    first=np.repeat(np.arange(12) * 30, 30),
+    time=np.arange(360) * 5000,
+    split=np.where(place < 20, 0, np.where(place < 25, 1, 2)).astype(np.int8),
+  )
 
 
 def test_windows_are_those_of_ours_from_the_left(events, config):
@@ -45,19 +56,19 @@ def test_windows_are_those_of_ours_from_the_left(events, config):
   learned = sasrec.targets(events, ours, 'train')
   for row in range(len(ends)):
     real = ours['real'][row]
-    part = rows[:, row, :int(last[row]) + 1].numpy()
-    for values, name in zip(part[[0, 2, 3]], ('behavior', 'hour', 'day'),
-                            strict=True):
+    part = rows[:, row, : int(last[row]) + 1].numpy()
+    for values, name in zip(part[[0, 2, 3]], ('behavior', 'hour', 'day'), strict=True):
       np.testing.assert_array_equal(values, ours[name][row][real])
     np.testing.assert_array_equal(part[1], np.flatnonzero(real))
     target = np.where(learned['weight'][row] > 0, learned['target'][row], -1)
     np.testing.assert_array_equal(part[4], target[real])
-    assert (rows[4, row, int(last[row]) + 1:] == -1).all()
+    assert (rows[4, row, int(last[row]) + 1 :] == -1).all()
 
 
 def test_the_peer_learns_what_follows(events, config):
   ends = sasrec_peer.positions(events, 'test', config)
   assert len(ends) == 60
   accuracy, log_p = sasrec_peer.scores(
-      sasrec_peer.train(events, config, 0), events, ends, config)
+    sasrec_peer.train(events, config, 0), events, ends, config
+  )
   assert accuracy > 0.6 and log_p > np.log(1 / 5) + 0.5

@@ -13,8 +13,9 @@ sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
 import arms
 
 
-@pytest.mark.parametrize('name, targets, window', [
-    ('1', 1, 9), ('24', 24, 32), ('24@16', 24, 40)])
+@pytest.mark.parametrize(
+  'name, targets, window', [('1', 1, 9), ('24', 24, 32), ('24@16', 24, 40)]
+)
 def test_an_arm_sets_targets_and_window_and_nothing_else(name, targets, window):
   config = config_lib.default()
   changed = arms.arm_config(config, name)
@@ -37,11 +38,16 @@ def test_context_stays_between_min_context_and_history(context):
 
 def test_work_sums_targets_with_their_context_and_pairs_of_each_segment():
   segments = [
-      {'start': 10, 'targets': [14, 15, 18], 'length': 3, 'answers': 7},
-      {'start': 0, 'targets': [8], 'length': 2, 'answers': 1}]
+    {'start': 10, 'targets': [14, 15, 18], 'length': 3, 'answers': 7},
+    {'start': 0, 'targets': [8], 'length': 2, 'answers': 1},
+  ]
   assert arms.work(segments) == {
-      'targets': 4, 'context': 4 + 5 + 8 + 8, 'tokens': 5, 'answers': 8,
-      'pairs': 6 + 3}
+    'targets': 4,
+    'context': 4 + 5 + 8 + 8,
+    'tokens': 5,
+    'answers': 8,
+    'pairs': 6 + 3,
+  }
 
 
 def test_a_curve_reaches_a_loss_between_two_marks_for_the_first_time():

@@ -9,14 +9,24 @@ from benchmarks import tpu
 CHIP = chips.CHIPS['TPU v5 lite']
 
 
-@pytest.mark.parametrize('fields, expected', [
-    ({'over': 2**31}, {'peak, GiB': '-',
-                       'arguments': 'does not fit: 2.00 GiB too large'}),
-    ({'traffic': 819e9, 'peak': 2**30}, {'MFU': '-', 'to spare': '14.75',
-                                         'memory, s': '1.000'}),
+@pytest.mark.parametrize(
+  'fields, expected',
+  [
+    (
+      {'over': 2**31},
+      {'peak, GiB': '-', 'arguments': 'does not fit: 2.00 GiB too large'},
+    ),
+    (
+      {'traffic': 819e9, 'peak': 2**30},
+      {'MFU': '-', 'to spare': '14.75', 'memory, s': '1.000'},
+    ),
     ({'flops': 197e12, 'needed': 98.5e12}, {'MFU': '?', 'binds': '?'}),
-    ({'traffic': 819e9, 'flops': 197e12, 'needed': 98.5e12},
-     {'MFU': '50%', 'MFU apart': '25%', 'TFLOP': '197'})])
+    (
+      {'traffic': 819e9, 'flops': 197e12, 'needed': 98.5e12},
+      {'MFU': '50%', 'MFU apart': '25%', 'TFLOP': '197'},
+    ),
+  ],
+)
 def test_a_row_has_a_cell_for_every_head(fields, expected):
   cost = roofline.Cost('TPU v5e', CHIP, **fields)
   row = tpu.line('llama-3.1-8b', 'v5e:4x4', 'training step', cost)

@@ -21,13 +21,25 @@ CHATML = (
 
 
 def make_config(**fields):
-  data = ml_collections.ConfigDict({
-      'columns': {'user': 'user', 'time': 'time', 'behavior': 'behavior',
-                  'place': '', 'group': ''},
+  data = ml_collections.ConfigDict(
+    {
+      'columns': {
+        'user': 'user',
+        'time': 'time',
+        'behavior': 'behavior',
+        'place': '',
+        'group': '',
+      },
       'csv': {'delimiter': '', 'quote': '', 'escape': ''},
-      'time_format': '', 'time_zone': '', 'nulls': ('null', 'nan', '\\n'),
-      'collapse_repeats': True, 'max_rejected': .01, 'split': (.8, .1, .1),
-      'anchor_share': .01})
+      'time_format': '',
+      'time_zone': '',
+      'nulls': ('null', 'nan', '\\n'),
+      'collapse_repeats': True,
+      'max_rejected': 0.01,
+      'split': (0.8, 0.1, 0.1),
+      'anchor_share': 0.01,
+    }
+  )
   for name, value in fields.items():
     section = data.columns if name in data.columns else data
     section[name] = value
@@ -55,22 +67,21 @@ def minute():
 def history():
   def lines(behaviors, user='u'):
     """CSV lines of one user, a minute apart."""
-    return [
-      f'{user},{make_minute(i)},{name}' for i, name in enumerate(behaviors)
-    ]
+    return [f'{user},{make_minute(i)},{name}' for i, name in enumerate(behaviors)]
+
   return lines
 
 
 @pytest.fixture
 def prepare():
-  def write_and_read(
-      tmp_path, lines, name='log.csv', seed=0, header=HEADER, **fields):
+  def write_and_read(tmp_path, lines, name='log.csv', seed=0, header=HEADER, **fields):
     """Events, summary and folder of a log of these lines."""
     path = tmp_path / name
     path.write_text('\n'.join([header, *lines]) + '\n')
     folder = tmp_path / 'work' / 'events'
     summary = events.prepare(make_config(**fields), str(path), folder, seed)
     return events.open_events(folder), summary, folder
+
   return write_and_read
 
 
@@ -85,6 +96,7 @@ def refuse(prepare):
       assert part in sentence
     assert '\n' not in sentence
     assert not list((tmp_path / 'work').glob('*'))
+
   return check
 
 
@@ -98,9 +110,7 @@ def byte_symbols():
   """GPT-2's printable character for every byte, in the order of the bytes."""
   printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
   others = [b for b in range(256) if b not in printable]
-  return [
-    chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)
-  ]
+  return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 @pytest.fixture
@@ -121,11 +131,10 @@ def make_tokenizer():
       trim_offsets=trim_offsets
     )
     tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>', '<eos>'])
-    fast = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, **special
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = template
     return fast
+
   return make
 
 
@@ -134,8 +143,9 @@ def table(make_events):
   """Four users, 157 events, 80 % of them for training; one user is short."""
   generator = np.random.default_rng(0)
   p = [0.4, 0.3, 0.2, 0.05, 0.03, 0.02]
-  histories = [''.join(generator.choice(list('abcxyz'), size, p=p))
-               for size in (60, 5, 12, 80)]
+  histories = [
+    ''.join(generator.choice(list('abcxyz'), size, p=p)) for size in (60, 5, 12, 80)
+  ]
   return make_events(histories, train=0.8, tails='xyz')
 
 
@@ -163,16 +173,28 @@ def make_table(histories, times=None, places=None, train=1.0, tails=''):
   names = sorted(set(listed))
   behavior = np.array([names.index(name) for name in listed], np.int32)
   counts = np.bincount(behavior[split == 0], minlength=len(names)).tolist()
-  known = [splits.Behavior(
-      name, listed.count(name), count, count / sum(counts),
-      'tail' if name in tails else 'anchor')
-      for name, count in zip(names, counts, strict=True)]
+  known = [
+    splits.Behavior(
+      name,
+      listed.count(name),
+      count,
+      count / sum(counts),
+      'tail' if name in tails else 'anchor',
+    )
+    for name, count in zip(names, counts, strict=True)
+  ]
   places = places or [''] * len(listed)
   spots = sorted({*places} - {''})
   return events.Events(
-      user=user.astype(np.int32), behavior=behavior,
-      time=np.array(times if times is not None else steps * 3600, np.int64),
-      place=np.array([spots.index(p) if p else -1 for p in places], np.int32),
-      split=split.astype(np.int8), first=np.arange(len(user)) - steps,
-      users=[f'u{i}' for i in range(len(sizes))], places=spots,
-      behaviors=known, fingerprint='by hand', known=len(names))
+    user=user.astype(np.int32),
+    behavior=behavior,
+    time=np.array(times if times is not None else steps * 3600, np.int64),
+    place=np.array([spots.index(p) if p else -1 for p in places], np.int32),
+    split=split.astype(np.int8),
+    first=np.arange(len(user)) - steps,
+    users=[f'u{i}' for i in range(len(sizes))],
+    places=spots,
+    behaviors=known,
+    fingerprint='by hand',
+    known=len(names),
+  )

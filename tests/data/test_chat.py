@@ -30,9 +30,7 @@ def test_text_ends_where_the_assistant_begins_only_when_asked(make_tokenizer):
 
 def test_a_tokenizer_without_template_writes_the_plain_format(make_tokenizer):
   tokenizer = make_tokenizer(None, bos_token='<s>', eos_token='<eos>')
-  assert chat.render(tokenizer, ANSWERED) == (
-    '<s>User: a\nAssistant: b<eos>\n'
-  )
+  assert chat.render(tokenizer, ANSWERED) == ('<s>User: a\nAssistant: b<eos>\n')
   assert chat.render(tokenizer, ASKED, add_generation_prompt=True) == (
     '<s>User: a\nAssistant:'
   )
@@ -64,22 +62,16 @@ def test_a_template_that_rewrites_history_teaches_the_last_answer(
     " + ('<think></think>' if loop.last and m['role'] == 'assistant' else '')"
     " + m['content']",
   )
-  assert answers(make_tokenizer(thinking), TWICE) == [
-    '<think></think>d<|im_end|>'
-  ]
+  assert answers(make_tokenizer(thinking), TWICE) == ['<think></think>d<|im_end|>']
 
 
-def test_a_final_end_of_text_does_not_hide_earlier_answers(
-  make_tokenizer, chatml
-):
+def test_a_final_end_of_text_does_not_hide_earlier_answers(make_tokenizer, chatml):
   phi = chatml + '{% if not add_generation_prompt %}<eos>{% endif %}'
   assert answers(make_tokenizer(phi), TWICE) == ['b<|im_end|>', 'd<|im_end|>']
   assert chat.render(make_tokenizer(phi), TWICE).endswith('<eos>')
 
 
-def test_a_template_whose_prompt_is_no_prefix_is_refused(
-  make_tokenizer, chatml
-):
+def test_a_template_whose_prompt_is_no_prefix_is_refused(make_tokenizer, chatml):
   moved = chatml.replace("'<|im_start|>assistant\\n' }}", "'Say: ' }}")
   assert moved != chatml
   with pytest.raises(InputError, match=r'^talks line 1: the chat template'):

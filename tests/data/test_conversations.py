@@ -23,16 +23,13 @@ def talk(*contents):
   """Messages of user and assistant in turn."""
   roles = ('user', 'assistant')
   return [
-    {'role': roles[i % 2], 'content': content}
-    for i, content in enumerate(contents)
+    {'role': roles[i % 2], 'content': content} for i, content in enumerate(contents)
   ]
 
 
 def write(tmp_path, *items):
   path = tmp_path / 'talks.jsonl'
-  path.write_text(
-    ''.join(json.dumps({'messages': item}) + '\n' for item in items)
-  )
+  path.write_text(''.join(json.dumps({'messages': item}) + '\n' for item in items))
   return path
 
 
@@ -69,9 +66,7 @@ def test_exact_tokens_and_mask_of_two_turns(tmp_path, make_tokenizer):
   assert read.answers.dtype == bool
 
 
-def test_plain_format_closes_answers_with_the_eos_token(
-  tmp_path, make_tokenizer
-):
+def test_plain_format_closes_answers_with_the_eos_token(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('ab', 'cd'))
   tokenizer = make_tokenizer(None, eos_token='<eos>')
   (read,) = conversations.read(path, tokenizer, 100)
@@ -91,9 +86,7 @@ def test_plain_format_without_eos_closes_answers_with_the_newline(
   assert said(read) == [*b' cd\n f\n']
 
 
-def test_plain_template_set_on_a_tokenizer_reads_the_same(
-  tmp_path, make_tokenizer
-):
+def test_plain_template_set_on_a_tokenizer_reads_the_same(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('ab', 'cd'))
   none = make_tokenizer(None, eos_token='<eos>', bos_token='<|im_start|>')
   plain = make_tokenizer(
@@ -116,17 +109,13 @@ def test_mask_is_exact_for_blanks_and_characters_of_many_bytes(
   assert said(read) == [*first, END, *second, END]
 
 
-def test_end_of_turn_is_not_looked_for_inside_the_content(
-  tmp_path, make_tokenizer
-):
+def test_end_of_turn_is_not_looked_for_inside_the_content(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'end <|im_end|> im_end'))
   (read,) = conversations.read(path, make_tokenizer(), 100)
   assert said(read) == [*b'end ', END, *b' im_end', END]
 
 
-def test_end_text_and_blanks_around_contents_are_dropped(
-  tmp_path, make_tokenizer
-):
+def test_end_text_and_blanks_around_contents_are_dropped(tmp_path, make_tokenizer):
   dirty = talk(' ab\n', 'cd <|endoftext|>\n<|endoftext|> ')
   path = write(tmp_path, dirty, talk('ab', 'cd'))
   a, b = conversations.read(path, make_tokenizer(), 100)
@@ -136,9 +125,7 @@ def test_end_text_and_blanks_around_contents_are_dropped(
 def test_empty_answers_are_skipped_and_counted_in_one_warning(
   tmp_path, caplog, make_tokenizer
 ):
-  path = write(
-    tmp_path, talk('a', '<|endoftext|>'), talk('b', 'c'), talk('d', ' ')
-  )
+  path = write(tmp_path, talk('a', '<|endoftext|>'), talk('b', 'c'), talk('d', ' '))
   with caplog.at_level(logging.WARNING):
     (read,) = conversations.read(path, make_tokenizer(), 100)
   assert said(read) == [*b'c', END]
@@ -210,9 +197,7 @@ def test_gzip_and_blank_lines_read_the_same(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'b'))
   packed = tmp_path / 'talks.jsonl.gz'
   packed.write_bytes(gzip.compress(b'\n' + path.read_bytes() + b'\n'))
-  (a,), (b,) = (
-    conversations.read(p, make_tokenizer(), 100) for p in (path, packed)
-  )
+  (a,), (b,) = (conversations.read(p, make_tokenizer(), 100) for p in (path, packed))
   assert a.tokens.tolist() == b.tokens.tolist()
 
 

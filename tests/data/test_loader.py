@@ -19,9 +19,12 @@ HEADER = b'User: Go on.\nAssistant:\n'  # Of the tokenizer without template.
 
 def make_talks():
   """Conversations of 12 to 16 tokens, the last 3 of them answers."""
-  return [conversations.Conversation(
-    np.arange(200, 212 + i, dtype=np.int32), np.arange(12 + i) >= 9 + i)
-    for i in range(5)]
+  return [
+    conversations.Conversation(
+      np.arange(200, 212 + i, dtype=np.int32), np.arange(12 + i) >= 9 + i
+    )
+    for i in range(5)
+  ]
 
 
 @pytest.fixture
@@ -30,8 +33,7 @@ def prompts(make_events, make_tokenizer):
   data = config_lib.default().data
   data.update(instruction='Go on.', weekday=False)
   generator = np.random.default_rng(0)
-  histories = ['abcab'] + [
-    ''.join(generator.choice(list('abc'), 30)) for _ in range(3)]
+  histories = ['abcab'] + [''.join(generator.choice(list('abc'), 30)) for _ in range(3)]
   return prompts_lib.Prompts(make_events(histories), make_tokenizer(None), data)
 
 
@@ -44,8 +46,7 @@ def plan(prompts):
   rng = np.random.default_rng(0)
   windows = plan_lib.Windows(prompts, config)
   samples = samples_lib.of_split(prompts.events, 'train', config)
-  stream = plan_lib.mix(
-    plan_lib.tile(windows, samples, rng), make_talks(), 0.2, rng)
+  stream = plan_lib.mix(plan_lib.tile(windows, samples, rng), make_talks(), 0.2, rng)
   return plan_lib.take(stream, config, STEPS, '')
 
 
@@ -68,14 +69,18 @@ def check_same(found, expected):
 
 def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
   talk = conversations.Conversation(
-    np.array([70, 71, 72, 73], np.int32), np.array([0, 1, 1, 0], bool))
+    np.array([70, 71, 72, 73], np.int32), np.array([0, 1, 1, 0], bool)
+  )
   row = [
-    {'kind': 'window', 'start': 0, 'stop': 2, 'targets': [1],
-     'weights': [0.5]},
-    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [],
-     'weights': []},
-    {'kind': 'window', 'start': 2, 'stop': 5, 'targets': [2, 4],
-     'weights': [0.25, 1.0]},
+    {'kind': 'window', 'start': 0, 'stop': 2, 'targets': [1], 'weights': [0.5]},
+    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [], 'weights': []},
+    {
+      'kind': 'window',
+      'start': 2,
+      'stop': 5,
+      'targets': [2, 4],
+      'weights': [0.25, 1.0],
+    },
   ]
   arrays = loader.Assembler(prompts, [talk], 110, 16)(row)
   first = HEADER + b'00:00 a\n01:00 b\n'
@@ -95,8 +100,10 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
   }
   assert {name: array.tolist() for name, array in arrays.items()} == expected
   assert {name: array.dtype.name for name, array in arrays.items()} == {
-    **dict.fromkeys(expected, 'int32'), 'answer_weights': 'float32',
-    'answer_auxiliary': 'bool'}
+    **dict.fromkeys(expected, 'int32'),
+    'answer_weights': 'float32',
+    'answer_auxiliary': 'bool',
+  }
   predicted = arrays['answer_positions'][:11] + 1
   assert arrays['tokens'][predicted].tolist() == expected['answer_tokens'][:11]
 
@@ -104,12 +111,17 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
 def test_within_names_only_what_tells_them_apart_is_taught(prompts):
   """Of the answers ' a', ' b' and ' c' all begin alike."""
   talk = conversations.Conversation(
-    np.array([70, 71, 72], np.int32), np.array([0, 1, 1], bool))
+    np.array([70, 71, 72], np.int32), np.array([0, 1, 1], bool)
+  )
   row = [
-    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [],
-     'weights': []},
-    {'kind': 'window', 'start': 2, 'stop': 5, 'targets': [2, 4],
-     'weights': [0.25, 1.0]},
+    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [], 'weights': []},
+    {
+      'kind': 'window',
+      'start': 2,
+      'stop': 5,
+      'targets': [2, 4],
+      'weights': [0.25, 1.0],
+    },
   ]
   tree = labels.build(labels.shortest(prompts.labels))
   arrays = loader.Assembler(prompts, [talk], 60, 8, tree)(row)
@@ -118,7 +130,7 @@ def test_within_names_only_what_tells_them_apart_is_taught(prompts):
   assert arrays['answer_tokens'].tolist() == [71, 72, *b'cb', 0, 0, 0, 0]
   assert arrays['tokens'][taught].tolist() == [71, 72, *b'cb']
   assert arrays['answer_nodes'].tolist() == [-1, -1, 1, 1, -1, -1, -1, -1]
-  assert arrays['answer_weights'].tolist() == [1, 1, .25, 1, 0, 0, 0, 0]
+  assert arrays['answer_weights'].tolist() == [1, 1, 0.25, 1, 0, 0, 0, 0]
   windows = plan_lib.Windows(prompts, config_lib.default(), tree)
   assert windows.make(0, [4], [1.0]).answers == 1
 
@@ -143,9 +155,13 @@ def test_batches_are_the_plan_in_its_order_and_end_with_it(plan, assemble):
   found = list(loader.batches(plan, assemble, BATCH))
   assert len(found) == STEPS
   rows = [assemble(row) for row in plan.rows]
-  check_same(found, [
-    {name: np.stack([row[name] for row in rows[i:i + BATCH]])
-     for name in rows[0]} for i in range(0, len(rows), BATCH)])
+  check_same(
+    found,
+    [
+      {name: np.stack([row[name] for row in rows[i : i + BATCH]]) for name in rows[0]}
+      for i in range(0, len(rows), BATCH)
+    ],
+  )
 
 
 def test_a_resume_at_any_step_gives_the_remaining_batches(plan, assemble):
@@ -157,11 +173,17 @@ def test_a_resume_at_any_step_gives_the_remaining_batches(plan, assemble):
 @pytest.mark.parametrize('step', [0, 3])
 def test_the_rows_of_two_hosts_are_the_global_batch(plan, assemble, step):
   whole = list(loader.batches(plan, assemble, BATCH, step))
-  hosts = [loader.batches(plan, assemble, BATCH, step, own)
-           for own in ([0], list(range(1, BATCH)))]
-  check_same([
-    {name: np.concatenate([one[name], other[name]]) for name in one}
-    for one, other in zip(*hosts, strict=True)], whole)
+  hosts = [
+    loader.batches(plan, assemble, BATCH, step, own)
+    for own in ([0], list(range(1, BATCH)))
+  ]
+  check_same(
+    [
+      {name: np.concatenate([one[name], other[name]]) for name in one}
+      for one, other in zip(*hosts, strict=True)
+    ],
+    whole,
+  )
 
 
 @pytest.mark.parametrize('threads', [0, 2, 5])

@@ -19,7 +19,8 @@ def make_config(**fields):
   config = config_lib.default()
   config.data.instruction = 'Go on.'
   config.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()})
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
   return config
 
 
@@ -33,8 +34,10 @@ def make_windows(table, tokenizer):
   def make(events=None, **fields):
     config = make_config(**fields)
     prompts = prompts_lib.Prompts(
-      table if events is None else events, tokenizer, config.data)
+      table if events is None else events, tokenizer, config.data
+    )
     return plan_lib.Windows(prompts, config)
+
   return make
 
 
@@ -56,19 +59,32 @@ def check_segment(windows, segment):
 # Tiling.
 
 
-@pytest.mark.parametrize(('per_row', 'window', 'context', 'length'), [
-  (24, 32, 4, 512), (24, 32, 4, 220), (1, 32, 4, 512), (5, 6, 2, 512),
-  (100, 10, 1, 512), (3, 32, 4, 150)])
+@pytest.mark.parametrize(
+  ('per_row', 'window', 'context', 'length'),
+  [
+    (24, 32, 4, 512),
+    (24, 32, 4, 220),
+    (1, 32, 4, 512),
+    (5, 6, 2, 512),
+    (100, 10, 1, 512),
+    (3, 32, 4, 150),
+  ],
+)
 def test_every_sample_is_a_target_once_per_epoch(
   table, make_windows, per_row, window, context, length
 ):
-  fields = dict(plan__targets_per_row=per_row, plan__window=window,
-                plan__min_context=context, train__length=length)
+  fields = dict(
+    plan__targets_per_row=per_row,
+    plan__window=window,
+    plan__min_context=context,
+    train__length=length,
+  )
   windows = make_windows(**fields)
   config = make_config(**fields)
   samples = samples_lib.eligible(table, 'train', config)
-  stream = plan_lib.tile(windows, samples_lib.of_split(table, 'train', config),
-                         np.random.default_rng(0))
+  stream = plan_lib.tile(
+    windows, samples_lib.of_split(table, 'train', config), np.random.default_rng(0)
+  )
   for _ in range(3):
     seen = []
     while len(seen) < len(samples):
@@ -83,8 +99,7 @@ def test_every_sample_is_a_target_once_per_epoch(
 def test_only_users_with_more_targets_than_a_window_are_cut_at_random(
   table, make_windows
 ):
-  windows = make_windows(plan__targets_per_row=20, plan__window=28,
-                         train__length=2048)
+  windows = make_windows(plan__targets_per_row=20, plan__window=28, train__length=2048)
   samples = samples_lib.eligible(table, 'train', make_config())
   few, many = (samples[table.user[samples] == user] for user in (2, 3))
   assert len(few) == 6 and len(many) == 60
@@ -117,10 +132,17 @@ def user_tiles(windows, positions, rng):
   return tiles
 
 
-@pytest.mark.parametrize('fields', [
-  {}, {'train__length': 150}, {'data__profile': 2, 'train__length': 220},
-  {'plan__targets_per_row': 1}, {'plan__targets_per_row': 5},
-  {'plan__window': 10, 'plan__min_context': 1, 'plan__content': 'all'}])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'train__length': 150},
+    {'data__profile': 2, 'train__length': 220},
+    {'plan__targets_per_row': 1},
+    {'plan__targets_per_row': 5},
+    {'plan__window': 10, 'plan__min_context': 1, 'plan__content': 'all'},
+  ],
+)
 @pytest.mark.parametrize('block', [1, 1000])
 @pytest.mark.parametrize('anchors_only', [True, False])
 def test_all_users_are_tiled_as_each_would_be(
@@ -133,8 +155,7 @@ def test_all_users_are_tiled_as_each_would_be(
   found = list(itertools.islice(plan_lib.tile(windows, samples, rng), 100))
   rng = np.random.default_rng(1)
   positions = np.concatenate(list(samples))
-  users = np.split(positions, 1 + np.flatnonzero(
-    np.diff(table.user[positions])))
+  users = np.split(positions, 1 + np.flatnonzero(np.diff(table.user[positions])))
   expected = []
   while len(expected) < 100:
     epoch = [tile for user in users for tile in user_tiles(windows, user, rng)]
@@ -143,13 +164,16 @@ def test_all_users_are_tiled_as_each_would_be(
 
 
 @pytest.mark.parametrize('length', range(120, 140, 3))
-def test_a_longer_profile_on_the_way_moves_no_target(
-  make_events, make_windows, length
-):
+def test_a_longer_profile_on_the_way_moves_no_target(make_events, make_windows, length):
   table = make_events(['ab' * 60, 'a' * 100] * 3, train=0.8)
   fields = {
-    'data__profile': 1, 'data__weekday': False, 'train__length': length,
-    'plan__min_context': 1, 'plan__targets_per_row': 10, 'plan__window': 18}
+    'data__profile': 1,
+    'data__weekday': False,
+    'train__length': length,
+    'plan__min_context': 1,
+    'plan__targets_per_row': 10,
+    'plan__window': 18,
+  }
   windows, rng = make_windows(table, **fields), np.random.default_rng(1)
   samples = samples_lib.of_split(table, 'train', make_config(**fields))
   every = np.concatenate(list(samples)).tolist()
@@ -162,12 +186,11 @@ def test_a_longer_profile_on_the_way_moves_no_target(
 
 
 def test_one_target_per_row_is_the_classic_prompt(table, make_windows):
-  windows = make_windows(plan__targets_per_row=1, data__history=6,
-                         plan__window=9)
+  windows = make_windows(plan__targets_per_row=1, data__history=6, plan__window=9)
   samples = samples_lib.of_split(table, 'train', make_config())
   stream = plan_lib.tile(windows, samples, np.random.default_rng(0))
   for segment in itertools.islice(stream, len(np.concatenate(list(samples)))):
-    target, = segment.targets
+    (target,) = segment.targets
     assert segment.start == windows.prompts.question_start(target)
 
 
@@ -195,26 +218,30 @@ def test_a_long_window_loses_context_then_targets_and_is_then_refused(
 # Drawing.
 
 
-@pytest.mark.parametrize('rates', [
-  {0: 1, 3: 1, 4: 1, 5: 1}, {0: 4, 3: 4, 4: 9, 5: 4}, {0: 7, 3: 1, 4: 2, 5: 0}])
+@pytest.mark.parametrize(
+  'rates',
+  [{0: 1, 3: 1, 4: 1, 5: 1}, {0: 4, 3: 4, 4: 9, 5: 4}, {0: 7, 3: 1, 4: 2, 5: 0}],
+)
 def test_every_prefix_keeps_the_rates_and_repeats_evenly(make_windows, rates):
-  samples = {0: np.array([5, 9, 30]), 3: np.array([12]), 4: np.array([]),
-             5: np.array([40, 41, 42, 43, 44, 45, 46])}
-  stream = plan_lib.spread(make_windows(), samples, rates,
-                           np.random.default_rng(0))
+  samples = {
+    0: np.array([5, 9, 30]),
+    3: np.array([12]),
+    4: np.array([]),
+    5: np.array([40, 41, 42, 43, 44, 45, 46]),
+  }
+  stream = plan_lib.spread(make_windows(), samples, rates, np.random.default_rng(0))
   owner = {s: b for b, mine in samples.items() for s in mine}
   kept = {b: m for b, m in rates.items() if m and b != 4}
   counts, draws = collections.Counter(), collections.Counter()
   for drawn, segment in enumerate(itertools.islice(stream, 300), start=1):
     check_segment(make_windows(), segment)
-    target, = segment.targets
+    (target,) = segment.targets
     counts[owner[target]] += 1
     draws[target] += 1
     epochs = drawn / sum(kept.values())
     for b, rate in kept.items():
       # One of its own, and the others' that came early or late.
-      assert abs(counts[b] - epochs * rate) < 1 + rate * len(kept) / sum(
-        kept.values())
+      assert abs(counts[b] - epochs * rate) < 1 + rate * len(kept) / sum(kept.values())
       times = [draws[s] for s in samples[b]]
       assert max(times) - min(times) <= 1
     if len(set(kept.values())) == 1:
@@ -239,17 +266,19 @@ def test_neighbours_are_taught_with_class_balanced_weights(table, make_windows):
   # Without room for all, the drawn sample keeps its context.
   tight = make_windows(train__length=segment.length - 1)
   assert tight.draw(40, weight_of).targets == (40,)
-  natural = subset_lib.neighbour_weights(table, make_config(
-    plan__budget='natural'))
+  natural = subset_lib.neighbour_weights(table, make_config(plan__budget='natural'))
   assert natural.tolist() == [1.0] * table.known
 
 
 def test_neighbours_of_which_shots_leave_few_count_more(table, monkeypatch):
   monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 1)
   tails = ~samples_lib.anchor_mask(table)
-  weights = [subset_lib.neighbour_weights(table, make_config(
-    plan__per_behavior=2, plan__neighbours=0.5, plan__shots=shots))
-    for shots in (None, 2)]
+  weights = [
+    subset_lib.neighbour_weights(
+      table, make_config(plan__per_behavior=2, plan__neighbours=0.5, plan__shots=shots)
+    )
+    for shots in (None, 2)
+  ]
   assert (weights[0][tails] < 0.5).any()
   np.testing.assert_array_equal(weights[1][tails], 0.5)
   np.testing.assert_array_equal(weights[1][~tails], weights[0][~tails])
@@ -262,21 +291,25 @@ def test_neighbours_that_shots_leave_out_are_context_alone(
   tails = [b for b, item in enumerate(table.behaviors) if item.group == 'tail']
   windows = make_windows(plan__shots=0)
   weight_of = np.ones(table.known)
-  position = next(p for p in samples_lib.eligible(
-    table, 'train', make_config(plan__shots=0))
-    if np.isin(table.behavior[p - 20:p], tails).any() and p > 30)
+  position = next(
+    p
+    for p in samples_lib.eligible(table, 'train', make_config(plan__shots=0))
+    if np.isin(table.behavior[p - 20 : p], tails).any() and p > 30
+  )
   targets = windows.draw(position, weight_of).targets
   assert not np.isin(table.behavior[list(targets)], tails).any()
-  assert np.isin(table.behavior[list(
-    make_windows().draw(position, weight_of).targets)], tails).any()
+  assert np.isin(
+    table.behavior[list(make_windows().draw(position, weight_of).targets)], tails
+  ).any()
 
 
 def test_a_stage_without_samples_is_refused(table, make_windows):
   rng = np.random.default_rng(0)
   none = samples_lib.of_split(table, 'validation', make_config())
-  for stream in (plan_lib.tile(make_windows(), none, rng),
-                 plan_lib.spread(make_windows(), {0: np.array([])}, {0: 1},
-                                 rng)):
+  for stream in (
+    plan_lib.tile(make_windows(), none, rng),
+    plan_lib.spread(make_windows(), {0: np.array([])}, {0: 1}, rng),
+  ):
     with pytest.raises(InputError, match=r'data\.events.*plan\.min_context'):
       next(stream)
 
@@ -284,15 +317,22 @@ def test_a_stage_without_samples_is_refused(table, make_windows):
 def test_most_answers_are_those_of_the_fullest_rows_of_a_device():
   rng = np.random.default_rng(0)
   counts = 16 * rng.integers(0, 100, 24)  # So that nothing is rounded.
-  rows = [[{'kind': 'window', 'answers': int(n) // 2},
-           {'kind': 'conversation', 'answers': int(n) - int(n) // 2}]
-          for n in counts]
+  rows = [
+    [
+      {'kind': 'window', 'answers': int(n) // 2},
+      {'kind': 'conversation', 'answers': int(n) - int(n) // 2},
+    ]
+    for n in counts
+  ]
   plan = plan_lib.Plan(rows, 0, '')
   found = plan_lib.most_answers(plan, 12, 2, 3)
   # Steps of 12 rows, even and odd ones a micro-batch, 3 devices of 2 rows each.
-  sums = [step[part::2][2 * device:2 * device + 2].sum()
-          for step in (counts[:12], counts[12:]) for part in (0, 1)
-          for device in (0, 1, 2)]
+  sums = [
+    step[part::2][2 * device : 2 * device + 2].sum()
+    for step in (counts[:12], counts[12:])
+    for part in (0, 1)
+    for device in (0, 1, 2)
+  ]
   assert found == max(sums)
   for kind in ('window', 'conversation'):
     half = plan_lib.most_answers(plan, 12, 2, 3, kind)

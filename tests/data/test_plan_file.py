@@ -21,14 +21,17 @@ def make_config(**fields):
   config.data.instruction = 'Go on.'
   config.train.update(batch=4, steps=5, length=300)
   config.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()})
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
   return config
 
 
 def make_talks():
   """20 conversations of 10 to 29 tokens, 1 to 20 of them answers."""
-  return [conversations.Conversation(
-    np.full(10 + i, i, np.int32), np.arange(10 + i) >= 9) for i in range(20)]
+  return [
+    conversations.Conversation(np.full(10 + i, i, np.int32), np.arange(10 + i) >= 9)
+    for i in range(20)
+  ]
 
 
 def make_segment(length, answers=1):
@@ -45,8 +48,7 @@ def make_plan(tokenizer):
   def make(log, seed=0, stage='a', made_from='me', **fields):
     """A plan as a stage makes it, with conversations and uniform scores."""
     config, rng = make_config(**fields), np.random.default_rng(seed)
-    windows = plan_lib.Windows(
-      prompts_lib.Prompts(log, tokenizer, config.data), config)
+    windows = plan_lib.Windows(prompts_lib.Prompts(log, tokenizer, config.data), config)
     if stage == 'a':
       samples = samples_lib.of_split(log, 'train', config, anchors_only=True)
       stream = plan_lib.tile(windows, samples, rng)
@@ -54,10 +56,12 @@ def make_plan(tokenizer):
       pools = subset_lib.candidates(log, config, rng)
       subset = subset_lib.choose(pools, None, log, config, rng)
       rates = {b: len(s) for b, s in subset.items()}
-      stream = plan_lib.spread(windows, subset, rates, rng,
-                               subset_lib.neighbour_weights(log, config))
+      stream = plan_lib.spread(
+        windows, subset, rates, rng, subset_lib.neighbour_weights(log, config)
+      )
     stream = plan_lib.mix(stream, make_talks(), 0.2, rng)
     return plan_lib.take(stream, config, config.train.steps, made_from)
+
   return make
 
 
@@ -66,7 +70,9 @@ def log(make_events):
   generator = np.random.default_rng(3)
   return make_events(
     [''.join(generator.choice(list('abcx'), 40)) for _ in range(4)],
-    train=0.8, tails='x')
+    train=0.8,
+    tails='x',
+  )
 
 
 # Mixing and packing.
@@ -91,7 +97,7 @@ def test_conversations_keep_their_share_on_every_prefix(share):
     assert -60 * share < auxiliary - share * total < 20
   assert abs(auxiliary / total - share) < 0.01
   for i in range(0, len(order) - 20, 20):  # Shuffled epochs of all of them.
-    assert sorted(order[i:i + 20]) == list(range(20))
+    assert sorted(order[i : i + 20]) == list(range(20))
 
 
 def test_without_a_share_nothing_is_mixed_in():
@@ -107,19 +113,21 @@ def test_packing_fills_rows_to_the_length_and_never_beyond():
   assert max(used) <= 100
   assert sum(used) / (500 * 100) > 0.9
   packed = sorted(s.length for row in rows for s in row)
-  assert packed == sorted(sizes[:len(packed)])  # None skipped, none twice.
+  assert packed == sorted(sizes[: len(packed)])  # None skipped, none twice.
 
 
 def test_packing_moves_a_segment_by_few_rows_alone():
   order = itertools.count()
-  segments = (dataclasses.replace(make_segment(40), start=next(order))
-              for _ in range(1000))
+  segments = (
+    dataclasses.replace(make_segment(40), start=next(order)) for _ in range(1000)
+  )
   rows = plan_lib.pack(segments, 400, 100)
   for i, row in enumerate(rows):
     assert [s.start for s in row] == [2 * i, 2 * i + 1]
   sizes = [60, 30] + [90] * 80 + [10]  # The first row is no longer open.
-  rows = plan_lib.pack(map(make_segment, itertools.chain(
-      sizes, itertools.repeat(100))), 90, 100)
+  rows = plan_lib.pack(
+    map(make_segment, itertools.chain(sizes, itertools.repeat(100))), 90, 100
+  )
   assert [s.length for s in rows[0]] == [60, 30]
   assert [s.length for s in rows[17]] == [90, 10]
 
@@ -144,9 +152,16 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, make_plan, log, stage):
   read = plan_lib.load(path, 'me')
   assert plan_lib.content_hash(read) == plan_lib.content_hash(plan)
   assert (read.answers, read.made_from) == (plan.answers, 'me')
-  listed = [[{key: list(value) if isinstance(value, tuple) else value
-              for key, value in segment.items()} for segment in row]
-            for row in plan.rows]
+  listed = [
+    [
+      {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in segment.items()
+      }
+      for segment in row
+    ]
+    for row in plan.rows
+  ]
   assert read.rows == listed
   kinds = {segment['kind'] for row in plan.rows for segment in row}
   assert kinds == {'window', 'conversation'}
@@ -155,15 +170,17 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, make_plan, log, stage):
 def test_a_plan_made_from_something_else_is_refused(tmp_path, make_plan, log):
   path = tmp_path / 'plan.parquet'
   plan_lib.save(path, make_plan(log, made_from='1' * 64), 4)
-  with pytest.raises(InputError, match=(
-    r'plan\.parquet was made from other events.*1{12}, now 2{12}\)')):
+  with pytest.raises(
+    InputError, match=(r'plan\.parquet was made from other events.*1{12}, now 2{12}\)')
+  ):
     plan_lib.load(path, '2' * 64)
 
 
 @pytest.mark.parametrize('stage', ['a', 'b'])
 def test_the_seed_decides_the_plan(make_plan, log, stage):
   one, same, other = (
-    plan_lib.content_hash(make_plan(log, seed, stage)) for seed in (0, 0, 1))
+    plan_lib.content_hash(make_plan(log, seed, stage)) for seed in (0, 0, 1)
+  )
   assert one == same != other
 
 
@@ -178,27 +195,30 @@ def write_log(tmp_path, prepare, name, test_behaviors):
     names = []  # Turn about, because immediate repeats would be collapsed.
     for _ in range(27):
       names += [generator.choice([*'cdefg'], p=rare), generator.choice([*'ab'])]
-    lines += [f'u{user},2024-01-{i // 24 + 1:02d} {i % 24:02d}:00,{name}'
-              for i, name in enumerate([*names, *test_behaviors])]
+    lines += [
+      f'u{user},2024-01-{i // 24 + 1:02d} {i % 24:02d}:00,{name}'
+      for i, name in enumerate([*names, *test_behaviors])
+    ]
   folder = tmp_path / name
   folder.mkdir()
   return prepare(folder, lines, anchor_share=0.1)[0]
 
 
-def test_test_events_change_nothing_that_training_sees(
-  tmp_path, prepare, make_plan
-):
+def test_test_events_change_nothing_that_training_sees(tmp_path, prepare, make_plan):
   one = write_log(tmp_path, prepare, 'one', 'pqabcd')
   other = write_log(tmp_path, prepare, 'other', 'rgagsg')
   assert one.known == other.known == 7
   assert one.behavior.tolist() != other.behavior.tolist()
-  groups = [[(b.name, b.group, b.share, b.train_count)
-             for b in log.behaviors[:7]] for log in (one, other)]
+  groups = [
+    [(b.name, b.group, b.share, b.train_count) for b in log.behaviors[:7]]
+    for log in (one, other)
+  ]
   assert groups[0] == groups[1]
   assert {group for _, group, _, _ in groups[0]} == {'anchor', 'tail'}
   config = make_config(difficulty__candidates=9)
-  pools = [subset_lib.candidates(log, config, np.random.default_rng(0))
-           for log in (one, other)]
+  pools = [
+    subset_lib.candidates(log, config, np.random.default_rng(0)) for log in (one, other)
+  ]
   assert all((pools[0][b] == pools[1][b]).all() for b in range(7))
   for stage in ('a', 'b'):
     plans = [make_plan(log, stage=stage) for log in (one, other)]

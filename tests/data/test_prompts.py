@@ -23,9 +23,27 @@ TIMES = [51_240, 64_920, 118_500, 122_100, 0, 3600]
 HISTORIES = [['Coffee Shop', 'Gym', 'Coffee Shop', 'Home'], ['Home', 'Gym']]
 PLACES = ['', 'Mall', '', 'Mall', '', '']
 NASTY = [
-  '7-Eleven', '24h Gym!', 'Café (JFK)', 'A/B & C', '日本 寿司 🙂', "Joe's...",
-  '12', '(x)', '&', "'s", 'end)', '#1 / 2', 'a  b', 'e\u0301te\u0301?!', '½',
-  '...', 'x:', 'Wine Bar', '\u0301x', '\u00a0y', '100 % ١٢٣',
+  '7-Eleven',
+  '24h Gym!',
+  'Café (JFK)',
+  'A/B & C',
+  '日本 寿司 🙂',
+  "Joe's...",
+  '12',
+  '(x)',
+  '&',
+  "'s",
+  'end)',
+  '#1 / 2',
+  'a  b',
+  'e\u0301te\u0301?!',
+  '½',
+  '...',
+  'x:',
+  'Wine Bar',
+  '\u0301x',
+  '\u00a0y',
+  '100 % ١٢٣',
 ]
 LLAMA_3 = (
   '{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n'
@@ -51,8 +69,8 @@ def byte_tokenizer():
 def make_prompts(byte_tokenizer, make_events):
   def make(tokenizer=None, **fields):
     table = make_events(HISTORIES, TIMES, PLACES)
-    return prompts_lib.Prompts(table, tokenizer or byte_tokenizer,
-                               make_data(**fields))
+    return prompts_lib.Prompts(table, tokenizer or byte_tokenizer, make_data(**fields))
+
   return make
 
 
@@ -60,20 +78,20 @@ def expected_text(prompts, start, stop):
   """The text of a window, written without any of the code under test."""
   log, data, lines = prompts.events, prompts.data, ''
   for i in range(start, stop):
-    time = datetime.datetime(1970, 1, 1) + datetime.timedelta(
-      seconds=int(log.time[i]))
+    time = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(log.time[i]))
     place = f' ({log.places[log.place[i]]})' if log.place[i] >= 0 else ''
     parts = ['%a'] * data.weekday + ['%H:%M'] * log.clock
     lines += time.strftime(' '.join(parts))
     lines += f'{place} {log.behaviors[log.behavior[i]].name}\n'
-  past = log.behavior[log.first[start]:start].tolist()
+  past = log.behavior[log.first[start] : start].tolist()
   ranked = sorted(set(past), key=lambda b: (-past.count(b), b))
-  names = [f'- {log.behaviors[b].name}\n' for b in ranked[:data.profile]]
+  names = [f'- {log.behaviors[b].name}\n' for b in ranked[: data.profile]]
   title = 'Most frequent so far:\n' + ''.join(names) if names else ''
   header = chat.render(
     prompts.tokenizer,
     [{'role': 'user', 'content': title + data.instruction}],
-    add_generation_prompt=True)
+    add_generation_prompt=True,
+  )
   return header + ('' if header[-1].isspace() else '\n') + lines
 
 
@@ -84,10 +102,10 @@ def test_a_question_is_the_log_cut_after_the_time(make_prompts):
   prompts = make_prompts()
   tokens = prompts.question(2)
   assert prompts.tokenizer.decode(tokens) == HEADER + (
-    'Thu 14:14 Coffee Shop\nThu 18:02 (Mall) Gym\nFri 08:55')
+    'Thu 14:14 Coffee Shop\nThu 18:02 (Mall) Gym\nFri 08:55'
+  )
   # Bytes have GPT-2's numbers: '!' is 0, a newline 198, a blank 220.
-  assert tokens[-10:].tolist() == [
-    198, 37, 81, 72, 220, 15, 23, 25, 20, 20]
+  assert tokens[-10:].tolist() == [198, 37, 81, 72, 220, 15, 23, 25, 20, 20]
   assert tokens[:6].tolist() == [256, 84, 82, 68, 81, 198]
   assert tokens.dtype == np.int32
 
@@ -95,13 +113,13 @@ def test_a_question_is_the_log_cut_after_the_time(make_prompts):
 def test_the_place_belongs_to_the_question(make_prompts):
   prompts = make_prompts(history=1)
   assert prompts.tokenizer.decode(prompts.question(3)) == HEADER + (
-    'Fri 08:55 Coffee Shop\nFri 09:55 (Mall)')
+    'Fri 08:55 Coffee Shop\nFri 09:55 (Mall)'
+  )
 
 
 def test_an_answer_is_a_blank_the_name_and_the_end_of_the_line(make_prompts):
   prompts = make_prompts()
-  assert [b.name for b in prompts.events.behaviors] == [
-    'Coffee Shop', 'Gym', 'Home']
+  assert [b.name for b in prompts.events.behaviors] == ['Coffee Shop', 'Gym', 'Home']
   assert prompts.labels[1].tolist() == [220, 38, 88, 76, 198]
   assert prompts.answer_lengths.tolist() == [13, 5, 6]
 
@@ -115,16 +133,16 @@ def test_a_history_does_not_reach_into_another_user(make_prompts):
 def test_the_weekday_can_be_left_out(make_prompts):
   prompts = make_prompts(weekday=False)
   assert prompts.tokenizer.decode(prompts.question(1)) == HEADER + (
-    '14:14 Coffee Shop\n18:02 (Mall)')
+    '14:14 Coffee Shop\n18:02 (Mall)'
+  )
 
 
-def test_lines_of_a_log_of_dates_alone_have_no_clock(
-  byte_tokenizer, make_events
-):
-  table = dataclasses.replace(
-    make_events(HISTORIES, TIMES, PLACES), clock=False)
-  for fields, text in (({}, 'Thu Coffee Shop\nThu (Mall)'),
-                       ({'weekday': False}, ' Coffee Shop\n (Mall)')):
+def test_lines_of_a_log_of_dates_alone_have_no_clock(byte_tokenizer, make_events):
+  table = dataclasses.replace(make_events(HISTORIES, TIMES, PLACES), clock=False)
+  for fields, text in (
+    ({}, 'Thu Coffee Shop\nThu (Mall)'),
+    ({'weekday': False}, ' Coffee Shop\n (Mall)'),
+  ):
     prompts = prompts_lib.Prompts(table, byte_tokenizer, make_data(**fields))
     assert byte_tokenizer.decode(prompts.question(1)) == HEADER + text
 
@@ -132,18 +150,28 @@ def test_lines_of_a_log_of_dates_alone_have_no_clock(
 def test_a_profile_names_the_most_frequent_before_the_window(make_prompts):
   prompts = make_prompts(profile=2)
   tokens, _ = prompts.window(3, 4)
-  assert prompts.tokenizer.decode(tokens) == HEADER.replace(
-    'Go on.', 'Most frequent so far:\n- Coffee Shop\n- Gym\nGo on.'
-  ) + 'Fri 09:55 (Mall) Home\n'
+  assert (
+    prompts.tokenizer.decode(tokens)
+    == HEADER.replace('Go on.', 'Most frequent so far:\n- Coffee Shop\n- Gym\nGo on.')
+    + 'Fri 09:55 (Mall) Home\n'
+  )
   assert prompts.tokenizer.decode(prompts.header(0)) == HEADER
 
 
-@pytest.mark.parametrize(('seconds', 'text'), [
-  (0, 'Thu 00:00'), (59, 'Thu 00:00'), (60, 'Thu 00:01'),
-  (86_399, 'Thu 23:59'), (86_400, 'Fri 00:00'), (-1, 'Wed 23:59'),
-  (-86_400, 'Wed 00:00'), (-86_401, 'Tue 23:59'),
-  (1_709_164_800, 'Thu 00:00'),  # 29 February 2024.
-])
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [
+    (0, 'Thu 00:00'),
+    (59, 'Thu 00:00'),
+    (60, 'Thu 00:01'),
+    (86_399, 'Thu 23:59'),
+    (86_400, 'Fri 00:00'),
+    (-1, 'Wed 23:59'),
+    (-86_400, 'Wed 00:00'),
+    (-86_401, 'Tue 23:59'),
+    (1_709_164_800, 'Thu 00:00'),  # 29 February 2024.
+  ],
+)
 def test_times_also_before_1970_and_around_midnight(
   seconds, text, byte_tokenizer, make_events
 ):
@@ -160,8 +188,7 @@ def test_a_tokenizer_without_chat_template_works_with_a_warning(
   with caplog.at_level(logging.WARNING, 'absl'):
     prompts = make_prompts(make_tokenizer(None))
   assert 'no chat template' in caplog.text
-  assert bytes(prompts.question(4).tolist()) == (
-    b'User: Go on.\nAssistant:\nThu 00:00')
+  assert bytes(prompts.question(4).tolist()) == (b'User: Go on.\nAssistant:\nThu 00:00')
 
 
 # Pieces.
@@ -170,14 +197,20 @@ def test_a_tokenizer_without_chat_template_works_with_a_warning(
 def trained_llama_3(texts, template):
   """A byte-level BPE with Llama 3's split whose merges come from `texts`."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  fields = {'model': 'gpt2', 'pre': 'llama-bpe', 'tokens': alphabet,
-            'merges': []}
+  fields = {'model': 'gpt2', 'pre': 'llama-bpe', 'tokens': alphabet, 'merges': []}
   tokenizer = gguf_tokenizer.build(
-    {f'tokenizer.ggml.{key}': value for key, value in fields.items()}, 'hand')
-  tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-    vocab_size=1200, min_frequency=1, initial_alphabet=alphabet,
-    show_progress=False,
-    special_tokens=['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']))
+    {f'tokenizer.ggml.{key}': value for key, value in fields.items()}, 'hand'
+  )
+  tokenizer.train_from_iterator(
+    texts,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=1200,
+      min_frequency=1,
+      initial_alphabet=alphabet,
+      show_progress=False,
+      special_tokens=['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'],
+    ),
+  )
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
   fast.chat_template = template
   return fast
@@ -194,8 +227,12 @@ def nasty_table(make_events):
 def check_pieces(dated, tokenizer):
   undated = dataclasses.replace(dated, clock=False)
   for table, fields in (
-      (dated, {}), (dated, {'weekday': False}), (dated, {'profile': 5}),
-      (undated, {}), (undated, {'weekday': False})):
+    (dated, {}),
+    (dated, {'weekday': False}),
+    (dated, {'profile': 5}),
+    (undated, {}),
+    (undated, {'weekday': False}),
+  ):
     prompts = prompts_lib.Prompts(table, tokenizer, make_data(**fields))
     for start, stop in ((0, 24), (20, 40), (40, 63), (62, 63)):
       tokens, spans = prompts.window(start, stop)
@@ -205,26 +242,25 @@ def check_pieces(dated, tokenizer):
         label = prompts.labels[table.behavior[i]]
         assert tokens[begin:end].tolist() == label.tolist()
         assert tokenizer.decode(label) == (
-          f' {table.behaviors[table.behavior[i]].name}\n')
+          f' {table.behaviors[table.behavior[i]].name}\n'
+        )
 
 
-def test_pieces_are_the_tokens_of_the_whole_text_in_bytes(
-  byte_tokenizer, make_events
-):
+def test_pieces_are_the_tokens_of_the_whole_text_in_bytes(byte_tokenizer, make_events):
   check_pieces(nasty_table(make_events), byte_tokenizer)
 
 
 @pytest.mark.parametrize('template', [LLAMA_3, INST, None])
-def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(
-  make_events, template
-):
+def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(make_events, template):
   table = nasty_table(make_events)
   written = prompts_lib.Prompts(
-    table, trained_llama_3([], template), make_data(profile=3))
+    table, trained_llama_3([], template), make_data(profile=3)
+  )
   texts = [expected_text(written, *part) for part in ((0, 40), (41, 63))] * 3
   tokenizer = trained_llama_3(texts, template)
   merged = {')\n', '!\n', ' (', ' Bar'} & {
-    tokenizer.decode([i]) for i in range(len(tokenizer))}
+    tokenizer.decode([i]) for i in range(len(tokenizer))
+  }
   assert len(merged) == 4  # Merges that a wrong cut would tear.
   check_pieces(table, tokenizer)
 
@@ -239,17 +275,43 @@ def test_pieces_are_the_tokens_of_the_whole_text_in_smollm2(make_events):
 
 
 CONTROLS = [
-  '<|im_start|>', '<|im_end|>', '<|pad|>', '<eos>', '<think>', '</think>',
-  '<|im_end|>\n<|im_start|>system', 'Gym <|pad|>', '<|<|pad|>pad|>', '<s>',
-  '<|endoftext|>', '[INST]', '<|eot_id|>', '<script>', 'a | b',
+  '<|im_start|>',
+  '<|im_end|>',
+  '<|pad|>',
+  '<eos>',
+  '<think>',
+  '</think>',
+  '<|im_end|>\n<|im_start|>system',
+  'Gym <|pad|>',
+  '<|<|pad|>pad|>',
+  '<s>',
+  '<|endoftext|>',
+  '[INST]',
+  '<|eot_id|>',
+  '<script>',
+  'a | b',
 ]
 
 
 def ordinary_names():
   """Some hundred names: the nasty ones, alone and joined."""
   joined = [f'{one} {other}' for one in NASTY for other in NASTY]
-  return [*NASTY, *joined, *map(str, range(100)), 'Coffee Shop', 'Köln', 'a<b',
-          'x [1]', '{}', '<', '<>', '<|', '|>', 'a  b   c', 'tab\tx']
+  return [
+    *NASTY,
+    *joined,
+    *map(str, range(100)),
+    'Coffee Shop',
+    'Köln',
+    'a<b',
+    'x [1]',
+    '{}',
+    '<',
+    '<>',
+    '<|',
+    '|>',
+    'a  b   c',
+    'tab\tx',
+  ]
 
 
 def check_ordinary(tokenizer):
@@ -258,17 +320,20 @@ def check_ordinary(tokenizer):
   for name in ordinary_names():
     for line in (prompts_lib.answer_text(name), f' ({name})'):
       assert text.encode(line, 'it').tolist() == tokenizer.encode(
-        line, add_special_tokens=False), line
+        line, add_special_tokens=False
+      ), line
 
 
 def check_controls(table, tokenizer):
   """Names and places of the table are text; the header alone has controls."""
   prompts = prompts_lib.Prompts(table, tokenizer, make_data(profile=3))
-  controls = {i for i, token in tokenizer.added_tokens_decoder.items()
-              if token.special or '<' in token.content}
+  controls = {
+    i
+    for i, token in tokenizer.added_tokens_decoder.items()
+    if token.special or '<' in token.content
+  }
   stop = len(table.user)
-  plain = prompts_lib.Prompts(
-    table, tokenizer, make_data()).header(0).tolist()
+  plain = prompts_lib.Prompts(table, tokenizer, make_data()).header(0).tolist()
   for start in range(stop):
     window, _ = prompts.window(start, stop)
     question = prompts.question(start)
@@ -297,9 +362,9 @@ def tokenizer_with_words(make_tokenizer):
   tokenizer.add_tokens(['<think>', 'Shop', '</think>', 'ö', '[INST]', '   '])
   tokenizer.backend_tokenizer.decoder = tokenizers.decoders.ByteLevel()
   # Llama's: every text begins with a control token.
-  tokenizer.backend_tokenizer.post_processor = (
-    tokenizers.processors.TemplateProcessing(
-      single='<eos> $A', pair='<eos> $A $B', special_tokens=[('<eos>', 258)]))
+  tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<eos> $A', pair='<eos> $A $B', special_tokens=[('<eos>', 258)]
+  )
   return tokenizer
 
 
@@ -329,20 +394,33 @@ def test_a_tokenizer_stays_as_it_was(make_prompts, byte_tokenizer):
 
 
 def test_a_control_token_that_is_also_text_is_refused(make_events):
-  vocab = [('<unk>', 0.0), ('<pad>', 0.0), ('▁', -1.0), ('\n', -1.0),
-           ('(', -1.0), (')', -1.0)]
-  vocab += [(letter, -2.0) for letter in 'abcdefghijklmnopqrstuvwxyz0123456789'
-            'GTWFSMU:.A-<>']
+  vocab = [
+    ('<unk>', 0.0),
+    ('<pad>', 0.0),
+    ('▁', -1.0),
+    ('\n', -1.0),
+    ('(', -1.0),
+    (')', -1.0),
+  ]
+  vocab += [
+    (letter, -2.0) for letter in 'abcdefghijklmnopqrstuvwxyz0123456789GTWFSMU:.A-<>'
+  ]
   tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-    prepend_scheme='never', split=False)
+    prepend_scheme='never', split=False
+  )
   tokenizer.add_special_tokens(['<unk>', '<pad>'])
   fast = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, unk_token='<unk>', pad_token='<pad>')
+    tokenizer_object=tokenizer, unk_token='<unk>', pad_token='<pad>'
+  )
   named = make_events([['gym', 'a<pad>b']])
-  with pytest.raises(InputError, match=(
+  with pytest.raises(
+    InputError,
+    match=(
       r"^data\.events: the behavior 'a<pad>b' cannot be written .* '<pad>'; "
-      'rename it in the log')):
+      'rename it in the log'
+    ),
+  ):
     prompts_lib.Prompts(named, fast, make_data())
   placed = make_events([['gym', 'bar']], [0, 60], ['', '<pad>'])
   prompts = prompts_lib.Prompts(placed, fast, make_data())
@@ -383,22 +461,23 @@ def test_window_length_is_the_length_of_the_window(make_prompts, fields):
 
 
 @pytest.mark.parametrize('profile', [0, 3])
-def test_nothing_of_the_target_or_after_it_leaks(
-  byte_tokenizer, make_events, profile
-):
+def test_nothing_of_the_target_or_after_it_leaks(byte_tokenizer, make_events, profile):
   table = nasty_table(make_events)
   data = make_data(profile=profile, history=6)
   prompts = prompts_lib.Prompts(table, byte_tokenizer, data)
   for target in range(3, 63, 4):
-    other = {name: getattr(table, name).copy() for name in (
-      'behavior', 'time', 'place')}
+    other = {
+      name: getattr(table, name).copy() for name in ('behavior', 'time', 'place')
+    }
     other['behavior'][target:] = (other['behavior'][target:] + 1) % table.known
-    other['time'][target + 1:] += 100_000
-    other['place'][target + 1:] = 0
+    other['time'][target + 1 :] += 100_000
+    other['place'][target + 1 :] = 0
     changed = prompts_lib.Prompts(
-      dataclasses.replace(table, **other), byte_tokenizer, data)
+      dataclasses.replace(table, **other), byte_tokenizer, data
+    )
     question = prompts.question(target).tolist()
     assert changed.question(target).tolist() == question
     if target + 1 not in (40, 63):  # The next question does show the change.
       assert changed.question(target + 1).tolist() != (
-        prompts.question(target + 1).tolist())
+        prompts.question(target + 1).tolist()
+      )

@@ -15,8 +15,7 @@ START, END = 256, 257
 SAID = [[*b'Hello', END], [*b'No end', 1], [END]]
 OPENINGS = [
   [{'role': 'user', 'content': 'Hi'}],
-  [{'role': 'system', 'content': 'Be brief.'},
-   {'role': 'user', 'content': 'Why?'}],
+  [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Why?'}],
   [{'role': 'user', 'content': 'So?'}],
 ]
 
@@ -25,12 +24,16 @@ OPENINGS = [
 def questions(tmp_path, monkeypatch):
   """The set whose questions are answered; the cache of the test's own."""
   path = tmp_path / 'questions.jsonl'
-  answered = [[*messages, {'role': 'assistant', 'content': 'Given.'},
-               {'role': 'user', 'content': 'More?'},
-               {'role': 'assistant', 'content': 'No.'}]
-              for messages in OPENINGS]
-  path.write_text(''.join(json.dumps({'messages': one}) + '\n'
-                          for one in answered))
+  answered = [
+    [
+      *messages,
+      {'role': 'assistant', 'content': 'Given.'},
+      {'role': 'user', 'content': 'More?'},
+      {'role': 'assistant', 'content': 'No.'},
+    ]
+    for messages in OPENINGS
+  ]
+  path.write_text(''.join(json.dumps({'messages': one}) + '\n' for one in answered))
   monkeypatch.setattr(conversations, 'DEFAULT', path)
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
   return path
@@ -41,8 +44,11 @@ class Model:
 
   def __init__(self, tokenizer, fingerprint='f', max_length=500):
     self.base = types.SimpleNamespace(
-      tokenizer=tokenizer, fingerprint=fingerprint, address='random://model',
-      config=types.SimpleNamespace(max_length=max_length))
+      tokenizer=tokenizer,
+      fingerprint=fingerprint,
+      address='random://model',
+      config=types.SimpleNamespace(max_length=max_length),
+    )
     self.tasks = []
 
   def read(self, dtype='float32', seed=0, max_length=400):
@@ -67,6 +73,7 @@ def folder(tmp_path):
   def find():
     (found,) = (tmp_path / 'cache/self_written').iterdir()
     return found
+
   return find
 
 
@@ -101,9 +108,7 @@ def test_a_second_call_reads_what_the_first_wrote(model):
     np.testing.assert_array_equal(one.answers, other.answers)
 
 
-def test_whatever_decides_the_draws_draws_again(
-  model, questions, make_tokenizer
-):
+def test_whatever_decides_the_draws_draws_again(model, questions, make_tokenizer):
   model.read()
   model.read(seed=1)
   model.read(dtype='bfloat16')
@@ -122,18 +127,26 @@ def test_the_record_says_what_drew_the_answers(model, folder):
   assert len(record.pop('prompts_sha256')) == 64
   assert record.pop('written').endswith('+00:00')
   assert record == {
-    'model': 'random://model', 'fingerprint': 'f', 'dtype': 'float32',
-    'seed': 3, 'temperature': 1.0, 'tokens': self_written.TOKENS,
-    'ends': [END], 'conversations': 3, 'answer_tokens': 14,
-    'cut_at_their_end': 1}
+    'model': 'random://model',
+    'fingerprint': 'f',
+    'dtype': 'float32',
+    'seed': 3,
+    'temperature': 1.0,
+    'tokens': self_written.TOKENS,
+    'ends': [END],
+    'conversations': 3,
+    'answer_tokens': 14,
+    'cut_at_their_end': 1,
+  }
 
 
 def test_the_file_is_one_of_messages_too(model, folder):
   model.read()
   lines = (folder() / 'conversations.jsonl').read_text().splitlines()
   texts = [json.loads(line)['messages'][-1] for line in lines]
-  assert texts == [{'role': 'assistant', 'content': content}
-                   for content in ('Hello', 'No end\x01', '')]
+  assert texts == [
+    {'role': 'assistant', 'content': content} for content in ('Hello', 'No end\x01', '')
+  ]
 
 
 def test_nothing_is_left_when_drawing_stops(model, tmp_path):
@@ -152,22 +165,22 @@ def refused(model, match, **options):
   assert '\n' not in str(caught.value)
 
 
-def test_long_conversations_are_cut_and_those_without_answer_left_out(
-  model, caplog
-):
+def test_long_conversations_are_cut_and_those_without_answer_left_out(model, caplog):
   length = len(prompt_of(OPENINGS[0])) + 2
   found = model.read(max_length=length)
   assert [talk.answers.sum() for talk in found] == [2, 1]
   assert all(len(talk.tokens) <= length for talk in found)
   assert '1 of 3 conversations left out' in caplog.text
-  refused(model, r'^train\.length is 16 tokens, which holds no answer',
-          max_length=16)
+  refused(model, r'^train\.length is 16 tokens, which holds no answer', max_length=16)
 
 
 def test_a_model_of_few_positions_is_refused(questions, make_tokenizer):
   model = Model(make_tokenizer(), max_length=150)
-  refused(model, r"^data\.conversations is 'self', but questions and answers "
-          r'need \d+ tokens and model\.address takes 150; ')
+  refused(
+    model,
+    r"^data\.conversations is 'self', but questions and answers "
+    r'need \d+ tokens and model\.address takes 150; ',
+  )
   assert not model.tasks
 
 

@@ -19,9 +19,11 @@ def write_log(tmp_path, minute, users=23):
   lines = [HEADER]
   for i in range(600):
     user = int(rng.integers(users) * rng.random())
-    lines.append(f'u{user},{minute(i // 2)},{rng.choice(list("abcxyzüß"))},'
-                 f'{rng.choice(["", "sea", "home", f"p{user}"])},h{user // 3}')
-    if rng.random() < .05:
+    lines.append(
+      f'u{user},{minute(i // 2)},{rng.choice(list("abcxyzüß"))},'
+      f'{rng.choice(["", "sea", "home", f"p{user}"])},h{user // 3}'
+    )
+    if rng.random() < 0.05:
       lines.append(lines[-1])
   lines.insert(7, 'u1,noon,a,,h0')
   path = tmp_path / 'log.csv'
@@ -36,26 +38,30 @@ def prepare_in_parts(data, path, folder, count):
   return join.join(data, path, sources, folder / 'events', 0)
 
 
-@pytest.mark.parametrize('fields', [
-    {'place': 'where'}, {'group': 'home'}, {'collapse_repeats': False}])
+@pytest.mark.parametrize(
+  'fields', [{'place': 'where'}, {'group': 'home'}, {'collapse_repeats': False}]
+)
 @pytest.mark.parametrize('count', [1, 2, 5, 40])
 def test_parts_joined_are_the_whole(
-    tmp_path, monkeypatch, log_config, minute, fields, count):
+  tmp_path, monkeypatch, log_config, minute, fields, count
+):
   data, path = log_config(**fields), write_log(tmp_path, minute)
   summary = events.prepare(data, path, tmp_path / 'whole', 0)
   monkeypatch.setattr(join, '_BLOCK', 50)
   joined = prepare_in_parts(data, path, tmp_path / 'parts', count)
   assert joined == summary and summary['rejected'] == 1
   assert summary['duplicates'] > 10
-  whole, parts = map(events.open_events, (tmp_path / 'whole',
-                                          tmp_path / 'parts' / 'events'))
+  whole, parts = map(
+    events.open_events, (tmp_path / 'whole', tmp_path / 'parts' / 'events')
+  )
   for name in columns.DTYPES:
     np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
   assert list(whole.users) == list(parts.users)
   assert list(whole.places) == list(parts.places)
   for name in ('behaviors.json', 'summary.json', 'rejected.csv'):
     assert (tmp_path / 'whole' / name).read_bytes() == (
-        tmp_path / 'parts' / 'events' / name).read_bytes()
+      tmp_path / 'parts' / 'events' / name
+    ).read_bytes()
 
 
 @pytest.mark.parametrize('size', [1, 2, 5, 1000])
@@ -63,12 +69,18 @@ def test_of_equal_rows_the_first_stays_whatever_the_batches(size):
   rng = np.random.default_rng(0)
   rows = sorted(zip(*rng.integers(0, 3, (2, 200)).tolist(), strict=True))
   rows = [(*row, 0, *rng.integers(0, 2, 2).tolist()) for row in rows]
-  batches = [pa.RecordBatch.from_arrays(
-      [pa.array(column) for column in zip(*rows[i:i + size], strict=True)],
-      names=['user', 'instant', 'shift', 'behavior', 'place'])
-      for i in range(0, len(rows), size)]
-  found = [row for columns in shards._without_duplicates(batches)
-           for row in zip(*(c.tolist() for c in columns), strict=True)]
+  batches = [
+    pa.RecordBatch.from_arrays(
+      [pa.array(column) for column in zip(*rows[i : i + size], strict=True)],
+      names=['user', 'instant', 'shift', 'behavior', 'place'],
+    )
+    for i in range(0, len(rows), size)
+  ]
+  found = [
+    row
+    for columns in shards._without_duplicates(batches)
+    for row in zip(*(c.tolist() for c in columns), strict=True)
+  ]
   assert found == list(dict.fromkeys(rows))
 
 
@@ -94,7 +106,7 @@ def test_malformed_rows_of_all_parts_count(tmp_path, log_config, minute):
   path = write_log(tmp_path, minute)
   bad = [f'u{i},noon,a,,h{i // 3}' for i in range(12)]
   path.write_text(path.read_text() + '\n'.join(bad) + '\n')
-  data = log_config(max_rejected=.015)  # 13 of 6xx are 2 %.
+  data = log_config(max_rejected=0.015)  # 13 of 6xx are 2 %.
   with pytest.raises(InputError) as whole:
     events.prepare(data, path, tmp_path / 'whole', 0)
   assert 'log.csv line 8: ' in str(whole.value) and '13 of ' in str(whole.value)
@@ -103,5 +115,5 @@ def test_malformed_rows_of_all_parts_count(tmp_path, log_config, minute):
   assert str(parts.value) == str(whole.value)
   # One that is above the share by itself is refused at once.
   with pytest.raises(InputError, match=r'line 8: .* 13 of 6\d\d rows'):
-    shards.write(log_config(max_rejected=.001), path, tmp_path / 'x')
+    shards.write(log_config(max_rejected=0.001), path, tmp_path / 'x')
   assert not list(tmp_path.glob('x*'))

@@ -17,7 +17,8 @@ TAILS = 'xyz'
 def make_config(**fields):
   config = config_lib.default()
   config.update_from_flattened_dict(
-    {name.replace('__', '.'): value for name, value in fields.items()})
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
   return config
 
 
@@ -25,22 +26,31 @@ def make_config(**fields):
 
 
 def test_balanced_budgets_are_equal_or_per_anchor(table):
-  assert subset_lib.budgets(table, make_config(
-    plan__per_behavior=7)).tolist() == [7] * 6
-  assert subset_lib.budgets(table, make_config(
-    plan__per_behavior=7, plan__per_anchor=0)).tolist() == [0] * 3 + [7] * 3
+  assert (
+    subset_lib.budgets(table, make_config(plan__per_behavior=7)).tolist() == [7] * 6
+  )
+  assert (
+    subset_lib.budgets(
+      table, make_config(plan__per_behavior=7, plan__per_anchor=0)
+    ).tolist()
+    == [0] * 3 + [7] * 3
+  )
 
 
-@pytest.mark.parametrize(('fields', 'rate'), [
-  ({'plan__budget': 'tempered', 'plan__temper': 0.5}, lambda n: n ** 0.5),
-  ({'plan__budget': 'tempered', 'plan__temper': 1.0}, lambda n: n),
-  ({'plan__budget': 'tempered', 'plan__temper': 0.0}, lambda n: n ** 0),
-  ({'plan__budget': 'effective', 'plan__effective_beta': 0.9},
-   lambda n: n * 0.1 / (1 - 0.9 ** n)),
-  ({'plan__budget': 'effective', 'plan__effective_beta': 0.0}, lambda n: n)])
-def test_other_budgets_follow_their_formula_and_have_the_same_sum(
-  table, fields, rate
-):
+@pytest.mark.parametrize(
+  ('fields', 'rate'),
+  [
+    ({'plan__budget': 'tempered', 'plan__temper': 0.5}, lambda n: n**0.5),
+    ({'plan__budget': 'tempered', 'plan__temper': 1.0}, lambda n: n),
+    ({'plan__budget': 'tempered', 'plan__temper': 0.0}, lambda n: n**0),
+    (
+      {'plan__budget': 'effective', 'plan__effective_beta': 0.9},
+      lambda n: n * 0.1 / (1 - 0.9**n),
+    ),
+    ({'plan__budget': 'effective', 'plan__effective_beta': 0.0}, lambda n: n),
+  ],
+)
+def test_other_budgets_follow_their_formula_and_have_the_same_sum(table, fields, rate):
   config = make_config(plan__per_behavior=50, **fields)
   samples = samples_lib.eligible(table, 'train', config)
   n = np.bincount(table.behavior[samples], minlength=6).astype(float)
@@ -53,8 +63,7 @@ def test_a_budget_gives_every_learnable_behavior_one_sample_and_others_none(
   table, monkeypatch
 ):
   monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 1)
-  least = make_config(plan__per_behavior=1, plan__budget='tempered',
-                      plan__temper=1.0)
+  least = make_config(plan__per_behavior=1, plan__budget='tempered', plan__temper=1.0)
   assert subset_lib.budgets(table, least).min() == 1
   none = make_config(plan__shots=0)
   assert subset_lib.budgets(table, none).tolist() == [20] * 3 + [0] * 3
@@ -81,9 +90,9 @@ def test_draws_follow_the_weights_without_replacement(size):
   weights, n = [0.5, 1.0, 2.0, 4.0, 1.5], 8000
   rng = np.random.default_rng(0)
   draws = collections.Counter(
-    frozenset(subset_lib.weighted_draw(
-      np.arange(5), weights, size, rng).tolist())
-    for _ in range(n))
+    frozenset(subset_lib.weighted_draw(np.arange(5), weights, size, rng).tolist())
+    for _ in range(n)
+  )
   expected = sequential_draws(weights, size)
   if size == 1:
     assert expected[frozenset([3])] == 4 / 9
@@ -94,11 +103,11 @@ def test_draws_follow_the_weights_without_replacement(size):
 
 def test_a_class_with_too_few_repeats_all_of_them_evenly():
   rng = np.random.default_rng(0)
-  draws = subset_lib.weighted_draw(np.array([7, 8, 9]), [0.0, 1.0, 100.0], 8,
-                                   rng)
+  draws = subset_lib.weighted_draw(np.array([7, 8, 9]), [0.0, 1.0, 100.0], 8, rng)
   assert sorted(collections.Counter(draws.tolist()).values()) == [2, 3, 3]
-  counts = collections.Counter(subset_lib.weighted_draw(
-    np.array([7, 8, 9]), [1.0] * 3, 9, rng).tolist())
+  counts = collections.Counter(
+    subset_lib.weighted_draw(np.array([7, 8, 9]), [1.0] * 3, 9, rng).tolist()
+  )
   assert counts == {7: 3, 8: 3, 9: 3}
 
 
@@ -106,8 +115,9 @@ def test_a_class_with_too_few_repeats_all_of_them_evenly():
 
 
 def choose(table, pools, scores=None, **fields):
-  return subset_lib.choose(pools, scores, table, make_config(**fields),
-                                np.random.default_rng(1))
+  return subset_lib.choose(
+    pools, scores, table, make_config(**fields), np.random.default_rng(1)
+  )
 
 
 def test_candidates_are_limited_and_the_subset_comes_from_them(table):
@@ -121,12 +131,16 @@ def test_candidates_are_limited_and_the_subset_comes_from_them(table):
   other = subset_lib.candidates(table, config, np.random.default_rng(1))
   assert other[0].tolist() != pools[0].tolist()
   # As many as the budget wants, however few are to be scored.
-  more = subset_lib.candidates(table, make_config(
-    difficulty__candidates=6, plan__per_behavior=9), np.random.default_rng(0))
+  more = subset_lib.candidates(
+    table,
+    make_config(difficulty__candidates=6, plan__per_behavior=9),
+    np.random.default_rng(0),
+  )
   assert max(map(len, more.values())) == 9
   subset = choose(table, pools, plan__per_behavior=5)
   assert {b: len(s) for b, s in subset.items()} == dict.fromkeys(
-    [b for b in pools if len(pools[b])], 5)
+    [b for b in pools if len(pools[b])], 5
+  )
   assert all(set(s) <= set(pools[b]) for b, s in subset.items())
 
 
@@ -134,8 +148,11 @@ def test_gamma_zero_draws_uniformly_and_a_large_one_the_hardest(table):
   pools = subset_lib.candidates(table, make_config(), np.random.default_rng(0))
   pools = {b: pool for b, pool in pools.items() if len(pool) > 20}
   hardest = {b: pool[[3, 11]].tolist() for b, pool in pools.items()}
-  scores = {int(p): 10.0 if p in hardest[b] else 0.001
-            for b, pool in pools.items() for p in pool}
+  scores = {
+    int(p): 10.0 if p in hardest[b] else 0.001
+    for b, pool in pools.items()
+    for p in pool
+  }
   uniform = choose(table, pools, plan__per_behavior=2)
   flat = choose(table, pools, scores, plan__gamma=0.0, plan__per_behavior=2)
   hard = choose(table, pools, scores, plan__gamma=3.0, plan__per_behavior=2)
@@ -152,17 +169,20 @@ def test_per_anchor_sets_the_anchors_apart(table):
   assert {b: len(s) for b, s in none.items()} == dict.fromkeys(tails, 3)
   some = choose(table, pools, plan__per_anchor=1, plan__per_behavior=3)
   assert {b: len(s) for b, s in some.items()} == {
-    b: 3 if b in tails else 1 for b in pools}
+    b: 3 if b in tails else 1 for b in pools
+  }
 
 
 def test_the_natural_budget_is_as_large_but_not_balanced(table):
   config = make_config(plan__budget='natural', difficulty__candidates=8)
   pools = subset_lib.candidates(table, config, np.random.default_rng(0))
   balanced = subset_lib.candidates(
-    table, make_config(difficulty__candidates=8), np.random.default_rng(0))
+    table, make_config(difficulty__candidates=8), np.random.default_rng(0)
+  )
   assert len(pools[-1]) == sum(map(len, balanced.values()))
-  subset = choose(table, pools, plan__budget='natural', plan__per_anchor=1,
-                  plan__per_behavior=4)
+  subset = choose(
+    table, pools, plan__budget='natural', plan__per_anchor=1, plan__per_behavior=4
+  )
   assert len(subset[-1]) == 3 * 1 + 3 * 4
   assert len(set(subset[-1].tolist())) == 15
 
@@ -173,13 +193,19 @@ def test_the_natural_budget_is_as_large_but_not_balanced(table):
 def selection(difficulty, size, seed=0, **fields):
   plan = make_config(**fields).plan
   positions = np.arange(len(difficulty)) + 100
-  return subset_lib.select(positions, np.array(difficulty), size, plan,
-                           np.random.default_rng(seed)).tolist()
+  return subset_lib.select(
+    positions, np.array(difficulty), size, plan, np.random.default_rng(seed)
+  ).tolist()
 
 
-@pytest.mark.parametrize(('name', 'expected'), [
-  ('hardest', {103, 106, 101}), ('easiest', {105, 100, 102}),
-  ('middle', {102, 104, 101})])
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    ('hardest', {103, 106, 101}),
+    ('easiest', {105, 100, 102}),
+    ('middle', {102, 104, 101}),
+  ],
+)
 def test_selection_takes_an_end_or_the_median(name, expected):
   difficulty = [0.1, 3.0, 0.2, 9.0, 1.0, 0.0, 5.0]
   assert set(selection(difficulty, 3, plan__selection=name)) == expected
@@ -193,11 +219,9 @@ def test_selection_takes_an_end_or_the_median(name, expected):
 def test_the_noise_cut_leaves_the_hardest_out(name):
   difficulty = np.random.default_rng(1).permutation(20).astype(float)
   for seed in range(20):
-    chosen = selection(difficulty, 5, seed, plan__selection=name,
-                       plan__noise_cut=0.3)
+    chosen = selection(difficulty, 5, seed, plan__selection=name, plan__noise_cut=0.3)
     assert max(difficulty[p - 100] for p in chosen) <= 13
-  assert selection([5.0], 2, plan__selection=name, plan__noise_cut=0.9) == [
-    100, 100]
+  assert selection([5.0], 2, plan__selection=name, plan__noise_cut=0.9) == [100, 100]
 
 
 def test_negative_difficulty_is_drawn_last_and_then_uniformly():

@@ -8,8 +8,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What must arrive as it is, whatever shells it passes on its way.
-ODD = ("--config.stages=('a', 'b')", '--x=it\'s "$5" $(HOME) ${HOME} & \\n *',
-       '--y=', '--z=two\nlines')
+ODD = (
+  "--config.stages=('a', 'b')",
+  '--x=it\'s "$5" $(HOME) ${HOME} & \\n *',
+  '--y=',
+  '--z=two\nlines',
+)
 
 
 @pytest.fixture
@@ -29,8 +33,9 @@ def programs(tmp_path):
 
   def add(name, body=''):
     path = folder / name
-    path.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" $\'\\1\' '
-                    f'>>"{tmp_path}/{name}.calls"\n{body}\n')
+    path.write_text(
+      f'#!/bin/bash\nprintf "%s\\0" "$@" $\'\\1\' >>"{tmp_path}/{name}.calls"\n{body}\n'
+    )
     path.chmod(0o755)
 
   def calls(name):
@@ -51,10 +56,18 @@ def launch(programs):
 
   def shell(*command, **variables):
     environment = {
-        'PATH': f'{programs.folder}:{os.environ["PATH"]}', 'HOME': '/home/me'}
+      'PATH': f'{programs.folder}:{os.environ["PATH"]}',
+      'HOME': '/home/me',
+    }
     return subprocess.run(
-        ['bash', *command], cwd=ROOT, env=environment | variables,
-        capture_output=True, text=True, check=False, timeout=60)
+      ['bash', *command],
+      cwd=ROOT,
+      env=environment | variables,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=60,
+    )
 
   run.shell = shell
   return run

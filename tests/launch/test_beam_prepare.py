@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def prepare():
   """The function that Beam maps over the numbers of shards."""
   spec = importlib.util.spec_from_file_location(
-      'beam_prepare', ROOT / 'launch/beam_prepare.py')
+    'beam_prepare', ROOT / 'launch/beam_prepare.py'
+  )
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.prepare
@@ -30,8 +31,12 @@ def log(tmp_path, make_log):
 
 
 def flags(log, workdir, *more):
-  return [f'--config={ROOT}/configs/stage1.py', f'--workdir={workdir}',
-          f'--config.data.events={log}', *more]
+  return [
+    f'--config={ROOT}/configs/stage1.py',
+    f'--workdir={workdir}',
+    f'--config.data.events={log}',
+    *more,
+  ]
 
 
 def test_the_shards_of_all_elements_join_to_the_whole(tmp_path, log, prepare):
@@ -39,13 +44,17 @@ def test_the_shards_of_all_elements_join_to_the_whole(tmp_path, log, prepare):
     assert prepare(index, 2, flags(log, tmp_path / 'beam')) == f'{index}/2'
   config = config_lib.default()
   config.data.events = str(log)
-  prints = {workdir_lib.open_events(config, workdir_lib.make(
-      tmp_path / name)).fingerprint for name in ('beam', 'whole')}
+  prints = {
+    workdir_lib.open_events(config, workdir_lib.make(tmp_path / name)).fingerprint
+    for name in ('beam', 'whole')
+  }
   assert len(prints) == 1
 
 
 def test_what_a_task_refuses_ends_the_pipeline(tmp_path, log, prepare):
-  with pytest.raises(RuntimeError, match='shard 0/2 ended with exit code 2: '
-                     r".*has no column 'who'"):
-    prepare(0, 2, flags(log, tmp_path / 'beam',
-                        '--config.data.columns.user=who'))
+  with pytest.raises(
+    RuntimeError,
+    match='shard 0/2 ended with exit code 2: '
+    r".*has no column 'who'",
+  ):
+    prepare(0, 2, flags(log, tmp_path / 'beam', '--config.data.columns.user=who'))

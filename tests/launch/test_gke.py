@@ -16,8 +16,10 @@ def manifest(launch):
     done = launch('gke.sh', '--dry-run', *arguments, **settings)
     assert (done.returncode, done.stderr) == (0, '')
     match = re.fullmatch(
-        r"kubectl create --filename=- <<'EOF'\n(.*\n)EOF\n", done.stdout, re.S)
+      r"kubectl create --filename=- <<'EOF'\n(.*\n)EOF\n", done.stdout, re.S
+    )
     return yaml.safe_load(match[1])
+
   return make
 
 
@@ -39,17 +41,31 @@ def test_the_manifest_is_a_jobset(manifest):
   assert set(made) == {'apiVersion', 'kind', 'metadata', 'spec'}
   assert set(made['spec']) == {'failurePolicy', 'replicatedJobs'}
   assert set(slices) == {'name', 'replicas', 'template'}
-  assert set(job) == {'parallelism', 'completions', 'backoffLimit',
-                      'podFailurePolicy', 'template'}
-  for whole in (slices['replicas'], job['parallelism'], job['completions'],
-                job['backoffLimit'], pod['terminationGracePeriodSeconds'],
-                made['spec']['failurePolicy']['maxRestarts']):
+  assert set(job) == {
+    'parallelism',
+    'completions',
+    'backoffLimit',
+    'podFailurePolicy',
+    'template',
+  }
+  for whole in (
+    slices['replicas'],
+    job['parallelism'],
+    job['completions'],
+    job['backoffLimit'],
+    pod['terminationGracePeriodSeconds'],
+    made['spec']['failurePolicy']['maxRestarts'],
+  ):
     assert type(whole) is int
   assert pod['restartPolicy'] == 'Never'  # As podFailurePolicy wants it.
   # <JobSet>-<replicated job>-<index>-<index> is the name of a host.
   assert re.fullmatch('[a-z0-9-]{1,50}', made['metadata']['name'])
-  for text in (*pod['nodeSelector'].values(), *container['args'],
-               *container['command'], container['image']):
+  for text in (
+    *pod['nodeSelector'].values(),
+    *container['args'],
+    *container['command'],
+    container['image'],
+  ):
     assert type(text) is str
 
 
@@ -57,8 +73,14 @@ def test_what_fails_for_good_is_not_restarted(manifest):
   made = manifest('--workdir=gs://bucket/run', MAX_RESTARTS='3')
   _, job, _, container = parts(made)
   [rule] = job['podFailurePolicy']['rules']
-  assert rule == {'action': 'FailJob', 'onExitCodes': {
-      'containerName': container['name'], 'operator': 'In', 'values': [1, 2]}}
+  assert rule == {
+    'action': 'FailJob',
+    'onExitCodes': {
+      'containerName': container['name'],
+      'operator': 'In',
+      'values': [1, 2],
+    },
+  }
   policy = made['spec']['failurePolicy']
   assert policy['maxRestarts'] == 3
   [rule] = policy['rules']
@@ -68,17 +90,20 @@ def test_what_fails_for_good_is_not_restarted(manifest):
   assert job['backoffLimit'] == 0  # Any other end of a pod ends the job.
 
 
-@pytest.mark.parametrize('topology, chips, hosts', [
-    ('4x4', 4, 4), ('2x4', 8, 1), ('4x4x8', 4, 32)])
+@pytest.mark.parametrize(
+  'topology, chips, hosts', [('4x4', 4, 4), ('2x4', 8, 1), ('4x4x8', 4, 32)]
+)
 def test_hosts_follow_from_the_topology(manifest, topology, chips, hosts):
-  made = manifest('--workdir=gs://bucket/run', TOPOLOGY=topology,
-                  CHIPS=str(chips), SLICES='2')
+  made = manifest(
+    '--workdir=gs://bucket/run', TOPOLOGY=topology, CHIPS=str(chips), SLICES='2'
+  )
   slices, job, pod, container = parts(made)
   assert slices['replicas'] == 2
   assert job['parallelism'] == job['completions'] == hosts
   assert pod['nodeSelector'] == {
-      'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
-      'cloud.google.com/gke-tpu-topology': topology}
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
+    'cloud.google.com/gke-tpu-topology': topology,
+  }
   assert container['resources']['limits'] == {'google.com/tpu': chips}
 
 
@@ -86,7 +111,9 @@ def test_arguments_reach_the_trainer(manifest, odd):
   arguments = (*odd, '--name=@NAME@', '--args=@ARGS@', '\\"')
   args = parts(manifest(*arguments))[3]['args']
   assert [argument.replace('$$', '$') for argument in args] == [
-      *arguments, '--config.distributed.coordinator=auto']
+    *arguments,
+    '--config.distributed.coordinator=auto',
+  ]
   assert not re.search(r'(?<!\$)(\$\$)*\$\(', args[1])  # Kubernetes' own.
 
 
@@ -99,18 +126,29 @@ def contain(manifest, programs):
     programs('sleep')
     container = parts(manifest('--x=a b'))[3]
     return subprocess.Popen(
-        [*container['command'], *container['args']], stdout=subprocess.PIPE,
-        env={'PATH': f'{programs.folder}:/usr/bin:/bin'}, text=True)
+      [*container['command'], *container['args']],
+      stdout=subprocess.PIPE,
+      env={'PATH': f'{programs.folder}:/usr/bin:/bin'},
+      text=True,
+    )
+
   return start
 
 
-@pytest.mark.parametrize('code, slept', [
-    (0, 0), (1, 0), (2, 0), (75, 0), (76, 1), (134, 1), (137, 0)])
+@pytest.mark.parametrize(
+  'code, slept', [(0, 0), (1, 0), (2, 0), (75, 0), (76, 1), (134, 1), (137, 0)]
+)
 def test_a_host_that_lost_another_ends_last(contain, programs, code, slept):
   assert contain(f'exit {code}').wait(timeout=30) == code
-  assert programs.calls('python') == [[
-      '-u', '-m', 'behaviorlm_jax.main', '--x=a b',
-      '--config.distributed.coordinator=auto']]
+  assert programs.calls('python') == [
+    [
+      '-u',
+      '-m',
+      'behaviorlm_jax.main',
+      '--x=a b',
+      '--config.distributed.coordinator=auto',
+    ]
+  ]
   assert len(programs.calls('sleep')) == slept
 
 
@@ -130,19 +168,24 @@ def test_kubectl_is_told_the_same(launch, programs, manifest, tmp_path):
   done = launch('gke.sh', '--workdir=gs://b/r', IMAGE='me/it:1', NAME='mine')
   assert done.returncode == 0
   assert yaml.safe_load((tmp_path / 'in').read_text()) == manifest(
-      '--workdir=gs://b/r', IMAGE='me/it:1', NAME='mine')
+    '--workdir=gs://b/r', IMAGE='me/it:1', NAME='mine'
+  )
   for action in ('--logs', '--delete'):
     printed = launch('gke.sh', '--dry-run', action, NAME='mine').stdout
     launch('gke.sh', action, NAME='mine')
     assert printed.split() == ['kubectl', *programs.calls('kubectl')[-1]]
 
 
-@pytest.mark.parametrize('arguments, settings, sentence', [
-    ([], {}, 'no ARGS'), (['--x'], {}, 'IMAGE is not set'),
+@pytest.mark.parametrize(
+  'arguments, settings, sentence',
+  [
+    ([], {}, 'no ARGS'),
+    (['--x'], {}, 'IMAGE is not set'),
     (['--x'], {'TOPOLOGY': 'four'}, "TOPOLOGY is 'four'"),
-    (['--x'], {'TOPOLOGY': '2x3'}, 'has 6 chips, no whole hosts of CHIPS=4')])
-def test_wrong_settings_are_refused(
-    launch, programs, arguments, settings, sentence):
+    (['--x'], {'TOPOLOGY': '2x3'}, 'has 6 chips, no whole hosts of CHIPS=4'),
+  ],
+)
+def test_wrong_settings_are_refused(launch, programs, arguments, settings, sentence):
   programs('kubectl')
   done = launch('gke.sh', *arguments, **settings)
   assert done.returncode == 2

@@ -24,24 +24,31 @@ def submit(programs, launch):
   programs('scontrol')
 
   def run(codes, *arguments, **variables):
-    return launch('slurm.sbatch', *arguments, CODES=codes, SLURM_JOB_ID='7',
-                  **variables)
+    return launch(
+      'slurm.sbatch', *arguments, CODES=codes, SLURM_JOB_ID='7', **variables
+    )
+
   return run
 
 
 def test_arguments_reach_every_task(submit, programs, odd):
   done = submit('0 0', *odd, SLURM_CPUS_PER_TASK='3')
   assert (done.returncode, done.stderr) == (0, '')
-  assert programs.calls('python') == 2 * [[
-      '-u', '-m', 'behaviorlm_jax.main', *odd,
-      '--config.distributed.coordinator=auto']]
+  assert programs.calls('python') == 2 * [
+    ['-u', '-m', 'behaviorlm_jax.main', *odd, '--config.distributed.coordinator=auto']
+  ]
   assert programs.calls('srun')[0][:4] == [
-      '--label', '--kill-on-bad-exit=0', '--cpus-per-task=3', 'bash']
+    '--label',
+    '--kill-on-bad-exit=0',
+    '--cpus-per-task=3',
+    'bash',
+  ]
   assert not programs.calls('scontrol')
 
 
-@pytest.mark.parametrize('codes, code', [
-    ('75 75', 75), ('76 137', 137), ('134 76', 134), ('143 75', 143)])
+@pytest.mark.parametrize(
+  'codes, code', [('75 75', 75), ('76 137', 137), ('134 76', 134), ('143 75', 143)]
+)
 def test_a_run_that_can_go_on_is_requeued(submit, programs, codes, code):
   done = submit(codes)
   assert done.returncode == code
@@ -49,13 +56,15 @@ def test_a_run_that_can_go_on_is_requeued(submit, programs, codes, code):
   assert programs.calls('scontrol') == [['requeue', '7']]
 
 
-@pytest.mark.parametrize('codes, code', [
-    ('2 76', 2), ('76 2', 2), ('1 134', 1), ('137 1', 1), ('2 2', 2)])
+@pytest.mark.parametrize(
+  'codes, code', [('2 76', 2), ('76 2', 2), ('1 134', 1), ('137 1', 1), ('2 2', 2)]
+)
 def test_one_that_fails_for_good_is_not(submit, programs, codes, code):
   done = submit(codes)
   assert done.returncode == code
-  assert done.stderr == (f'slurm.sbatch: the run ended with {code}; it failed '
-                         'for good, see above.\n')
+  assert done.stderr == (
+    f'slurm.sbatch: the run ended with {code}; it failed for good, see above.\n'
+  )
   assert not programs.calls('scontrol')
 
 
@@ -88,11 +97,12 @@ def test_dry_run(launch):
   done = launch('slurm.sbatch', '--dry-run', "--config.stages=('a', 'b')")
   assert done.returncode == 0
   assert done.stdout == (
-      "'srun' '--label' '--kill-on-bad-exit=0' 'bash' '-c' 'trap : TERM; "
-      '"$@"; code=$?; exit $((code == 1 || code == 2 ? 200 + code : code))\' '
-      "'task' 'python' '-u' '-m' 'behaviorlm_jax.main' "
-      "'--config.stages=('\\''a'\\'', '\\''b'\\'')' "
-      "'--config.distributed.coordinator=auto'\n")
+    "'srun' '--label' '--kill-on-bad-exit=0' 'bash' '-c' 'trap : TERM; "
+    '"$@"; code=$?; exit $((code == 1 || code == 2 ? 200 + code : code))\' '
+    "'task' 'python' '-u' '-m' 'behaviorlm_jax.main' "
+    "'--config.stages=('\\''a'\\'', '\\''b'\\'')' "
+    "'--config.distributed.coordinator=auto'\n"
+  )
 
 
 def test_what_a_dry_run_prints_is_what_runs(submit, launch, programs, odd):

@@ -2,21 +2,21 @@
 
 import pytest
 
-COMMON = ('gcloud compute tpus tpu-vm ssh behaviorlm --zone=us-west4-a '
-          '--worker=all ')
+COMMON = 'gcloud compute tpus tpu-vm ssh behaviorlm --zone=us-west4-a --worker=all '
 EXPECTED = {
-    'create': 'gcloud compute tpus queued-resources create behaviorlm '
-              '--zone=us-west4-a --node-id=behaviorlm '
-              '--accelerator-type=v5litepod-16 '
-              '--runtime-version=v2-alpha-tpuv5-lite\n',
-    'status': 'gcloud compute tpus queued-resources describe behaviorlm '
-              "--zone=us-west4-a '--format=value(state.state)'\n"
-              f"{COMMON}'--command=echo $(hostname) "
-              '$(systemctl show behaviorlm \\\n'
-              "  --property=ActiveState,Result,ExecMainStatus)'\n",
-    'stop': f"{COMMON}'--command=sudo systemctl stop behaviorlm'\n",
-    'delete': 'gcloud compute tpus queued-resources delete behaviorlm '
-              '--zone=us-west4-a --force\n'}
+  'create': 'gcloud compute tpus queued-resources create behaviorlm '
+  '--zone=us-west4-a --node-id=behaviorlm '
+  '--accelerator-type=v5litepod-16 '
+  '--runtime-version=v2-alpha-tpuv5-lite\n',
+  'status': 'gcloud compute tpus queued-resources describe behaviorlm '
+  "--zone=us-west4-a '--format=value(state.state)'\n"
+  f"{COMMON}'--command=echo $(hostname) "
+  '$(systemctl show behaviorlm \\\n'
+  "  --property=ActiveState,Result,ExecMainStatus)'\n",
+  'stop': f"{COMMON}'--command=sudo systemctl stop behaviorlm'\n",
+  'delete': 'gcloud compute tpus queued-resources delete behaviorlm '
+  '--zone=us-west4-a --force\n',
+}
 
 
 @pytest.mark.parametrize('action', EXPECTED)
@@ -26,10 +26,10 @@ def test_dry_run(launch, action):
   assert done.stdout == EXPECTED[action]
 
 
-@pytest.mark.parametrize('action', [
-    'create', 'install', 'run', 'status', 'logs', 'stop', 'delete'])
-def test_what_a_dry_run_prints_is_what_runs(
-    launch, programs, odd, action, tmp_path):
+@pytest.mark.parametrize(
+  'action', ['create', 'install', 'run', 'status', 'logs', 'stop', 'delete']
+)
+def test_what_a_dry_run_prints_is_what_runs(launch, programs, odd, action, tmp_path):
   for name in ('gcloud', 'git'):
     programs(name)
   settings = {'TMPDIR': str(tmp_path), 'SPOT': 'yes', 'NAME': 'mine'}
@@ -50,13 +50,19 @@ def test_arguments_reach_systemd_on_the_host(launch, programs, odd):
   programs('sudo')
   launch.shell('-c', call[-1].removeprefix('--command='))
   *before, started = programs.calls('sudo')
-  assert before == [['systemctl', 'stop', 'behaviorlm'],
-                    ['systemctl', 'reset-failed', 'behaviorlm']]
+  assert before == [
+    ['systemctl', 'stop', 'behaviorlm'],
+    ['systemctl', 'reset-failed', 'behaviorlm'],
+  ]
   assert started[:2] == ['systemd-run', '--unit=behaviorlm']
   at = started.index('/home/me/behaviorlm_jax/.venv/bin/python')
-  assert [word.replace('$$', '$') for word in started[at + 1:]] == [
-      '-u', '-m', 'behaviorlm_jax.main', *odd,
-      '--config.distributed.coordinator=auto']
+  assert [word.replace('$$', '$') for word in started[at + 1 :]] == [
+    '-u',
+    '-m',
+    'behaviorlm_jax.main',
+    *odd,
+    '--config.distributed.coordinator=auto',
+  ]
   assert started[at + 5].count('$') == 2 * odd[1].count('$')
 
 
@@ -70,6 +76,7 @@ def test_an_unknown_action_is_refused(launch, action):
   done = launch('tpu_vm.sh', *action)
   assert done.returncode == 2
   assert done.stderr == (
-      f'error: launch/tpu_vm.sh [--dry-run] ACTION ARGS: ACTION is '
-      f"'{''.join(action)}'; give create, install, run, status, logs, stop or "
-      'delete.\n')
+    f'error: launch/tpu_vm.sh [--dry-run] ACTION ARGS: ACTION is '
+    f"'{''.join(action)}'; give create, install, run, status, logs, stop or "
+    'delete.\n'
+  )

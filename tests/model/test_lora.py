@@ -67,9 +67,9 @@ def test_init_has_the_distribution_of_peft(tmp_path, save_llama):
   theirs = save_llama(tmp_path)
   config, rank = read(tmp_path)[0], 64
   ours = lora.init(config, rank, decoder.PROJECTIONS, jax.random.key(0))
-  model = peft.get_peft_model(theirs, peft.LoraConfig(
-    r=rank, target_modules=list(decoder.PROJECTIONS)
-  ))
+  model = peft.get_peft_model(
+    theirs, peft.LoraConfig(r=rank, target_modules=list(decoder.PROJECTIONS))
+  )
   drawn = {name: [] for name in decoder.PROJECTIONS}
   for path, parameter in model.named_parameters():
     if 'lora_A' in path:
@@ -85,20 +85,17 @@ def test_init_has_the_distribution_of_peft(tmp_path, save_llama):
     assert not np.asarray(ours[name]['b']).any()
 
 
-def test_layers_and_projections_start_from_different_draws(
-  tmp_path, save_llama
-):
+def test_layers_and_projections_start_from_different_draws(tmp_path, save_llama):
   save_llama(tmp_path)
-  adapter = lora.init(read(tmp_path)[0], RANK, ('k_proj', 'q_proj', 'v_proj'),
-                      jax.random.key(0))
+  adapter = lora.init(
+    read(tmp_path)[0], RANK, ('k_proj', 'q_proj', 'v_proj'), jax.random.key(0)
+  )
   layers = [layer for name in adapter for layer in adapter[name]['a']]
   assert len({np.asarray(layer).tobytes() for layer in layers}) == 9
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_step_zero_logits_equal_the_base_models_exactly(
-  tmp_path, save_llama, dtype
-):
+def test_step_zero_logits_equal_the_base_models_exactly(tmp_path, save_llama, dtype):
   make_llama(tmp_path, save_llama, tied=True)
   config, params = read(tmp_path, dtype)
   adapter = lora.init(config, RANK, decoder.PROJECTIONS, jax.random.key(0))
@@ -157,14 +154,16 @@ def test_an_exported_adapter_is_read_back_exactly(tmp_path, save_llama):
   assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize(('fields', 'says'), [
-  ({'use_rslora': True}, 'use_rslora'), ({'alpha_pattern': {'x': 1}},
-                                         'alpha_pattern'),
-  ({'peft_type': 'LOHA'}, 'LOHA'), ({'target_modules': ['o_proj']},
-                                    r'more tensors, such as .*up_proj')])
-def test_other_kinds_of_adapters_are_refused(
-  tmp_path, save_llama, fields, says
-):
+@pytest.mark.parametrize(
+  ('fields', 'says'),
+  [
+    ({'use_rslora': True}, 'use_rslora'),
+    ({'alpha_pattern': {'x': 1}}, 'alpha_pattern'),
+    ({'peft_type': 'LOHA'}, 'LOHA'),
+    ({'target_modules': ['o_proj']}, r'more tensors, such as .*up_proj'),
+  ],
+)
+def test_other_kinds_of_adapters_are_refused(tmp_path, save_llama, fields, says):
   save_llama(tmp_path)
   adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'))
   lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
@@ -181,16 +180,19 @@ def test_adapter_config_says_rank_alpha_targets_and_base(tmp_path, save_llama):
   path = tmp_path / 'adapter' / 'adapter_config.json'
   found = json.loads(path.read_text())
   expected = {
-    'peft_type': 'LORA', 'r': 3, 'lora_alpha': ALPHA, 'bias': 'none',
+    'peft_type': 'LORA',
+    'r': 3,
+    'lora_alpha': ALPHA,
+    'bias': 'none',
     'target_modules': ['o_proj', 'up_proj'],
     'base_model_name_or_path': str(tmp_path),
   }
   assert expected.items() <= found.items()
 
 
-@pytest.mark.parametrize('targets, named', [
-  (('q_proj', 'qproj'), 'qproj'), ((), 'empty')
-])
+@pytest.mark.parametrize(
+  'targets, named', [(('q_proj', 'qproj'), 'qproj'), ((), 'empty')]
+)
 def test_targets_that_are_no_projections_are_refused(
   tmp_path, save_llama, targets, named
 ):

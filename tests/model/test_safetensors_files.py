@@ -10,9 +10,7 @@ def test_a_folder_without_weights_is_refused(tmp_path, refused, save_llama):
   refused(tmp_path, 'has neither model.safetensors nor')
 
 
-def test_a_header_longer_than_its_file_is_refused(
-  tmp_path, refused, save_llama
-):
+def test_a_header_longer_than_its_file_is_refused(tmp_path, refused, save_llama):
   save_llama(tmp_path)
   file = tmp_path / 'model.safetensors'
   data = file.read_bytes()
@@ -24,9 +22,7 @@ def test_a_header_longer_than_its_file_is_refused(
   refused(tmp_path, 'of a file of 100')
 
 
-def test_data_shorter_than_the_header_says_is_refused(
-  tmp_path, refused, save_llama
-):
+def test_data_shorter_than_the_header_says_is_refused(tmp_path, refused, save_llama):
   save_llama(tmp_path)
   file = tmp_path / 'model.safetensors'
   data = file.read_bytes()
@@ -37,15 +33,18 @@ def test_data_shorter_than_the_header_says_is_refused(
 def test_a_header_that_is_not_one_is_refused(tmp_path, refused, save_llama):
   save_llama(tmp_path)
   file = tmp_path / 'model.safetensors'
-  for header in (b'{broken', b'[1, 2]', b'{"a": 1}', b'{"a": {"dtype": 1}}',
-                 b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["",""]}}'):
+  for header in (
+    b'{broken',
+    b'[1, 2]',
+    b'{"a": 1}',
+    b'{"a": {"dtype": 1}}',
+    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["",""]}}',
+  ):
     file.write_bytes(struct.pack('<Q', len(header)) + header)
     refused(tmp_path, 'its header is not that of a safetensors file')
 
 
-def test_an_index_that_does_not_fit_its_files_is_refused(
-  tmp_path, refused, save_llama
-):
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, refused, save_llama):
   save_llama(tmp_path, max_shard_size='20KB')
   index = tmp_path / 'model.safetensors.index.json'
   content = json.loads(index.read_text())

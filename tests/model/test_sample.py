@@ -22,8 +22,10 @@ def pair(make_llama):
 def prompts():
   """More than a batch, of more than one width."""
   rng = np.random.default_rng(0)
-  return [rng.integers(0, 300, n).astype(np.int32)
-          for n in rng.integers(1, 2 * sample.WIDTH, sample.BATCH + 3)]
+  return [
+    rng.integers(0, 300, n).astype(np.int32)
+    for n in rng.integers(1, 2 * sample.WIDTH, sample.BATCH + 3)
+  ]
 
 
 def draw(pair, prompts, seed=0, temperature=1.0, ends=(), tokens=TOKENS):
@@ -35,10 +37,14 @@ def draw(pair, prompts, seed=0, temperature=1.0, ends=(), tokens=TOKENS):
 def greedy(model, prompt):
   with torch.no_grad():
     whole = model.generate(
-      torch.tensor(prompt[None], dtype=torch.long), do_sample=False,
+      torch.tensor(prompt[None], dtype=torch.long),
+      do_sample=False,
       attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-      max_new_tokens=TOKENS, eos_token_id=None, pad_token_id=0)
-  return whole[0, len(prompt):].tolist()
+      max_new_tokens=TOKENS,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
+  return whole[0, len(prompt) :].tolist()
 
 
 def test_greedy_answers_equal_those_of_transformers(pair, prompts):
@@ -86,21 +92,18 @@ def test_tokens_come_as_often_as_the_model_says(pair, prompts, temperature):
 def test_progress_counts_prompts_and_may_stop(pair, prompts):
   counts = []
   _, config, params = pair
-  sample.answers(config, params, prompts, 0, sample.Settings(2, 1.0, ()),
-                 counts.append)
+  sample.answers(config, params, prompts, 0, sample.Settings(2, 1.0, ()), counts.append)
   assert counts == [sample.BATCH, 3]
 
   def stop(count):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    sample.answers(config, params, prompts, 0, sample.Settings(2, 1.0, ()),
-                   stop)
+    sample.answers(config, params, prompts, 0, sample.Settings(2, 1.0, ()), stop)
 
 
 def test_bfloat16_answers_are_tokens_too(make_llama, prompts):
   _, base = make_llama(tied=False, spread=0.2)
   params = weights.read_params(base, jax.numpy.bfloat16)
   found = draw((None, base.config, params), prompts[:4])
-  assert all(len(answer) == TOKENS and (answer < 300).all()
-             for answer in found)
+  assert all(len(answer) == TOKENS and (answer < 300).all() for answer in found)

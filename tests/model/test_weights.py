@@ -22,9 +22,11 @@ def stacked(model):
   result = {}
   for name in families.shapes(config):
     theirs = families.LLAMA_NAMES[name]
-    result[name] = np.stack(
-      [state[theirs.format(layer)] for layer in range(config.layers)]
-    ) if '{}' in theirs else state[theirs]
+    result[name] = (
+      np.stack([state[theirs.format(layer)] for layer in range(config.layers)])
+      if '{}' in theirs
+      else state[theirs]
+    )
   return result
 
 
@@ -41,8 +43,17 @@ def test_a_folder_is_read_back_equal(tmp_path, tied, options, save_llama):
   assert (tmp_path / 'model.safetensors').exists() == (not options)
   base = weights.open_base(str(tmp_path))
   assert base.config == families.DecoderConfig(
-    vocab=300, layers=3, embed=32, mlp=48, heads=4, kv_heads=2, head_dim=8,
-    rope_theta=20000.0, norm_eps=1e-5, tied=tied, max_length=128,
+    vocab=300,
+    layers=3,
+    embed=32,
+    mlp=48,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    rope_theta=20000.0,
+    norm_eps=1e-5,
+    tied=tied,
+    max_length=128,
     rope_scaling=families.RopeScaling(8.0, 1.0, 4.0, 64),
   )
   assert base.folder == tmp_path
@@ -56,9 +67,7 @@ def test_bfloat16_files_are_read_in_both_types(tmp_path, save_llama):
   expected = stacked(model)
   check_equal(weights.read_params(base, np.float32), expected)
   narrow = weights.read_params(base, ml_dtypes.bfloat16)
-  assert {value.dtype for value in narrow.values()} == {
-    np.dtype(ml_dtypes.bfloat16)
-  }
+  assert {value.dtype for value in narrow.values()} == {np.dtype(ml_dtypes.bfloat16)}
   check_equal({k: v.astype(np.float32) for k, v in narrow.items()}, expected)
 
 
@@ -79,9 +88,7 @@ def test_place_reads_any_slice(tmp_path, address, save_llama):
     np.testing.assert_array_equal(part, expected)
 
 
-def test_the_fingerprint_follows_weights_config_and_template(
-  tmp_path, save_llama
-):
+def test_the_fingerprint_follows_weights_config_and_template(tmp_path, save_llama):
   save_llama(tmp_path)
   prints = [weights.open_base(str(tmp_path)).fingerprint]
   assert weights.open_base(str(tmp_path)).fingerprint == prints[0]
@@ -109,8 +116,12 @@ def test_presets_survive_config_json(name):
 
 @pytest.mark.parametrize(
   ('name', 'millions'),
-  [('smollm2-135m', 134.5), ('llama-3.2-1b', 1235.8),
-   ('llama-3.1-8b', 8030.3), ('llama-3.1-70b', 70553.7)],
+  [
+    ('smollm2-135m', 134.5),
+    ('llama-3.2-1b', 1235.8),
+    ('llama-3.1-8b', 8030.3),
+    ('llama-3.1-70b', 70553.7),
+  ],
 )
 def test_presets_have_the_published_number_of_parameters(name, millions):
   shapes = families.shapes(families.PRESETS[name])
@@ -217,9 +228,7 @@ def test_a_folder_without_or_with_damaged_descriptions_is_refused(
   refused(tmp_path, f'has no {name}')
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(
-  tmp_path, refused, save_llama
-):
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, refused, save_llama):
   save_llama(tmp_path)
   tokenizer = weights.open_base('random://tiny').tokenizer
   tokenizer.add_tokens([f'word{i}' for i in range(60)])

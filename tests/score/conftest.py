@@ -17,8 +17,9 @@ def brute_force():
 
   def score(model, prompts, names):
     with torch.no_grad():
-      return np.array([[score_one(model, prompt, name) for name in names]
-                       for prompt in prompts])
+      return np.array(
+        [[score_one(model, prompt, name) for name in names] for prompt in prompts]
+      )
 
   return score
 
@@ -26,6 +27,6 @@ def brute_force():
 def score_one(model, prompt, name):
   """log p(name | prompt), both token ids."""
   tokens = torch.tensor([[*prompt, *name]])
-  logits = model(tokens).logits[0, len(prompt) - 1:-1]
+  logits = model(tokens).logits[0, len(prompt) - 1 : -1]
   scores = torch.log_softmax(logits, -1)
   return float(scores[range(len(name)), list(name)].sum())

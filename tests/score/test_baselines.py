@@ -34,8 +34,7 @@ def make_events(seed=0, users=9, known=6, unseen=1, lengths=(8, 40)):
 
 
 def test_samples(events):
-  return np.flatnonzero(
-      (events.split == 2) & (events.behavior < events.known))
+  return np.flatnonzero((events.split == 2) & (events.behavior < events.known))
 
 
 test_samples.__test__ = False
@@ -43,16 +42,16 @@ test_samples.__test__ = False
 
 def by_hand(counts, frequency):
   """Candidates, best first: by count, then training frequency, then id."""
-  return sorted(
-      range(len(frequency)), key=lambda y: (-counts[y], -frequency[y], y))
+  return sorted(range(len(frequency)), key=lambda y: (-counts[y], -frequency[y], y))
 
 
 def train_frequency(events):
   return collections.Counter(events.behavior[events.split == 0].tolist())
 
 
-@pytest.mark.parametrize('name, reach', [
-    ('user_frequent', 10**6), ('recent_counts', 5)])
+@pytest.mark.parametrize(
+  'name, reach', [('user_frequent', 10**6), ('recent_counts', 5)]
+)
 def test_counts_of_the_past_order_the_candidates(name, reach):
   events = make_events()
   samples = test_samples(events)
@@ -60,7 +59,7 @@ def test_counts_of_the_past_order_the_candidates(name, reach):
   assert result.shape == (len(samples), 6) and result.dtype == np.float32
   frequency = [train_frequency(events)[y] for y in range(6)]
   for row, p in zip(result, samples, strict=True):
-    past = events.behavior[max(events.first[p], p - reach):p].tolist()
+    past = events.behavior[max(events.first[p], p - reach) : p].tolist()
     want = by_hand([past.count(y) for y in range(6)], frequency)
     assert np.argsort(-row).tolist() == want
 
@@ -73,9 +72,10 @@ def test_hour_counts_come_from_training_events_of_that_hour():
   for row, p in zip(result, samples, strict=True):
     hour = events.time[p] // 3600 % 24
     counts = collections.Counter(
-        b for b, t, s in zip(
-            events.behavior, events.time, events.split, strict=True)
-        if s == 0 and t // 3600 % 24 == hour)
+      b
+      for b, t, s in zip(events.behavior, events.time, events.split, strict=True)
+      if s == 0 and t // 3600 % 24 == hour
+    )
     assert np.argsort(-row).tolist() == by_hand(counts, frequency)
 
 
@@ -85,14 +85,14 @@ def test_transition_tables_equal_counting_by_hand():
   own = baselines.user_transitions(events, samples)
   everyone = baselines.train_transitions(events, samples)
   pairs = collections.Counter(
-      (events.behavior[q], events.behavior[q + 1])
-      for q in range(len(events.user) - 1)
-      if events.user[q] == events.user[q + 1]
-      and events.split[q] == events.split[q + 1] == 0)
+    (events.behavior[q], events.behavior[q + 1])
+    for q in range(len(events.user) - 1)
+    if events.user[q] == events.user[q + 1]
+    and events.split[q] == events.split[q + 1] == 0
+  )
   for i, p in enumerate(samples):
-    last, past = events.behavior[p - 1], events.behavior[events.first[p]:p]
-    follow = collections.Counter(
-        b for a, b in itertools.pairwise(past) if a == last)
+    last, past = events.behavior[p - 1], events.behavior[events.first[p] : p]
+    follow = collections.Counter(b for a, b in itertools.pairwise(past) if a == last)
     assert own[i].tolist() == [follow[y] for y in range(6)]
     assert everyone[i].tolist() == [pairs[last, y] for y in range(6)]
 
@@ -121,7 +121,7 @@ def test_target_and_everything_after_it_change_nothing(name):
     changed.behavior[later] = (changed.behavior[later] + 1) % 6
     later[p] = False  # the time of the question itself is known
     changed.time[later] += 5000
-    after = baselines.scores(name, changed, samples[i:i + 1])
+    after = baselines.scores(name, changed, samples[i : i + 1])
     np.testing.assert_array_equal(after[0], before[i])
 
 
@@ -137,9 +137,11 @@ def test_markov_learns_a_cycle_that_counts_cannot_see():
   events.behavior = np.arange(n * 6) % n % known
   samples = test_samples(events)
   right = {
-      name: (baselines.scores(name, events, samples).argmax(1)
-             == events.behavior[samples]).mean()
-      for name in baselines.NAMES}
+    name: (
+      baselines.scores(name, events, samples).argmax(1) == events.behavior[samples]
+    ).mean()
+    for name in baselines.NAMES
+  }
   assert right['markov'] == 1.0
   assert max(right['user_frequent'], right['hour_frequent']) < 0.5
 

@@ -17,8 +17,8 @@ def test_text_becomes_one_line_without_markup():
 def test_values_of_a_table_are_written_by_type():
   table = Table(('a', 'b'), [(1234, 'x|y'), (None, 0.5), (True, Mono('f/'))])
   assert blocks.markdown([table]) == (
-      '| a | b |\n| --- | --- |\n| 1,234 | x\\|y |\n| - | 0.500 |\n'
-      '| ✓ | `f/` |\n')
+    '| a | b |\n| --- | --- |\n| 1,234 | x\\|y |\n| - | 0.500 |\n| ✓ | `f/` |\n'
+  )
 
 
 def test_a_table_without_rows_is_nothing_to_show():

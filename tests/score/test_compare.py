@@ -15,15 +15,31 @@ from behaviorlm_jax.score import run_files
 
 def stage(key, true, predicted, user, **config):
   names = lambda ids: [f'b{i}' for i in ids]
-  return run_files.Stage(key, None, config, {}, pa.table({
-      'sample': np.arange(len(true)), 'user': user, 'behavior': names(true),
-      'predicted': names(predicted)}))
+  return run_files.Stage(
+    key,
+    None,
+    config,
+    {},
+    pa.table(
+      {
+        'sample': np.arange(len(true)),
+        'user': user,
+        'behavior': names(true),
+        'predicted': names(predicted),
+      }
+    ),
+  )
 
 
 def run_of(*stages, anchors=2, count=5):
-  behaviors = [{'name': f'b{i}', 'train_count': 9 - i,
-                'group': 'anchor' if i < anchors else 'tail'}
-               for i in range(count)]
+  behaviors = [
+    {
+      'name': f'b{i}',
+      'train_count': 9 - i,
+      'group': 'anchor' if i < anchors else 'tail',
+    }
+    for i in range(count)
+  ]
   return run_files.Run(None, {}, behaviors, 0, {}, list(stages))
 
 
@@ -48,13 +64,18 @@ def test_intervals_hold_the_score_where_every_behavior_is_rare():
   # Each of 60 behaviors is shown once: a third of them are missing from a draw.
   true = np.arange(60)
   guess = np.where(true % 2, true, 0)
-  outcome = compare.outcome(run_of(
+  outcome = compare.outcome(
+    run_of(
       stage('base', true, np.zeros(60, int), true),
-      stage('a_tuning', true, guess, true), count=60))
+      stage('a_tuning', true, guess, true),
+      count=60,
+    )
+  )
   value, (low, high) = outcome.scores['tail macro-F1']
   assert value == 0.5 and low < value < high
-  change, = (c for c in outcome.contrasts['the untuned model']
-             if c.score == 'tail macro-F1')
+  (change,) = (
+    c for c in outcome.contrasts['the untuned model'] if c.score == 'tail macro-F1'
+  )
   low, high = change.interval
   assert low < change.size == 0.5 < high and change.outcome == 'better'
 
@@ -85,8 +106,9 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say():
 
 def test_equal_predictions_differ_by_nothing():
   true, guess, user = case()
-  outcome = compare.outcome(run_of(
-      stage('base', true, guess, user), stage('b_tuning', true, guess, user)))
+  outcome = compare.outcome(
+    run_of(stage('base', true, guess, user), stage('b_tuning', true, guess, user))
+  )
   changes = outcome.contrasts['the untuned model']
   assert len(changes) == 3
   assert all(c.size == 0 and c.interval == (0, 0) for c in changes)
@@ -99,7 +121,8 @@ def test_accuracy_shares_its_draws_with_macro_f1():
   true = true % 2
   right = np.asarray(user) < 3
   f1 = metrics.bootstrap_macro_f1(
-      true, np.where(right, true, 1 - true), np.array([True, True]), user)
+    true, np.where(right, true, 1 - true), np.array([True, True]), user
+  )
   accuracy = compare.bootstrap_accuracy(right, user)
   assert np.corrcoef(f1, accuracy)[0, 1] > 0.98
 
@@ -113,17 +136,16 @@ def test_interval_of_accuracy_is_that_of_whole_users():
 def test_one_user_has_no_interval():
   true, guess, _ = case()
   user = np.zeros(200, int)
-  outcome = compare.outcome(run_of(
-      stage('base', true, guess, user), stage('a_tuning', true, true, user)))
+  outcome = compare.outcome(
+    run_of(stage('base', true, guess, user), stage('a_tuning', true, true, user))
+  )
   assert outcome.users == 1 and outcome.scores['accuracy'] == (1.0, None)
-  assert {c.outcome for c in outcome.contrasts['the untuned model']} == {
-      'unknown'}
+  assert {c.outcome for c in outcome.contrasts['the untuned model']} == {'unknown'}
 
 
 def test_a_group_without_samples_has_no_score():
   true, guess, user = case()
-  outcome = compare.outcome(run_of(
-      stage('a_tuning', true % 2, guess, user)))
+  outcome = compare.outcome(run_of(stage('a_tuning', true % 2, guess, user)))
   assert list(outcome.scores) == ['accuracy', 'anchor macro-F1']
 
 
@@ -141,8 +163,11 @@ def test_nothing_predicted_is_no_outcome():
 def test_the_best_baseline_is_counted_again_from_the_events(monkeypatch):
   true, guess, user = case()
   final = stage('a_tuning', true, guess, user, seed=3, data={'history': 7})
-  scores = {'all': {'accuracy@1': 0.4}, 'tail': {'f1_macro': 0.1},
-            'anchor': {'f1_macro': 0.2}}
+  scores = {
+    'all': {'accuracy@1': 0.4},
+    'tail': {'f1_macro': 0.1},
+    'anchor': {'f1_macro': 0.2},
+  }
   run = run_of(final)
   run.baselines['markov'] = scores
   run.__dict__['events'] = types.SimpleNamespace()
@@ -167,10 +192,13 @@ def arms(rng, users, right, lift, anchor):
   skill = np.repeat(rng.normal(0, 0.1, users), 4)  # Users differ.
   wrong = (true + 1) % len(anchor)
   before, after = (
-      np.where(rng.random(len(user)) < right + skill + more, true, wrong)
-      for more in (0, lift))
-  return (compare.Arm(true, before, user, anchor),
-          compare.Arm(true, after, user, anchor))
+    np.where(rng.random(len(user)) < right + skill + more, true, wrong)
+    for more in (0, lift)
+  )
+  return (
+    compare.Arm(true, before, user, anchor),
+    compare.Arm(true, after, user, anchor),
+  )
 
 
 def test_a_pair_alone_changes_by_the_difference_of_its_scores():
@@ -186,11 +214,16 @@ def test_log_p_is_compared_over_the_samples_of_a_group():
   rng = np.random.default_rng(3)
   pair = arms(rng, 30, 0.4, 0.2, np.arange(6) < 2)
   log_p = rng.normal(size=(2, len(pair[0].true)))
-  pair = [dataclasses.replace(arm, log_p=values)
-          for arm, values in zip(pair, log_p, strict=True)]
+  pair = [
+    dataclasses.replace(arm, log_p=values)
+    for arm, values in zip(pair, log_p, strict=True)
+  ]
   tail = pair[0].true >= 2
-  for score, part in (('log p', slice(None)), ('tail log p', tail),
-                      ('anchor log p', ~tail)):
+  for score, part in (
+    ('log p', slice(None)),
+    ('tail log p', tail),
+    ('anchor log p', ~tail),
+  ):
     before, change, (low, high) = compare.paired([pair], score, draws=200)
     assert before == pytest.approx(log_p[0, part].mean())
     assert change == pytest.approx((log_p[1] - log_p[0])[part].mean())
@@ -213,9 +246,12 @@ def test_matched_arms_have_equally_good_anchors():
   # Out of reach: the best anchors there are.
   perfect = dataclasses.replace(goal, predicted=true)
   found = compare.matched(perfect, as_is, chosen)
-  anchors = [dataclasses.replace(as_is, predicted=(
-      log_p - tau * prior).argmax(1)).value('anchor macro-F1')
-      for tau in adjust.TAUS]
+  anchors = [
+    dataclasses.replace(as_is, predicted=(log_p - tau * prior).argmax(1)).value(
+      'anchor macro-F1'
+    )
+    for tau in adjust.TAUS
+  ]
   assert found.value('anchor macro-F1') == max(anchors)
 
 

@@ -13,9 +13,11 @@ NAMES = ('nll', 'error', 'margin', 'ifd', 'rho')
 @pytest.fixture
 def scores():
   rng = np.random.default_rng(0)
-  return (rng.normal(-6, 3, (40, 7)).astype(np.float32),
-          rng.normal(-6, 3, (40, 7)).astype(np.float32),
-          rng.integers(7, size=40))
+  return (
+    rng.normal(-6, 3, (40, 7)).astype(np.float32),
+    rng.normal(-6, 3, (40, 7)).astype(np.float32),
+    rng.integers(7, size=40),
+  )
 
 
 def brute_force(name, row, true, other):
@@ -33,8 +35,10 @@ def brute_force(name, row, true, other):
 def test_each_score_equals_a_brute_force_computation(name, scores):
   mine, others, true = scores
   found = difficulty.compute(name, mine, true, others)
-  expected = [brute_force(name, *row) for row in zip(
-    mine.tolist(), true.tolist(), others.tolist(), strict=True)]
+  expected = [
+    brute_force(name, *row)
+    for row in zip(mine.tolist(), true.tolist(), others.tolist(), strict=True)
+  ]
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
   # Far from uniform: the samples can be told apart.
   assert np.ptp(found) > 0.5

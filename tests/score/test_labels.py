@@ -19,7 +19,10 @@ def test_build_gives_the_tree_of_a_hand_example():
   assert tree.tokens.tolist() == [5, 6, 7, 8]
   assert tree.depths.tolist() == [1, 2, 2, 1]
   assert tree.ancestors.astype(int).tolist() == [
-    [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]
+    [1, 0, 0, 0],
+    [1, 1, 0, 0],
+    [1, 0, 1, 0],
+    [0, 0, 0, 1],
   ]
   assert tree.edge_nodes.tolist() == [0, 1, 2, 1, 3, 0, 4, 0]
   assert tree.edge_tokens.tolist() == [5, 6, 9, 7, 9, 8, 9, 9]
@@ -33,11 +36,14 @@ def test_a_token_is_a_choice_where_another_could_follow():
   assert labels.build([[5, 6, 9]]).choices(0).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize('names', [
-  pytest.param([[1, 2], [3], [1, 2]], id='equal'),
-  pytest.param([[1, 2], [3], [1, 2, 3]], id='beginning of another'),
-  pytest.param([[1, 2, 3], [1]], id='longer one first'),
-])
+@pytest.mark.parametrize(
+  'names',
+  [
+    pytest.param([[1, 2], [3], [1, 2]], id='equal'),
+    pytest.param([[1, 2], [3], [1, 2, 3]], id='beginning of another'),
+    pytest.param([[1, 2, 3], [1]], id='longer one first'),
+  ],
+)
 def test_names_that_cannot_be_told_apart_are_refused(names):
   with pytest.raises(InputError, match=r'data\.events: two behavior names'):
     labels.build(names)
@@ -45,9 +51,7 @@ def test_names_that_cannot_be_told_apart_are_refused(names):
 
 def test_shortest_cuts_behind_the_first_token_of_its_own():
   names = [[5, 6, 9], [5, 7, 8, 9], [8, 9, 9], [9], [5, 7, 7, 7, 9]]
-  assert labels.shortest(names) == [
-    (5, 6), (5, 7, 8), (8,), (9,), (5, 7, 7)
-  ]
+  assert labels.shortest(names) == [(5, 6), (5, 7, 8), (8,), (9,), (5, 7, 7)]
 
 
 def test_log_softmax_equals_scipys():

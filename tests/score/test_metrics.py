@@ -9,10 +9,15 @@ from sklearn import metrics as sk
 
 from behaviorlm_jax.score import metrics
 
-KEYS = ['n'] + [
-    f'{name}_{average}' for average in ('weighted', 'macro')
-    for name in ('precision', 'recall', 'f1')] + [
-        'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@3', 'ndcg@5']
+KEYS = (
+  ['n']
+  + [
+    f'{name}_{average}'
+    for average in ('weighted', 'macro')
+    for name in ('precision', 'recall', 'f1')
+  ]
+  + ['accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@3', 'ndcg@5']
+)
 
 
 def random_case(seed, behaviors=12, n=300):
@@ -32,14 +37,17 @@ def test_scores_equal_scikit_learn(seed):
   true, ranked, anchor = random_case(seed)
   result = metrics.evaluate(true, ranked, anchor)
   for group, labels in (
-      ('all', np.arange(12)), ('anchor', np.arange(4)),
-      ('tail', np.arange(4, 12))):
+    ('all', np.arange(12)),
+    ('anchor', np.arange(4)),
+    ('tail', np.arange(4, 12)),
+  ):
     for average in ('weighted', 'macro'):
       want = sk.precision_recall_fscore_support(
-          true, ranked[:, 0], labels=labels, average=average,
-          zero_division=0)[:3]
-      got = [result[group][f'{name}_{average}']
-             for name in ('precision', 'recall', 'f1')]
+        true, ranked[:, 0], labels=labels, average=average, zero_division=0
+      )[:3]
+      got = [
+        result[group][f'{name}_{average}'] for name in ('precision', 'recall', 'f1')
+      ]
       np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
@@ -50,20 +58,23 @@ def test_accuracy_and_ndcg_equal_scikit_learn(k):
   np.put_along_axis(score, ranked, np.arange(5, 0, -1.0)[None], 1)
   result = metrics.evaluate(true, ranked, anchor)
   for group, rows in (
-      ('all', true >= 0), ('anchor', anchor[true]), ('tail', ~anchor[true])):
+    ('all', true >= 0),
+    ('anchor', anchor[true]),
+    ('tail', ~anchor[true]),
+  ):
     relevant = np.eye(12)[true[rows]]
     assert result[group]['n'] == rows.sum()
     assert result[group][f'ndcg@{k}'] == pytest.approx(
-        sk.ndcg_score(relevant, score[rows], k=k, ignore_ties=True))
+      sk.ndcg_score(relevant, score[rows], k=k, ignore_ties=True)
+    )
     assert result[group][f'accuracy@{k}'] == pytest.approx(
-        sk.top_k_accuracy_score(
-            true[rows], score[rows], k=k, labels=np.arange(12)))
+      sk.top_k_accuracy_score(true[rows], score[rows], k=k, labels=np.arange(12))
+    )
 
 
 def test_precision_of_a_tail_behavior_pays_for_mistaken_anchors():
   # Behavior 1 is the tail: right once, and claimed for two anchor samples.
-  result = metrics.evaluate(
-      [0, 0, 0, 1], [[0], [1], [1], [1]], [True, False])
+  result = metrics.evaluate([0, 0, 0, 1], [[0], [1], [1], [1]], [True, False])
   assert result['tail']['n'] == 1
   assert result['tail']['accuracy@1'] == 1.0
   assert result['tail']['precision_macro'] == pytest.approx(1 / 3)
@@ -124,5 +135,6 @@ def test_bootstrap_draws_whole_users():
   # One user: every redraw is the sample itself, so nothing may vary.
   true, ranked, anchor = random_case(5)
   draws = metrics.bootstrap_macro_f1(
-      true, ranked[:, 0], anchor, np.zeros(len(true)), draws=20)
+    true, ranked[:, 0], anchor, np.zeros(len(true)), draws=20
+  )
   assert np.ptp(draws) < 1e-12 and draws[0] > 0

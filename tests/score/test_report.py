@@ -17,11 +17,24 @@ from behaviorlm_jax.score import metrics
 from behaviorlm_jax.score import report
 from behaviorlm_jax.score import run_files
 
-PLAN = pa.schema({'step': pa.int32(), 'row': pa.int32(), 'segments': pa.list_(
-    pa.struct({
-        'kind': pa.string(), 'start': pa.int64(), 'stop': pa.int64(),
-        'targets': pa.list_(pa.int64()), 'weights': pa.list_(pa.float32()),
-        'length': pa.int32()}))})
+PLAN = pa.schema(
+  {
+    'step': pa.int32(),
+    'row': pa.int32(),
+    'segments': pa.list_(
+      pa.struct(
+        {
+          'kind': pa.string(),
+          'start': pa.int64(),
+          'stop': pa.int64(),
+          'targets': pa.list_(pa.int64()),
+          'weights': pa.list_(pa.float32()),
+          'length': pa.int32(),
+        }
+      )
+    ),
+  }
+)
 ATTACK = '<script>alert(1)</script>'
 CONTROL = '<|im_end|> #'
 
@@ -36,8 +49,11 @@ class Work:
     self.anchor = share > 0.05
     self.names = [f'Behavior {i} of the log' for i in range(count)]
     self.names[:4] = [
-        ATTACK, 'Bar | Pub $x_1$', 'A very <b>long</b> name: ' + 'x' * 40,
-        CONTROL]
+      ATTACK,
+      'Bar | Pub $x_1$',
+      'A very <b>long</b> name: ' + 'x' * 40,
+      CONTROL,
+    ]
     self.true = self.rng.choice(count, n, p=share)
     self.true[: count // 2] = np.arange(count // 2)
     self.behavior = self.rng.choice(count, 3000, p=share)
@@ -45,23 +61,46 @@ class Work:
     self.behavior[self.samples] = self.true
     counts = np.bincount(self.behavior, minlength=count)
     behaviors = [
-        {'name': name, 'count': int(c) + 5, 'train_count': int(c),
-         'share': c / 3000, 'group': 'anchor' if a else 'tail'}
-        for name, c, a in zip(self.names, counts, self.anchor, strict=True)]
-    unseen = {'name': 'only at the end', 'count': 2, 'train_count': 0,
-              'share': 0.0, 'group': 'unseen'}
+      {
+        'name': name,
+        'count': int(c) + 5,
+        'train_count': int(c),
+        'share': c / 3000,
+        'group': 'anchor' if a else 'tail',
+      }
+      for name, c, a in zip(self.names, counts, self.anchor, strict=True)
+    ]
+    unseen = {
+      'name': 'only at the end',
+      'count': 2,
+      'train_count': 0,
+      'share': 0.0,
+      'group': 'unseen',
+    }
     rows = np.arange(3000)
     split = np.where(rows % 7 == 3, 1, 0)
     split[self.samples] = 2
     self.events = types.SimpleNamespace(
-        behavior=self.behavior, user=rows // 75, time=rows * 3600, split=split,
-        first=rows // 75 * 75, known=count, behaviors=[
-            types.SimpleNamespace(**row) for row in [*behaviors, unseen]])
+      behavior=self.behavior,
+      user=rows // 75,
+      time=rows * 3600,
+      split=split,
+      first=rows // 75 * 75,
+      known=count,
+      behaviors=[types.SimpleNamespace(**row) for row in [*behaviors, unseen]],
+    )
     self.json('events/behaviors.json', [*behaviors, unseen])
-    self.json('events/summary.json', {
-        'rows': 3105, 'rejected': 3, 'events': 3100, 'users': 40,
+    self.json(
+      'events/summary.json',
+      {
+        'rows': 3105,
+        'rejected': 3,
+        'events': 3100,
+        'users': 40,
         'events_per_split': {'train': 2600, 'validation': 250, 'test': 250},
-        'warnings': ['1 behavior occurs only in the test split']})
+        'warnings': ['1 behavior occurs only in the test split'],
+      },
+    )
 
   def json(self, name, value):
     path = self.folder / name
@@ -75,46 +114,72 @@ class Work:
     return np.argsort(-score, 1)[:, :5]
 
   def add_baselines(self):
-    self.json('baselines.json', {
+    self.json(
+      'baselines.json',
+      {
         name: metrics.evaluate(
-            self.true, labels.best(baselines.scores(
-                name, self.events, self.samples, history=9, seed=11)),
-            self.anchor)
-        for name in baselines.NAMES})
+          self.true,
+          labels.best(
+            baselines.scores(name, self.events, self.samples, history=9, seed=11)
+          ),
+          self.anchor,
+        )
+        for name in baselines.NAMES
+      },
+    )
 
   def add_predictions(self, stage, skill):
     ranked, n = self.ranked(skill), len(self.true)
-    self.json(f'{stage}/evaluation.json', metrics.evaluate(
-        self.true, ranked, self.anchor))
+    self.json(
+      f'{stage}/evaluation.json', metrics.evaluate(self.true, ranked, self.anchor)
+    )
     names = np.array(self.names)
     start = datetime.datetime(2012, 4, 3, 18, 5)
-    pq.write_table(pa.table({
-        'sample': self.samples, 'user': [f'u{i // 4}' for i in range(n)],
-        'time': pa.array([start + datetime.timedelta(hours=i)
-                          for i in range(n)], pa.timestamp('s')),
-        'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
-        'behavior': names[self.true], 'predicted': names[ranked[:, 0]],
-        'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
-        'top5': names[ranked].tolist(),
-        'top5_log_prob': [np.log([.5, .2, .1, .05, .01]).tolist()] * n,
-        'prompt_tokens': pa.array([[i, 7] for i in range(n)],
-                                  pa.list_(pa.int32())),
-        'in_context': self.rng.random(n) < 0.6,
-    }), self.folder / stage / 'predictions.parquet')
+    pq.write_table(
+      pa.table(
+        {
+          'sample': self.samples,
+          'user': [f'u{i // 4}' for i in range(n)],
+          'time': pa.array(
+            [start + datetime.timedelta(hours=i) for i in range(n)], pa.timestamp('s')
+          ),
+          'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
+          'behavior': names[self.true],
+          'predicted': names[ranked[:, 0]],
+          'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
+          'top5': names[ranked].tolist(),
+          'top5_log_prob': [np.log([0.5, 0.2, 0.1, 0.05, 0.01]).tolist()] * n,
+          'prompt_tokens': pa.array([[i, 7] for i in range(n)], pa.list_(pa.int32())),
+          'in_context': self.rng.random(n) < 0.6,
+        }
+      ),
+      self.folder / stage / 'predictions.parquet',
+    )
 
   def add_training(self, stage, ablations=()):
-    self.json(f'{stage}/config.json', {
-        'train': {'steps': 60, 'batch': 8, 'length': 512,
-                  'learning_rate': 0.002, 'interpolation': 1.0,
-                  'loss': 'names', 'balanced_loss': 'natural'}, 'seed': 11,
+    self.json(
+      f'{stage}/config.json',
+      {
+        'train': {
+          'steps': 60,
+          'batch': 8,
+          'length': 512,
+          'learning_rate': 0.002,
+          'interpolation': 1.0,
+          'loss': 'names',
+          'balanced_loss': 'natural',
+        },
+        'seed': 11,
         'data': {'history': 9},
-        'ablations': list(ablations)})
-    rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()}
-            for i in range(60)]
+        'ablations': list(ablations),
+      },
+    )
+    rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()} for i in range(60)]
     for row in rows[9::10]:
       row['val_loss'] = row['loss'] + 0.3
     (self.folder / stage / 'metrics.jsonl').write_text(
-        ''.join(json.dumps(row) + '\n' for row in rows))
+      ''.join(json.dumps(row) + '\n' for row in rows)
+    )
     self.add_plan(stage, 50)
 
   def add_plan(self, stage, rows):
@@ -123,23 +188,53 @@ class Work:
     if stage == 'a_tuning':
       allowed = allowed[self.anchor[self.behavior]]
     self.drawn = self.rng.choice(allowed, (rows, 4))
-    pq.write_table(pa.Table.from_pylist([
-        {'step': i // 2, 'row': i % 2, 'segments': [
-            {'kind': 'window', 'start': 0, 'stop': 32, 'length': 400,
-             'targets': targets, 'weights': [1.0] * 4},
-            {'kind': 'conversation', 'start': 3, 'stop': 4, 'length': 100,
-             'targets': [5, 6], 'weights': [1.0, 1.0]}]}
-        for i, targets in enumerate(self.drawn.tolist())], PLAN),
-        self.folder / stage / 'plan.parquet')
+    pq.write_table(
+      pa.Table.from_pylist(
+        [
+          {
+            'step': i // 2,
+            'row': i % 2,
+            'segments': [
+              {
+                'kind': 'window',
+                'start': 0,
+                'stop': 32,
+                'length': 400,
+                'targets': targets,
+                'weights': [1.0] * 4,
+              },
+              {
+                'kind': 'conversation',
+                'start': 3,
+                'stop': 4,
+                'length': 100,
+                'targets': [5, 6],
+                'weights': [1.0, 1.0],
+              },
+            ],
+          }
+          for i, targets in enumerate(self.drawn.tolist())
+        ],
+        PLAN,
+      ),
+      self.folder / stage / 'plan.parquet',
+    )
 
   def add_difficulty(self):
     score = self.rng.gamma(3, 1, 400)
     ids = self.rng.choice(len(self.names), 400)
     score[self.anchor[ids]] *= 0.5
-    pq.write_table(pa.table({
-        'sample': np.arange(400), 'behavior': np.array(self.names)[ids],
-        'group': np.where(self.anchor[ids], 'anchor', 'tail'),
-        'score': score}), self.folder / 'b_tuning/difficulty.parquet')
+    pq.write_table(
+      pa.table(
+        {
+          'sample': np.arange(400),
+          'behavior': np.array(self.names)[ids],
+          'group': np.where(self.anchor[ids], 'anchor', 'tail'),
+          'score': score,
+        }
+      ),
+      self.folder / 'b_tuning/difficulty.parquet',
+    )
 
 
 def whole(folder, **options):
@@ -191,22 +286,31 @@ def done(tmp_path_factory):
   """A whole run with its report; tests only read it."""
   work = whole(tmp_path_factory.mktemp('work'))
   return types.SimpleNamespace(
-      folder=work.folder, work=work, text=write_report(work, decode=decode))
+    folder=work.folder, work=work, text=write_report(work, decode=decode)
+  )
 
 
 def row_of(text, head, name):
   """Cells of row `name` in the first table whose header starts with `head`."""
-  lines = text[text.index(f'| {head} |'):].split('\n\n')[0].splitlines()
-  return next([cell.strip() for cell in line.strip('| ').split(' | ')]
-              for line in lines if line.startswith(f'| {name} |'))
+  lines = text[text.index(f'| {head} |') :].split('\n\n')[0].splitlines()
+  return next(
+    [cell.strip() for cell in line.strip('| ').split(' | ')]
+    for line in lines
+    if line.startswith(f'| {name} |')
+  )
 
 
 def test_whole_run_shows_every_section_and_plot(done):
   text = done.text
   images = sorted(path.name for path in (done.folder / 'report').iterdir())
   assert images == [
-      'changes.png', 'difficulty.png', 'f1.png', 'loss.png', 'stages.png',
-      'targets.png']
+    'changes.png',
+    'difficulty.png',
+    'f1.png',
+    'loss.png',
+    'stages.png',
+    'targets.png',
+  ]
   for name in images:
     assert f'(report/{name})' in text
     assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
@@ -214,8 +318,10 @@ def test_whole_run_shows_every_section_and_plot(done):
   assert text.count('\n### ') == 10
   assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
   assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
-  for row in ('A-Tuning | 60 | 8 | 512 | 0.002 | 1.0 | names',
-              'B-Tuning | 60 | 8 | 512 | 0.001 | 0.5 | natural'):
+  for row in (
+    'A-Tuning | 60 | 8 | 512 | 0.002 | 1.0 | names',
+    'B-Tuning | 60 | 8 | 512 | 0.001 | 0.5 | natural',
+  ):
     assert f'| {row} | 11 | none |' in text
 
 
@@ -223,23 +329,31 @@ def test_tables_hold_the_numbers_of_the_files(done):
   text = done.text
   scores = json.loads((done.folder / 'b_tuning/evaluation.json').read_text())
   assert row_of(text, 'all behaviors', 'B-Tuning')[1:] == [
-      f'{scores["all"][key]:.3f}' for key in (
-          'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted',
-          'f1_macro')]
+    f'{scores["all"][key]:.3f}'
+    for key in (
+      'accuracy@1',
+      'accuracy@3',
+      'accuracy@5',
+      'ndcg@5',
+      'f1_weighted',
+      'f1_macro',
+    )
+  ]
   group = row_of(text, 'by group', 'B-Tuning')
   assert group[5] == str(scores['tail']['n'])
   assert group[8] == f'{scores["tail"]["f1_macro"]:.3f}'
   table = pq.read_table(done.folder / 'b_tuning/predictions.parquet')
   inside = [r for r in table.to_pylist() if r['in_context']]
   want = np.mean([r['behavior'] == r['predicted'] for r in inside])
-  assert row_of(text, 'stage', 'B-Tuning')[1:3] == [
-      str(len(inside)), f'{want:.3f}']
+  assert row_of(text, 'stage', 'B-Tuning')[1:3] == [str(len(inside)), f'{want:.3f}']
 
 
 def test_summary_names_stages_and_baselines(done):
   text = done.text.split('\n\n')[2]
-  scores = [json.loads((done.folder / stage / 'evaluation.json').read_text())
-            for stage in run_files.STAGES]
+  scores = [
+    json.loads((done.folder / stage / 'evaluation.json').read_text())
+    for stage in run_files.STAGES
+  ]
   tail = ' → '.join(f'{s["tail"]["f1_macro"]:.3f}' for s in scores)
   assert f'Tail macro-F1: {tail} (best free baseline' in text
   assert '3,100 events of 40 users' in text and 'n = 120' in text
@@ -247,11 +361,15 @@ def test_summary_names_stages_and_baselines(done):
 
 def test_verdict_stands_first_and_agrees_with_the_files(done):
   text = done.text.split('\n\n')[1]
-  scores = [json.loads((done.folder / stage / 'evaluation.json').read_text())
-            for stage in run_files.STAGES]
+  scores = [
+    json.loads((done.folder / stage / 'evaluation.json').read_text())
+    for stage in run_files.STAGES
+  ]
   assert text.startswith('**Verdict.** On 120 test events of 30 users, B-Tun')
   for group, key, name in (
-      ('all', 'accuracy@1', 'accuracy'), ('tail', 'f1_macro', 'tail macro-F1')):
+    ('all', 'accuracy@1', 'accuracy'),
+    ('tail', 'f1_macro', 'tail macro-F1'),
+  ):
     base, a, b = (score[group][key] for score in scores)
     assert f'{name} {b:.3f}' in text
     assert f'{name} {b - base:+.3f}' in text.split('Against')[1]
@@ -261,16 +379,20 @@ def test_verdict_stands_first_and_agrees_with_the_files(done):
 def test_changes_stand_beside_the_best_baseline_of_the_file(done):
   found = json.loads((done.folder / 'baselines.json').read_text())
   name = max(found, key=lambda name: found[name]['all']['accuracy@1'])
-  table = done.text[done.text.index('| score | compared with'):]
-  row = next(line for line in table.splitlines()
-             if line.startswith(f'| accuracy | {name} |'))
+  table = done.text[done.text.index('| score | compared with') :]
+  row = next(
+    line for line in table.splitlines() if line.startswith(f'| accuracy | {name} |')
+  )
   assert row.split(' | ')[2] == f'{found[name]["all"]["accuracy@1"]:.3f}'
 
 
 def test_both_files_say_the_same(done):
   page = Page(done.folder)
-  headings = [line.lstrip('#').strip() for line in done.text.splitlines()
-              if line.startswith(('# ', '## '))]
+  headings = [
+    line.lstrip('#').strip()
+    for line in done.text.splitlines()
+    if line.startswith(('# ', '## '))
+  ]
   assert page.all('h1') + page.all('h2') == headings
   assert page.tags.count('table') == done.text.count('| --- |\n')
   assert len(page.images) == done.text.count('![') == 6
@@ -279,8 +401,7 @@ def test_both_files_say_the_same(done):
 
 def test_page_needs_no_other_file(done):
   page, text = Page(done.folder), (done.folder / 'report.html').read_text()
-  assert all(i['src'].startswith('data:image/png;base64,iVBOR')
-             for i in page.images)
+  assert all(i['src'].startswith('data:image/png;base64,iVBOR') for i in page.images)
   assert not {'link', 'iframe', 'object'} & set(page.tags)
   assert 'http://' not in text and 'https://' not in text
   assert 'src="report/' not in text and 'url(' not in text
@@ -288,10 +409,12 @@ def test_page_needs_no_other_file(done):
 
 def test_many_behaviors_fold_away_most_frequent_first(done):
   start = done.text.index('<details>')
-  rows = done.text[start:done.text.index('</details>')].splitlines()
-  counts = [int(row.split(' | ')[-8].replace(',', ''))
-            for row in rows if row.startswith('| ') and row[2:5] not in
-            ('---', 'beh')]
+  rows = done.text[start : done.text.index('</details>')].splitlines()
+  counts = [
+    int(row.split(' | ')[-8].replace(',', ''))
+    for row in rows
+    if row.startswith('| ') and row[2:5] not in ('---', 'beh')
+  ]
   assert len(counts) == 20 and counts == sorted(counts, reverse=True)
   assert 'details' in Page(done.folder).tags
 
@@ -300,14 +423,17 @@ def test_time_shows_only_what_was_noted(tmp_path):
   work = Work(tmp_path)
   work.add_training('a_tuning')
   assert '| A-Tuning | 60 |\n' in write_report(work)
-  rows = [{'step': i, 'loss': 1.0, 'tokens': 900.0, 'samples': 30.0,
-           'padding': 0.25} | ({'seconds': 3.0} if i > 1 else
-                               {'seconds_to_first_step': 12.0})
-          for i in range(1, 9)]
+  rows = [
+    {'step': i, 'loss': 1.0, 'tokens': 900.0, 'samples': 30.0, 'padding': 0.25}
+    | ({'seconds': 3.0} if i > 1 else {'seconds_to_first_step': 12.0})
+    for i in range(1, 9)
+  ]
   (tmp_path / 'a_tuning/metrics.jsonl').write_text(
-      ''.join(json.dumps(row) + '\n' for row in rows))
-  assert ('| A-Tuning | 8 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |'
-          in write_report(work))
+    ''.join(json.dumps(row) + '\n' for row in rows)
+  )
+  assert '| A-Tuning | 8 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |' in write_report(
+    work
+  )
 
 
 def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
@@ -323,8 +449,7 @@ def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
 def test_what_is_still_known_is_told_where_measured(done, tmp_path):
   assert 'What the model still knows' not in done.text
   work = Work(tmp_path)
-  values = {'n': 7, 'perplexity': 9.5, 'perplexity_ratio': 1.25,
-            'kl_to_base': 0.125}
+  values = {'n': 7, 'perplexity': 9.5, 'perplexity_ratio': 1.25, 'kl_to_base': 0.125}
   values |= {f'{name}_interval': [0.5, 10.0] for name in list(values)[1:]}
   for stage in ('base', 'b_tuning'):
     work.add_predictions(stage, 0.5)
@@ -368,13 +493,15 @@ def test_names_of_the_log_cannot_break_the_page(done):
 
 
 def test_every_row_of_a_table_has_the_columns_of_its_head(done):
-  tables = [block.splitlines() for block in done.text.split('\n\n')
-            if block.startswith('| ')]
+  tables = [
+    block.splitlines() for block in done.text.split('\n\n') if block.startswith('| ')
+  ]
   assert len(tables) > 10
   for lines in tables:
     # As Markdown reads them: a bar behind a backslash is text.
-    assert len({len(re.findall(r'(?:^|[^\\])(?:\\\\)*\|', line))
-                for line in lines}) == 1
+    assert (
+      len({len(re.findall(r'(?:^|[^\\])(?:\\\\)*\|', line)) for line in lines}) == 1
+    )
   control = '\\<\\|im_end\\|>'
   assert f'| {control} # | ' in done.text
   assert f': {control} \\#\n' in done.text  # No end of a heading.

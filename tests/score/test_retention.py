@@ -37,13 +37,13 @@ def make_talks(lengths=LENGTHS, seed=0):
 
 
 def make_questions(sizes=(2, 4, 3)):
-  return [retention.Question(make_talks(range(8, 8 + n), n), [5] * n, n - 1)
-          for n in sizes]
+  return [
+    retention.Question(make_talks(range(8, 8 + n), n), [5] * n, n - 1) for n in sizes
+  ]
 
 
 def make_adapter(base):
-  adapter = lora.init(base.config, 2, ('q_proj', 'down_proj'),
-                      jax.random.key(0))
+  adapter = lora.init(base.config, 2, ('q_proj', 'down_proj'), jax.random.key(0))
   rng = np.random.default_rng(0)
   for sides in adapter.values():
     b = rng.standard_normal(sides['b'].shape) * 0.02
@@ -113,8 +113,9 @@ def log_probs(model, talk):
 def test_conversations_equal_a_computation_in_torch(llama, tuned, measured):
   before = [log_probs(llama[0], talk) for talk in make_talks()]
   after = [log_probs(tuned, talk) for talk in make_talks()]
-  kl = torch.cat([(p.exp() * (p - q)).sum(-1)
-                  for (p, _), (q, _) in zip(before, after, strict=True)])
+  kl = torch.cat(
+    [(p.exp() * (p - q)).sum(-1) for (p, _), (q, _) in zip(before, after, strict=True)]
+  )
   old, new = (torch.cat([told for _, told in x]) for x in (before, after))
   found = measured[1]['conversations']
   assert found['n'] == len(LENGTHS)
@@ -129,9 +130,13 @@ def test_conversations_equal_a_computation_in_torch(llama, tuned, measured):
 def test_choices_equal_a_computation_in_torch(llama, tuned):
   questions = make_questions()
   numbers = make_retention(llama[1], None, questions)._run(
-      make_adapter(llama[1]), lambda n: None)
-  expected = [float(log_probs(tuned, choice)[1].sum())
-              for one in questions for choice in one.choices]
+    make_adapter(llama[1]), lambda n: None
+  )
+  expected = [
+    float(log_probs(tuned, choice)[1].sum())
+    for one in questions
+    for choice in one.choices
+  ]
   np.testing.assert_allclose(numbers.choices, expected, rtol=0, atol=1e-3)
 
 
@@ -184,18 +189,19 @@ def test_progress_counts_the_base_once():
 def test_what_is_absent_is_left_out():
   assert make_alphabet().measure(None) == {}
   assert list(make_alphabet(make_talks()).measure(None)) == ['conversations']
-  assert list(make_alphabet([], make_questions()).measure(None)) == [
-      'questions']
+  assert list(make_alphabet([], make_questions()).measure(None)) == ['questions']
 
 
-@pytest.mark.parametrize('record, accuracy, per_byte', [
+@pytest.mark.parametrize(
+  'record, accuracy, per_byte',
+  [
     pytest.param({'choices': ['abcd', 'dcba', 'acbd']}, 1, 1, id='certain'),
     pytest.param({'choices': ['dcba', 'abcd']}, 0, 0, id='certain and wrong'),
     # Seven steps that the model knows cost more than one it does not.
     pytest.param({}, 0, 1, id='long and certain'),
-])
-def test_the_likeliest_text_is_the_models_answer(
-    tmp_path, record, accuracy, per_byte):
+  ],
+)
+def test_the_likeliest_text_is_the_models_answer(tmp_path, record, accuracy, per_byte):
   questions = read(write(tmp_path, RIGHT | record))
   found = make_alphabet(None, questions).measure(None)['questions']
   assert found['accuracy'] == accuracy
@@ -211,10 +217,8 @@ def test_intervals_contain_the_value_and_shrink_with_more_items(tmp_path):
   other = RIGHT | {'answer': 1}
   questions = read(write(tmp_path, RIGHT, other, other))
   talks = [one.choices[0] for one in questions] + make_talks()
-  few, many = (make_alphabet(talks * n, questions * n).measure(None)
-               for n in (1, 16))
-  for part, name in (('conversations', 'perplexity'),
-                     ('questions', 'accuracy')):
+  few, many = (make_alphabet(talks * n, questions * n).measure(None) for n in (1, 16))
+  for part, name in (('conversations', 'perplexity'), ('questions', 'accuracy')):
     spans = []
     for found in (few, many):
       low, high = found[part][f'{name}_interval']
@@ -264,35 +268,42 @@ def test_a_choice_is_what_the_assistant_says(tmp_path, name):
   for row, choice in zip(found.choices, ('two', 'é'), strict=True):
     said = tokenizer.decode(row.tokens[row.answers])
     assert said == f'{choice}<|im_end|>'
-    asked = tokenizer.decode(row.tokens[:row.answers.argmax()])
-    assert asked == ('<|im_start|>user\n1 + 1?<|im_end|>\n'
-                     '<|im_start|>assistant\n')
+    asked = tokenizer.decode(row.tokens[: row.answers.argmax()])
+    assert asked == ('<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n')
 
 
-def test_questions_that_cannot_be_asked_are_left_out_and_counted(
-    tmp_path, caplog):
+def test_questions_that_cannot_be_asked_are_left_out_and_counted(tmp_path, caplog):
   equal = RIGHT | {'choices': ['12', '12 ', '4']}
   path = write(tmp_path, equal, RIGHT | {'question': 'a' * 300}, RIGHT)
   with caplog.at_level(logging.WARNING, 'absl'):
     assert len(read(path)) == 1
-  assert ('of 3 questions 2 left out (1 with equal choices, 1 longer than 200 '
-          'tokens)') in caplog.text
+  assert (
+    'of 3 questions 2 left out (1 with equal choices, 1 longer than 200 tokens)'
+  ) in caplog.text
 
 
-@pytest.mark.parametrize('record, said', [
+@pytest.mark.parametrize(
+  'record, said',
+  [
     ('{"question": ', 'line 2: not JSON'),
     ('[1, 2]', 'line 2: `question` is None; give its text'),
     (RIGHT | {'question': ' '}, "line 2: `question` is ' '; give its text"),
     ({'question': 'a'}, 'line 2: `choices` is None; give a list of texts'),
-    (RIGHT | {'choices': ['a', '']},
-     "line 2: `choices` is ['a', '']; give a list of texts"),
+    (
+      RIGHT | {'choices': ['a', '']},
+      "line 2: `choices` is ['a', '']; give a list of texts",
+    ),
     (RIGHT | {'choices': ['a']}, 'line 2: there are 1 choices; give two'),
-    (RIGHT | {'answer': 2}, 'line 2: `answer` is 2 and there are 2 choices; '
-     'give the index of the right one, 0 to 1'),
+    (
+      RIGHT | {'answer': 2},
+      'line 2: `answer` is 2 and there are 2 choices; '
+      'give the index of the right one, 0 to 1',
+    ),
     (RIGHT | {'answer': -1}, 'line 2: `answer` is -1'),
     (RIGHT | {'answer': 'A'}, "line 2: `answer` is 'A'"),
     (RIGHT | {'answer': True}, 'line 2: `answer` is True'),
-])
+  ],
+)
 def test_a_wrong_question_is_refused_with_its_line(tmp_path, record, said):
   refused(write(tmp_path, RIGHT, record), said)
 

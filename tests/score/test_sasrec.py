@@ -16,8 +16,9 @@ from behaviorlm_jax.score import sasrec
 
 def make_config(**fields):
   config = config_lib.default()
-  config.sasrec.update({'steps': 20, 'batch': 8, 'history': 6, 'width': 16,
-                        'dropout': 0.0, **fields})
+  config.sasrec.update(
+    {'steps': 20, 'batch': 8, 'history': 6, 'width': 16, 'dropout': 0.0, **fields}
+  )
   config.plan.min_context = 2
   return config
 
@@ -31,20 +32,27 @@ def make_events(users=12, length=40, known=5, seed=0, follow=None):
       rows[:, t] = follow(rows[:, t - 2], rows[:, t - 1])
   place = np.tile(np.arange(length), users)
   return types.SimpleNamespace(
-      behavior=rows.ravel(), known=known, first=np.repeat(
-          np.arange(users) * length, length),
-      user=np.repeat(np.arange(users), length),
-      time=np.cumsum(rng.integers(600, 90000, users * length)),
-      split=np.where(place < length - 10, 0, np.where(place < length - 5, 1, 2))
-      .astype(np.int8))
+    behavior=rows.ravel(),
+    known=known,
+    first=np.repeat(np.arange(users) * length, length),
+    user=np.repeat(np.arange(users), length),
+    time=np.cumsum(rng.integers(600, 90000, users * length)),
+    split=np.where(place < length - 10, 0, np.where(place < length - 5, 1, 2)).astype(
+      np.int8
+    ),
+  )
 
 
 def make_model(config, known=5):
   model = sasrec.SasRec(config.sasrec, known, nnx.Rngs(0))
   rng = np.random.default_rng(1)  # Biases and norms would be zeros and ones.
-  nnx.update(model, jax.tree.map(
+  nnx.update(
+    model,
+    jax.tree.map(
       lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32),
-      nnx.state(model, nnx.Param)))
+      nnx.state(model, nnx.Param),
+    ),
+  )
   model.eval()
   return model
 
@@ -60,34 +68,47 @@ def in_torch(model, batch, heads):
 
   def norm(layer, x):
     return torch.nn.functional.layer_norm(
-        x, x.shape[-1:], as_torch(layer.scale[...]), as_torch(layer.bias[...]),
-        1e-6)
+      x, x.shape[-1:], as_torch(layer.scale[...]), as_torch(layer.bias[...]), 1e-6
+    )
 
-  dense = lambda layer, x: x @ as_torch(layer.kernel[...]) + as_torch(
-      layer.bias[...])
-  x = (take(model.behaviors, batch['behavior']) + weight(model.places)
-       + take(model.hours, batch['hour']) + take(model.days, batch['day']))
+  dense = lambda layer, x: x @ as_torch(layer.kernel[...]) + as_torch(layer.bias[...])
+  x = (
+    take(model.behaviors, batch['behavior'])
+    + weight(model.places)
+    + take(model.hours, batch['hour'])
+    + take(model.days, batch['day'])
+  )
   length, width = x.shape[1:]
   hidden = torch.ones(length, length).triu(1).bool()
   hidden = hidden | ~as_torch(batch['real'])[:, None]
   for block in model.blocks:
-    ours, theirs = block.attention, torch.nn.MultiheadAttention(
-        width, heads, batch_first=True)
+    ours, theirs = (
+      block.attention,
+      torch.nn.MultiheadAttention(width, heads, batch_first=True),
+    )
     parts = [getattr(ours, name) for name in ('query', 'key', 'value')]
     kernels, biases = (
-        [as_torch(part.kernel[...]).reshape(width, width).T for part in parts],
-        [as_torch(part.bias[...]).reshape(width) for part in parts])
-    theirs.load_state_dict({
-        'in_proj_weight': torch.cat(kernels), 'in_proj_bias': torch.cat(biases),
-        'out_proj.weight': as_torch(ours.out.kernel[...]).reshape(
-            width, width).T,
-        'out_proj.bias': as_torch(ours.out.bias[...])})
+      [as_torch(part.kernel[...]).reshape(width, width).T for part in parts],
+      [as_torch(part.bias[...]).reshape(width) for part in parts],
+    )
+    theirs.load_state_dict(
+      {
+        'in_proj_weight': torch.cat(kernels),
+        'in_proj_bias': torch.cat(biases),
+        'out_proj.weight': as_torch(ours.out.kernel[...]).reshape(width, width).T,
+        'out_proj.bias': as_torch(ours.out.bias[...]),
+      }
+    )
     y = norm(block.norms[0], x)
-    x = x + theirs(y, y, y, attn_mask=hidden.repeat_interleave(heads, 0),
-                   need_weights=False)[0]
+    x = (
+      x
+      + theirs(
+        y, y, y, attn_mask=hidden.repeat_interleave(heads, 0), need_weights=False
+      )[0]
+    )
     y = torch.relu(dense(block.inner, norm(block.norms[1], x)))
     x = x + dense(block.outer, y)
-  return norm(model.norm, x) @ weight(model.behaviors)[:model.known].T
+  return norm(model.norm, x) @ weight(model.behaviors)[: model.known].T
 
 
 def test_logits_equal_torch():
@@ -100,8 +121,9 @@ def test_logits_equal_torch():
     want = in_torch(model, batch, config.sasrec.heads).numpy()
   real = batch['real']
   assert not real.all()
-  np.testing.assert_allclose(np.asarray(model(batch))[real], want[real],
-                             rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    np.asarray(model(batch))[real], want[real], rtol=1e-4, atol=1e-4
+  )
 
 
 def test_attention_drops_other_weights_in_each_window():
@@ -121,12 +143,9 @@ def test_windows_hold_the_past_of_one_user_and_the_time_to_come():
   batch = sasrec.windows(events, np.array([43, 79]), config)
   np.testing.assert_array_equal(batch['real'].sum(1), [3, 6])
   np.testing.assert_array_equal(batch['behavior'][1], events.behavior[73:79])
-  np.testing.assert_array_equal(batch['behavior'][0, 3:],
-                                events.behavior[40:43])
-  np.testing.assert_array_equal(batch['hour'][1],
-                                events.time[74:80] // 3600 % 24)
-  np.testing.assert_array_equal(batch['day'][1],
-                                events.time[74:80] // 86400 % 7)
+  np.testing.assert_array_equal(batch['behavior'][0, 3:], events.behavior[40:43])
+  np.testing.assert_array_equal(batch['hour'][1], events.time[74:80] // 3600 % 24)
+  np.testing.assert_array_equal(batch['day'][1], events.time[74:80] // 86400 % 7)
   config.data.weekday = False
   assert not sasrec.windows(events, np.array([43]), config)['day'].any()
 
@@ -146,7 +165,8 @@ def test_the_loss_is_cross_entropy_over_targets_alone():
   config, events = make_config(), make_events()
   model = make_model(config)
   batch = sasrec.targets(
-      events, sasrec.windows(events, np.array([32, 43, 71]), config), 'train')
+    events, sasrec.windows(events, np.array([32, 43, 71]), config), 'train'
+  )
   logits = np.asarray(model(batch), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   place = np.argwhere(batch['weight'] > 0)
@@ -169,8 +189,7 @@ def test_it_learns_what_two_events_decide_and_markov_cannot():
   config = make_config(steps=400, batch=32, learning_rate=5e-3)
   samples = np.flatnonzero(events.split == 2)
   model = sasrec.fit(events, config)
-  hits = lambda scores: np.mean(
-      scores.argmax(1) == events.behavior[samples])
+  hits = lambda scores: np.mean(scores.argmax(1) == events.behavior[samples])
   assert hits(sasrec.log_probs(model, events, samples, config)) > 0.9
   assert hits(baselines.scores('markov', events, samples)) < 0.6
 
@@ -182,7 +201,8 @@ def test_only_the_training_split_teaches_and_a_seed_repeats():
   one, two = (sasrec.fit(e, config) for e in (events, other))
   samples = np.flatnonzero(events.split == 1)
   first, second = (
-      sasrec.log_probs(model, events, samples, config) for model in (one, two))
+    sasrec.log_probs(model, events, samples, config) for model in (one, two)
+  )
   np.testing.assert_array_equal(first, second)
   config.seed = 1
   third = sasrec.log_probs(sasrec.fit(events, config), events, samples, config)
@@ -201,14 +221,17 @@ def test_behaviors_that_training_does_not_know_share_one_id():
 def test_targets_are_those_of_the_split_alone():
   config, events = make_config(), make_events()
   window = sasrec.windows(events, np.array([32]), config)  # Training: to 29.
-  for split, want in (('train', [1, 1, 1, 0, 0, 0]),
-                      ('validation', [0, 0, 0, 1, 1, 1])):
+  for split, want in (
+    ('train', [1, 1, 1, 0, 0, 0]),
+    ('validation', [0, 0, 0, 1, 1, 1]),
+  ):
     weight = sasrec.targets(events, window, split)['weight'][0]
     np.testing.assert_array_equal(weight, want)
 
 
-@pytest.mark.parametrize('losses, best', [
-    ((3, 1, 2), 1), ((np.nan, np.nan, np.nan), None)])
+@pytest.mark.parametrize(
+  'losses, best', [((3, 1, 2), 1), ((np.nan, np.nan, np.nan), None)]
+)
 def test_the_best_in_validation_is_kept(monkeypatch, losses, best):
   seen, config = [], make_config(steps=3)
   weights = lambda model: np.array(model.behaviors.embedding[...])

@@ -18,8 +18,13 @@ from behaviorlm_jax.train import step
 
 END = 299  # closes every name below; itself a name, the one-token one
 NAMES = [
-  [5, 6, 7, END], [5, 6, 8, END], [5, 6, 6, 6, 6, END], [5, END], [END],
-  [9, 6, 7, END], [10, 10, END],
+  [5, 6, 7, END],
+  [5, 6, 8, END],
+  [5, 6, 6, 6, 6, END],
+  [5, END],
+  [END],
+  [9, 6, 7, END],
+  [10, 10, END],
 ]
 LENGTHS = (40, 1, 17, 90, 40)  # two widths, not sorted, no multiple of a batch
 
@@ -61,10 +66,13 @@ def test_scores_equal_one_forward_per_name(llama, brute_force):
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize('chosen, chunk', [
-  pytest.param(slice(None), 3, id='rest of one name'),
-  pytest.param(slice(3, 6), 1, id='a tree without inner nodes'),
-])
+@pytest.mark.parametrize(
+  'chosen, chunk',
+  [
+    pytest.param(slice(None), 3, id='rest of one name'),
+    pytest.param(slice(3, 6), 1, id='a tree without inner nodes'),
+  ],
+)
 def test_names_cut_into_chunks_score_as_the_whole_list(llama, chosen, chunk):
   prompts = make_prompts((40, 1, 17))
   whole = whole_scores(llama[1], prompts)
@@ -85,8 +93,9 @@ def within_names(model, prompts, names):
   for row, prompt in enumerate(prompts):
     for column, name in enumerate(names):
       for i in range(len(name)):
-        nexts = {other[i] for other in names
-                 if len(other) > i and other[:i] == name[:i]}
+        nexts = {
+          other[i] for other in names if len(other) > i and other[:i] == name[:i]
+        }
         tokens = torch.tensor([[*prompt, *name[:i]]])
         with torch.no_grad():
           logits = model(tokens.long()).logits[0, -1].double()
@@ -100,10 +109,10 @@ def test_scores_within_names_equal_a_softmax_over_what_goes_on(llama, fields):
   model, base = llama
   prompts = make_prompts()
   found = whole_scores(base, prompts, softmax='names', **fields)
-  np.testing.assert_allclose(found, within_names(model, prompts, NAMES),
-                             rtol=0, atol=1e-3)
-  np.testing.assert_allclose(np.exp(found.astype(np.float64)).sum(axis=1), 1,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    found, within_names(model, prompts, NAMES), rtol=0, atol=1e-3
+  )
+  np.testing.assert_allclose(np.exp(found.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
 
 
 def test_within_names_only_what_tells_names_apart_is_run(llama):
@@ -143,29 +152,33 @@ def many_names():
   Many begin alike, so that a search can leave out whole branches.
   """
   generator = np.random.default_rng(1)
-  names = {(*generator.integers(0, 8, n).tolist(), END)
-           for n in generator.integers(1, 5, 150)}
+  names = {
+    (*generator.integers(0, 8, n).tolist(), END) for n in generator.integers(1, 5, 150)
+  }
   return [list(name) for name in sorted(names)]
 
 
 @pytest.mark.parametrize('tolerance', [1e-3, 0.3])
 def test_a_certified_search_equals_the_whole_list(llama, tolerance):
   names, prompts = many_names(), make_prompts((40, 1, 17, 33, 70))
-  expected = labels.log_softmax(
-    whole_scores(llama[1], prompts, names))
+  expected = labels.log_softmax(whole_scores(llama[1], prompts, names))
   # A bad name, too, is scored where it is wanted.
   wanted = np.argsort(expected, axis=1)[:, [0, 3, -9, -2, -1]].diagonal()
   scorer = make_scorer(llama[1], names, long=1, tolerance=tolerance)
   scores, uncertified = scorer(None, prompts, wanted)
   assert uncertified.tolist() == [False] * len(prompts)
   found, rows = labels.log_softmax(scores), np.arange(len(prompts))
-  np.testing.assert_allclose(found[rows, wanted], expected[rows, wanted],
-                             rtol=0, atol=tolerance + 1e-4)
+  np.testing.assert_allclose(
+    found[rows, wanted], expected[rows, wanted], rtol=0, atol=tolerance + 1e-4
+  )
   best = labels.best(expected)
   assert (labels.best(found) == best).all()
-  np.testing.assert_allclose(np.take_along_axis(found, best, 1),
-                             np.take_along_axis(expected, best, 1),
-                             rtol=0, atol=tolerance + 1e-4)
+  np.testing.assert_allclose(
+    np.take_along_axis(found, best, 1),
+    np.take_along_axis(expected, best, 1),
+    rtol=0,
+    atol=tolerance + 1e-4,
+  )
 
 
 def test_a_lax_search_runs_less(llama, monkeypatch):
@@ -181,16 +194,14 @@ def test_a_lax_search_runs_less(llama, monkeypatch):
   assert 0 < rounds[1] < rounds[0]
 
 
-def test_what_is_not_certified_in_its_slots_is_scored_whole(
-    llama, monkeypatch):
+def test_what_is_not_certified_in_its_slots_is_scored_whole(llama, monkeypatch):
   monkeypatch.setattr(scorer_lib, '_SLOTS', scorer_lib._ROUND)
   prompts, counts = make_prompts(), []
   scorer = make_scorer(llama[1], many_names(), long=1, tolerance=1e-6)
   scores, uncertified = scorer(None, prompts, progress=counts.append)
   assert uncertified.all()
   assert sum(counts) == len(prompts)
-  np.testing.assert_array_equal(
-    scores, whole_scores(llama[1], prompts, many_names()))
+  np.testing.assert_array_equal(scores, whole_scores(llama[1], prompts, many_names()))
 
 
 def test_tolerance_zero_scores_whole_lists(llama):
@@ -207,10 +218,25 @@ def test_a_search_compiles_once_per_width(llama):
 
 
 BEHAVIORS = (
-  'home', 'home office', 'coffee shop', 'coffee break', 'gym', 'bar',
-  'bus station', 'train station', 'metro station', 'department store',
-  'drugstore / pharmacy', 'bookstore', 'movie theater', 'park', 'mall',
-  'American restaurant', 'Italian restaurant', 'sandwich place', 'museum',
+  'home',
+  'home office',
+  'coffee shop',
+  'coffee break',
+  'gym',
+  'bar',
+  'bus station',
+  'train station',
+  'metro station',
+  'department store',
+  'drugstore / pharmacy',
+  'bookstore',
+  'movie theater',
+  'park',
+  'mall',
+  'American restaurant',
+  'Italian restaurant',
+  'sandwich place',
+  'museum',
 )
 LOGS = (
   'Mon 08:10 home\nMon 08:55 coffee shop\nMon 19:02',

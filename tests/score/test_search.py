@@ -15,8 +15,10 @@ ALPHABET = 6
 
 def make_tree(rng, count=60, longest=5):
   """A tree over random names, each closed by the token 0."""
-  names = {(*rng.integers(1, ALPHABET, n).tolist(), 0)
-           for n in rng.integers(1, longest + 1, count)}
+  names = {
+    (*rng.integers(1, ALPHABET, n).tolist(), 0)
+    for n in rng.integers(1, longest + 1, count)
+  }
   return labels.build(sorted(names))
 
 
@@ -41,8 +43,14 @@ def run(index, edges, one, most=4, rounds=1000):
 
 
 def start(index, edges, tolerance=1e-3, top=3, wanted=None, guesses=None):
-  return search.Search(index, guesses or search.Guesses(index),
-                       edges[index.edges[0]], tolerance, top, wanted)
+  return search.Search(
+    index,
+    guesses or search.Guesses(index),
+    edges[index.edges[0]],
+    tolerance,
+    top,
+    wanted,
+  )
 
 
 @pytest.mark.parametrize('spread', [0.3, 2.0, 6.0])
@@ -117,20 +125,19 @@ def test_a_node_sees_itself_and_its_ancestors():
 
 def test_names_below_an_open_prefix_share_its_mass():
   index = search.Index(labels.build([[5, 6, 9], [5, 7, 9], [8, 9], [9]]))
-  one = search.Search(index, search.Guesses(index), np.log([0.5, 0.2, 0.1]), 1,
-                      1)
-  np.testing.assert_allclose(np.exp(one.result()), [0.25, 0.25, 0.2, 0.1],
-                             rtol=1e-6)
+  one = search.Search(index, search.Guesses(index), np.log([0.5, 0.2, 0.1]), 1, 1)
+  np.testing.assert_allclose(np.exp(one.result()), [0.25, 0.25, 0.2, 0.1], rtol=1e-6)
 
 
 def test_guesses_are_mean_log_probabilities():
   index = search.Index(labels.build([[5, 6, 9], [5, 7, 9]]))
   guesses = search.Guesses(index)
-  np.testing.assert_allclose(guesses.mean, np.log([1, .5, 1, .5, 1]))
+  np.testing.assert_allclose(guesses.mean, np.log([1, 0.5, 1, 0.5, 1]))
   guesses.learn([1, 3], np.array([-1.0, -2.0]))
   guesses.learn([1, 3], np.array([-3.0, -4.0]))
   np.testing.assert_allclose(
-    guesses.mean, [0, (-4 - np.log(2)) / 3, 0, (-6 - np.log(2)) / 3, 0])
+    guesses.mean, [0, (-4 - np.log(2)) / 3, 0, (-6 - np.log(2)) / 3, 0]
+  )
 
 
 def test_guesses_save_work_and_change_nothing_certified():
@@ -144,5 +151,6 @@ def test_guesses_save_work_and_change_nothing_certified():
     counts.append(sum(map(len, run(index, edges, one, most=24))))
     found.append(labels.log_softmax(one.result()[None])[0])
   assert counts[-1] < counts[0]
-  np.testing.assert_allclose(found[-1][list(one.scores)],
-                             found[0][list(one.scores)], atol=2e-3)
+  np.testing.assert_allclose(
+    found[-1][list(one.scores)], found[0][list(one.scores)], atol=2e-3
+  )

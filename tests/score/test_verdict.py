@@ -15,9 +15,12 @@ BETTER = change('accuracy', 0.3, 0.4, (0.05, 0.15))
 WORSE = change('tail macro-F1', 0.2, 0.1, (-0.15, -0.02))
 WITHIN = change('anchor macro-F1', 0.2, 0.25, (-0.02, 0.12))
 WHOLE = Outcome(
-    final='B-Tuning', samples={'all': 900, 'anchor': 700, 'tail': 200},
-    scores={'accuracy': (0.4, (0.35, 0.45)), 'tail macro-F1': (0.1, None)},
-    users=80, contrasts={'the untuned model': [BETTER, WORSE, WITHIN]})
+  final='B-Tuning',
+  samples={'all': 900, 'anchor': 700, 'tail': 200},
+  scores={'accuracy': (0.4, (0.35, 0.45)), 'tail macro-F1': (0.1, None)},
+  users=80,
+  contrasts={'the untuned model': [BETTER, WORSE, WITHIN]},
+)
 
 
 def with_changes(*changes):
@@ -27,12 +30,13 @@ def with_changes(*changes):
 def test_better_and_worse_only_where_the_interval_leaves_zero_out():
   text = verdict(WHOLE)
   assert text == (
-      'On 900 test events of 80 users, B-Tuning reaches accuracy 0.400 (0.350 '
-      'to 0.450) and tail macro-F1 0.100. Against the untuned model it is '
-      'better in accuracy +0.100 (0.050 to 0.150) and worse in tail macro-F1 '
-      '-0.100 (-0.150 to -0.020), larger than the uncertainty; within it: '
-      'anchor macro-F1 +0.050 (-0.020 to 0.120). Brackets hold 95 % intervals '
-      'from redrawn users.')
+    'On 900 test events of 80 users, B-Tuning reaches accuracy 0.400 (0.350 '
+    'to 0.450) and tail macro-F1 0.100. Against the untuned model it is '
+    'better in accuracy +0.100 (0.050 to 0.150) and worse in tail macro-F1 '
+    '-0.100 (-0.150 to -0.020), larger than the uncertainty; within it: '
+    'anchor macro-F1 +0.050 (-0.020 to 0.120). Brackets hold 95 % intervals '
+    'from redrawn users.'
+  )
 
 
 def test_an_interval_that_ends_at_zero_does_not_leave_it_out():
@@ -49,8 +53,9 @@ def test_a_large_change_within_its_uncertainty_is_no_gain():
 def test_clear_changes_alone_need_no_second_half():
   text = with_changes(BETTER)
   assert text.split('. ')[1] == (
-      'Against X it is better in accuracy +0.100 (0.050 to 0.150), larger than '
-      'the uncertainty')
+    'Against X it is better in accuracy +0.100 (0.050 to 0.150), larger than '
+    'the uncertainty'
+  )
 
 
 def test_equal_predictions_are_called_so():
@@ -68,9 +73,14 @@ def test_baselines_are_named_where_they_differ():
 
 
 def test_one_user_gives_no_claim_and_no_interval():
-  text = verdict(dataclasses.replace(
-      WHOLE, users=1, scores={'accuracy': (0.4, None)},
-      contrasts={'X': [dataclasses.replace(BETTER, interval=None)]}))
+  text = verdict(
+    dataclasses.replace(
+      WHOLE,
+      users=1,
+      scores={'accuracy': (0.4, None)},
+      contrasts={'X': [dataclasses.replace(BETTER, interval=None)]},
+    )
+  )
   assert 'of 1 user,' in text
   assert 'Against X it differs by accuracy +0.100.' in text
   assert text.endswith('one user, so no uncertainty can be given.')
@@ -78,28 +88,31 @@ def test_one_user_gives_no_claim_and_no_interval():
 
 
 def test_small_groups_and_few_users_are_warned_of():
-  text = verdict(dataclasses.replace(
-      WHOLE, samples={'all': 739, 'anchor': 700, 'tail': 39}, users=4))
+  text = verdict(
+    dataclasses.replace(WHOLE, samples={'all': 739, 'anchor': 700, 'tail': 39}, users=4)
+  )
   assert 'Caution: few test events (39 tail; below 50)' in text
   assert text.endswith('; with 4 users the intervals are rough.')
   assert 'Caution' not in verdict(WHOLE)
 
 
 def test_no_tail_sample_is_said_rather_than_scored():
-  text = verdict(dataclasses.replace(
-      WHOLE, samples={'all': 700, 'anchor': 700, 'tail': 0}))
+  text = verdict(
+    dataclasses.replace(WHOLE, samples={'all': 700, 'anchor': 700, 'tail': 0})
+  )
   assert text.endswith('so nothing is known of the tail.')
   assert 'few' not in text
 
 
 def test_nothing_to_compare_with_leaves_the_scores():
-  text = verdict(dataclasses.replace(
-      WHOLE, final='the untuned model', contrasts={}))
+  text = verdict(dataclasses.replace(WHOLE, final='the untuned model', contrasts={}))
   assert 'the untuned model reaches accuracy' in text and 'Against' not in text
 
 
 def test_three_to_six_sentences():
   fullest = dataclasses.replace(
-      WHOLE, samples={'all': 90, 'anchor': 70, 'tail': 20}, contrasts={
-          name: [BETTER, WORSE, WITHIN] for name in ('X', 'Y', 'Z')})
+    WHOLE,
+    samples={'all': 90, 'anchor': 70, 'tail': 20},
+    contrasts={name: [BETTER, WORSE, WITHIN] for name in ('X', 'Y', 'Z')},
+  )
   assert verdict(fullest).count('. ') + 1 == 6

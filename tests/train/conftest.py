@@ -8,8 +8,7 @@ from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
 
 VOCAB, RANK = 300, 3
-TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
-           'down_proj')
+TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 
 @pytest.fixture(scope='session')
@@ -29,8 +28,9 @@ def adapter(llama):
   fresh = lora.init(llama.config, RANK, TARGETS, jax.random.key(0))
   generator = np.random.default_rng(0)
   draw = lambda b: generator.normal(0, 0.05, b.shape).astype(np.float32)
-  return {name: {'a': np.asarray(ab['a']), 'b': draw(ab['b'])}
-          for name, ab in fresh.items()}
+  return {
+    name: {'a': np.asarray(ab['a']), 'b': draw(ab['b'])} for name, ab in fresh.items()
+  }
 
 
 @pytest.fixture
@@ -39,8 +39,10 @@ def make_batch():
 
   def make(rows, length=24, answers=10, seed=0):
     generator = np.random.default_rng(seed)
-    batch = {name: np.zeros((len(rows), length), np.int32)
-             for name in ('tokens', 'segments', 'positions')}
+    batch = {
+      name: np.zeros((len(rows), length), np.int32)
+      for name in ('tokens', 'segments', 'positions')
+    }
     for name in ('answer_positions', 'answer_tokens'):
       batch[name] = np.zeros((len(rows), answers), np.int32)
     batch['answer_nodes'] = np.full((len(rows), answers), -1, np.int32)

@@ -46,12 +46,12 @@ def draw_batch(generator):
     'segments': segments.astype(np.int32),
     'positions': positions.astype(np.int32),
     'answer_positions': draw(LENGTH, ANSWERS),
-    'answer_tokens': np.where(own, TREE.edge_tokens[edges],
-                              draw(256, ANSWERS)).astype('i4'),
+    'answer_tokens': np.where(own, TREE.edge_tokens[edges], draw(256, ANSWERS)).astype(
+      'i4'
+    ),
     'answer_nodes': np.where(own, TREE.edge_nodes[edges], -1).astype('i4'),
     # Some are none: rows differ in how many answers they have.
-    'answer_weights': generator.uniform(-1, 2, (ROWS, ANSWERS)).astype('f4')
-                      .clip(0),
+    'answer_weights': generator.uniform(-1, 2, (ROWS, ANSWERS)).astype('f4').clip(0),
     'answer_auxiliary': ~own,
     'samples': np.ones(ROWS, 'i4'),
   }
@@ -60,11 +60,13 @@ def draw_batch(generator):
 def make_plan(batch):
   """A plan whose rows have as many answers of each kind as the batch's."""
   counted = batch['answer_weights'] > 0
-  counts = [(counted & (batch['answer_auxiliary'] == own)).sum(axis=1)
-            for own in (False, True)]
-  rows = [[{'kind': kind, 'answers': int(n)}
-           for kind, n in zip(KINDS, row, strict=True)]
-          for row in np.transpose(counts)]
+  counts = [
+    (counted & (batch['answer_auxiliary'] == own)).sum(axis=1) for own in (False, True)
+  ]
+  rows = [
+    [{'kind': kind, 'answers': int(n)} for kind, n in zip(KINDS, row, strict=True)]
+    for row in np.transpose(counts)
+  ]
   return plan_lib.Plan(rows, ANSWERS, '')
 
 
@@ -72,8 +74,10 @@ def collectives(text):
   """[kind, shape] of everything that an HLO text sends between devices."""
   text, found = re.sub(r'/\*.*?\*/', '', text), set()
   for shapes, kind in re.findall(
-      r'= (\([^=]*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|'
-      r'collective-permute|collective-broadcast)(?:-start)?\(', text):
+    r'= (\([^=]*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+    r'collective-permute|collective-broadcast)(?:-start)?\(',
+    text,
+  ):
     for shape in re.findall(r'\w+\[([\d,]*)\]', shapes):
       found.add((kind, tuple(int(n) for n in shape.split(',') if n)))
   return sorted(found)
@@ -95,6 +99,7 @@ class Reader:
       values = read(index)
       self.bytes += values.nbytes
       return values
+
     return self.layout.place(name, shape, dtype, counted)
 
 
@@ -103,33 +108,42 @@ def train(sizes, whole, order):
   devices; if `whole`, losses with divergence and scores after a search, too.
   `order`: of the devices in the mesh, or None."""
   config = config_lib.default()
-  config.train.update({'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2,
-                       'accumulate': PARTS})
+  config.train.update(
+    {'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2, 'accumulate': PARTS}
+  )
   config.mesh.update(sizes)
   base = weights.open_base('random://tiny')
   devices = jax.devices()
-  with mock.patch('jax.devices', lambda: [devices[i] for i in order or range(
-      len(devices))]):
+  with mock.patch(
+    'jax.devices', lambda: [devices[i] for i in order or range(len(devices))]
+  ):
     layout = sharding.make_layout(config).of(base.config)
   reader = Reader(layout)
   params = weights.read_params(base, np.float32, reader)
   adapter = jax.device_get(
-      lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0)))
+    lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
+  )
   optimizer, schedule = step_lib.make_optimizer(config.train)
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(layout, shapes, optimizer)
   attach = step_lib.attacher(base.config, config, layout, 'float32')
   batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
   plan = make_plan(batch)
-  batch = layout.put_rows(
-      {name: x[own] for name, x in batch.items()}, ROWS)
-  most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS,
-                           layout.row_parts)
+  batch = layout.put_rows({name: x[own] for name, x in batch.items()}, ROWS)
+  most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS, layout.row_parts)
 
   def losses(*most):
     state, found = step_lib.init_state(adapter, optimizer, places), []
-    run = step_lib.make_step(attach, optimizer, schedule, PARTS, places, layout,
-                             *most, names=step_lib.names_of(TREE))
+    run = step_lib.make_step(
+      attach,
+      optimizer,
+      schedule,
+      PARTS,
+      places,
+      layout,
+      *most,
+      names=step_lib.names_of(TREE),
+    )
     compiled = run.lower(state, params, batch).compile()
     for _ in range(STEPS):
       state, metrics = compiled(state, params, batch)
@@ -137,24 +151,33 @@ def train(sizes, whole, order):
     return found, state, collectives(compiled.as_text())
 
   likely, state, sent = losses(most())
-  result = {'losses': likely, 'sent': sent, 'devices': jax.device_count(),
-            'read': reader.bytes, 'bytes': {
-                'params': local_bytes(params),
-                'adapter': local_bytes(state['adapter']),
-                'optimizer': local_bytes(state['optimizer'])}}
+  result = {
+    'losses': likely,
+    'sent': sent,
+    'devices': jax.device_count(),
+    'read': reader.bytes,
+    'bytes': {
+      'params': local_bytes(params),
+      'adapter': local_bytes(state['adapter']),
+      'optimizer': local_bytes(state['optimizer']),
+    },
+  }
   if not whole:
     return result
   config.score.softmax = 'vocabulary'  # A tree that is worth a search.
-  scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout,
-                             long=0)
+  scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout, long=0)
   prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
   scores, _ = scorer(state['adapter'], prompts)
   config.score.softmax = 'names'
   named, _ = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)(
-    state['adapter'], prompts)
+    state['adapter'], prompts
+  )
   return result | {
-      'losses_kl': losses(*map(most, KINDS))[0], 'scores': scores.tolist(),
-      'named': named.tolist(), 'compiled': scorer._expand._cache_size()}
+    'losses_kl': losses(*map(most, KINDS))[0],
+    'scores': scores.tolist(),
+    'named': named.tolist(),
+    'compiled': scorer._expand._cache_size(),
+  }
 
 
 def main(task):
@@ -162,9 +185,14 @@ def main(task):
   config.distributed.update(task.get('distributed', {}))
   hosts.start(config.distributed)
   orders = task.get('orders', [None] * len(task['meshes']))
-  print(json.dumps([train(sizes, task.get('whole', False), order)
-                    for sizes, order in zip(task['meshes'], orders,
-                                            strict=True)]))
+  print(
+    json.dumps(
+      [
+        train(sizes, task.get('whole', False), order)
+        for sizes, order in zip(task['meshes'], orders, strict=True)
+      ]
+    )
+  )
 
 
 if __name__ == '__main__':

@@ -35,8 +35,9 @@ async def _full_later(*arguments, **named):
 
 # Every host's part, and what process 0 writes of the whole.
 DISKS = {
-    'part': (array_metadata_store.Store, 'write', _full_later),
-    'whole': (checkpoint_metadata._MetadataStoreImpl, 'write', _full)}
+  'part': (array_metadata_store.Store, 'write', _full_later),
+  'whole': (checkpoint_metadata._MetadataStoreImpl, 'write', _full),
+}
 
 
 @pytest.fixture
@@ -51,8 +52,7 @@ def others(monkeypatch):
       there.set()
     set_value(self, value)
 
-  monkeypatch.setattr(
-      synchronization.MultihostSynchronizedValue, 'set', wait_for_all)
+  monkeypatch.setattr(synchronization.MultihostSynchronizedValue, 'set', wait_for_all)
   yield there
   there.set()
 
@@ -60,7 +60,8 @@ def others(monkeypatch):
 @pytest.mark.parametrize('then', ['wait', 'save'])
 @pytest.mark.parametrize('disk', DISKS)
 def test_a_host_that_cannot_write_does_not_wait_for_the_others(
-    checkpoints, others, monkeypatch, disk, then):
+  checkpoints, others, monkeypatch, disk, then
+):
   with monkeypatch.context() as patch:
     patch.setattr(*DISKS[disk])
     checkpoints.save(state(1))

@@ -27,10 +27,12 @@ def mesh(data=1, fsdp=1, tensor=1):
 
 def start(devices, task):
   return subprocess.Popen(
-    [sys.executable, str(WORKER), json.dumps(task)], text=True,
-    env=os.environ | {
-      'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PLATFORMS': 'cpu'},
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    [sys.executable, str(WORKER), json.dumps(task)],
+    text=True,
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def finish(process):
@@ -56,8 +58,15 @@ def adapter_bytes(sizes):
   """On a device, from the table: a [2, R, in] and b [2, out, R] in float32."""
   f, t = sizes['fsdp'], sizes['tensor']
   embed, heads, kv, mlp = 64 / f, 64 / t, 32 / t, 128 / t
-  pairs = ((embed, heads), (embed, kv), (embed, kv), (heads, embed),
-           (embed, mlp), (embed, mlp), (mlp, embed))
+  pairs = (
+    (embed, heads),
+    (embed, kv),
+    (embed, kv),
+    (heads, embed),
+    (embed, mlp),
+    (embed, mlp),
+    (mlp, embed),
+  )
   return 4 * 2 * RANK * sum(into + out for into, out in pairs)
 
 
@@ -90,9 +99,10 @@ def check_sent(sizes, result):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices, meshes', [
-  (2, [mesh(data=2), mesh(fsdp=2), mesh(tensor=2)]),
-  (4, [mesh(data=2, fsdp=2)])])
+@pytest.mark.parametrize(
+  'devices, meshes',
+  [(2, [mesh(data=2), mesh(fsdp=2), mesh(tensor=2)]), (4, [mesh(data=2, fsdp=2)])],
+)
 def test_devices_change_no_loss(devices, meshes, alone):
   found = finish(start(devices, {'meshes': meshes}))
   for sizes, result in zip(meshes, found, strict=True):
@@ -110,8 +120,7 @@ def test_one_and_eight_devices_give_the_same_losses_and_scores(alone):
   for sizes, result in zip(meshes, found, strict=True):
     assert result['devices'] == 8
     check_losses(result, alone)
-    np.testing.assert_allclose(result['losses_kl'], alone['losses_kl'],
-                               rtol=1e-4)
+    np.testing.assert_allclose(result['losses_kl'], alone['losses_kl'], rtol=1e-4)
     for kind in ('scores', 'named'):
       np.testing.assert_allclose(result[kind], alone[kind], atol=1e-3)
     assert result['compiled'] == 1  # Rounds keep the cache where it is.
@@ -127,9 +136,22 @@ def test_two_processes_with_two_devices_each_give_the_same_losses(alone):
     port = server.getsockname()[1]
   meshes = [mesh(data=4), mesh(fsdp=4), mesh(fsdp=2, tensor=2), mesh(tensor=4)]
   orders = [[0, 2, 1, 3], [0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]]
-  started = [start(2, {'meshes': meshes, 'orders': orders, 'distributed': {
-    'coordinator': f'localhost:{port}', 'processes': 2, 'process': process,
-    'timeout': 60}}) for process in range(2)]
+  started = [
+    start(
+      2,
+      {
+        'meshes': meshes,
+        'orders': orders,
+        'distributed': {
+          'coordinator': f'localhost:{port}',
+          'processes': 2,
+          'process': process,
+          'timeout': 60,
+        },
+      },
+    )
+    for process in range(2)
+  ]
   for found in map(finish, started):
     for sizes, result in zip(meshes, found, strict=True):
       assert result['devices'] == 4
@@ -157,28 +179,30 @@ def divided(layout, sizes, axes, shape, name='', head_dim=1):
 
 def test_the_table_of_the_config_decides():
   axes, shape = ('layers', 'heads', 'embed'), (2, 64, 64)
-  assert divided(make_layout(), mesh(1, 2, 2), axes, shape) == (
-    None, 'tensor', 'fsdp')
+  assert divided(make_layout(), mesh(1, 2, 2), axes, shape) == (None, 'tensor', 'fsdp')
   other = make_layout(**{'sharding.embed': (), 'sharding.layers': ('fsdp',)})
-  assert divided(other, mesh(1, 2, 2), axes, shape) == (
-    'fsdp', 'tensor', None)
+  assert divided(other, mesh(1, 2, 2), axes, shape) == ('fsdp', 'tensor', None)
 
 
 def test_what_cannot_be_divided_is_whole_on_every_device_and_in_the_log(caplog):
   axes, shape = ('layers', 'kv_heads', 'embed'), (2, 3 * 64, 576)
   with caplog.at_level(logging.INFO):
-    spec = divided(make_layout(), mesh(1, 4, 2), axes, shape, 'layers.k_proj',
-                   head_dim=64)
+    spec = divided(
+      make_layout(), mesh(1, 4, 2), axes, shape, 'layers.k_proj', head_dim=64
+    )
   assert spec == (None, None, 'fsdp')
-  assert 'layers.k_proj: 3 kv_heads cannot be divided by tensor (2)' in (
-    caplog.text)
+  assert 'layers.k_proj: 3 kv_heads cannot be divided by tensor (2)' in (caplog.text)
 
 
-@pytest.mark.parametrize('fields, message', [
-  ({'sharding.embed': ('fdsp',)}, r"sharding.embed is \('fdsp',\); give axes"),
-  ({'sharding.mlp': ('data', 'data')}, 'each once: data, fsdp, tensor'),
-  ({'mesh.data': 3}, 'mesh.data x fsdp x tensor is 3 x 1 x 1, but there'),
-  ({'train.batch': 3, 'train.accumulate': 2}, 'train.batch is 3, but')])
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'sharding.embed': ('fdsp',)}, r"sharding.embed is \('fdsp',\); give axes"),
+    ({'sharding.mlp': ('data', 'data')}, 'each once: data, fsdp, tensor'),
+    ({'mesh.data': 3}, 'mesh.data x fsdp x tensor is 3 x 1 x 1, but there'),
+    ({'train.batch': 3, 'train.accumulate': 2}, 'train.batch is 3, but'),
+  ],
+)
 def test_a_layout_that_cannot_be_is_refused(fields, message):
   with pytest.raises(InputError, match=message):
     make_layout(**fields)
@@ -186,10 +210,12 @@ def test_a_layout_that_cannot_be_is_refused(fields, message):
 
 def test_one_axis_of_the_mesh_for_two_of_an_array_is_refused():
   layout = make_layout(**{'sharding.heads': ('fsdp',)})
-  with pytest.raises(InputError, match=r'q_proj is divided along fsdp, fsdp by '
-                                       r'sharding\.heads, sharding\.embed'):
-    divided(layout, mesh(fsdp=2), ('layers', 'heads', 'embed'), (2, 64, 64),
-            'q_proj')
+  with pytest.raises(
+    InputError,
+    match=r'q_proj is divided along fsdp, fsdp by '
+    r'sharding\.heads, sharding\.embed',
+  ):
+    divided(layout, mesh(fsdp=2), ('layers', 'heads', 'embed'), (2, 64, 64), 'q_proj')
 
 
 def test_gather_gives_every_host_whole_arrays():

@@ -17,8 +17,14 @@ from behaviorlm_jax.train import step as step_lib
 
 # (tokens, answers) of each row's segments: no two rows weigh the same.
 ROWS = (
-  [(24, 1)], [(9, 2), (15, 7)], [(5, 1), (8, 1), (6, 3)], [(12, 10)],
-  [(3, 2)], [(20, 5)], [(10, 1), (10, 8)], [(23, 4)],
+  [(24, 1)],
+  [(9, 2), (15, 7)],
+  [(5, 1), (8, 1), (6, 3)],
+  [(12, 10)],
+  [(3, 2)],
+  [(20, 5)],
+  [(10, 1), (10, 8)],
+  [(23, 4)],
 )
 
 
@@ -51,8 +57,10 @@ def torch_loss(model, batch, base=None):
       tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
       scores = torch.log_softmax(model(tokens[None]).logits[0], -1)
       for position, token, weight, auxiliary in zip(
-        batch['answer_positions'][row], batch['answer_tokens'][row],
-        batch['answer_weights'][row], batch['answer_auxiliary'][row],
+        batch['answer_positions'][row],
+        batch['answer_tokens'][row],
+        batch['answer_weights'][row],
+        batch['answer_auxiliary'][row],
         strict=True,
       ):
         if not weight or position not in where:
@@ -61,7 +69,8 @@ def torch_loss(model, batch, base=None):
         if base and auxiliary:
           expected = base(tokens[None]).logits[0, at].detach().softmax(-1)
           total = total + weight * torch.nn.functional.kl_div(
-            scores[at], expected, reduction='sum')
+            scores[at], expected, reduction='sum'
+          )
         else:
           total = total - weight * scores[at, token]
   return total / batch['answer_weights'].sum()
@@ -70,8 +79,10 @@ def torch_loss(model, batch, base=None):
 def torch_gradient(llama, adapter, folder, batch, auxiliary='answers'):
   """Loss and gradient of the exported adapter by peft and autograd."""
   lora.export(folder, adapter, make_config().lora.alpha, llama.folder)
-  bare, base = (transformers.AutoModelForCausalLM.from_pretrained(
-    llama.folder, dtype=torch.float32) for _ in range(2))
+  bare, base = (
+    transformers.AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
+    for _ in range(2)
+  )
   model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
   loss = torch_loss(model, batch, bare if auxiliary == 'kl' else None)
   loss.backward()
@@ -81,16 +92,17 @@ def torch_gradient(llama, adapter, folder, batch, auxiliary='answers'):
       if part in path:
         name = path.split(part)[0].split('.')[-1]
         found[name][side].append(parameter.grad.numpy())
-  stacked = {name: {side: np.stack(layers) for side, layers in ab.items()}
-             for name, ab in found.items()}
+  stacked = {
+    name: {side: np.stack(layers) for side, layers in ab.items()}
+    for name, ab in found.items()
+  }
   return loss.item(), stacked
 
 
 def assert_close(found, expected, share):
   """Every leaf differs by at most `share` of its largest expected value."""
   assert jax.tree.structure(found) == jax.tree.structure(expected)
-  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected),
-                        strict=True):
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     most = np.abs(other).max()
     assert most > 0
     np.testing.assert_allclose(one, other, rtol=0, atol=share * most)
@@ -127,12 +139,16 @@ def test_room_for_the_fullest_group_changes_neither_loss_nor_gradient(
   batch = make_batch(ROWS)
   answers = (batch['answer_weights'] > 0).sum(axis=1)
   # Row i goes to micro-batch i % accumulate, whose rows go to groups in order.
-  most = max(part.sum() for i in range(accumulate)
-             for part in np.split(answers[i::accumulate], groups))
+  most = max(
+    part.sum()
+    for i in range(accumulate)
+    for part in np.split(answers[i::accumulate], groups)
+  )
   assert groups * accumulate * most < batch['answer_weights'].size
   loss, expected, weight = gradient(adapter, params, batch, attach, 1)
   other_loss, found, other_weight = gradient(
-    adapter, params, batch, attach, accumulate, groups, int(most))
+    adapter, params, batch, attach, accumulate, groups, int(most)
+  )
   assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
   assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
   assert_close(found, expected, 1e-5)
@@ -156,8 +172,9 @@ def test_conversations_can_be_taught_by_their_divergence_from_the_base(
 ):
   batch = make_batch(ROWS)
   expected, theirs = torch_gradient(llama, adapter, tmp_path, batch, 'kl')
-  loss, ours, weight = gradient(adapter, params, batch, attach, 1, 1, None,
-                                batch['answer_weights'].size)
+  loss, ours, weight = gradient(
+    adapter, params, batch, attach, 1, 1, None, batch['answer_weights'].size
+  )
   assert float(weight) == pytest.approx(batch['answer_weights'].sum())
   assert float(loss) == pytest.approx(expected, rel=1e-5)
   assert_close(ours, theirs, 1e-4)
@@ -171,15 +188,19 @@ def test_room_for_the_fullest_group_does_not_change_the_divergence(
   room = batch['answer_weights'].size
   most = []
   for kind in (False, True):
-    counted = (batch['answer_weights'] > 0) & (
-      batch['answer_auxiliary'] == kind)
-    most.append(max(int(part.sum()) for i in range(accumulate)
-                    for part in np.split(counted[i::accumulate], groups)))
+    counted = (batch['answer_weights'] > 0) & (batch['answer_auxiliary'] == kind)
+    most.append(
+      max(
+        int(part.sum())
+        for i in range(accumulate)
+        for part in np.split(counted[i::accumulate], groups)
+      )
+    )
   assert min(most) > 0 and groups * accumulate * max(most) < room
-  loss, expected, weight = gradient(adapter, params, batch, attach, 1, 1, None,
-                                    room)
+  loss, expected, weight = gradient(adapter, params, batch, attach, 1, 1, None, room)
   other_loss, found, other_weight = gradient(
-    adapter, params, batch, attach, accumulate, groups, *most)
+    adapter, params, batch, attach, accumulate, groups, *most
+  )
   assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
   assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
   assert_close(found, expected, 1e-5)
@@ -192,13 +213,12 @@ KEPT = [3, 1, 4, 1, 5, 9]
 
 def taught(batch, tree, generator):
   """The batch with answers that are nodes of a tree, of windows alone."""
-  edges = generator.integers(0, len(tree.edge_tokens),
-                             batch['answer_tokens'].shape)
+  edges = generator.integers(0, len(tree.edge_tokens), batch['answer_tokens'].shape)
   own = ~batch['answer_auxiliary']
   return batch | {
-    'answer_tokens': np.where(own, tree.edge_tokens[edges],
-                              batch['answer_tokens']),
-    'answer_nodes': np.where(own, tree.edge_nodes[edges], -1).astype('i4')}
+    'answer_tokens': np.where(own, tree.edge_tokens[edges], batch['answer_tokens']),
+    'answer_nodes': np.where(own, tree.edge_nodes[edges], -1).astype('i4'),
+  }
 
 
 def torch_names_loss(model, batch, tree, bonus):
@@ -209,9 +229,13 @@ def torch_names_loss(model, batch, tree, bonus):
       where = np.flatnonzero(segments == number)
       tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
       logits = model(tokens[None]).logits[0]
-      for position, token, weight, node in zip(*(
-          batch[f'answer_{name}'][row] for name in
-          ('positions', 'tokens', 'weights', 'nodes')), strict=True):
+      for position, token, weight, node in zip(
+        *(
+          batch[f'answer_{name}'][row]
+          for name in ('positions', 'tokens', 'weights', 'nodes')
+        ),
+        strict=True,
+      ):
         if not weight or position not in where:
           continue
         own = logits[position - where[0]]
@@ -220,8 +244,7 @@ def torch_names_loss(model, batch, tree, bonus):
           edges = np.flatnonzero(tree.edge_nodes == node)
           options = tree.edge_tokens[edges].tolist()
           own = own[options] + torch.tensor(bonus[edges])
-        total = total - weight * torch.log_softmax(own, -1)[
-          options.index(token)]
+        total = total - weight * torch.log_softmax(own, -1)[options.index(token)]
   return total / batch['answer_weights'].sum()
 
 
@@ -235,21 +258,26 @@ def test_names_are_taught_within_their_list(
   assert (batch['answer_nodes'] >= 0).any()
   assert (batch['answer_weights'][batch['answer_nodes'] < 0] > 0).any()
   # Names below each edge, by their beginnings.
-  below = [[i for i in range(len(NAMES)) if edge in tree.paths[i]]
-           for edge in range(len(tree.edge_tokens))]
+  below = [
+    [i for i in range(len(NAMES)) if edge in tree.paths[i]]
+    for edge in range(len(tree.edge_tokens))
+  ]
   bonus = np.zeros(len(below), 'f4')
   if drawn:
-    bonus = np.log([sum(drawn[i] for i in names) / sum(KEPT[i] for i in names)
-                    for names in below]).astype('f4')
+    bonus = np.log(
+      [sum(drawn[i] for i in names) / sum(KEPT[i] for i in names) for names in below]
+    ).astype('f4')
   lora.export(tmp_path, adapter, make_config().lora.alpha, llama.folder)
   base = transformers.AutoModelForCausalLM.from_pretrained(
-    llama.folder, dtype=torch.float32)
+    llama.folder, dtype=torch.float32
+  )
   model = peft.PeftModel.from_pretrained(base, tmp_path)
   with torch.no_grad():
     expected = torch_names_loss(model, batch, tree, bonus).item()
   names = step_lib.names_of(tree, drawn, KEPT)
-  loss, _, _ = gradient(adapter, params, batch, attach, accumulate, 1, most,
-                        None, names)
+  loss, _, _ = gradient(
+    adapter, params, batch, attach, accumulate, 1, most, None, names
+  )
   assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -260,8 +288,7 @@ def test_the_balanced_loss_is_that_of_the_balanced_softmax():
   scores = np.random.default_rng(0).normal(0, 3, len(COUNTS))
   found = [names.losses(scores, np.int32(y), 0) for y in range(len(COUNTS))]
   joint = np.log(COUNTS) + scores
-  np.testing.assert_allclose(found, np.logaddexp.reduce(joint) - joint,
-                             rtol=1e-4)
+  np.testing.assert_allclose(found, np.logaddexp.reduce(joint) - joint, rtol=1e-4)
 
 
 @pytest.mark.parametrize('kept', [KEPT, [1] * len(NAMES)])
@@ -278,11 +305,12 @@ def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
     return names.losses(logits[at], tree.edge_tokens[path], at).sum()
 
   def loss(logits):
-    return sum(share * loss_of(names, name, logits)
-               for name, share in enumerate(drawn))
+    return sum(share * loss_of(names, name, logits) for name, share in enumerate(drawn))
 
-  below = [sum(k for name, k in enumerate(kept) if edge in tree.path(name))
-           for edge in range(len(tree.edge_tokens))]
+  below = [
+    sum(k for name, k in enumerate(kept) if edge in tree.path(name))
+    for edge in range(len(tree.edge_tokens))
+  ]
   best = np.zeros((nodes, 20), 'f4')
   best[tree.edge_nodes, tree.edge_tokens] = np.log(below)
   slope = jax.grad(loss)
@@ -322,7 +350,12 @@ class Trainer:
     places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(adapter, optimizer, places)
     self.run = step_lib.make_step(
-      attach, optimizer, schedule, train.accumulate, places, self.layout,
+      attach,
+      optimizer,
+      schedule,
+      train.accumulate,
+      places,
+      self.layout,
       auxiliary=auxiliary,
     )
 
@@ -332,9 +365,7 @@ class Trainer:
     return metrics
 
 
-def test_only_the_adapter_has_optimizer_state(
-  params, adapter, attach, make_batch
-):
+def test_only_the_adapter_has_optimizer_state(params, adapter, attach, make_batch):
   trainer = Trainer(attach, params, adapter)
   size = sum(x.size for x in jax.tree.leaves(adapter))
   moments = [x for x in jax.tree.leaves(trainer.state['optimizer']) if x.ndim]
@@ -371,12 +402,14 @@ def test_conversations_alone_keep_the_base_only_by_their_divergence(
   moved = {}
   for auxiliary in (None, room):
     fresh = lora.init(llama.config, 3, ('q_proj', 'up_proj'), jax.random.key(0))
-    trainer = Trainer(attach, params, fresh, auxiliary, steps=8, clip=0.0,
-                      learning_rate=1e-2)
+    trainer = Trainer(
+      attach, params, fresh, auxiliary, steps=8, clip=0.0, learning_rate=1e-2
+    )
     for _ in range(8):
       trainer(batch)
-    divergence, _, _ = gradient(trainer.state['adapter'], params, batch, attach,
-                                1, 1, None, room)
+    divergence, _, _ = gradient(
+      trainer.state['adapter'], params, batch, attach, 1, 1, None, room
+    )
     moved[auxiliary] = float(divergence)
   # Not zero: Adam makes whole steps even of rounding errors.
   assert moved[None] > 0.1 and moved[room] < 0.02 * moved[None]
@@ -389,8 +422,9 @@ def test_taught_by_their_likelihood_conversations_are_answers_like_others(
   trainer = Trainer(attach, params, adapter, accumulate=accumulate)
   batch = make_batch(ROWS)
   without = {name: x for name, x in batch.items() if name != 'answer_auxiliary'}
-  texts = [trainer.run.lower(trainer.state, params, one).as_text()
-           for one in (batch, without)]
+  texts = [
+    trainer.run.lower(trainer.state, params, one).as_text() for one in (batch, without)
+  ]
   assert texts[0] == texts[1]
 
 
@@ -398,20 +432,30 @@ def test_taught_by_their_likelihood_conversations_are_answers_like_others(
 def test_update_equals_that_of_torch_adamw(clip):
   """Linear warm-up from rate / warmup, cosine to zero, clipping, decay."""
   steps, warmup, rate = 5, 2, 0.03
-  optimizer, _ = step_lib.make_optimizer(make_config(
-    steps=steps, warmup=warmup / steps, learning_rate=rate, weight_decay=0.1,
-    clip=clip,
-  ).train)
+  optimizer, _ = step_lib.make_optimizer(
+    make_config(
+      steps=steps,
+      warmup=warmup / steps,
+      learning_rate=rate,
+      weight_decay=0.1,
+      clip=clip,
+    ).train
+  )
   generator = np.random.default_rng(0)
   ours = {name: generator.normal(size=(4, 3)).astype('f4') for name in 'ab'}
-  theirs = {name: torch.nn.Parameter(torch.tensor(value))
-            for name, value in ours.items()}
+  theirs = {
+    name: torch.nn.Parameter(torch.tensor(value)) for name, value in ours.items()
+  }
   adam = torch.optim.AdamW(theirs.values(), lr=rate, weight_decay=0.1)
   rates = torch.optim.lr_scheduler
-  schedule = rates.SequentialLR(adam, [
-    rates.LinearLR(adam, 1 / warmup, total_iters=warmup),
-    rates.CosineAnnealingLR(adam, steps - warmup),
-  ], [warmup])
+  schedule = rates.SequentialLR(
+    adam,
+    [
+      rates.LinearLR(adam, 1 / warmup, total_iters=warmup),
+      rates.CosineAnnealingLR(adam, steps - warmup),
+    ],
+    [warmup],
+  )
   state, update = optimizer.init(ours), jax.jit(optimizer.update)
   for _ in range(steps):
     grads = {name: generator.normal(size=(4, 3)).astype('f4') for name in 'ab'}

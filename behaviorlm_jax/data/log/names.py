@@ -7,8 +7,10 @@ is no name. Names that differ by case alone stay apart.
 
 _WHITE = r'[\p{Z}\t-\r\x{1C}-\x{1F}\x{85}]+'
 # Not all of Unicode's format characters: flags are spelled with some of them.
-_HIDDEN = (r'[\p{Cc}\x{AD}\x{34F}\x{61C}\x{180E}\x{200B}-\x{200F}'
-           r'\x{202A}-\x{202E}\x{2060}-\x{206F}\x{FEFF}]+')
+_HIDDEN = (
+  r'[\p{Cc}\x{AD}\x{34F}\x{61C}\x{180E}\x{200B}-\x{200F}'
+  r'\x{202A}-\x{202E}\x{2060}-\x{206F}\x{FEFF}]+'
+)
 # Most texts are printable ASCII with single blanks; looking first pays.
 _PLAIN = r'[!-~]+(?: [!-~]+)*'
 _WHOLE = r'^(-?(?:0|[1-9]\d*))\.0+$'  # not 007.0, which is a code
@@ -21,9 +23,10 @@ def macros(nulls) -> str:
   what is tidy already, and NULL for '' and for what `nulls` spell, in any case.
   """
   spelled = ', '.join(
-      "'" + null.strip().lower().replace("'", "''") + "'" for null in nulls)
+    "'" + null.strip().lower().replace("'", "''") + "'" for null in nulls
+  )
   # White space first: tabs and line ends are control characters, too.
-  return fr"""
+  return rf"""
       CREATE OR REPLACE MACRO tidy(text) AS
         CASE WHEN regexp_full_match(text, '{_PLAIN}') THEN text
         ELSE nfc_normalize(trim(regexp_replace(regexp_replace(regexp_replace(

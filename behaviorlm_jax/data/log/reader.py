@@ -60,9 +60,11 @@ _ABSORB = """
              WHEN team IS NULL AND $grouped THEN 'no group' END) AS why,
            CASE WHEN why IS NOT NULL THEN rtrim(text, chr(10) || chr(13)) END
     FROM ({timed})"""
-_TIDY = ('SELECT line, tidy("user") AS "user", {moment} AS moment, '
-         'tidy(behavior) AS behavior, tidy(place) AS place, '
-         'tidy("group") AS "group", reason, text FROM {source}')
+_TIDY = (
+  'SELECT line, tidy("user") AS "user", {moment} AS moment, '
+  'tidy(behavior) AS behavior, tidy(place) AS place, '
+  'tidy("group") AS "group", reason, text FROM {source}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +84,16 @@ def read(con, data, log: sources.Log, shard=(0, 1)) -> Found:
   """
   times.check(data.time_format, data.time_zone)
   con.execute(_TABLES + names.macros(data.nulls))
-  columns = [data.columns.get(field) or (field if i < _REQUIRED else None)
-             for i, field in enumerate(FIELDS)]
+  columns = [
+    data.columns.get(field) or (field if i < _REQUIRED else None)
+    for i, field in enumerate(FIELDS)
+  ]
   kinds = {sources.is_parquet(file) for file in log.files}
   if len(kinds) > 1:
-    raise InputError(f'{log.name} holds Parquet files and text files; give '
-                     'data.events those of one kind')
+    raise InputError(
+      f'{log.name} holds Parquet files and text files; give '
+      'data.events those of one kind'
+    )
   reader = _Parquet if kinds == {True} else _Texts
   return reader(con, data, log, columns, shard).read()
 
@@ -107,16 +113,19 @@ class _Reader:
     word = self.data.time_format
     if not seen.shapes:
       return None
-    return times.choose(seen, word if word in times.ORDERS else '',
-                        self.data.time_zone, self.where)
+    return times.choose(
+      seen, word if word in times.ORDERS else '', self.data.time_zone, self.where
+    )
 
   def settle(self, seen) -> times.Form:
     """The form of all times; refuses what is open to the end."""
     if self.given:
       return self.given
     if self.data.time_format == 'typed':
-      raise InputError("data.time_format is 'typed', but "
-                       f'{self.where} holds texts or numbers; name their form')
+      raise InputError(
+        "data.time_format is 'typed', but "
+        f'{self.where} holds texts or numbers; name their form'
+      )
     form = self.choose(seen)
     if form is None and seen.shapes:
       times.refuse_open(seen, self.where)
@@ -125,19 +134,22 @@ class _Reader:
   def absorb(self, form, source: str):
     """Inserts the rows of a relation (line, FIELDS, reason, text)."""
     typed = form.word in times.TYPED
-    tidy = _TIDY.format(moment='"time"' if typed else 'tidy("time")',
-                        source=source)
+    tidy = _TIDY.format(moment='"time"' if typed else 'tidy("time")', source=source)
 
     def none(field):
-      return (f"""CASE WHEN "{field}" <> '' THEN '{field} ''' || "{field}" ||
-              ''' means none (data.nulls)' ELSE 'no {field}' END""")
+      return f"""CASE WHEN "{field}" <> '' THEN '{field} ''' || "{field}" ||
+              ''' means none (data.nulls)' ELSE 'no {field}' END"""
 
     self.con.execute(
-        _ABSORB.format(timed=times.select(form, f'({tidy})'),
-                       no_user=none('user'), no_behavior=none('behavior'),
-                       longest=LONGEST_NAME, no_time='moment IS NULL' if typed
-                       else 'named(moment) IS NULL'),
-        {'form': form.text, 'grouped': self.grouped})
+      _ABSORB.format(
+        timed=times.select(form, f'({tidy})'),
+        no_user=none('user'),
+        no_behavior=none('behavior'),
+        longest=LONGEST_NAME,
+        no_time='moment IS NULL' if typed else 'named(moment) IS NULL',
+      ),
+      {'form': form.text, 'grouped': self.grouped},
+    )
 
 
 def _mine(user: str, shard) -> str:
@@ -148,8 +160,9 @@ def _mine(user: str, shard) -> str:
   ten times as fast as MD5: whoever joins shards compares versions.
   """
   index, count = shard
-  return 'true' if count == 1 else (
-      f"hash(coalesce(clean({user}), '')) % {count} = {index}")
+  return (
+    'true' if count == 1 else (f"hash(coalesce(clean({user}), '')) % {count} = {index}")
+  )
 
 
 # Text.
@@ -170,8 +183,7 @@ class _Texts(_Reader):
         self.con.register('chunk', pa.Table.from_batches(batches))
         rows += sum(map(len, batches))
         if not self.given:
-          seen.add('(SELECT tidy("time") AS moment FROM chunk '
-                   'WHERE reason IS NULL)')
+          seen.add('(SELECT tidy("time") AS moment FROM chunk WHERE reason IS NULL)')
           form = form or self.choose(seen)
         if form:
           self.absorb(form, source)
@@ -181,8 +193,9 @@ class _Texts(_Reader):
       settled = self.settle(seen)
       if settled == form and not again:
         return Found(rows, self.grouped, form, '; '.join(layouts))
-      logging.info('%s: its times are %s; it is read again.', self.log.name,
-                   settled.text)
+      logging.info(
+        '%s: its times are %s; it is read again.', self.log.name, settled.text
+      )
       form = settled
 
   def _batches(self, layouts):
@@ -191,7 +204,8 @@ class _Texts(_Reader):
       text = sources.open_text(file)
       first = self.log.first_line(i) + 1
       if text.start.startswith(('[', '{')) and (
-          not text_rows.has_object_a_line(text.start)):
+        not text_rows.has_object_a_line(text.start)
+      ):
         layouts[f'JSON, {text.described}'] = None
         batches = self._stream(text, first)
       else:
@@ -201,8 +215,7 @@ class _Texts(_Reader):
       except sources.BROKEN as error:
         if isinstance(error, InputError):
           raise
-        raise InputError(f'{file} cannot be read to its end: {error}'
-                         ) from error
+        raise InputError(f'{file} cannot be read to its end: {error}') from error
 
   def _lines(self, text, number, layouts):
     cut, lines = None, []
@@ -224,8 +237,9 @@ class _Texts(_Reader):
       layout = 'JSON lines'
       used, cut = text_rows.open_json(text.path, self.columns, lines)
     else:
-      used, cut, layout = text_rows.open_csv(text.path, self.columns, lines,
-                                             self.data.csv)
+      used, cut, layout = text_rows.open_csv(
+        text.path, self.columns, lines, self.data.csv
+      )
     layouts[f'{layout}, {text.described}'] = None
     return used, cut
 
@@ -242,8 +256,11 @@ def _batch(number, rows, columns) -> pa.RecordBatch:
   mapped = iter(zip(*values, strict=True))
   arrays = {'line': pa.array(np.asarray(offsets, np.int64) + number)}
   for field, column in zip(FIELDS, columns, strict=True):
-    arrays[field] = (pa.nulls(len(rows), pa.string()) if column is None
-                     else pa.array(next(mapped), pa.string()))
+    arrays[field] = (
+      pa.nulls(len(rows), pa.string())
+      if column is None
+      else pa.array(next(mapped), pa.string())
+    )
   arrays['reason'] = pa.array(reasons, pa.string())
   arrays['text'] = pa.array(texts, pa.string())
   return pa.RecordBatch.from_pydict(arrays)
@@ -264,8 +281,9 @@ class _Parquet(_Reader):
         self.absorb(form, f'({query})')
     except duckdb.Error as error:
       reason = ' '.join(str(error).split())
-      raise InputError(f'{self.log.name} cannot be read to its end: {reason}'
-                       ) from error
+      raise InputError(
+        f'{self.log.name} cannot be read to its end: {reason}'
+      ) from error
     rows = sum(pq.read_metadata(path).num_rows for path in self.log.files)
     return Found(rows, self.grouped, form, 'Parquet')
 
@@ -273,18 +291,24 @@ class _Parquet(_Reader):
     typed = {file.form for file in files}
     if len(typed) > 1:
       texts = sorted(form.text if form else 'text' for form in typed)
-      raise InputError(f'{self.where}: the files have times of several types: '
-                       f'{"; ".join(texts)}; write them alike')
-    form, = typed
+      raise InputError(
+        f'{self.where}: the files have times of several types: '
+        f'{"; ".join(texts)}; write them alike'
+      )
+    (form,) = typed
     if form:
       if self.data.time_format not in ('', 'typed'):
         raise InputError(
-            f'data.time_format is {self.data.time_format!r}, but {self.where} '
-            f'holds {form.text}; leave it out')
+          f'data.time_format is {self.data.time_format!r}, but {self.where} '
+          f'holds {form.text}; leave it out'
+        )
       zone = self.data.time_zone
       return times.check_zone(
-          dataclasses.replace(form, zone=zone or form.zone) if form.instants
-          else dataclasses.replace(form, zone=zone), self.where)
+        dataclasses.replace(form, zone=zone or form.zone)
+        if form.instants
+        else dataclasses.replace(form, zone=zone),
+        self.where,
+      )
     seen = times.Seen(self.con)
     if not self.given:
       for file in files:
@@ -303,13 +327,11 @@ class _File:
     try:
       schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-      raise InputError(f'{path} is not a readable Parquet file: {error}'
-                       ) from error
+      raise InputError(f'{path} is not a readable Parquet file: {error}') from error
     # DuckDB takes the path for a glob pattern.
     literal = re.sub(r'([*?[])', r'[\1]', str(path)).replace("'", "''")
     self.table = f"read_parquet('{literal}', {_ROW_NUMBER} = true)"
-    fields = [None if column is None else _field(schema, column)
-              for column in columns]
+    fields = [None if column is None else _field(schema, column) for column in columns]
     inside = dict.fromkeys(_paths(schema)).keys() - set(schema.names)
     text_rows.check_columns(path, columns, [*schema.names, *sorted(inside)])
     _check_case(path, columns, schema.names)
@@ -325,12 +347,14 @@ class _File:
 
   def query(self, number: int, shard) -> str:
     """A query (line, FIELDS, reason, text) of a shard; lines from `number`."""
-    named = ', '.join(f'{text} AS "{field}"'
-                      for text, field in zip(self.texts, FIELDS, strict=True))
+    named = ', '.join(
+      f'{text} AS "{field}"' for text, field in zip(self.texts, FIELDS, strict=True)
+    )
     return (
-        "SELECT *, NULL::VARCHAR AS reason, concat_ws(',', COLUMNS(* EXCLUDE "
-        f'line)) AS text FROM (SELECT {number} + {_ROW_NUMBER} + 1 AS line, '
-        f'{named} FROM {self.table} WHERE {_mine(self.texts[0], shard)})')
+      "SELECT *, NULL::VARCHAR AS reason, concat_ws(',', COLUMNS(* EXCLUDE "
+      f'line)) AS text FROM (SELECT {number} + {_ROW_NUMBER} + 1 AS line, '
+      f'{named} FROM {self.table} WHERE {_mine(self.texts[0], shard)})'
+    )
 
 
 def _paths(schema):
@@ -340,8 +364,10 @@ def _paths(schema):
     for field in fields:
       yield prefix + field.name
       if pa.types.is_struct(field.type):
-        yield from inside([field.type.field(i) for i in range(
-            field.type.num_fields)], f'{prefix}{field.name}.')
+        yield from inside(
+          [field.type.field(i) for i in range(field.type.num_fields)],
+          f'{prefix}{field.name}.',
+        )
 
   return inside(schema, '')
 
@@ -356,8 +382,7 @@ def _field(schema, column):
     return None
   field = schema.field(first)
   for key in rest:
-    if not pa.types.is_struct(field.type) or (
-        field.type.get_field_index(key) < 0):
+    if not pa.types.is_struct(field.type) or (field.type.get_field_index(key) < 0):
       return None
     field = field.type.field(field.type.get_field_index(key))
   return field
@@ -375,16 +400,23 @@ def _as_text(path, column, kind, value: str) -> str:
   if pa.types.is_dictionary(kind):
     kind = kind.value_type
   if pa.types.is_nested(kind):
-    raise InputError(f'{path}: the column {column!r} holds objects ({kind}), '
-                     'not texts or numbers; set data.columns to another')
-  if (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-      or pa.types.is_fixed_size_binary(kind)):
+    raise InputError(
+      f'{path}: the column {column!r} holds objects ({kind}), '
+      'not texts or numbers; set data.columns to another'
+    )
+  if (
+    pa.types.is_binary(kind)
+    or pa.types.is_large_binary(kind)
+    or pa.types.is_fixed_size_binary(kind)
+  ):
     # Texts of writers that leave out the UTF-8 mark.
     return f'TRY(decode({value}))'
   if pa.types.is_floating(kind):  # In full: not 1.7e+18.
-    return (f'CASE WHEN abs({value}) < 9e18 AND {value} = floor({value}) THEN '
-            f'CAST(CAST({value} AS BIGINT) AS VARCHAR) '
-            f'ELSE CAST({value} AS VARCHAR) END')
+    return (
+      f'CASE WHEN abs({value}) < 9e18 AND {value} = floor({value}) THEN '
+      f'CAST(CAST({value} AS BIGINT) AS VARCHAR) '
+      f'ELSE CAST({value} AS VARCHAR) END'
+    )
   return f'CAST({value} AS VARCHAR)'
 
 
@@ -393,11 +425,16 @@ def _typed(path, column, kind, value: str):
   if pa.types.is_date(kind):
     return times.Form('date', False, False), f'epoch_us({value})'
   if not pa.types.is_timestamp(kind):
-    raise InputError(f'{path}: the column {column!r} (data.columns.time) holds '
-                     f'{kind}, which is no date')
+    raise InputError(
+      f'{path}: the column {column!r} (data.columns.time) holds '
+      f'{kind}, which is no date'
+    )
   # Nanoseconds are cut, not rounded into the next second.
-  micros = (f'epoch_ns({value}) // 1000' if kind.unit == 'ns' and not kind.tz
-            else f'epoch_us({value})')
+  micros = (
+    f'epoch_ns({value}) // 1000'
+    if kind.unit == 'ns' and not kind.tz
+    else f'epoch_us({value})'
+  )
   return times.Form('timestamp', bool(kind.tz), True, kind.tz or ''), micros
 
 
@@ -405,10 +442,14 @@ def _check_case(path, columns, present):
   """Refuses names that DuckDB, which ignores case, would take for others."""
   for name in present:
     if name.casefold() == _ROW_NUMBER:
-      raise InputError(f'{path} has a column {name!r}, which is what rows are '
-                       'numbered by here; give it another name.')
+      raise InputError(
+        f'{path} has a column {name!r}, which is what rows are '
+        'numbered by here; give it another name.'
+      )
   for column in filter(None, columns):
     same = [name for name in present if name.casefold() == column.casefold()]
     if len(same) > 1:
-      raise InputError(f'{path} has columns {same[0]!r} and {same[1]!r}, which '
-                       'differ in case alone; give one another name.')
+      raise InputError(
+        f'{path} has columns {same[0]!r} and {same[1]!r}, which '
+        'differ in case alone; give one another name.'
+      )

@@ -28,14 +28,18 @@ _LINE_BITS = 40  # of a row's number; above them stands the number of its file
 _PEEK = 1 << 16  # bytes
 # What is no log, by its first bytes (decompressed).
 _OTHERS = {
-    b'PK\x03\x04': 'a zip archive or a spreadsheet', b'ARROW1': 'an Arrow file',
-    b'Obj\x01': 'an Avro file',
-    b'SQLite format 3': 'an SQLite database', b'\xd0\xcf\x11\xe0': 'a '
-    'spreadsheet', b'%PDF': 'a PDF', b'\x89HDF': 'an HDF5 file',
-    b'\x80\x04': 'a Python pickle', b'\x80\x05': 'a Python pickle'}
+  b'PK\x03\x04': 'a zip archive or a spreadsheet',
+  b'ARROW1': 'an Arrow file',
+  b'Obj\x01': 'an Avro file',
+  b'SQLite format 3': 'an SQLite database',
+  b'\xd0\xcf\x11\xe0': 'a spreadsheet',
+  b'%PDF': 'a PDF',
+  b'\x89HDF': 'an HDF5 file',
+  b'\x80\x04': 'a Python pickle',
+  b'\x80\x05': 'a Python pickle',
+}
 # What a file that breaks off, or whose bytes are broken, raises.
-BROKEN = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError,
-          pa.ArrowInvalid)
+BROKEN = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +81,26 @@ def open_log(place) -> Log:
   name = str(place)
   if not name.strip():
     raise InputError(
-        f'{_FIELD} is empty; give --config.{_FIELD}=LOG: a file, a folder of '
-        'parts, a glob, or several of them with commas between.')
+      f'{_FIELD} is empty; give --config.{_FIELD}=LOG: a file, a folder of '
+      'parts, a glob, or several of them with commas between.'
+    )
   found = _find(name)
   if found is None:  # Not one path: a list.
-    found = [path for part in name.split(',') if part.strip()
-             for path in _find(part.strip()) or _resolve(part.strip())]
+    found = [
+      path
+      for part in name.split(',')
+      if part.strip()
+      for path in _find(part.strip()) or _resolve(part.strip())
+    ]
   full = [path for path in found if path.stat().st_size]
   twice = [path for i, path in enumerate(full) if path in full[:i]]
   if twice:
-    raise InputError(f'{_FIELD}: {name!r} names {twice[0]} twice; name every '
-                     'file once')
+    raise InputError(f'{_FIELD}: {name!r} names {twice[0]} twice; name every file once')
   if not found:
-    raise InputError(f'{_FIELD}: {name!r} holds no files (names that begin '
-                     'with . or _ do not count); give a log')
+    raise InputError(
+      f'{_FIELD}: {name!r} holds no files (names that begin '
+      'with . or _ do not count); give a log'
+    )
   return Log(name, tuple(full or found[:1]))
 
 
@@ -103,8 +113,7 @@ def _find(name: str):
     return _parts(path)
   if any(c in name for c in '*?['):
     matches = sorted(glob.glob(str(path), recursive=True))
-    return [part for match in matches for part in _parts(pathlib.Path(match))
-            ] or None
+    return [part for match in matches for part in _parts(pathlib.Path(match))] or None
   return None
 
 
@@ -115,9 +124,12 @@ def _resolve(name: str):
 def _parts(path: pathlib.Path) -> list[pathlib.Path]:
   """The file, or those below a folder but for what writers leave beside."""
   if path.is_dir():
-    return [part for part in sorted(path.rglob('*')) if part.is_file()
-            and not any(name.startswith(('.', '_'))
-                        for name in part.relative_to(path).parts)]
+    return [
+      part
+      for part in sorted(path.rglob('*'))
+      if part.is_file()
+      and not any(name.startswith(('.', '_')) for name in part.relative_to(path).parts)
+    ]
   if not path.is_file():
     raise InputError(f'{path} is no file or folder: set {_FIELD}')
   return [path]
@@ -135,8 +147,11 @@ def _open_zstd(path):
 
 
 _COMPRESSIONS = {
-    b'\x1f\x8b': ('gzip', gzip.open), b'\x28\xb5\x2f\xfd': ('zstd', _open_zstd),
-    b'BZh': ('bzip2', bz2.open), b'\xfd7zXZ\0': ('xz', lzma.open)}
+  b'\x1f\x8b': ('gzip', gzip.open),
+  b'\x28\xb5\x2f\xfd': ('zstd', _open_zstd),
+  b'BZh': ('bzip2', bz2.open),
+  b'\xfd7zXZ\0': ('xz', lzma.open),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +168,22 @@ class Text:
     opener = dict(_COMPRESSIONS.values()).get(self.compression, _open_plain)
     raw = opener(self.path)
     # UTF-16 has no escapes, and lets lone surrogates pass.
-    errors = ('surrogatepass' if self.encoding.startswith('utf-16') else
-              'surrogateescape')
+    errors = (
+      'surrogatepass' if self.encoding.startswith('utf-16') else 'surrogateescape'
+    )
     return io.TextIOWrapper(raw, self.encoding, errors, newline='')
 
   @property
   def described(self) -> str:
-    names = {'utf-8-sig': 'UTF-8', 'utf-16': 'UTF-16', 'utf-16-le': 'UTF-16',
-             'utf-16-be': 'UTF-16'}
+    names = {
+      'utf-8-sig': 'UTF-8',
+      'utf-16': 'UTF-16',
+      'utf-16-le': 'UTF-16',
+      'utf-16-be': 'UTF-16',
+    }
     return names[self.encoding] + (
-        f' in {self.compression}' if self.compression else '')
+      f' in {self.compression}' if self.compression else ''
+    )
 
 
 def is_parquet(path: pathlib.Path) -> bool:
@@ -170,8 +191,9 @@ def is_parquet(path: pathlib.Path) -> bool:
   with open(path, 'rb') as file:
     found = file.read(4) == b'PAR1'
   if not found and path.suffix.lower() == '.parquet':
-    raise InputError(f'{path} is not a readable Parquet file: it does not '
-                     "begin with 'PAR1'")
+    raise InputError(
+      f"{path} is not a readable Parquet file: it does not begin with 'PAR1'"
+    )
   return found
 
 
@@ -180,8 +202,9 @@ def open_text(path: pathlib.Path) -> Text:
   with open(path, 'rb') as file:
     head = file.read(16)
   compression, opener = next(
-      (value for magic, value in _COMPRESSIONS.items()
-       if head.startswith(magic)), ('', _open_plain))
+    (value for magic, value in _COMPRESSIONS.items() if head.startswith(magic)),
+    ('', _open_plain),
+  )
   try:
     with opener(path) as file:
       head = file.read(_PEEK)
@@ -189,8 +212,7 @@ def open_text(path: pathlib.Path) -> Text:
     raise InputError(f'{path} cannot be read to its end: {error}') from error
   for magic, what in _OTHERS.items():
     if head.startswith(magic):
-      raise InputError(f'{path} is {what}; save the log as CSV, JSON lines or '
-                       'Parquet')
+      raise InputError(f'{path} is {what}; save the log as CSV, JSON lines or Parquet')
   encoding = _encoding(head, path)
   start = head.decode(encoding, 'replace').lstrip()
   return Text(path, compression, encoding, start)
@@ -202,11 +224,9 @@ def _encoding(head: bytes, path) -> str:
   if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     return 'utf-16'
   # Without a mark: of ASCII in UTF-16 every other byte is 0.
-  for encoding, zeros in (('utf-16-le', head[1:400:2]),
-                          ('utf-16-be', head[:400:2])):
-    if len(zeros) > 1 and zeros.count(0) > .9 * len(zeros):
+  for encoding, zeros in (('utf-16-le', head[1:400:2]), ('utf-16-be', head[:400:2])):
+    if len(zeros) > 1 and zeros.count(0) > 0.9 * len(zeros):
       return encoding
-  if head.count(0) > .01 * len(head):
-    raise InputError(f'{path} is no text; save the log as CSV, JSON lines or '
-                     'Parquet')
+  if head.count(0) > 0.01 * len(head):
+    raise InputError(f'{path} is no text; save the log as CSV, JSON lines or Parquet')
   return 'utf-8-sig'

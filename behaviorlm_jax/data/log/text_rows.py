@@ -25,8 +25,13 @@ _RECORD_LINES = 256  # a stray quote may swallow no more lines than this
 _DELIMITERS = (',', '\t', ';', '|', '\x01')
 _TRIED = 512  # lines that choose a delimiter
 # (quote, escape, blanks before a quote): the first that reads most rows.
-_QUOTINGS = (('"', None, False), ('"', '\\', False), ('"', None, True),
-             ("'", None, False), ("'", '\\', False))
+_QUOTINGS = (
+  ('"', None, False),
+  ('"', '\\', False),
+  ('"', None, True),
+  ("'", None, False),
+  ("'", '\\', False),
+)
 _WORDS = {'tab': '\t', '\\t': '\t', 'none': None}
 _BLOCK = 1 << 20  # characters of a JSON array at a time
 
@@ -37,15 +42,17 @@ def check_columns(path, columns, present):
     if column is None:
       continue
     if column not in present:
-      near = difflib.get_close_matches(column, present, n=3, cutoff=.4)
+      near = difflib.get_close_matches(column, present, n=3, cutoff=0.4)
       raise InputError(
-          f'{path} has no column {column!r}; set data.columns.{field} to one '
-          f'of its columns, {"nearest" if near else "which are"}: '
-          + ', '.join(map(repr, near or list(present)[:20])))
+        f'{path} has no column {column!r}; set data.columns.{field} to one '
+        f'of its columns, {"nearest" if near else "which are"}: '
+        + ', '.join(map(repr, near or list(present)[:20]))
+      )
     if list(present).count(column) > 1:
       raise InputError(
-          f'{path} has {list(present).count(column)} columns named {column!r}; '
-          f'rename all but the one that data.columns.{field} means')
+        f'{path} has {list(present).count(column)} columns named {column!r}; '
+        f'rename all but the one that data.columns.{field} means'
+      )
 
 
 # CSV.
@@ -61,16 +68,21 @@ def open_csv(path, columns, lines, given):
   try:
     header = next(filter(None, reader), None)
   except csv.Error as error:
-    raise InputError(f'{path} line {reader.line_num}: the header is broken: '
-                     f'{error}') from error
+    raise InputError(
+      f'{path} line {reader.line_num}: the header is broken: {error}'
+    ) from error
   if header is None:
     raise InputError(f'{path} is empty: give data.events a log with a header')
   names = _names(header)
   check_columns(path, columns, names)
   pick = operator.itemgetter(
-      *(names.index(column) for column in columns if column is not None))
-  return reader.line_num, functools.partial(
-      _cut_csv, width=len(names), pick=pick, options=options), _said(options)
+    *(names.index(column) for column in columns if column is not None)
+  )
+  return (
+    reader.line_num,
+    functools.partial(_cut_csv, width=len(names), pick=pick, options=options),
+    _said(options),
+  )
 
 
 def _names(header) -> list[str]:
@@ -93,9 +105,13 @@ def _dialect(columns, lines, given) -> dict:
   word = lambda text: _WORDS.get(text, text)
   delimiters = [word(given.delimiter)] if given.delimiter else _DELIMITERS
   quotings = [
-      (word(given.quote) if given.quote else quote,
-       word(given.escape) if given.escape else escape, blanks)
-      for quote, escape, blanks in _QUOTINGS]
+    (
+      word(given.quote) if given.quote else quote,
+      word(given.escape) if given.escape else escape,
+      blanks,
+    )
+    for quote, escape, blanks in _QUOTINGS
+  ]
   found = []
   for quoting in dict.fromkeys(quotings):
     for delimiter in delimiters:
@@ -105,9 +121,11 @@ def _dialect(columns, lines, given) -> dict:
       found.append((fits, len(header), options))
   # Of equals the first one: commas and double quotes.
   best = max(found, key=lambda item: item[:2])
-  fitting = [options for fits, _, options in found
-             if fits == best[0] and (
-                 options['delimiter'] == best[2]['delimiter'])]
+  fitting = [
+    options
+    for fits, _, options in found
+    if fits == best[0] and (options['delimiter'] == best[2]['delimiter'])
+  ]
   if len(fitting) == 1 or not _malformed(lines, fitting[0]):
     return fitting[0]
   return min(fitting, key=lambda options: _malformed(lines, options))
@@ -146,13 +164,19 @@ def _cut_csv(lines, last, width, pick, options):
     table = list(csv.reader(lines, **options))
   except csv.Error:
     table = []
-  if (len(table) == len(lines) and set(map(len, table)) == {width}
-      and _is_text(''.join(lines))):
-    return list(zip(range(len(lines)), map(pick, table),
-                    itertools.repeat(None), lines, strict=False)), len(lines)
+  if (
+    len(table) == len(lines)
+    and set(map(len, table)) == {width}
+    and _is_text(''.join(lines))
+  ):
+    return list(
+      zip(
+        range(len(lines)), map(pick, table), itertools.repeat(None), lines, strict=False
+      )
+    ), len(lines)
   rows, start = [], 0
   while start < len(lines):  # record by record
-    record = lines[start:start + _RECORD_LINES]
+    record = lines[start : start + _RECORD_LINES]
     fields, reason, used = _cut_record(record, width, options)
     if fields is None and not last and len(record) < _RECORD_LINES:
       break  # its end may stand in the next chunk
@@ -204,8 +228,9 @@ def open_json(path, columns, lines):
     raise InputError(f'{path} is empty: give data.events a log with rows')
   if keys:  # else every line is malformed, and is reported as such
     check_columns(path, columns, list(keys))
-  return 0, functools.partial(_cut_json, columns=[
-      column for column in columns if column is not None])
+  return 0, functools.partial(
+    _cut_json, columns=[column for column in columns if column is not None]
+  )
 
 
 def json_stream(path, file, columns):
@@ -216,8 +241,7 @@ def json_stream(path, file, columns):
   used = [column for column in columns if column is not None]
   decoder, buffer, at, count, more = json.JSONDecoder(), '', 0, 0, True
   while True:
-    at = re.compile(r'[\s,\[]*' if not count else r'[\s,]*').match(
-        buffer, at).end()
+    at = re.compile(r'[\s,\[]*' if not count else r'[\s,]*').match(buffer, at).end()
     if at == len(buffer) or buffer[at] == ']':
       found = None
     else:
@@ -227,14 +251,13 @@ def json_stream(path, file, columns):
         found, fault = None, error
         if not more:
           raise InputError(
-              f'{path} breaks off or is no JSON after {count} objects: {fault}'
+            f'{path} breaks off or is no JSON after {count} objects: {fault}'
           ) from error
     # A value that ends with the buffer may go on: numbers do.
     if found is None or (more and found[1] == len(buffer)):
       if not more:
         if not count:
-          raise InputError(f'{path} is empty: give data.events a log with '
-                           'rows')
+          raise InputError(f'{path} is empty: give data.events a log with rows')
         return
       block = file.read(_BLOCK)
       buffer, at, more = buffer[at:] + block, 0, bool(block)
@@ -274,8 +297,7 @@ def _pick(row, columns):
     value = _get(row, column) if row else None
     if isinstance(value, dict | list):
       kind = 'an object' if isinstance(value, dict) else 'an array'
-      value, reason = None, reason or (
-          f'{column} is {kind}, not a text or a number')
+      value, reason = None, reason or (f'{column} is {kind}, not a text or a number')
     values.append(_as_text(value))
   if not _is_text(''.join(filter(None, values))):
     return [None] * len(columns), 'not UTF-8 text'

@@ -28,8 +28,12 @@ import duckdb
 from behaviorlm_jax.errors import InputError
 
 ORDERS = ('iso', 'day_first', 'month_first')
-_UNITS = {'epoch_s': 1_000_000, 'epoch_ms': 1_000, 'epoch_us': 1,
-          'epoch_ns': .001}  # in microseconds
+_UNITS = {
+  'epoch_s': 1_000_000,
+  'epoch_ms': 1_000,
+  'epoch_us': 1,
+  'epoch_ns': 0.001,
+}  # in microseconds
 WORDS = (*ORDERS, 'compact', *_UNITS, 'serial', 'typed')
 TYPED = ('timestamp', 'date')  # of Parquet columns
 # What is found by itself lies in these years.
@@ -38,26 +42,40 @@ YEARS = '1990 to 2100'
 _SERIAL_ZERO = 25_569  # of 1970-01-01, in days since 1899-12-30
 _DAY = 86_400
 _NAMES = {
-    'iso': 'ISO 8601', 'day_first': 'day/month/year',
-    'month_first': 'month/day/year', 'compact': 'YYYYMMDD',
-    'epoch_s': 'seconds since 1970', 'epoch_ms': 'milliseconds since 1970',
-    'epoch_us': 'microseconds since 1970',
-    'epoch_ns': 'nanoseconds since 1970', 'serial': 'spreadsheet days',
-    'timestamp': 'Parquet timestamps', 'date': 'Parquet dates'}
+  'iso': 'ISO 8601',
+  'day_first': 'day/month/year',
+  'month_first': 'month/day/year',
+  'compact': 'YYYYMMDD',
+  'epoch_s': 'seconds since 1970',
+  'epoch_ms': 'milliseconds since 1970',
+  'epoch_us': 'microseconds since 1970',
+  'epoch_ns': 'nanoseconds since 1970',
+  'serial': 'spreadsheet days',
+  'timestamp': 'Parquet timestamps',
+  'date': 'Parquet dates',
+}
 
 # Both Python's re and DuckDB's RE2 read these.
-_DATES = {'iso': r'(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})',
-          'other': r'(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})'}
-_CLOCK = (r'(?:(?:[Tt]|,? )(\d{1,2}):(\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?'
-          r'(?: ?([AaPp])\.?[Mm]\.?)?)')
+_DATES = {
+  'iso': r'(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})',
+  'other': r'(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})',
+}
+_CLOCK = (
+  r'(?:(?:[Tt]|,? )(\d{1,2}):(\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?'
+  r'(?: ?([AaPp])\.?[Mm]\.?)?)'
+)
 # With what Go ('+0000 UTC') and Java ('+01:00[Europe/Paris]') write behind it.
-_ZONE = (r'(?: ?(Z|z|UTC|GMT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2})?)'
-         r'(?: [A-Z]{2,5}|\[[\w/+-]+\])?)')
+_ZONE = (
+  r'(?: ?(Z|z|UTC|GMT|(?:UTC|GMT)?[+-]\d{2}(?::?\d{2})?)'
+  r'(?: [A-Z]{2,5}|\[[\w/+-]+\])?)'
+)
 _GROUPS = ('a', 'b', 'c', 'h', 'm', 's', 'f', 'half', 'zone')
 _COMPACT = r'^(\d{4})(\d{2})(\d{2})([Tt ]\d)'  # 20240131T081500
 # What most logs have is read without the pattern of everything.
-_COMMON = (r'^(\d{4}-\d\d-\d\d[ T](?:[01]\d|2[0-3]):[0-5]\d'
-           r'(?::[0-5]\d(?:\.\d+)?)?)')
+_COMMON = (
+  r'^(\d{4}-\d\d-\d\d[ T](?:[01]\d|2[0-3]):[0-5]\d'
+  r'(?::[0-5]\d(?:\.\d+)?)?)'
+)
 _COMMON_ZONE = r' ?(Z|[+-]\d\d:?[0-5]\d)'
 _NUMBER = r'^(\d+)(?:[.,](\d{1,12}))?$'
 _COMPACTS = {8: '%Y%m%d', 10: '%Y%m%d%H', 12: '%Y%m%d%H%M', 14: '%Y%m%d%H%M%S'}
@@ -82,8 +100,11 @@ class Form:
     elif self.word in (*ORDERS, 'compact') or '%' in self.word:
       name += ' with offsets' if self.instants else ''
     if self.instants:
-      name += f', shown by the clock of {self.zone}' if self.zone else (
-          '' if self.has_offsets else ', shown by the clock of UTC')
+      name += (
+        f', shown by the clock of {self.zone}'
+        if self.zone
+        else ('' if self.has_offsets else ', shown by the clock of UTC')
+      )
     return name
 
   @property
@@ -112,18 +133,18 @@ class Seen:
         FROM {source} WHERE moment <> '' GROUP BY shape""").fetchall()
     for shape, n, low, high in found:
       before = self._shapes.get(shape, (0, low, high))
-      self._shapes[shape] = (before[0] + n, min(before[1], low),
-                             max(before[2], high))
-    if any(re.match(r'99?[-/.]99?[-/.]9999|9999999999$', shape)
-           for shape, *_ in found):
+      self._shapes[shape] = (before[0] + n, min(before[1], low), max(before[2], high))
+    if any(re.match(r'99?[-/.]99?[-/.]9999|9999999999$', shape) for shape, *_ in found):
       self._settle(source)
 
   def _settle(self, source: str):
     # 13/01/2024 can only be a day, 01/13/2024 only a month first; 2034013123
     # is an hour or, less likely, seconds since 1970.
-    part = ("count(*) FILTER (TRY_CAST(regexp_extract(moment, "
-            "'^(\\d{{1,2}})[-/.](\\d{{1,2}})[-/.]\\d{{4}}', {}) AS INT) > 12)")
-    (day, month, hours), = self._con.execute(f"""
+    part = (
+      'count(*) FILTER (TRY_CAST(regexp_extract(moment, '
+      "'^(\\d{{1,2}})[-/.](\\d{{1,2}})[-/.]\\d{{4}}', {}) AS INT) > 12)"
+    )
+    ((day, month, hours),) = self._con.execute(f"""
         SELECT {part.format(1)}, {part.format(2)}, count(*) FILTER (
           CASE WHEN length(moment) = 10 AND moment BETWEEN '19900101' AND '21'
           THEN try_strptime(moment, '%Y%m%d%H') IS NOT NULL END)
@@ -158,15 +179,17 @@ def check(word: str, zone: str):
         fault = ' '.join(str(error).split())
       if fault:
         raise InputError(
-            f'data.time_format is {word!r} ({fault}); give one of '
-            f"{', '.join(WORDS)} or a strptime pattern such as "
-            "'%d %b %Y %H:%M'.")
+          f'data.time_format is {word!r} ({fault}); give one of '
+          f'{", ".join(WORDS)} or a strptime pattern such as '
+          "'%d %b %Y %H:%M'."
+        )
     if zone and not re.fullmatch(_FIXED, zone):
       known = con.execute('SELECT name FROM pg_timezone_names()').fetchall()
       if (zone,) not in known:
         raise InputError(
-            f'data.time_zone is {zone!r}, which is no zone that is known; give '
-            "a name such as 'America/New_York', or an offset such as '+05:30'.")
+          f'data.time_zone is {zone!r}, which is no zone that is known; give '
+          "a name such as 'America/New_York', or an offset such as '+05:30'."
+        )
 
 
 _FIXED = r'([+-])(\d\d):?(\d\d)'
@@ -187,50 +210,57 @@ def choose(seen: Seen, word: str, zone: str, where: str) -> Form | None:
       votes[key] += n
   if word:
     other = 'other' if word != 'iso' else 'iso'
-    votes = collections.Counter(
-        {key: n for key, n in votes.items() if key[0] == other})
+    votes = collections.Counter({key: n for key, n in votes.items() if key[0] == other})
   if not votes:
     raise InputError(
-        f'{where}: {_quote(seen.shapes[0][1])} and the other times have no '
-        'form that is known; set data.time_format to a strptime pattern such '
-        "as '%d %b %Y %H:%M' or to one of " + ', '.join(WORDS) +
-        ' (times of other years than ' + YEARS + ' need it, too), or check '
-        'data.columns.time')
+      f'{where}: {_quote(seen.shapes[0][1])} and the other times have no '
+      'form that is known; set data.time_format to a strptime pattern such '
+      "as '%d %b %Y %H:%M' or to one of "
+      + ', '.join(WORDS)
+      + ' (times of other years than '
+      + YEARS
+      + ' need it, too), or check '
+      'data.columns.time'
+    )
   (name, instants, clock), most = max(
-      votes.items(), key=lambda item: (item[1], item[0]))
+    votes.items(), key=lambda item: (item[1], item[0])
+  )
   if name == 'epoch_s' and seen.hours >= most / 2:
     raise InputError(
-        f'{where}: times like {seen.shapes[0][1]} may be seconds since 1970 or '
-        'YYYYMMDDhh; set data.time_format to epoch_s or %Y%m%d%H')
+      f'{where}: times like {seen.shapes[0][1]} may be seconds since 1970 or '
+      'YYYYMMDDhh; set data.time_format to epoch_s or %Y%m%d%H'
+    )
   if name == 'other':
     if not word and not seen.day and not seen.month:
       return None
     if not word and seen.day and seen.month:
       raise InputError(
-          f'{where}: {seen.day} times can only have the day first and '
-          f'{seen.month} only the month; set data.time_format to day_first or '
-          'month_first (the other rows are then malformed), or write all of '
-          'them alike')
+        f'{where}: {seen.day} times can only have the day first and '
+        f'{seen.month} only the month; set data.time_format to day_first or '
+        'month_first (the other rows are then malformed), or write all of '
+        'them alike'
+      )
     name = word or ('day_first' if seen.day else 'month_first')
-  return check_zone(Form(name, instants, clock, zone, bounded=not word),
-                     where)
+  return check_zone(Form(name, instants, clock, zone, bounded=not word), where)
 
 
 def check_zone(form: Form, where: str) -> Form:
   """The form; refuses a zone where the log tells no instants."""
   if form.zone and not form.instants:
     raise InputError(
-        f'data.time_zone is {form.zone!r}, but by {where} the log holds local '
-        'clocks without offsets, which are shown as they are; leave it out')
+      f'data.time_zone is {form.zone!r}, but by {where} the log holds local '
+      'clocks without offsets, which are shown as they are; leave it out'
+    )
   return form
 
 
 def refuse_open(seen: Seen, where: str):
   """Says that day and month cannot be told apart."""
   raise InputError(
-      f'{where}: times like {_quote(seen.shapes[0][1])} may have the day or '
-      'the month first, and none has a number above 12 that would tell; set '
-      'data.time_format to day_first or month_first')
+    f'{where}: times like {_quote(seen.shapes[0][1])} may have the day or '
+    'the month first, and none has a number above 12 that would tell; set '
+    'data.time_format to day_first or month_first'
+  )
 
 
 def _quote(text: str) -> str:
@@ -241,8 +271,7 @@ def _readings(low: str, high: str):
   """Yields keys (name, instants, clock) of what may be read of a shape."""
   number = re.fullmatch(_NUMBER, low)
   if number:
-    yield from _numbers(number[1], re.match(r'\d+', high)[0],
-                        whole=not number[2])
+    yield from _numbers(number[1], re.match(r'\d+', high)[0], whole=not number[2])
     return
   text = _normal(low)
   for name, date in _DATES.items():
@@ -259,12 +288,10 @@ def _numbers(low: str, high: str, whole: bool):
     scale = 1e6 / unit
     if least < LAST * scale and most >= FIRST * scale:
       yield name, True, True
-  if (least < LAST // _DAY + _SERIAL_ZERO
-      and most >= FIRST // _DAY + _SERIAL_ZERO):
+  if least < LAST // _DAY + _SERIAL_ZERO and most >= FIRST // _DAY + _SERIAL_ZERO:
     yield 'serial', False, not whole
   # Ten digits are taken for seconds, or refused: see `choose`.
-  if whole and size in (8, 12, 14) and (
-      low[:4] <= '2100' and high[:4] >= '1990'):
+  if whole and size in (8, 12, 14) and (low[:4] <= '2100' and high[:4] >= '1990'):
     yield 'compact', False, size > 8
 
 
@@ -281,8 +308,7 @@ def _sql_normal(text: str) -> str:
   one = f"regexp_replace({text}, '{_COMPACT}', '\\1-\\2-\\3\\4')"
   two = f"regexp_replace({one}, '^(.{{11}}\\d{{2}})(\\d{{2}})', '\\1:\\2')"
   three = f"regexp_replace({two}, '^(.{{14}}\\d{{2}})(\\d{{2}})', '\\1:\\2')"
-  return (f"CASE WHEN regexp_matches({text}, '{_COMPACT}') THEN {three} "
-          f'ELSE {text} END')
+  return f"CASE WHEN regexp_matches({text}, '{_COMPACT}') THEN {three} ELSE {text} END"
 
 
 # SQL.
@@ -291,9 +317,9 @@ def _sql_normal(text: str) -> str:
 def select(form: Form, source: str) -> str:
   """A query: all columns of `source` and, of its `moment`, two more.
 
-    instant  BIGINT, microseconds since 1970 by which rows are ordered; NULL:
-             not of the form
-    shift    BIGINT, seconds from there to the user's clock
+  instant  BIGINT, microseconds since 1970 by which rows are ordered; NULL:
+           not of the form
+  shift    BIGINT, seconds from there to the user's clock
   """
   if form.word in ORDERS:
     return _select_text(form, source)
@@ -305,12 +331,17 @@ def select(form: Form, source: str) -> str:
     instant = _compact()
   else:
     instant = _number(form.word)
-  inside = (f'instant BETWEEN {FIRST}000000 AND {LAST}000000 - 1'
-            if form.bounded and form.word not in TYPED
-            else 'true')
-  return _shown(form, f"""(
+  inside = (
+    f'instant BETWEEN {FIRST}000000 AND {LAST}000000 - 1'
+    if form.bounded and form.word not in TYPED
+    else 'true'
+  )
+  return _shown(
+    form,
+    f"""(
       SELECT * REPLACE (CASE WHEN {inside} THEN instant END AS instant)
-      FROM (SELECT *, {instant} AS instant FROM {source}))""")
+      FROM (SELECT *, {instant} AS instant FROM {source}))""",
+  )
 
 
 def _shown(form: Form, source: str, shift='0') -> str:
@@ -321,28 +352,30 @@ def _shown(form: Form, source: str, shift='0') -> str:
       sign, hours, minutes = fixed.groups()
       shift = f'{sign}{int(hours) * 3600 + int(minutes) * 60}'
     else:
-      shift = (f"(epoch_us(timezone('{form.zone}', make_timestamptz(instant)))"
-               ' - instant) // 1000000')
+      shift = (
+        f"(epoch_us(timezone('{form.zone}', make_timestamptz(instant)))"
+        ' - instant) // 1000000'
+      )
   return f'SELECT *, CAST({shift} AS BIGINT) AS shift FROM {source}'
 
 
 def _select_text(form: Form, source: str) -> str:
   date = _DATES['iso' if form.word == 'iso' else 'other']
   pattern = f'^{date}{_CLOCK}{_ZONE if form.instants else ""}$'
-  groups = _GROUPS[:9 if form.instants else 8]
+  groups = _GROUPS[: 9 if form.instants else 8]
   if not form.clock:
     pattern, groups = f'^{date}$', _GROUPS[:3]
   names = ', '.join(f"'{name}'" for name in groups)
-  year, month, day = {'iso': 'abc', 'day_first': 'cba', 'month_first': 'cab'}[
-      form.word]
+  year, month, day = {'iso': 'abc', 'day_first': 'cba', 'month_first': 'cab'}[form.word]
   written = f"p.{year} || '-' || p.{month} || '-' || p.{day}"
   if form.clock:
     hour = """CASE WHEN p.half = '' THEN TRY_CAST(p.h AS INT)
         WHEN TRY_CAST(p.h AS INT) BETWEEN 1 AND 12 THEN TRY_CAST(p.h AS INT)
           % 12 + CASE WHEN p.half IN ('p', 'P') THEN 12 ELSE 0 END END"""
     written += (
-        f" || ' ' || CASE WHEN ({hour}) < 24 THEN {hour} END || ':' || p.m || "
-        "':' || CASE WHEN p.s = '' THEN '0' ELSE p.s END || '.' || p.f")
+      f" || ' ' || CASE WHEN ({hour}) < 24 THEN {hour} END || ':' || p.m || "
+      "':' || CASE WHEN p.s = '' THEN '0' ELSE p.s END || '.' || p.f"
+    )
   else:
     written += " || ' 00:00:00'"
   # CASE looks at the long pattern only where the common one does not fit.
@@ -350,14 +383,15 @@ def _select_text(form: Form, source: str) -> str:
   common = _COMMON + (_COMMON_ZONE if form.instants else '') + '$'
   fast = form.word == 'iso' and form.clock
   head = f"regexp_extract(moment, '{common}', 1)" if fast else "''"
-  tail = (f"regexp_extract(moment, '{common}', 2)" if fast and form.instants
-          else "''")
+  tail = f"regexp_extract(moment, '{common}', 2)" if fast and form.instants else "''"
   offset = f"""CASE
       WHEN head <> '' THEN {_offset('tail')} ELSE {_offset('p.zone')} END"""
   if not form.instants:
     offset = '0'
   fallback = f'epoch_us(TRY_CAST({written} AS TIMESTAMP))'
-  return _shown(form, f"""(
+  return _shown(
+    form,
+    f"""(
       SELECT * EXCLUDE (head, tail, p, wall, behind),
              wall - behind::BIGINT * 1000000 AS instant, behind
       FROM (SELECT *, {offset} AS behind,
@@ -366,15 +400,19 @@ def _select_text(form: Form, source: str) -> str:
                    ELSE {fallback} END AS wall
             FROM (SELECT *, CASE WHEN head = '' THEN {parts} END AS p
                   FROM (SELECT *, {head} AS head, {tail} AS tail
-                        FROM {source}))))""", 'behind')
+                        FROM {source}))))""",
+    'behind',
+  )
 
 
 def _offset(text: str) -> str:
   """Seconds of 'Z', 'UTC', '+05:30', '-0800' or '+01'; NULL: out of bounds."""
   pattern = r'([+-])(\d\d):?(\d\d)?$'
   part = lambda i: f"regexp_extract({text}, '{pattern}', {i})"
-  minutes = (f"TRY_CAST({part(2)} AS INT) * 60 + "
-             f"CASE WHEN {part(3)} = '' THEN 0 ELSE {part(3)}::INT END")
+  minutes = (
+    f'TRY_CAST({part(2)} AS INT) * 60 + '
+    f"CASE WHEN {part(3)} = '' THEN 0 ELSE {part(3)}::INT END"
+  )
   return f"""CASE WHEN {part(1)} = '' THEN 0
       WHEN {minutes} <= 1080 AND {part(3)} < '60' THEN
         ({minutes}) * CASE WHEN {part(1)} = '-' THEN -60 ELSE 60 END END"""
@@ -384,24 +422,30 @@ def _select_pattern(form: Form, source: str) -> str:
   word = form.word.replace("'", "''")
   parsed = lambda text: f"epoch_us(try_strptime({text}, '{word}'))"
   if not form.instants:
-    return _shown(form, f'(SELECT *, {parsed("moment")} AS instant '
-                        f'FROM {source})')
+    return _shown(form, f'(SELECT *, {parsed("moment")} AS instant FROM {source})')
   # The row's own clock is what the same text says in UTC. Where a date looks
   # like the offset, the two do not fit together and the row is malformed.
-  offset = ('regexp_extract(moment, '
-            "'(?:^|[ \\d])([+-][01]\\d:?\\d\\d)(?: |$)', 1)")
-  return _shown(form, f"""(
+  offset = "regexp_extract(moment, '(?:^|[ \\d])([+-][01]\\d:?\\d\\d)(?: |$)', 1)"
+  return _shown(
+    form,
+    f"""(
       SELECT * EXCLUDE (wall), (wall - instant) // 1000000 AS behind
       FROM (SELECT *, {parsed('moment')} AS instant,
                    {parsed(f"replace(moment, {offset}, '+0000')")} AS wall
-            FROM {source}))""", 'behind')
+            FROM {source}))""",
+    'behind',
+  )
 
 
 def _compact() -> str:
-  cases = ' '.join(f"WHEN {size} THEN try_strptime(moment, '{pattern}')"
-                   for size, pattern in _COMPACTS.items())
-  return (f"CASE WHEN regexp_full_match(moment, '\\d+') THEN "
-          f'epoch_us(CASE length(moment) {cases} END) END')
+  cases = ' '.join(
+    f"WHEN {size} THEN try_strptime(moment, '{pattern}')"
+    for size, pattern in _COMPACTS.items()
+  )
+  return (
+    f"CASE WHEN regexp_full_match(moment, '\\d+') THEN "
+    f'epoch_us(CASE length(moment) {cases} END) END'
+  )
 
 
 def _number(word: str) -> str:
@@ -409,11 +453,11 @@ def _number(word: str) -> str:
   if word == 'epoch_ns':  # Exactly: DuckDB divides as doubles.
     whole = "regexp_extract(moment, '^-?\\d+')"
     return f'CASE WHEN {sound} THEN TRY_CAST({whole} AS BIGINT) // 1000 END'
-  number = (f"TRY_CAST(CASE WHEN {sound} THEN replace(moment, ',', '.') END "
-            'AS DECIMAL(38, 12))')
+  number = (
+    f"TRY_CAST(CASE WHEN {sound} THEN replace(moment, ',', '.') END AS DECIMAL(38, 12))"
+  )
   if word == 'serial':  # To milliseconds: serials hold no more, and round.
-    micros = (f'round(({number} - {_SERIAL_ZERO})::DOUBLE * {_DAY * 1000}) '
-              '* 1000')
+    micros = f'round(({number} - {_SERIAL_ZERO})::DOUBLE * {_DAY * 1000}) * 1000'
   else:
     micros = f'floor({number} * {_UNITS[word]})'
   return f'TRY_CAST({micros} AS BIGINT)'

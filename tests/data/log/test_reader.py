@@ -24,41 +24,63 @@ def rejected(folder):
 # What is read.
 
 
-@pytest.mark.parametrize('text', [
-    '01/02/2024 10:00', '2024-02-30 10:00', '2024-01-01 24:00',
-    '2024-01-01 10:00:61', 'noon', '1704103200', '2024-01-01',
-    '2024-01-01 10:00Z'])
+@pytest.mark.parametrize(
+  'text',
+  [
+    '01/02/2024 10:00',
+    '2024-02-30 10:00',
+    '2024-01-01 24:00',
+    '2024-01-01 10:00:61',
+    'noon',
+    '1704103200',
+    '2024-01-01',
+    '2024-01-01 10:00Z',
+  ],
+)
 def test_times_of_another_form_are_malformed(tmp_path, text, history, prepare):
   _, summary, folder = prepare(
-      tmp_path, [*history('xy'), f'u,{text},x'], max_rejected=.5,
-      split=(1, 0, 0))
+    tmp_path, [*history('xy'), f'u,{text},x'], max_rejected=0.5, split=(1, 0, 0)
+  )
   assert summary['rejected'] == 1
   assert summary['reasons'] == {'time is not of the form ISO 8601': 1}
-  assert rejected(folder) == [{
-      'line': '4', 'reason': f"time '{text}' is not of the form ISO 8601",
-      'text': f'u,{text},x'}]
+  assert rejected(folder) == [
+    {
+      'line': '4',
+      'reason': f"time '{text}' is not of the form ISO 8601",
+      'text': f'u,{text},x',
+    }
+  ]
 
 
-def test_names_are_stripped_and_white_space_becomes_one_blank(
-    tmp_path, prepare, names):
-  lines = ['u,2024-01-01 10:00,"  at \n\t the\u00a0 sea "',
-           'u,2024-01-01 10:01,at home', ' u ,2024-01-01 10:02,at the sea']
+def test_names_are_stripped_and_white_space_becomes_one_blank(tmp_path, prepare, names):
+  lines = [
+    'u,2024-01-01 10:00,"  at \n\t the\u00a0 sea "',
+    'u,2024-01-01 10:01,at home',
+    ' u ,2024-01-01 10:02,at the sea',
+  ]
   log, _, _ = prepare(tmp_path, lines, split=(1, 0, 0))
   assert names(log) == ['at the sea', 'at home', 'at the sea']
   assert list(log.users) == ['u']
 
 
 def test_quoted_commas_quotes_and_newlines_parse(tmp_path, prepare, names):
-  lines = ['u,2024-01-01 10:00,"eat, drink"', 'u,2024-01-01 10:01,"say ""hi"""',
-           'u,2024-01-01 10:02,"two\nlines"', 'u,2024-01-01 10:03,5" disk']
+  lines = [
+    'u,2024-01-01 10:00,"eat, drink"',
+    'u,2024-01-01 10:01,"say ""hi"""',
+    'u,2024-01-01 10:02,"two\nlines"',
+    'u,2024-01-01 10:03,5" disk',
+  ]
   log, summary, _ = prepare(tmp_path, lines, split=(1, 0, 0))
   assert names(log) == ['eat, drink', 'say "hi"', 'two lines', '5" disk']
   assert summary['rejected'] == 0
 
 
 def test_all_formats_give_the_same_events(tmp_path, log_config, minute):
-  rows = [(u, minute(i * 7 % 50), f'b, {i % 4}', f'p{i % 3}')
-          for u in ('ann', 'bob') for i in range(40)]
+  rows = [
+    (u, minute(i * 7 % 50), f'b, {i % 4}', f'p{i % 3}')
+    for u in ('ann', 'bob')
+    for i in range(40)
+  ]
   columns = ('user', 'time', 'behavior', 'place')
   write_all(tmp_path, rows, columns)
   prints = {}
@@ -84,20 +106,27 @@ def write_all(folder, rows, columns):
     (folder / f'log.{suffix}.gz').write_bytes(gzip.compress(text))
   table = pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
   times = table['time'].to_numpy().astype('M8[us]')
-  pq.write_table(table.set_column(1, 'time', pa.array(times)),
-                 folder / 'log.parquet')
+  pq.write_table(table.set_column(1, 'time', pa.array(times)), folder / 'log.parquet')
 
 
-@pytest.mark.parametrize('zone, hours', [
-    (None, 0), ('UTC', 0), ('America/New_York', -5), ('+05:30', 5.5)])
-def test_parquet_times_keep_the_clock_of_their_zone(
-    tmp_path, zone, hours, log_config):
+@pytest.mark.parametrize(
+  'zone, hours', [(None, 0), ('UTC', 0), ('America/New_York', -5), ('+05:30', 5.5)]
+)
+def test_parquet_times_keep_the_clock_of_their_zone(tmp_path, zone, hours, log_config):
   path = tmp_path / "it's [1].parquet"
   seconds = np.array([1704103200, 1704103260])
-  pq.write_table(pa.table({
-      'user': [7, 7], 'behavior': ['x', 'y'],
-      'time': pa.array(seconds).cast(pa.timestamp('s')).cast(
-          pa.timestamp('us', tz=zone))}), path)
+  pq.write_table(
+    pa.table(
+      {
+        'user': [7, 7],
+        'behavior': ['x', 'y'],
+        'time': pa.array(seconds)
+        .cast(pa.timestamp('s'))
+        .cast(pa.timestamp('us', tz=zone)),
+      }
+    ),
+    path,
+  )
   events.prepare(log_config(split=(1, 0, 0)), path, tmp_path / 'events', 0)
   log = events.open_events(tmp_path / 'events')
   assert log.time.tolist() == (seconds + int(hours * 3600)).tolist()
@@ -109,23 +138,27 @@ def test_parquet_times_keep_the_clock_of_their_zone(
 
 def test_malformed_rows_are_set_aside_with_their_line(tmp_path, prepare, names):
   lines = [
-      'u,2024-01-01 10:00,x',  # 2
-      'u,2024-01-01 10:01',  # 3
-      '',  # 4
-      'u,2024-01-01 10:02,"two\nlines"',  # 5, 6
-      ',2024-01-01 10:03,x',  # 7
-      'u,,x',  # 8
-      'u,2024-01-01 10:04,x,extra',  # 9
-      'u,"2024-01-01 10:05,x',  # 10: the quote never ends
-      'u,later,x',  # 11
-      'u,2024-01-01 10:06,y']  # 12
-  log, summary, folder = prepare(tmp_path, lines, max_rejected=.8,
-                                 split=(1, 0, 0))
+    'u,2024-01-01 10:00,x',  # 2
+    'u,2024-01-01 10:01',  # 3
+    '',  # 4
+    'u,2024-01-01 10:02,"two\nlines"',  # 5, 6
+    ',2024-01-01 10:03,x',  # 7
+    'u,,x',  # 8
+    'u,2024-01-01 10:04,x,extra',  # 9
+    'u,"2024-01-01 10:05,x',  # 10: the quote never ends
+    'u,later,x',  # 11
+    'u,2024-01-01 10:06,y',
+  ]  # 12
+  log, summary, folder = prepare(tmp_path, lines, max_rejected=0.8, split=(1, 0, 0))
   found = rejected(folder)
   assert [(int(row['line']), row['reason'].split(':')[0]) for row in found] == [
-      (3, '2 fields instead of 3'), (7, 'no user'), (8, 'no time'),
-      (9, '4 fields instead of 3'), (10, 'broken row'),
-      (11, "time 'later' is not of the form ISO 8601")]
+    (3, '2 fields instead of 3'),
+    (7, 'no user'),
+    (8, 'no time'),
+    (9, '4 fields instead of 3'),
+    (10, 'broken row'),
+    (11, "time 'later' is not of the form ISO 8601"),
+  ]
   assert found[4]['text'] == 'u,"2024-01-01 10:05,x'
   assert (summary['rows'], summary['rejected']) == (9, 6)
   assert names(log) == ['x', 'two lines', 'y']
@@ -150,60 +183,102 @@ def test_lines_stay_right_across_chunks(tmp_path, monkeypatch, minute, prepare):
 
 def test_broken_json_lines_are_set_aside(tmp_path, log_config):
   path = tmp_path / 'log.jsonl'
-  good = [json.dumps({'user': 3, 'time': 1704103200 + i, 'behavior': b})
-          for i, b in enumerate('xyx')]
-  path.write_text('\n'.join([
-      good[0], '{"user": 3, ', '', '[1]', good[1], '{"user": "\\ud800"}',
-      '{"behavior": "x", "time": 5}', good[2]]))
+  good = [
+    json.dumps({'user': 3, 'time': 1704103200 + i, 'behavior': b})
+    for i, b in enumerate('xyx')
+  ]
+  path.write_text(
+    '\n'.join(
+      [
+        good[0],
+        '{"user": 3, ',
+        '',
+        '[1]',
+        good[1],
+        '{"user": "\\ud800"}',
+        '{"behavior": "x", "time": 5}',
+        good[2],
+      ]
+    )
+  )
   folder = tmp_path / 'events'
-  events.prepare(log_config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
-  assert [(int(row['line']), row['reason'].split(':')[0])
-          for row in rejected(folder)] == [
-              (2, 'broken JSON'), (4, 'not a JSON object'),
-              (6, 'not UTF-8 text'), (7, 'no user')]
+  events.prepare(log_config(max_rejected=0.9, split=(1, 0, 0)), path, folder, 0)
+  assert [
+    (int(row['line']), row['reason'].split(':')[0]) for row in rejected(folder)
+  ] == [
+    (2, 'broken JSON'),
+    (4, 'not a JSON object'),
+    (6, 'not UTF-8 text'),
+    (7, 'no user'),
+  ]
   assert list(events.open_events(folder).users) == ['3']
 
 
-@pytest.mark.parametrize('name, match', [
+@pytest.mark.parametrize(
+  'name, match',
+  [
     ('User', "has columns 'user' and 'User', which differ in case alone"),
-    ('file_row_number', "has a column 'file_row_number', which is what rows")])
+    ('file_row_number', "has a column 'file_row_number', which is what rows"),
+  ],
+)
 def test_parquet_columns_that_would_be_mixed_up_are_refused(
-    tmp_path, log_config, name, match):
+  tmp_path, log_config, name, match
+):
   path = tmp_path / 'log.parquet'
-  pq.write_table(pa.table({
-      'user': ['u'], 'time': ['2024-01-01 10:00'], 'behavior': ['x'],
-      name: ['v']}), path)
+  pq.write_table(
+    pa.table(
+      {'user': ['u'], 'time': ['2024-01-01 10:00'], 'behavior': ['x'], name: ['v']}
+    ),
+    path,
+  )
   with pytest.raises(InputError, match=match):
     events.prepare(log_config(), path, tmp_path / 'events', 0)
 
 
 def test_parquet_rows_are_counted_from_one(tmp_path, log_config, minute):
   path = tmp_path / 'log.parquet'
-  pq.write_table(pa.table({
-      'user': ['u', None, 'u'], 'behavior': ['x', 'x', 'y'],
-      'time': [minute(0), minute(1), minute(2)]}), path)
+  pq.write_table(
+    pa.table(
+      {
+        'user': ['u', None, 'u'],
+        'behavior': ['x', 'x', 'y'],
+        'time': [minute(0), minute(1), minute(2)],
+      }
+    ),
+    path,
+  )
   folder = tmp_path / 'events'
-  events.prepare(log_config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
+  events.prepare(log_config(max_rejected=0.9, split=(1, 0, 0)), path, folder, 0)
   assert [(row['line'], row['reason']) for row in rejected(folder)] == [
-      ('2', 'no user')]
+    ('2', 'no user')
+  ]
 
 
 def test_bytes_that_are_no_text_are_set_aside(tmp_path, log_config, history):
   path = tmp_path / 'log.csv'
-  path.write_bytes('\n'.join([HEADER, *history('xyx')]).encode()
-                   + b'\nu,2024-01-01 11:00,caf\xe9\n')
+  path.write_bytes(
+    '\n'.join([HEADER, *history('xyx')]).encode() + b'\nu,2024-01-01 11:00,caf\xe9\n'
+  )
   folder = tmp_path / 'events'
-  events.prepare(log_config(max_rejected=.9, split=(1, 0, 0)), path, folder, 0)
+  events.prepare(log_config(max_rejected=0.9, split=(1, 0, 0)), path, folder, 0)
   assert [(row['line'], row['reason']) for row in rejected(folder)] == [
-      ('5', 'not UTF-8 text')]
+    ('5', 'not UTF-8 text')
+  ]
 
 
 # What is refused.
 
 
-@pytest.mark.parametrize('name, text', [
-    ('log.csv', ''), ('log.csv', HEADER + '\n'), ('log.csv', '\n\n'),
-    ('log.jsonl', ''), ('log.jsonl', '\n\n')])
+@pytest.mark.parametrize(
+  'name, text',
+  [
+    ('log.csv', ''),
+    ('log.csv', HEADER + '\n'),
+    ('log.csv', '\n\n'),
+    ('log.jsonl', ''),
+    ('log.jsonl', '\n\n'),
+  ],
+)
 def test_an_empty_log_is_refused(tmp_path, name, text, log_config):
   (tmp_path / name).write_text(text)
   with pytest.raises(InputError, match=f'{name} (is empty|holds no rows)'):
@@ -213,14 +288,14 @@ def test_an_empty_log_is_refused(tmp_path, name, text, log_config):
 
 @pytest.mark.parametrize('name', ['log.xlsx', 'log.csv.gz', 'log', 'log.txt'])
 def test_what_a_text_is_told_by_content_and_not_by_name(
-    tmp_path, name, history, prepare):
+  tmp_path, name, history, prepare
+):
   log, _, _ = prepare(tmp_path, history('xyzx'), name=name)
   assert len(log.user) == 4
 
 
 def test_text_that_is_named_parquet_is_refused(tmp_path, history, refuse):
-  refuse(tmp_path, history('xy'), "does not begin with 'PAR1'",
-         name='log.parquet')
+  refuse(tmp_path, history('xy'), "does not begin with 'PAR1'", name='log.parquet')
 
 
 def test_a_torn_zip_is_refused(tmp_path, log_config, history):
@@ -232,13 +307,15 @@ def test_a_torn_zip_is_refused(tmp_path, log_config, history):
   assert [entry.name for entry in tmp_path.iterdir()] == ['log.csv.gz']
 
 
-def test_a_parquet_file_with_broken_pages_is_refused(
-    tmp_path, log_config, minute):
+def test_a_parquet_file_with_broken_pages_is_refused(tmp_path, log_config, minute):
   path = tmp_path / 'log.parquet'
   rows = [('u', minute(i), f'name {i}') for i in range(200)]
-  pq.write_table(pa.table(dict(zip(
-      ('user', 'time', 'behavior'), zip(*rows, strict=True), strict=True))),
-                 path)
+  pq.write_table(
+    pa.table(
+      dict(zip(('user', 'time', 'behavior'), zip(*rows, strict=True), strict=True))
+    ),
+    path,
+  )
   content = bytearray(path.read_bytes())
   content[4:1500] = bytes(1496)  # the footer stays whole
   path.write_bytes(content)
@@ -249,8 +326,7 @@ def test_a_parquet_file_with_broken_pages_is_refused(
 
 
 @pytest.mark.parametrize('suffix', ['csv', 'jsonl', 'parquet'])
-def test_a_missing_column_names_the_nearest(
-    tmp_path, suffix, log_config, minute):
+def test_a_missing_column_names_the_nearest(tmp_path, suffix, log_config, minute):
   write_all(tmp_path, [('u', minute(0), 'x')], ('user', 'time', 'behaviour'))
   path = tmp_path / f'log.{suffix}'
   with pytest.raises(InputError) as error:

@@ -23,9 +23,9 @@ def read(tmp_path, log_config):
     """Events and summary of the log at a place, all of it for training."""
     folder = tmp_path / 'work' / 'events'
     shutil.rmtree(folder, ignore_errors=True)
-    summary = events.prepare(log_config(split=(1, 0, 0), **fields), place,
-                             folder, 0)
+    summary = events.prepare(log_config(split=(1, 0, 0), **fields), place, folder, 0)
     return events.open_events(folder), summary
+
   return read
 
 
@@ -36,27 +36,36 @@ def parts(tmp_path, history):
   folder.mkdir()
   for i, user in enumerate('ab'):
     (folder / f'part-{i}.csv').write_text(
-        '\n'.join([HEADER, *history('xyzx', user), f'{user},never,x']) + '\n')
+      '\n'.join([HEADER, *history('xyzx', user), f'{user},never,x']) + '\n'
+    )
   for name in ('_SUCCESS', '.part-0.csv.crc', 'part-2.csv'):
     (folder / name).touch()
   return folder
 
 
-@pytest.mark.parametrize('place', [
-    '{0}', '{0}/part-*.csv', '{0}/part-0.csv,{0}/part-1.csv',
-    '{0}/part-0.csv, {0}/part-[1-9].csv'])
+@pytest.mark.parametrize(
+  'place',
+  [
+    '{0}',
+    '{0}/part-*.csv',
+    '{0}/part-0.csv,{0}/part-1.csv',
+    '{0}/part-0.csv, {0}/part-[1-9].csv',
+  ],
+)
 def test_parts_are_one_log(parts, place, read):
-  log, summary = read(place.format(parts), max_rejected=.5)
+  log, summary = read(place.format(parts), max_rejected=0.5)
   assert list(log.users) == ['a', 'b'] and len(log.user) == 8
   assert summary['rows'] == 10
 
 
 def test_rejected_rows_of_several_files_name_theirs(parts, tmp_path, read):
-  read(parts, max_rejected=.5)
+  read(parts, max_rejected=0.5)
   with open(tmp_path / 'work/events/rejected.csv', newline='') as file:
     rows = list(csv.DictReader(file))
   assert [(row['file'], row['line']) for row in rows] == [
-      ('part-0.csv', '6'), ('part-1.csv', '6')]
+    ('part-0.csv', '6'),
+    ('part-1.csv', '6'),
+  ]
   with pytest.raises(InputError, match=r'part-0\.csv line 6: time'):
     read(parts)
 
@@ -65,9 +74,16 @@ def test_a_folder_of_parquet_parts_is_one_log(tmp_path, read, minute):
   folder = tmp_path / 'log.parquet'
   (folder / 'day=1').mkdir(parents=True)
   for name, user in (('day=1/part-0.snappy.parquet', 'a'), ('part-1', 'b')):
-    pq.write_table(pa.table({
-        'user': [user] * 3, 'time': [minute(i) for i in range(3)],
-        'behavior': list('xyz')}), folder / name)
+    pq.write_table(
+      pa.table(
+        {
+          'user': [user] * 3,
+          'time': [minute(i) for i in range(3)],
+          'behavior': list('xyz'),
+        }
+      ),
+      folder / name,
+    )
   (folder / '_SUCCESS').touch()
   log, summary = read(folder)
   assert (list(log.users), summary['rows']) == (['a', 'b'], 6)
@@ -78,10 +94,12 @@ def test_places_that_hold_no_log_are_refused(tmp_path, parts, read, history):
   empty.mkdir()
   (empty / '_SUCCESS').touch()
   for place, match in (
-      (empty, 'holds no files'), ('', 'data.events is empty'),
-      (f'{parts}/*.json', 'does not exist'),
-      (f'{parts}/part-0.csv,{parts}', 'twice'),
-      (f'{parts}/part-0.csv,{tmp_path}/none.csv', 'none.csv')):
+    (empty, 'holds no files'),
+    ('', 'data.events is empty'),
+    (f'{parts}/*.json', 'does not exist'),
+    (f'{parts}/part-0.csv,{parts}', 'twice'),
+    (f'{parts}/part-0.csv,{tmp_path}/none.csv', 'none.csv'),
+  ):
     with pytest.raises(InputError, match=match):
       read(place)
 
@@ -92,12 +110,17 @@ def test_parquet_and_text_are_not_one_log(parts, read):
     read(parts)
 
 
-@pytest.mark.parametrize('compress', [
-    gzip.compress, bz2.compress, lzma.compress,
-    lambda text: pa.compress(text, 'zstd', asbytes=True)])
+@pytest.mark.parametrize(
+  'compress',
+  [
+    gzip.compress,
+    bz2.compress,
+    lzma.compress,
+    lambda text: pa.compress(text, 'zstd', asbytes=True),
+  ],
+)
 @pytest.mark.parametrize('name', ['log.csv', 'log.csv.gzip', 'log.gz', 'log'])
-def test_compression_is_told_by_content(
-    tmp_path, compress, name, history, read):
+def test_compression_is_told_by_content(tmp_path, compress, name, history, read):
   text = '\n'.join([HEADER, *history('xyzzx' * 9)]).encode()
   (tmp_path / name).write_bytes(compress(text))
   assert len(read(tmp_path / name)[0].user) == 28
@@ -106,15 +129,19 @@ def test_compression_is_told_by_content(
     read(tmp_path / name)
 
 
-@pytest.mark.parametrize('encoding', [
-    'utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize(
+  'encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be']
+)
 @pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl'])
 def test_encodings_are_told_by_content(tmp_path, encoding, kind, read):
-  rows = [('u', f'2024-01-01 10:0{i}', name)
-          for i, name in enumerate(['Café', 'gym', 'Café', '睡眠'])]
+  rows = [
+    ('u', f'2024-01-01 10:0{i}', name)
+    for i, name in enumerate(['Café', 'gym', 'Café', '睡眠'])
+  ]
   if kind == 'jsonl':
-    text = '\n'.join(f'{{"user": "{u}", "time": "{t}", "behavior": "{b}"}}'
-                     for u, t, b in rows)
+    text = '\n'.join(
+      f'{{"user": "{u}", "time": "{t}", "behavior": "{b}"}}' for u, t, b in rows
+    )
   else:
     mark = {'csv': ',', 'tsv': '\t'}[kind]
     text = '\n'.join(map(mark.join, [HEADER.split(','), *rows]))
@@ -124,12 +151,16 @@ def test_encodings_are_told_by_content(tmp_path, encoding, kind, read):
   assert summary['layout'].endswith(encoding.upper()[:6].rstrip('-'))
 
 
-@pytest.mark.parametrize('content, match', [
+@pytest.mark.parametrize(
+  'content, match',
+  [
     (b'PK\x03\x04rest', 'a zip archive or a spreadsheet'),
-    (b'\0\1\2\3' * 99, 'is no text'), (b'ARROW1\0\0', 'an Arrow file'),
-    ('user,time'.encode('utf-32'), 'UTF-32')])
-def test_what_is_no_text_is_refused_by_its_name(
-    tmp_path, content, match, read):
+    (b'\0\1\2\3' * 99, 'is no text'),
+    (b'ARROW1\0\0', 'an Arrow file'),
+    ('user,time'.encode('utf-32'), 'UTF-32'),
+  ],
+)
+def test_what_is_no_text_is_refused_by_its_name(tmp_path, content, match, read):
   (tmp_path / 'log.csv').write_bytes(content)
   with pytest.raises(InputError, match=match):
     read(tmp_path / 'log.csv')
@@ -137,7 +168,9 @@ def test_what_is_no_text_is_refused_by_its_name(
 
 def test_a_log_of_several_files_is_known_by_all_of_them(parts):
   whole = sources.open_log(parts)
-  assert whole.sha256() == sources.open_log(
-      f'{parts}/part-0.csv,{parts}/part-1.csv').sha256()
+  assert (
+    whole.sha256()
+    == sources.open_log(f'{parts}/part-0.csv,{parts}/part-1.csv').sha256()
+  )
   (parts / 'part-1.csv').write_text('other')
   assert whole.sha256() != sources.open_log(f'{parts}/part-0.csv').sha256()

@@ -21,7 +21,9 @@ def lines(texts):
   return [f'u,"{text}",{"xyz"[i % 3]}' for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize('one, two, seconds, form', [
+@pytest.mark.parametrize(
+  'one, two, seconds, form',
+  [
     ('2024-01-01 10:00', '2024-01-31 11:30:05', TEN, 'ISO 8601'),
     ('2024-01-01T10:00:00.999', '2024-01-31T11:30:05.1', TEN, 'ISO 8601'),
     ('2024-01-01 10:00:00,123', '2024-01-31 11:30:05,123', TEN, 'ISO 8601'),
@@ -32,21 +34,36 @@ def lines(texts):
     ('20240101T100000', '20240131T1130', TEN, 'ISO 8601'),
     ('20240101 10:00:00', '20240131 11:30', TEN, 'ISO 8601'),
     ('2024-01-01T10:00:00Z', '2024-01-31T11:30Z', TEN, 'ISO 8601 with offsets'),
-    ('2024-01-01 10:00:00 UTC', '2024-01-31 11:30:05 UTC', TEN,
-     'ISO 8601 with offsets'),
-    ('2024-01-01T10:00:00.123456789Z', '2024-01-31T11:30:05.123456789Z', TEN,
-     'ISO 8601 with offsets'),
-    ('2024-01-01 10:00:00+05:30', '2024-01-31T11:30-0800', TEN,
-     'ISO 8601 with offsets'),
+    (
+      '2024-01-01 10:00:00 UTC',
+      '2024-01-31 11:30:05 UTC',
+      TEN,
+      'ISO 8601 with offsets',
+    ),
+    (
+      '2024-01-01T10:00:00.123456789Z',
+      '2024-01-31T11:30:05.123456789Z',
+      TEN,
+      'ISO 8601 with offsets',
+    ),
+    (
+      '2024-01-01 10:00:00+05:30',
+      '2024-01-31T11:30-0800',
+      TEN,
+      'ISO 8601 with offsets',
+    ),
     ('2024-01-01T10:00-08', '2024-01-31T11:30Z', TEN, 'ISO 8601 with offsets'),
-    ('2024-01-01 10:00:00 +0000 UTC', '2024-01-31 11:30:05 +0000 UTC', TEN,
-     'ISO 8601 with offsets'),
+    (
+      '2024-01-01 10:00:00 +0000 UTC',
+      '2024-01-31 11:30:05 +0000 UTC',
+      TEN,
+      'ISO 8601 with offsets',
+    ),
     ('20240101T100000Z', '20240131T113005Z', TEN, 'ISO 8601 with offsets'),
     ('2024-01-01', '2024-01-31', DATE, 'ISO 8601, dates alone'),
     ('01/01/2024 10:00', '31/01/2024 11:30', TEN, 'day/month/year'),
     ('1.1.2024', '31.1.2024', DATE, 'day/month/year, dates alone'),
-    ('01/01/2024 10:00:00 AM', '01/31/2024 11:30:05 PM', TEN,
-     'month/day/year'),
+    ('01/01/2024 10:00:00 AM', '01/31/2024 11:30:05 PM', TEN, 'month/day/year'),
     ('20240101', '20240131', DATE, 'YYYYMMDD, dates alone'),
     ('202401011000', '202401311130', TEN, 'YYYYMMDD'),
     ('20240101100000', '20240131113005', TEN, 'YYYYMMDD'),
@@ -56,22 +73,21 @@ def lines(texts):
     ('1704103200999', '1706700605000', TEN, 'milliseconds since 1970'),
     ('1704103200999.5', '1706700605000.25', TEN, 'milliseconds since 1970'),
     ('1704103200000001', '1706700605000000', TEN, 'microseconds since 1970'),
-    ('1704103200000000001', '1706700605000000000', TEN,
-     'nanoseconds since 1970'),
+    ('1704103200000000001', '1706700605000000000', TEN, 'nanoseconds since 1970'),
     ('45292.4166666667', '45322.4791666667', TEN, 'spreadsheet days'),
     ('45292.416666666664', '45322.479166666664', TEN, 'spreadsheet days'),
     ('45292,4166666667', '45322,4791666667', TEN, 'spreadsheet days'),
-    ('45292', '45322', DATE, 'spreadsheet days, dates alone')])
-def test_every_form_is_read_and_said(
-    tmp_path, one, two, seconds, form, prepare):
+    ('45292', '45322', DATE, 'spreadsheet days, dates alone'),
+  ],
+)
+def test_every_form_is_read_and_said(tmp_path, one, two, seconds, form, prepare):
   log, summary, _ = prepare(tmp_path, lines([two, one]), split=(1, 0, 0))
   assert log.time[0] == seconds
   shown = form + ', shown by the clock of UTC' * ('since 1970' in form)
   assert summary['times'] == f'{shown}, 2024-01-01 to 2024-01-31'
   assert summary['rejected'] == 0
   assert log.clock == summary['clock'] == ('dates alone' not in form)
-  assert any('dates alone' in text for text in summary['warnings']) == (
-      not log.clock)
+  assert any('dates alone' in text for text in summary['warnings']) == (not log.clock)
 
 
 def documented():
@@ -79,39 +95,45 @@ def documented():
   page = pathlib.Path(__file__).parents[3] / 'docs/your_log.md'
   table = page.read_text().split('| `data.time_format` | examples |')[1]
   for words, examples in re.findall(r'^\| (`.*`) \| (.*) \|$', table, re.M):
-    yield from ((re.findall('`(.*?)`', words), time)
-                for time in re.findall('`(.*?)`', examples))
+    yield from (
+      (re.findall('`(.*?)`', words), time) for time in re.findall('`(.*?)`', examples)
+    )
 
 
 @pytest.mark.parametrize('words, time', documented())
 def test_every_time_of_the_docs_is_read(tmp_path, words, time, prepare):
   log, summary, _ = prepare(
-    tmp_path, lines([time, time]), split=(1, 0, 0),
-    time_format='' if words[0].startswith('epoch') else words[0])
+    tmp_path,
+    lines([time, time]),
+    split=(1, 0, 0),
+    time_format='' if words[0].startswith('epoch') else words[0],
+  )
   assert summary['rejected'] == 0
   day = np.datetime64(int(log.time[0]), 's').astype('datetime64[D]')
   assert str(day) == '2024-01-31'
 
 
 def test_day_or_month_first_is_found_from_the_whole_column(
-    tmp_path, monkeypatch, prepare):
+  tmp_path, monkeypatch, prepare
+):
   monkeypatch.setattr(reader, '_LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   texts = [f'0{i % 9 + 1}/02/2024 10:0{i % 10}' for i in range(40)]
-  log, summary, _ = prepare(tmp_path, lines([*texts, '13/02/2024 10:00']),
-                            split=(1, 0, 0))
+  log, summary, _ = prepare(
+    tmp_path, lines([*texts, '13/02/2024 10:00']), split=(1, 0, 0)
+  )
   assert summary['times'] == 'day/month/year, 2024-02-01 to 2024-02-13'
   assert (summary['rows'], summary['rejected']) == (41, 0)
   assert log.time.min() == 1706781600
 
 
-def test_a_form_that_later_rows_refute_is_given_up(
-    tmp_path, monkeypatch, prepare):
+def test_a_form_that_later_rows_refute_is_given_up(tmp_path, monkeypatch, prepare):
   monkeypatch.setattr(reader, '_LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   texts = ['2024-01-01'] + [f'2024-01-02 10:{i:02d}' for i in range(40)]
-  _, summary, _ = prepare(tmp_path, lines(['2024-01-01'] * 6 + texts),
-                          split=(1, 0, 0), max_rejected=.5)
+  _, summary, _ = prepare(
+    tmp_path, lines(['2024-01-01'] * 6 + texts), split=(1, 0, 0), max_rejected=0.5
+  )
   assert summary['times'].startswith('ISO 8601, 2024-01-02')
   assert (summary['rows'], summary['rejected']) == (47, 7)
 
@@ -119,116 +141,170 @@ def test_a_form_that_later_rows_refute_is_given_up(
 def test_an_open_order_of_day_and_month_is_refused(tmp_path, refuse, prepare):
   texts = [f'0{i + 1}/02/2024 10:00' for i in range(9)]
   refuse(tmp_path, lines(texts), 'data.time_format', 'day_first', 'month_first')
-  for order, day in (('day_first', '2024-02-01'),
-                     ('month_first', '2024-01-02')):
+  for order, day in (('day_first', '2024-02-01'), ('month_first', '2024-01-02')):
     (tmp_path / order).mkdir()
-    _, summary, _ = prepare(tmp_path / order, lines(texts), split=(1, 0, 0),
-                            time_format=order)
+    _, summary, _ = prepare(
+      tmp_path / order, lines(texts), split=(1, 0, 0), time_format=order
+    )
     assert f', {day} to ' in summary['times']
 
 
 def test_a_column_of_both_orders_is_refused(tmp_path, refuse):
-  refuse(tmp_path, lines(['13/02/2024 10:00', '02/13/2024 10:00']),
-         '1 times can only have the day first and 1 only the month')
+  refuse(
+    tmp_path,
+    lines(['13/02/2024 10:00', '02/13/2024 10:00']),
+    '1 times can only have the day first and 1 only the month',
+  )
 
 
-def test_numbers_that_may_be_hours_or_seconds_are_refused(
-    tmp_path, refuse, prepare):
-  refuse(tmp_path, lines(['2034010110', '2034010211', '2034010312']),
-         'epoch_s', '%Y%m%d%H')
-  log, _, _ = prepare(tmp_path, lines(['2034010110', '2034010211']),
-                      time_format='%Y%m%d%H', split=(1, 0, 0))
+def test_numbers_that_may_be_hours_or_seconds_are_refused(tmp_path, refuse, prepare):
+  refuse(
+    tmp_path, lines(['2034010110', '2034010211', '2034010312']), 'epoch_s', '%Y%m%d%H'
+  )
+  log, _, _ = prepare(
+    tmp_path,
+    lines(['2034010110', '2034010211']),
+    time_format='%Y%m%d%H',
+    split=(1, 0, 0),
+  )
   assert str(np.datetime64(int(log.time[0]), 's')) == '2034-01-01T10:00:00'
 
 
-@pytest.mark.parametrize('texts', [
-    ['1969-01-01 10:00', '1969-01-02 10:00'], ['2101-01-01', '2101-01-02']])
+@pytest.mark.parametrize(
+  'texts', [['1969-01-01 10:00', '1969-01-02 10:00'], ['2101-01-01', '2101-01-02']]
+)
 def test_other_years_need_a_format(tmp_path, texts, refuse, prepare):
-  refuse(tmp_path, lines(texts), 'outside of 1990 to 2100', 'data.time_format',
-         split=(1, 0, 0))
-  log, _, _ = prepare(tmp_path, lines(texts), time_format='iso',
-                      split=(1, 0, 0))
+  refuse(
+    tmp_path,
+    lines(texts),
+    'outside of 1990 to 2100',
+    'data.time_format',
+    split=(1, 0, 0),
+  )
+  log, _, _ = prepare(tmp_path, lines(texts), time_format='iso', split=(1, 0, 0))
   assert len(log.time) == 2
 
 
-@pytest.mark.parametrize('texts', [
-    ['12345678', '12345679'], ['3', '4'], ['noon', 'noon'], ['240101'] * 2,
-    ['01/02/24 10:00'] * 2, ['1.7E+09'] * 2])
-def test_times_of_no_known_form_are_refused_with_a_way_out(
-    tmp_path, texts, refuse):
+@pytest.mark.parametrize(
+  'texts',
+  [
+    ['12345678', '12345679'],
+    ['3', '4'],
+    ['noon', 'noon'],
+    ['240101'] * 2,
+    ['01/02/24 10:00'] * 2,
+    ['1.7E+09'] * 2,
+  ],
+)
+def test_times_of_no_known_form_are_refused_with_a_way_out(tmp_path, texts, refuse):
   refuse(tmp_path, lines(texts), texts[0], 'data.time_format', 'strptime')
 
 
 def test_a_number_of_other_years_is_malformed(tmp_path, prepare):
   _, summary, _ = prepare(
-      tmp_path, lines(['1704103200000', '1704103260000', '1704103200']),
-      split=(1, 0, 0), max_rejected=.5)
+    tmp_path,
+    lines(['1704103200000', '1704103260000', '1704103200']),
+    split=(1, 0, 0),
+    max_rejected=0.5,
+  )
   assert summary['reasons'] == {
-      'time is not of the form milliseconds since 1970, shown by the clock of '
-      'UTC': 1}
+    'time is not of the form milliseconds since 1970, shown by the clock of UTC': 1
+  }
 
 
-@pytest.mark.parametrize('word, texts, seconds', [
+@pytest.mark.parametrize(
+  'word, texts, seconds',
+  [
     ('%d %b %Y %H:%M', ['01 Jan 2024 10:00', '02 Jan 2024 10:00'], TEN),
-    ('%a %b %d %H:%M:%S %z %Y', ['Mon Jan 01 10:00:00 -0500 2024',
-                                 'Tue Jan 02 10:00:00 +0000 2024'], TEN),
-    ('%d-%m-%Y %H:%M%z', ['01-01-2024 10:00+05:30', '02-01-2024 10:00+00:00'],
-     TEN),
+    (
+      '%a %b %d %H:%M:%S %z %Y',
+      ['Mon Jan 01 10:00:00 -0500 2024', 'Tue Jan 02 10:00:00 +0000 2024'],
+      TEN,
+    ),
+    ('%d-%m-%Y %H:%M%z', ['01-01-2024 10:00+05:30', '02-01-2024 10:00+00:00'], TEN),
     ('epoch_s', ['36000', '122400'], 36000),
     ('epoch_ms', ['36000000', '122400000'], 36000),
-    ('%d.%m.%y', ['01.01.24', '02.01.24'], DATE)])
-def test_a_format_that_is_given_is_used(
-    tmp_path, word, texts, seconds, prepare):
-  log, summary, _ = prepare(tmp_path, lines(texts), time_format=word,
-                            split=(1, 0, 0))
+    ('%d.%m.%y', ['01.01.24', '02.01.24'], DATE),
+  ],
+)
+def test_a_format_that_is_given_is_used(tmp_path, word, texts, seconds, prepare):
+  log, summary, _ = prepare(tmp_path, lines(texts), time_format=word, split=(1, 0, 0))
   assert log.time.tolist() == [seconds, seconds + 86400]
   assert summary['clock'] == (word != '%d.%m.%y')
 
 
-@pytest.mark.parametrize('field, value', [
-    ('time_format', 'noon'), ('time_format', '%Q'), ('time_zone', 'Mars'),
-    ('time_format', 'typed')])
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('time_format', 'noon'),
+    ('time_format', '%Q'),
+    ('time_zone', 'Mars'),
+    ('time_format', 'typed'),
+  ],
+)
 def test_a_format_or_zone_that_is_none_is_refused(
-    tmp_path, field, value, history, refuse):
-  refuse(tmp_path, history('xy'), f'data.{field} is {value!r}',
-         **{field: value})
+  tmp_path, field, value, history, refuse
+):
+  refuse(tmp_path, history('xy'), f'data.{field} is {value!r}', **{field: value})
 
 
 def test_a_zone_for_local_clocks_is_refused(tmp_path, history, refuse):
-  refuse(tmp_path, history('xy'), "data.time_zone is 'Asia/Kolkata'",
-         'local clocks', time_zone='Asia/Kolkata')
+  refuse(
+    tmp_path,
+    history('xy'),
+    "data.time_zone is 'Asia/Kolkata'",
+    'local clocks',
+    time_zone='Asia/Kolkata',
+  )
 
 
 # Order and clock.
 
 
 def test_events_are_ordered_by_instant_and_shown_by_their_clock(
-    tmp_path, prepare, names):
+  tmp_path, prepare, names
+):
   # The clock goes back from 02:00 to 01:00.
-  rows = ['u,2024-11-03T01:10:00-05:00,late', 'u,2024-11-03T01:50:00-04:00,mid',
-          'u,2024-11-03T01:40:00-04:00,early']
+  rows = [
+    'u,2024-11-03T01:10:00-05:00,late',
+    'u,2024-11-03T01:50:00-04:00,mid',
+    'u,2024-11-03T01:40:00-04:00,early',
+  ]
   log, _, _ = prepare(tmp_path, rows, split=(1, 0, 0))
   assert names(log) == ['early', 'mid', 'late']
   assert [str(np.datetime64(int(t), 's'))[11:16] for t in log.time] == [
-      '01:40', '01:50', '01:10']
+    '01:40',
+    '01:50',
+    '01:10',
+  ]
 
 
 def test_one_instant_on_two_clocks_is_one_event(tmp_path, prepare):
-  rows = ['u,2024-01-01T10:00:00+01:00,x', 'u,2024-01-01T09:00:00Z,x',
-          'u,2024-01-01T09:00:00Z,y']
+  rows = [
+    'u,2024-01-01T10:00:00+01:00,x',
+    'u,2024-01-01T09:00:00Z,x',
+    'u,2024-01-01T09:00:00Z,y',
+  ]
   log, summary, _ = prepare(tmp_path, rows, split=(1, 0, 0))
   assert (summary['duplicates'], len(log.time)) == (1, 2)
 
 
-@pytest.mark.parametrize('texts', [
-    ['1730613000', '1730616600'], ['2024-11-03T05:50Z', '2024-11-03T06:50Z'],
-    ['2024-11-03T11:20+05:30', '2024-11-03T06:50Z']])
-def test_instants_are_shown_by_the_zone_that_is_given(
-    tmp_path, texts, prepare):
-  log, summary, _ = prepare(tmp_path, lines(texts), split=(1, 0, 0),
-                            time_zone='America/New_York')
+@pytest.mark.parametrize(
+  'texts',
+  [
+    ['1730613000', '1730616600'],
+    ['2024-11-03T05:50Z', '2024-11-03T06:50Z'],
+    ['2024-11-03T11:20+05:30', '2024-11-03T06:50Z'],
+  ],
+)
+def test_instants_are_shown_by_the_zone_that_is_given(tmp_path, texts, prepare):
+  log, summary, _ = prepare(
+    tmp_path, lines(texts), split=(1, 0, 0), time_zone='America/New_York'
+  )
   assert [str(np.datetime64(int(t), 's'))[11:16] for t in log.time] == [
-      '01:50', '01:50']
+    '01:50',
+    '01:50',
+  ]
   assert 'shown by the clock of America/New_York' in summary['times']
   assert not any('UTC' in text for text in summary['warnings'])
 
@@ -238,35 +314,44 @@ def test_instants_are_shown_by_the_zone_that_is_given(
 
 def parquet(tmp_path, times, log_config, **fields):
   path = tmp_path / 'log.parquet'
-  pq.write_table(pa.table({'user': ['u'] * len(times), 'time': times,
-                           'behavior': list('xyz')[:len(times)]}), path)
+  pq.write_table(
+    pa.table(
+      {'user': ['u'] * len(times), 'time': times, 'behavior': list('xyz')[: len(times)]}
+    ),
+    path,
+  )
   folder = tmp_path / 'events'
-  summary = events.prepare(log_config(split=(1, 0, 0), **fields), path, folder,
-                           0)
+  summary = events.prepare(log_config(split=(1, 0, 0), **fields), path, folder, 0)
   return events.open_events(folder), summary
 
 
-@pytest.mark.parametrize('times, seconds', [
+@pytest.mark.parametrize(
+  'times, seconds',
+  [
     (pa.array([TEN, TEN + 5]), TEN),
     (pa.array([float(TEN), TEN + 5.5]), TEN),
     (pa.array([TEN * 1e9, (TEN + 5) * 1e9]), TEN),
-    (pa.array([TEN * 10**9 + 999_999_999, (TEN + 5) * 10**9]).cast(
-        pa.timestamp('ns')), TEN),
-    (pa.array([DATE // 86400, DATE // 86400 + 1], pa.int32()).cast(
-        pa.date32()), DATE),
-    (pa.array(['2024-01-01 10:00', '2024-01-01 10:01']), TEN)])
-def test_parquet_times_of_any_type_are_read(
-    tmp_path, times, seconds, log_config):
+    (
+      pa.array([TEN * 10**9 + 999_999_999, (TEN + 5) * 10**9]).cast(pa.timestamp('ns')),
+      TEN,
+    ),
+    (pa.array([DATE // 86400, DATE // 86400 + 1], pa.int32()).cast(pa.date32()), DATE),
+    (pa.array(['2024-01-01 10:00', '2024-01-01 10:01']), TEN),
+  ],
+)
+def test_parquet_times_of_any_type_are_read(tmp_path, times, seconds, log_config):
   log, summary = parquet(tmp_path, times, log_config)
   assert log.time[0] == seconds
   assert summary['rejected'] == 0
   assert log.clock == (seconds == TEN)
 
 
-def test_parquet_instants_are_shown_by_the_zone_of_the_column(
-    tmp_path, log_config):
-  instants = pa.array([1730613000, 1730616600]).cast(pa.timestamp('s')).cast(
-      pa.timestamp('us', tz='America/New_York'))
+def test_parquet_instants_are_shown_by_the_zone_of_the_column(tmp_path, log_config):
+  instants = (
+    pa.array([1730613000, 1730616600])
+    .cast(pa.timestamp('s'))
+    .cast(pa.timestamp('us', tz='America/New_York'))
+  )
   log, summary = parquet(tmp_path, instants, log_config)
   assert log.time[0] == log.time[1]
   assert 'Parquet timestamps, shown by the clock of America' in summary['times']
