@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from behaviorlm_jax import cli
-from behaviorlm_jax.ahead import study
+from behaviorlm_jax.cost import study
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 _TOPOLOGY = flags.DEFINE_string(

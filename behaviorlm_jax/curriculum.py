@@ -12,14 +12,14 @@ import json
 import numpy as np
 from absl import logging
 
-from behaviorlm_jax import hosts
-from behaviorlm_jax import inputs
-from behaviorlm_jax import measure
 from behaviorlm_jax import seeds
-from behaviorlm_jax import workdir as workdir_lib
+from behaviorlm_jax import setup
+from behaviorlm_jax.cluster import processes
+from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data import subset as subset_lib
+from behaviorlm_jax.evaluate import measure
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.train import step as step_lib
 
@@ -29,7 +29,7 @@ def make_plan(this, stage, folder, adapter):
   config, path = this.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
   made_from = fingerprint(this, stage, adapter, sections)
-  if hosts.exists(path):
+  if processes.exists(path):
     plan = plan_lib.load(path, made_from)
     return plan, plan_lib.content_hash(plan)
   rng = seeds.stream(config.seed, stage, 'plan')
@@ -39,8 +39,8 @@ def make_plan(this, stage, folder, adapter):
     '%s: plan of %s.', folder.name, plan_lib.summary(plan, config.train.length)
   )
   plan_hash = plan_lib.content_hash(plan)
-  hosts.agree({f'the plan of {folder.name}': plan_hash})
-  hosts.first(plan_lib.save, path, plan, config.train.batch)
+  processes.assert_same({f'the plan of {folder.name}': plan_hash})
+  processes.on_primary(plan_lib.save, path, plan, config.train.batch)
   return plan, plan_hash
 
 
@@ -66,7 +66,7 @@ def fingerprint(this, stage, adapter, sections):
     for name in sorted(one):
       for side in ('a', 'b'):
         digest.update(one[name][side].tobytes())
-  hosts.agree({f'what decides stage {stage}': digest.hexdigest()})
+  processes.assert_same({f'what decides stage {stage}': digest.hexdigest()})
   return digest.hexdigest()
 
 
@@ -141,7 +141,7 @@ def score_difficulty(this, adapter, folder, pools):
   made_from = fingerprint(
     this, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
-  if not hosts.exists(path):
+  if not processes.exists(path):
     samples = np.concatenate(list(pools.values()))
     score = lambda adapter, what, **options: (
       measure.score(this, adapter, samples, f'{folder.name}: {what}', **options).scores
@@ -152,7 +152,9 @@ def score_difficulty(this, adapter, folder, pools):
     elif name == 'rho':
       others = score(reference(this), 'reference')
     values = difficulty.compute(name, scores, this.events.behavior[samples], others)
-    hosts.first(difficulty.write, path, this.events, samples, values, made_from)
+    processes.on_primary(
+      difficulty.write, path, this.events, samples, values, made_from
+    )
   return difficulty.read(path, made_from)
 
 
@@ -164,7 +166,7 @@ def reference(this):
   folder = workdir_lib.adapter_folder(
     config.difficulty.reference, 'difficulty.reference'
   )
-  return inputs.load_adapter(this, folder)
+  return setup.load_adapter(this, folder)
 
 
 def names(this, stage, plan):

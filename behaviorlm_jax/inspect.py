@@ -21,7 +21,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data.prompts import DAY
 from behaviorlm_jax.data.prompts import WEEKDAYS
-from behaviorlm_jax.score import evaluation
+from behaviorlm_jax.evaluate import evaluation
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 flags.mark_flags_as_required(['config'])

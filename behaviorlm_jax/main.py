@@ -6,7 +6,7 @@ from ml_collections import config_flags
 
 from behaviorlm_jax import cli
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
@@ -19,7 +19,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main(argv):
   cli.run(
     argv,
-    lambda: stages.run(
+    lambda: run_lib.run(
       config_lib.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value
     ),
   )

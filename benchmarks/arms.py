@@ -18,8 +18,8 @@ from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import lora
-from behaviorlm_jax.score import evaluation
 from behaviorlm_jax.train import step as step_lib
 
 CONTEXT = 8  # Events before a window's first target.

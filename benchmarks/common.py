@@ -26,10 +26,11 @@ import numpy as np  # noqa: E402
 from absl import logging  # noqa: E402
 
 from behaviorlm_jax import config as config_lib  # noqa: E402
-from behaviorlm_jax import workdir as workdir_lib  # noqa: E402
+from behaviorlm_jax.cluster import workspace as workdir_lib  # noqa: E402
 from behaviorlm_jax.data import conversations  # noqa: E402
 from behaviorlm_jax.data import loader  # noqa: E402
 from behaviorlm_jax.data import plan as plan_lib  # noqa: E402
+from behaviorlm_jax.data import prepared  # noqa: E402
 from behaviorlm_jax.data import prompts as prompts_lib  # noqa: E402
 from behaviorlm_jax.data import samples as samples_lib  # noqa: E402
 from behaviorlm_jax.errors import InputError  # noqa: E402
@@ -101,7 +102,7 @@ def open_inputs(config, workdir, adapter=''):
       f'model.address is {config.model.address}, which torch '
       'cannot read; give a folder or a .gguf file.'
     )
-  events = workdir_lib.open_events(config, pathlib.Path(workdir))
+  events = prepared.load_events(config, pathlib.Path(workdir))
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
   talks = conversations.read(conversations.DEFAULT, base.tokenizer, config.train.length)

@@ -37,16 +37,17 @@ from absl import flags
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
+from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import seeds
-from behaviorlm_jax import stages
-from behaviorlm_jax import workdir as workdir_lib
+from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 
 SIZES = flags.DEFINE_list('sizes', ['1', '10'], 'Millions of events.')
 FOLDER = flags.DEFINE_string('folder', '', 'Where logs stay, to be used again.')
@@ -124,12 +125,12 @@ def prepare(log, workdir):
   for i in range(SHARDS.value):
     config.data.shard = f'{i}/{SHARDS.value}'
     with Meter() as meter:
-      workdir_lib.prepare_shard(config, workdir)
+      prepared.prepare_shard(config, workdir)
     if not i:
       facts[f'shard 0 of {SHARDS.value}'] = meter.found
   config.data.shard = ''
   with Meter() as meter:
-    workdir_lib.open_events(config, workdir)
+    prepared.load_events(config, workdir)
   facts['join' if SHARDS.value else 'prepare'] = meter.found
   summary = json.loads((workdir / 'events' / 'summary.json').read_text())
   size = sum(p.stat().st_size for p in (workdir / 'events').iterdir())
@@ -156,7 +157,7 @@ def plan(log, workdir):
     plan_lib.check_lengths(prompts, whole)
     prompts.check_lengths(1 << 20, whole.train.length)
     evaluation.test_samples(events, whole)
-    tree = labels.build(labels.shortest(prompts.labels))
+    tree = label_tree.build(label_tree.shortest(prompts.labels))
   facts['open and check'] = meter.found
   for stage in whole.stages:
     config = config_lib.of_stage(whole, stage)
@@ -177,7 +178,7 @@ def plan(log, workdir):
 
 def load(this, plan):
   """{threads: facts} of nothing but loading a plan's batches."""
-  assemble, found = stages.assembler(this, plan), {}
+  assemble, found = run_lib.assembler(this, plan), {}
   for workers in map(int, WORKERS.value):
     batches = loader.batches(plan, assemble, BATCH.value, threads=workers)
     next(batches)

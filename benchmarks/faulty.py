@@ -27,8 +27,8 @@ from behaviorlm_jax.train import step as step_lib
 ASSEMBLE = ('behaviorlm_jax.data.loader', 'Assembler.__call__')
 STEP = ('behaviorlm_jax.train.step', 'the step')
 MOMENTS = (
-  ('behaviorlm_jax.data.join', '_write_events'),
-  ('behaviorlm_jax.files', 'whole'),
+  ('behaviorlm_jax.data.log.join', '_write_events'),
+  ('behaviorlm_jax.io.files', 'whole'),
   ('behaviorlm_jax.score.scorer', 'Scorer._batch'),
   ('behaviorlm_jax.train.loop', 'MetricsFile.write'),
   ('behaviorlm_jax.train.checkpoints', 'Checkpoints.save'),

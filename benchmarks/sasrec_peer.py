@@ -4,7 +4,7 @@
     --config=configs/foursquare_nyc.py --config.sasrec.steps=1500
 
 --workdir is any run's; of it only `events/` is read. The peer shares nothing
-with score.sasrec but sizes and what it is told: its layers, their first
+with evaluate.sasrec but sizes and what it is told: its layers, their first
 weights, dropout and optimizer are torch's, its windows are cut here, user by
 user. Each side is trained with every seed and kept as it was when it did best
 on validation events; both then say all test events that have enough of a past.
@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.score import sasrec as ours
+from behaviorlm_jax.evaluate import sasrec as ours
 
 _CHECKED = 2000  # Validation events of a check.
 

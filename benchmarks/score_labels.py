@@ -28,8 +28,8 @@ import peer_scores
 from absl import flags
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.score import labels as labels_lib
+from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.score import label_tree as labels_lib
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import step as step_lib
 

@@ -30,7 +30,7 @@ from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from behaviorlm_jax.score import plots
+from behaviorlm_jax.report import plots
 
 ARMS = flags.DEFINE_list(
   'arms',

@@ -2,7 +2,7 @@
 
   python benchmarks/tpu.py > tables.md
 
-compiles ahead of time (ahead.study), so it needs libtpu and no TPU. Rows
+compiles ahead of time (cost.study), so it needs libtpu and no TPU. Rows
 are of 2,048 tokens, one for each chip in each of four micro-batches; weights
 are divided among all chips.
 """
@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.ahead import study
+from behaviorlm_jax.cost import study
 
 MODELS = {'llama-3.1-8b': 'products', 'llama-3.1-70b': 'full'}
 TOPOLOGIES = ('v5e:4x4', 'v5e:8x8', 'v5p:4x4x4', 'v6e:4x4')

@@ -22,7 +22,7 @@ behavior, drawn at random, whose other events count, too.
 """
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import sweep_config as sweep
+from behaviorlm_jax.sweep import settings as sweep
 
 SHOTS = (0, 1, 2, 5, 10, 20, 50)
 # All neighbours count alike, and scores stay those of natural frequencies: on

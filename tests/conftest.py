@@ -33,7 +33,7 @@ from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
 from behaviorlm_jax.model import weights
@@ -173,6 +173,33 @@ def make_llama(tmp_path_factory):
     return model.eval(), weights.open_base(str(folder))
 
   return make
+
+
+@pytest.fixture(scope='session')
+def llama(make_llama):
+  """The torch model and the opened base of the same random weights."""
+  return make_llama(tied=False, spread=0.3)
+
+
+@pytest.fixture(scope='session')
+def brute_force():
+  """One forward pass of transformers per prompt and name."""
+
+  def score(model, prompts, names):
+    with torch.no_grad():
+      return np.array(
+        [[score_one(model, prompt, name) for name in names] for prompt in prompts]
+      )
+
+  return score
+
+
+def score_one(model, prompt, name):
+  """log p(name | prompt), both token ids."""
+  tokens = torch.tensor([[*prompt, *name]])
+  logits = model(tokens).logits[0, len(prompt) - 1 : -1]
+  scores = torch.log_softmax(logits, -1)
+  return float(scores[range(len(name)), list(name)].sum())
 
 
 @pytest.fixture(scope='session')
@@ -319,7 +346,7 @@ def run_stages(make_run_config, tmp_path):
     config = make_run_config(fields)
     if only:
       config.stages = (only,)
-    stages.run(config_lib.ablate(config, ablations), workdir or tmp_path / 'work')
+    run_lib.run(config_lib.ablate(config, ablations), workdir or tmp_path / 'work')
 
   return run
 

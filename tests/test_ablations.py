@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -38,14 +38,14 @@ def ablated(copy_run, make_run_config, monkeypatch):
   """Runs the stages that ablations leave, above a finished stage a if `keep`;
   returns the work directory."""
   # The report has tests of its own and takes longer than a tiny stage.
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
 
   def run(*names, only=None, fields=None):
     gone = ['b_tuning'] if only == 'b' else ['a_tuning', 'b_tuning']
     workdir = copy_run(*gone, name='-'.join(names) or 'none')
     config = make_run_config(fields)
     config.stages = (only,) if only else ('a', 'b')
-    stages.run(config_lib.ablate(config, names), workdir)
+    run_lib.run(config_lib.ablate(config, names), workdir)
     return workdir
 
   return run
@@ -221,7 +221,7 @@ def test_conversations_are_taught_to_stay_where_the_base_is(
 def test_the_model_writes_its_conversations_itself(
   run_stages, run_fields, tmp_path, monkeypatch, read_rows
 ):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
   monkeypatch.setattr(conversations, 'DEFAULT', run_fields['data.conversations'])
   fields = {
@@ -322,9 +322,9 @@ def test_no_auxiliary_and_one_stage_together(ablated):
 
 def test_stage1_then_stage2_equals_one_run_of_both(script_config, finished, tmp_path):
   workdir = tmp_path / 'work'
-  stages.run(config_lib.ablate(script_config('stage1'), []), workdir)
+  run_lib.run(config_lib.ablate(script_config('stage1'), []), workdir)
   assert not (workdir / 'b_tuning').exists()
-  stages.run(config_lib.ablate(script_config('stage2'), []), workdir)
+  run_lib.run(config_lib.ablate(script_config('stage2'), []), workdir)
   for stage in ('a_tuning', 'b_tuning'):
     for name in (ADAPTER, 'predictions.parquet', 'config.json'):
       assert (workdir / stage / name).read_bytes() == (
@@ -340,7 +340,7 @@ def test_stage2_starts_from_stage_a_of_another_directory(
   workdir = tmp_path / 'work'
   for name in ('events', 'base'):
     shutil.copytree(finished / name, workdir / name)
-  stages.run(config_lib.ablate(config, []), workdir)
+  run_lib.run(config_lib.ablate(config, []), workdir)
   assert not (workdir / 'a_tuning').exists()
   assert (workdir / 'b_tuning' / ADAPTER).read_bytes() == (
     finished / 'b_tuning' / ADAPTER
@@ -354,7 +354,7 @@ def test_interpolation_ends_on_the_way_between_the_stages(
   config = script_config('stage2')
   config.init_from = str(finished)
   config.train.balanced_interpolation = share
-  stages.run(config_lib.ablate(config, []), tmp_path / 'work')
+  run_lib.run(config_lib.ablate(config, []), tmp_path / 'work')
   start, end, found = (
     lora.load(folder / 'adapter')[0]
     for folder in (
@@ -381,14 +381,14 @@ def test_by_default_all_is_learned_and_stage_b_is_gentler(
   run_stages, tmp_path, monkeypatch, read_rows
 ):
   """As no other run here, which keep to the settings of the paper."""
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
-  shares, interpolate = [], stages.interpolate
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  shares, interpolate = [], run_lib.interpolate
 
   def spied(start, end, share):
     shares.append(share)
     return interpolate(start, end, share)
 
-  monkeypatch.setattr(stages, 'interpolate', spied)
+  monkeypatch.setattr(run_lib, 'interpolate', spied)
   default = config_lib.default()
   unset = {
     name: default[name.split('.')[0]][name.split('.')[1]]
@@ -417,14 +417,14 @@ def test_from_nothing_a_share_of_what_was_learned_is_kept():
   rng = np.random.default_rng(0)
   end = {'q_proj': {'a': rng.normal(size=(2, 5, 3)), 'b': rng.normal(size=(2, 3, 4))}}
   start = {'q_proj': {'a': rng.normal(size=(2, 5, 3)), 'b': np.zeros((2, 3, 4))}}
-  found = stages.interpolate(start, end, 0.3)['q_proj']
+  found = run_lib.interpolate(start, end, 0.3)['q_proj']
   np.testing.assert_allclose(
     found['a'] @ found['b'], 0.3 * (end['q_proj']['a'] @ end['q_proj']['b'])
   )
 
 
 def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
   run_stages({'train.interpolation': 0.0}, only='a')
   folder = tmp_path / 'work'
   assert (folder / 'a_tuning' / ADAPTER).exists()

@@ -11,7 +11,7 @@ PROGRAM = """
 import time
 from absl import app
 from behaviorlm_jax import cli
-from behaviorlm_jax.train import preemption
+from behaviorlm_jax.cluster import preemption
 def work():
   print('ready', flush=True)
   {wait}

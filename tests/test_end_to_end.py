@@ -11,17 +11,17 @@ import pytest
 from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
-from behaviorlm_jax import inputs
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
+from behaviorlm_jax import setup
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.evaluate import adjust
+from behaviorlm_jax.evaluate import baselines
+from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import adjust
-from behaviorlm_jax.score import baselines
-from behaviorlm_jax.score import evaluation
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.train import sharding
 
 STAGES = ('a_tuning', 'b_tuning')
@@ -171,7 +171,7 @@ def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages)
 def test_held_out_conversations_are_not_trained_on(make_run_config, base, tmp_path):
   for share in (0.3, 0.0):
     config = make_run_config({'retention.conversations': share})
-    this = inputs.open_run(config, tmp_path, sharding.make_layout(config))
+    this = setup.open_run(config, tmp_path, sharding.make_layout(config))
     held = this.retention.conversations
     seen = {c.tokens.tobytes() for c in this.conversations}
     assert len(seen) + len(held) == 6 and bool(held) == bool(share)
@@ -216,7 +216,7 @@ def test_few_shots_are_adjusted_by_what_could_be_learned(
   moved = {}
   for shots in (None, 1):
     found = evaluation.fitted(events, test, validation, make_run_config(), shots)
-    moved[shots] = labels.log_softmax(test.scores) - found['adjusted'][1]
+    moved[shots] = label_tree.log_softmax(test.scores) - found['adjusted'][1]
     few = [
       shots and b.group == 'tail' and b.train_count >= 3
       for b in events.behaviors[: events.known]
@@ -387,7 +387,7 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
 def test_difficulty_beside_something_else_is_what_both_scores_say(
   finished, prompts, brute, copy_run, run_stages, monkeypatch, name, reference
 ):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
   workdir = copy_run('b_tuning')
   run_stages(
     {

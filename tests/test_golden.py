@@ -13,6 +13,7 @@ writes the file anew.
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -22,7 +23,7 @@ import pytest
 from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.data import plan as plan_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def flat(value, name=''):
 def test_the_numbers_are_those_that_were_last_meant(
   make_log, tmp_path, monkeypatch, read_rows
 ):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
   small = SMALL | {'data.events': str(make_log(tmp_path / 'log.csv'))}
   found = {}
   for name in ('default', 'paper'):
@@ -109,18 +110,24 @@ def test_the_numbers_are_those_that_were_last_meant(
       for shared in ('events', 'base'):
         shutil.copytree(tmp_path / 'default' / shared, workdir / shared)
     config.update_from_flattened_dict(small)
-    stages.run(config, workdir)
+    run_lib.run(config, workdir)
     found[name] = numbers(workdir, read_rows)
   if os.environ.get('GOLDEN') == 'write':
     PATH.write_text(json.dumps(found, indent=1, sort_keys=True) + '\n')
-  one, other = flat(json.loads(PATH.read_text())), flat(found)
+  meant, found = flat(json.loads(PATH.read_text())), flat(found)
   moved = [
-    f'{name}: {one.get(name)} was meant, {other.get(name)} found'
-    for name in sorted(one | other)
-    if one.get(name) != pytest.approx(other.get(name), rel=CLOSE)
+    f'{name}: {meant.get(name)} was meant, {found.get(name)} found'
+    for name in sorted(meant | found)
+    if not _same(meant.get(name), found.get(name))
   ]
   assert not moved, (
     'If you did not intend this change, find its cause; if you did, say so '
     'in the commit and write the file anew: GOLDEN=write python -m pytest '
     '-n0 tests/test_golden.py\n' + '\n'.join(moved)
   )
+
+
+def _same(one, other):
+  if isinstance(one, float) and isinstance(other, float):
+    return math.isclose(one, other, rel_tol=CLOSE)
+  return one == other

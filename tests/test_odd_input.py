@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 
@@ -37,7 +37,7 @@ def odd_run(tmp_path_factory, odd_input, make_run_config):
   logger = logging.getLogger('absl')
   logger.addHandler(handler)
   try:
-    stages.run(
+    run_lib.run(
       config_lib.ablate(make_run_config(odd_input), ['no_balanced_stage']), workdir
     )
   finally:

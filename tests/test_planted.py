@@ -14,7 +14,7 @@ from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 
 # What always follows what, and what comes how often where nothing does.
 PLAIN = (
@@ -85,7 +85,7 @@ def tuned(tmp_path_factory, write_model, make_run_config):
     config = make_run_config(FIELDS | {'model.address': str(model.parent)} | fields)
     config.stages = (stage,)
     config_lib.check(config)
-    stages.run(config, place)
+    run_lib.run(config, place)
     return place
 
   def first(name, truth):

@@ -14,10 +14,10 @@ import signal
 
 import pytest
 
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
+from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import checkpoints
-from behaviorlm_jax.train import preemption
 
 STAGES = ('a_tuning', 'b_tuning')
 ADAPTER = 'adapter/adapter_model.safetensors'
@@ -172,13 +172,13 @@ def remove_facts(folder):
 def test_torn_checkpoint_is_skipped_with_a_warning(
   make_run_config, copy_run, assert_same, caplog, monkeypatch, tear
 ):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
   workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning')
   tear(workdir / 'a_tuning/checkpoints/6')
   config = make_run_config()
   config.stages = ('a',)
   with caplog.at_level(logging.WARNING):
-    stages.run(config, workdir)
+    run_lib.run(config, workdir)
   assert 'checkpoint 6 cannot be read' in caplog.text
   assert saved(workdir / 'a_tuning') == [3, 6]
   assert_same(workdir, ['a_tuning'])
@@ -188,14 +188,14 @@ def test_torn_checkpoint_is_skipped_with_a_warning(
 def test_a_torn_first_checkpoint_is_as_a_kill_before_it(
   make_run_config, copy_run, assert_same, monkeypatch
 ):
-  monkeypatch.setattr(stages.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
   workdir = copy_run(
     'a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning', 'a_tuning/checkpoints/6'
   )
   cut_files(workdir / 'a_tuning/checkpoints/3')
   config = make_run_config()
   config.stages = ('a',)
-  stages.run(config, workdir)
+  run_lib.run(config, workdir)
   assert_same(workdir, ['a_tuning'])
 
 
@@ -209,7 +209,7 @@ def test_when_all_checkpoints_are_torn_none_is_deleted(make_run_config, copy_run
     match=r'none of the checkpoints \[6, 3\] can '
     'be read; delete the folder',
   ):
-    stages.run(make_run_config(), workdir)
+    run_lib.run(make_run_config(), workdir)
   assert saved(workdir / 'a_tuning') == [3, 6]
 
 
@@ -225,7 +225,7 @@ def test_a_disk_that_fails_costs_no_checkpoint(
 
   monkeypatch.setattr(checkpoints.ocp.Checkpointer, 'restore', fail)
   with pytest.raises(OSError, match=os.strerror(fault)):
-    stages.run(make_run_config(), workdir)
+    run_lib.run(make_run_config(), workdir)
   assert saved(workdir / 'a_tuning') == [3, 6]
 
 

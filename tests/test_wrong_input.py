@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from behaviorlm_jax import addresses
-from behaviorlm_jax import stages
+from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import addresses
 
 HEADER = 'user,time,behavior'
 ROW = 'u,2024-01-01 10:{:02d},{}'
@@ -186,7 +186,7 @@ def test_difficulty_of_another_model(refused, copy_run):
 
 
 def test_loss_that_is_not_a_number(run_stages, copy_run, read_rows, monkeypatch):
-  make_step = stages.step_lib.make_step
+  make_step = run_lib.step_lib.make_step
 
   def make_poisoned(*args, **options):
     step = make_step(*args, **options)
@@ -199,7 +199,7 @@ def test_loss_that_is_not_a_number(run_stages, copy_run, read_rows, monkeypatch)
 
     return poisoned
 
-  monkeypatch.setattr(stages.step_lib, 'make_step', make_poisoned)
+  monkeypatch.setattr(run_lib.step_lib, 'make_step', make_poisoned)
   workdir = copy_run('a_tuning', 'b_tuning')
   with pytest.raises(
     InputError,

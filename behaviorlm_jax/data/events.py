@@ -18,13 +18,13 @@ import shutil
 
 import numpy as np
 
-from behaviorlm_jax.data import columns
-from behaviorlm_jax.data import join
-from behaviorlm_jax.data import shards
-from behaviorlm_jax.data import splits
+from behaviorlm_jax.data.log import columns
+from behaviorlm_jax.data.log import join
+from behaviorlm_jax.data.log import shards
 from behaviorlm_jax.data.log import sources
-from behaviorlm_jax.data.splits import Behavior
-from behaviorlm_jax.data.splits import SPLITS as SPLITS
+from behaviorlm_jax.data.log import splits
+from behaviorlm_jax.data.log.splits import Behavior
+from behaviorlm_jax.data.log.splits import SPLITS as SPLITS
 from behaviorlm_jax.errors import InputError
 
 

@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from behaviorlm_jax import files
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import files
 
 WINDOW, CONVERSATION = 'window', 'conversation'
 _SEGMENT = pa.struct(

@@ -28,12 +28,12 @@ import tempfile
 import numpy as np
 from absl import logging
 
-from behaviorlm_jax import addresses
-from behaviorlm_jax import files
-from behaviorlm_jax import hosts
+from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.data import chat
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import addresses
+from behaviorlm_jax.io import files
 
 ADDRESS = 'self'  # As data.conversations.
 TOKENS = 128  # Of an answer, at most.
@@ -70,7 +70,7 @@ def read(base, dtype, seed, max_length, draw):
   path = folder / 'conversations.jsonl'
   # Hosts may have caches of their own: what the first one has counts, as other
   # devices may have drawn others.
-  text = hosts.shared(path.read_text('utf-8') if path.exists() else None)
+  text = processes.shared(path.read_text('utf-8') if path.exists() else None)
   if text is None:
     logging.info(
       'The base model answers %d questions once, into %s.', len(task.prompts), folder

@@ -15,8 +15,8 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from behaviorlm_jax import files
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import files
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
 

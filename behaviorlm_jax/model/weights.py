@@ -22,11 +22,11 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from behaviorlm_jax import addresses
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import families
-from behaviorlm_jax.model import gguf_import
-from behaviorlm_jax.model import safetensors_files
+from behaviorlm_jax.model.formats import gguf_import
+from behaviorlm_jax.model.formats import safetensors_files
 
 _FIELD = 'model.address'
 _DESCRIPTIONS = (

@@ -1,1 +1,1 @@
-"""Log-probabilities of every behavior, and all that is made from them."""
+"""Log-probabilities of every behavior."""

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from behaviorlm_jax import files
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.io import files
+from behaviorlm_jax.score import label_tree
 
 
 def compute(name, scores, true, others=None):
@@ -54,7 +54,7 @@ def compute(name, scores, true, others=None):
 def nll(scores, true):
   """-log p(true | prompt) [n] over the list, of s [n, Y]; in nats."""
   rows = np.arange(len(true))
-  return -labels.log_softmax(scores)[rows, true]
+  return -label_tree.log_softmax(scores)[rows, true]
 
 
 def _margin(scores, true):

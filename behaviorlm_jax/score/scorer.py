@@ -1,6 +1,6 @@
 """Scores prompts in batches of similar length, one compilation per width.
 
-A list is scored whole (score.labels). Over the vocabulary, of one whose tree is
+A list is scored whole (score.label_tree). Over the vocabulary, of one whose tree is
 long, only what matters is run (score.search), and a prompt whose search is not
 certified within its slots is scored whole after all.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behaviorlm_jax.score import labels as labels_lib
+from behaviorlm_jax.score import label_tree as labels_lib
 from behaviorlm_jax.score import search
 
 WIDTH = 32  # Prompts are padded to a multiple of this many tokens.

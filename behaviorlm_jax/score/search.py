@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.model import attention
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 
 
 class Index:
@@ -215,5 +215,5 @@ def expand(model, tree, cache, lengths, nodes, seen, children, begin):
     jax.lax.dynamic_update_slice_in_dim(old, more, width + begin, axis=2)
     for old, more in zip(cache, new, strict=True)
   )
-  found = jax.lax.map(lambda x: labels.log_probs(model, *x), (hidden, children))
+  found = jax.lax.map(lambda x: label_tree.log_probs(model, *x), (hidden, children))
   return found, cache

@@ -13,7 +13,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from behaviorlm_jax import errors
-from behaviorlm_jax import hosts
+from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.errors import InputError
 
 # For what host 0 does alone, without waiting for the others.
@@ -25,7 +25,7 @@ _ALONE = ocp.options.MultiprocessingOptions(
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
     """Never: it would ask JAX by its own count of steps, and JAX, which keeps
-    one count, would forget that of train.preemption."""
+    one count, would forget that of cluster.preemption."""
     del step
     return False
 
@@ -90,7 +90,7 @@ class Checkpoints:
     Raises:
       InputError: there are later checkpoints, but none can be read.
     """
-    newest, torn = hosts.shared(hosts.first(self._newest, state))
+    newest, torn = processes.shared(processes.on_primary(self._newest, state))
     if torn and not newest and max(torn) > first:
       raise InputError(
         f'{self._manager.directory}: none of the checkpoints {torn} can be '

@@ -14,11 +14,11 @@ import tensorboardX
 import tqdm
 from absl import logging
 
-from behaviorlm_jax import bucket
-from behaviorlm_jax import files
-from behaviorlm_jax import hosts
+from behaviorlm_jax.cluster import preemption
+from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.train import preemption
+from behaviorlm_jax.io import bucket
+from behaviorlm_jax.io import files
 
 
 class MetricsFile:
@@ -101,7 +101,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     preemption.Preempted: after saving, when SIGTERM came.
   """
   steps, done = config.train.steps, int(state['step'])
-  metrics_file = MetricsFile(folder, done) if hosts.leader() else None
+  metrics_file = MetricsFile(folder, done) if processes.is_primary() else None
   clock = _Clock()
   bar = tqdm.tqdm(
     total=steps,
@@ -109,7 +109,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     desc=folder.name,
     unit='step',
     mininterval=1.0,
-    disable=not hosts.leader(),
+    disable=not processes.is_primary(),
   )
 
   def note(step, metrics, validate=None):

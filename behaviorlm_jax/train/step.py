@@ -26,7 +26,7 @@ from behaviorlm_jax.model import lora
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Names:
-  """What may follow each node of the tree of names (score.labels).
+  """What may follow each node of the tree of names (score.label_tree).
 
   Attributes:
     tokens: int32 [nodes, F]; -1 is none.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.score import sasrec
+from behaviorlm_jax.evaluate import sasrec
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
 

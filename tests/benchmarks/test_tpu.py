@@ -2,8 +2,8 @@
 
 import pytest
 
-from behaviorlm_jax.ahead import chips
-from behaviorlm_jax.ahead import roofline
+from behaviorlm_jax.cost import chips
+from behaviorlm_jax.cost import roofline
 from benchmarks import tpu
 
 CHIP = chips.CHIPS['TPU v5 lite']

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data import splits
+from behaviorlm_jax.data.log import splits
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior'

@@ -11,7 +11,7 @@ from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 
 BATCH, STEPS = 4, 6
 HEADER = b'User: Go on.\nAssistant:\n'  # Of the tokenizer without template.
@@ -123,7 +123,7 @@ def test_within_names_only_what_tells_them_apart_is_taught(prompts):
       'weights': [0.25, 1.0],
     },
   ]
-  tree = labels.build(labels.shortest(prompts.labels))
+  tree = label_tree.build(label_tree.shortest(prompts.labels))
   arrays = loader.Assembler(prompts, [talk], 60, 8, tree)(row)
   assert tree.tokens.tolist() == [*b' ']
   taught = arrays['answer_positions'][:4] + 1

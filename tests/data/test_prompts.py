@@ -14,8 +14,8 @@ from behaviorlm_jax.data import chat
 from behaviorlm_jax.data import plain_text
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import gguf_tokenizer
 from behaviorlm_jax.model import weights
+from behaviorlm_jax.model.formats import gguf_tokenizer
 
 HEADER = '<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n'
 # Two users; the first is the example of the module's docstring.

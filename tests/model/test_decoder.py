@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from behaviorlm_jax import addresses
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import chat
+from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import attention
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families

@@ -11,7 +11,7 @@ from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step
@@ -161,18 +161,18 @@ def many_names():
 @pytest.mark.parametrize('tolerance', [1e-3, 0.3])
 def test_a_certified_search_equals_the_whole_list(llama, tolerance):
   names, prompts = many_names(), make_prompts((40, 1, 17, 33, 70))
-  expected = labels.log_softmax(whole_scores(llama[1], prompts, names))
+  expected = label_tree.log_softmax(whole_scores(llama[1], prompts, names))
   # A bad name, too, is scored where it is wanted.
   wanted = np.argsort(expected, axis=1)[:, [0, 3, -9, -2, -1]].diagonal()
   scorer = make_scorer(llama[1], names, long=1, tolerance=tolerance)
   scores, uncertified = scorer(None, prompts, wanted)
   assert uncertified.tolist() == [False] * len(prompts)
-  found, rows = labels.log_softmax(scores), np.arange(len(prompts))
+  found, rows = label_tree.log_softmax(scores), np.arange(len(prompts))
   np.testing.assert_allclose(
     found[rows, wanted], expected[rows, wanted], rtol=0, atol=tolerance + 1e-4
   )
-  best = labels.best(expected)
-  assert (labels.best(found) == best).all()
+  best = label_tree.best(expected)
+  assert (label_tree.best(found) == best).all()
   np.testing.assert_allclose(
     np.take_along_axis(found, best, 1),
     np.take_along_axis(expected, best, 1),

@@ -7,7 +7,7 @@ some mass for tokens that are in no name.
 import numpy as np
 import pytest
 
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import search
 
 ALPHABET = 6
@@ -19,7 +19,7 @@ def make_tree(rng, count=60, longest=5):
     (*rng.integers(1, ALPHABET, n).tolist(), 0)
     for n in rng.integers(1, longest + 1, count)
   }
-  return labels.build(sorted(names))
+  return label_tree.build(sorted(names))
 
 
 def make_log_probs(tree, rng, spread):
@@ -67,9 +67,9 @@ def test_what_is_certified_holds(spread, tolerance):
     found = one.result().astype(np.float64)
     exact = [wanted, *one.scores]
     np.testing.assert_allclose(found[exact], expected[exact], atol=1e-5)
-    moved = labels.log_softmax(found[None]) - labels.log_softmax(expected[None])
+    moved = label_tree.log_softmax(found[None]) - label_tree.log_softmax(expected[None])
     assert np.abs(moved[0, exact]).max() <= tolerance + 1e-5
-    assert (labels.best(found[None], 3) == labels.best(expected[None], 3)).all()
+    assert (label_tree.best(found[None], 3) == label_tree.best(expected[None], 3)).all()
 
 
 def test_a_sure_model_needs_few_nodes():
@@ -112,7 +112,7 @@ def test_a_node_sees_itself_and_its_ancestors():
               -7-> 3 -9->
        -8-> 4 -9->
   """
-  index = search.Index(labels.build([[5, 6, 9], [5, 7, 9], [8, 9]]))
+  index = search.Index(label_tree.build([[5, 6, 9], [5, 7, 9], [8, 9]]))
   one = search.Search(index, search.Guesses(index), np.log([0.5, 0.2]), 0, 1)
   seen, children = np.zeros((2, 8), bool), np.zeros((2, 2), int)
   one.place([1, 3], 0, seen, children)
@@ -124,13 +124,13 @@ def test_a_node_sees_itself_and_its_ancestors():
 
 
 def test_names_below_an_open_prefix_share_its_mass():
-  index = search.Index(labels.build([[5, 6, 9], [5, 7, 9], [8, 9], [9]]))
+  index = search.Index(label_tree.build([[5, 6, 9], [5, 7, 9], [8, 9], [9]]))
   one = search.Search(index, search.Guesses(index), np.log([0.5, 0.2, 0.1]), 1, 1)
   np.testing.assert_allclose(np.exp(one.result()), [0.25, 0.25, 0.2, 0.1], rtol=1e-6)
 
 
 def test_guesses_are_mean_log_probabilities():
-  index = search.Index(labels.build([[5, 6, 9], [5, 7, 9]]))
+  index = search.Index(label_tree.build([[5, 6, 9], [5, 7, 9]]))
   guesses = search.Guesses(index)
   np.testing.assert_allclose(guesses.mean, np.log([1, 0.5, 1, 0.5, 1]))
   guesses.learn([1, 3], np.array([-1.0, -2.0]))
@@ -149,7 +149,7 @@ def test_guesses_save_work_and_change_nothing_certified():
   for _ in range(3):
     one = start(index, edges, guesses=guesses)
     counts.append(sum(map(len, run(index, edges, one, most=24))))
-    found.append(labels.log_softmax(one.result()[None])[0])
+    found.append(label_tree.log_softmax(one.result()[None])[0])
   assert counts[-1] < counts[0]
   np.testing.assert_allclose(
     found[-1][list(one.scores)], found[0][list(one.scores)], atol=2e-3

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import hosts
+from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
@@ -30,7 +30,7 @@ from behaviorlm_jax.train import step as step_lib
 KINDS = (plan_lib.WINDOW, plan_lib.CONVERSATION)
 ROWS, LENGTH, ANSWERS, STEPS, PARTS = 16, 16, 5, 3, 2
 NAMES = [np.array([a, b, 1]) for a in range(10, 15) for b in range(20, 24)]
-TREE = labels.build(NAMES)
+TREE = label_tree.build(NAMES)
 
 
 def draw_batch(generator):
@@ -183,7 +183,7 @@ def train(sizes, whole, order):
 def main(task):
   config = config_lib.default()
   config.distributed.update(task.get('distributed', {}))
-  hosts.start(config.distributed)
+  processes.start(config.distributed)
   orders = task.get('orders', [None] * len(task['meshes']))
   print(
     json.dumps(

@@ -11,7 +11,7 @@ import transformers
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.model import lora
-from behaviorlm_jax.score import labels
+from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
@@ -253,7 +253,7 @@ def torch_names_loss(model, batch, tree, bonus):
 def test_names_are_taught_within_their_list(
   tmp_path, llama, params, adapter, attach, make_batch, drawn, accumulate, most
 ):
-  tree = labels.build(NAMES)
+  tree = label_tree.build(NAMES)
   batch = taught(make_batch(ROWS), tree, np.random.default_rng(1))
   assert (batch['answer_nodes'] >= 0).any()
   assert (batch['answer_weights'][batch['answer_nodes'] < 0] > 0).any()
@@ -283,7 +283,7 @@ def test_names_are_taught_within_their_list(
 
 def test_the_balanced_loss_is_that_of_the_balanced_softmax():
   """log n_y + s(y) against all of them (Ren et al., eq. 3)."""
-  flat = labels.build([[y] for y in range(len(COUNTS))])  # Every name a token.
+  flat = label_tree.build([[y] for y in range(len(COUNTS))])  # Every name a token.
   names = step_lib.names_of(flat, COUNTS, np.ones(len(COUNTS)))
   scores = np.random.default_rng(0).normal(0, 3, len(COUNTS))
   found = [names.losses(scores, np.int32(y), 0) for y in range(len(COUNTS))]
@@ -294,7 +294,7 @@ def test_the_balanced_loss_is_that_of_the_balanced_softmax():
 @pytest.mark.parametrize('kept', [KEPT, [1] * len(NAMES)])
 def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
   """Where the loss of what is drawn has no gradient, p(y) is kept's share."""
-  tree = labels.build(NAMES)
+  tree = label_tree.build(NAMES)
   nodes, drawn = 1 + len(tree.tokens), np.array(COUNTS) / sum(COUNTS)
   names = step_lib.names_of(tree, COUNTS, kept)
   plain = step_lib.names_of(tree)

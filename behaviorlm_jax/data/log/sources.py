@@ -20,8 +20,8 @@ import zlib
 
 import pyarrow as pa
 
-from behaviorlm_jax import addresses
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import addresses
 
 _FIELD = 'data.events'
 _LINE_BITS = 40  # of a row's number; above them stands the number of its file

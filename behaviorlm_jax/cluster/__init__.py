@@ -1,0 +1,1 @@
+"""Several processes, one run, one work directory."""

@@ -1,0 +1,86 @@
+"""SIGTERM becomes a flag, looked at where stopping is safe.
+
+A machine that is taken away sends SIGTERM some seconds before. The train loop
+saves and stops; scoring stops between two batches and is done again. The
+process then exits with EXIT_CODE, so that a launcher can tell "run me again"
+from an error.
+
+Where several hosts run, JAX takes the signal, of one of them or of all, and
+they stop at the same call of `requested`.
+"""
+
+import contextlib
+import signal
+
+from jax.experimental import multihost_utils
+
+from behaviorlm_jax.cluster import processes
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again.
+
+
+class Preempted(Exception):
+  """The run was asked to stop and has saved what it had."""
+
+
+_requested = False
+_at_once = False
+_calls = 0
+
+
+def install():
+  """From now on SIGTERM sets the flag instead of ending the process."""
+
+  def note(signum, frame):
+    del signum, frame
+    global _requested
+    again, _requested = _requested, True
+    if _at_once and not again:  # A second one must not end what cleans up.
+      _stop()
+
+  signal.signal(signal.SIGTERM, note)
+
+
+def ignore():
+  """From now on SIGTERM does nothing: the exit code is settled.
+
+  Python gives a handler of its own back before it ends, with which a further
+  signal would kill the process; what is ignored stays so.
+  """
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def requested():
+  """Whether to stop; all hosts call this equally often."""
+  global _requested, _calls
+  if processes.several() and not _requested:
+    _calls += 1
+    _requested = multihost_utils.reached_preemption_sync_point(_calls)
+  return _requested
+
+
+def check():
+  """Raises Preempted if a stop was asked for."""
+  if requested():
+    _stop()
+
+
+def _stop():
+  raise Preempted('stopped by SIGTERM; run the same command to go on.')
+
+
+@contextlib.contextmanager
+def at_once():
+  """Inside, SIGTERM stops whatever runs: nothing is at stake."""
+  global _at_once
+  _at_once = True
+  try:
+    yield
+  finally:
+    _at_once = False
+
+
+def share():
+  """Stops all hosts if one had the signal before JAX took it."""
+  if not processes.every(not _requested):
+    _stop()

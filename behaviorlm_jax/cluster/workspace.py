@@ -1,0 +1,327 @@
+"""What a work directory belongs to: the config, the log and the model.
+
+Every folder of a work directory keeps the config that made it and the
+fingerprints of events and base model. A run is refused where they differ,
+before anything is read, compiled or written, but for hosts.txt where several
+processes run.
+"""
+
+import datetime
+import hashlib
+import json
+import pathlib
+
+import jax
+from absl import logging
+
+from behaviorlm_jax.cluster import processes
+from behaviorlm_jax.cluster import processor
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import addresses
+from behaviorlm_jax.io import bucket
+from behaviorlm_jax.io import files
+from behaviorlm_jax.io import hub
+
+FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
+# What every stage of one work directory must share. model.remat and
+# model.attention may differ: they change speed and memory alone.
+SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
+# Where a run runs, which may change from call to call.
+_WHERE = ('mesh', 'sharding', 'distributed')
+# What decides each folder that no stage owns.
+DECIDES = {
+  'events': (
+    'data.events',
+    'data.columns',
+    'data.csv',
+    'data.time_format',
+    'data.time_zone',
+    'data.nulls',
+    'data.collapse_repeats',
+    'data.max_rejected',
+    'data.split',
+    'data.anchor_share',
+    'seed',
+  ),
+  'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
+}
+# Fields that take hf://, and where to look for what it was: `events` last, as
+# events serve any model.
+_ADDRESSES = ('model.address', 'data.events', 'data.conversations')
+_PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
+_NO_ADAPTER = {
+  'init_from': 'stage b starts from stage a, but {place} (init_from) holds '
+  'no finished a_tuning/adapter; run stage a there, or give '
+  'another --config.init_from.',
+  '--workdir': 'stage b starts from stage a, but {place} (--workdir) holds '
+  'no finished a_tuning/adapter; run stage a there, or give '
+  '--config.init_from=DIR.',
+  'difficulty.reference': 'difficulty.reference is {place}, which holds no '
+  'finished adapter; give the folder of one.',
+}
+_OTHER = {'events': 'other events', 'base': 'another base model'}
+
+
+def as_dict(config):
+  """The config as plain JSON values, without what a call may vary."""
+  values = json.loads(config.to_json_best_effort())
+  del values['stages'], values['data']['shard']
+  return values
+
+
+def flat(values, prefix=''):
+  """{dotted name: value} of nested dicts."""
+  found = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      found |= flat(value, f'{prefix}{name}.')
+    else:
+      found[prefix + name] = value
+  return found
+
+
+def get(values, name):
+  """The value of a dotted name in nested dicts; {}: there is none."""
+  for part in name.split('.'):
+    values = values.get(part, {})
+  return values
+
+
+def differences(mine, theirs, name):
+  """'field (theirs, now mine)' of every field below `name` that differs."""
+  if not isinstance(mine, dict) or not isinstance(theirs, dict):
+    if mine == theirs:
+      return []
+    # An older version of this program did not know the field.
+    theirs = 'not there' if theirs is None else repr(theirs)
+    return [f'{name} ({theirs}, now {mine!r})']
+  found = []
+  for key in sorted(set(mine) | set(theirs)):
+    found += differences(mine.get(key), theirs.get(key), f'{name}.{key}')
+  return found
+
+
+def make(workdir, part=''):
+  """Makes the work directory, before anything is fetched; its Path.
+
+  Of one in a bucket, the Path of this host's copy, or of that of a `part` that
+  is made beside others.
+  """
+  if bucket.is_address(workdir):
+    process = jax.process_index() if processes.several() else 0
+    return bucket.open_workdir(workdir, addresses.cache_dir(), process, part)
+  bucket.close_workdir()
+  workdir = pathlib.Path(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(
+      f'--workdir={workdir} is no folder that can be made '
+      f'({error.strerror}); give another.'
+    ) from error
+  return workdir
+
+
+def pin(config, workdir):
+  """The config with a commit in every hf:// address, and without 'auto' dtypes.
+
+  What an earlier call settled for this work directory goes on.
+  """
+  earlier = [read_config(workdir / folder) or {} for folder in _PINNED_IN]
+  config = pin_addresses(config, _ADDRESSES, earlier)
+  if config.model.dtype == 'auto':
+    if config.init_from:  # The stage that this run goes on from.
+      origin = stage_a_adapter(config, workdir).parent
+      earlier.append(read_config(origin) or {})
+    found = [old for past in earlier if (old := get(past, 'model.dtype'))]
+    fastest = processor.fastest_dtype(jax.default_backend())
+    config.model.dtype = found[0] if found else fastest
+    logging.info('model.dtype: auto is %s.', config.model.dtype)
+  if config.score.dtype == 'auto':
+    config.score.dtype = config.model.dtype
+  return config
+
+
+def pin_addresses(config, names, earlier):
+  config = config.copy_and_resolve_references()
+  values = as_dict(config)
+  for name in names:
+    addresses_of = get(values, name).split(',')  # Of a log: one or several.
+    if any(part.startswith(hub.PREFIX) for part in addresses_of):
+      found = [
+        old
+        for past in earlier
+        if (texts := get(past, name))
+        for old in texts.split(',')
+      ]
+      pinned = [
+        hub.pin(part, name, found) if part.startswith(hub.PREFIX) else part
+        for part in addresses_of
+      ]
+      config.update_from_flattened_dict({name: ','.join(pinned)})
+  return config
+
+
+def check_config(config, workdir):
+  """Refuses a work directory whose folders another config made.
+
+  A stage that is run needs its own config, wherever it runs; other stages need
+  to share SHARED.
+  """
+  mine = as_dict(config)
+  ran = {FOLDERS[stage] for stage in config.stages}
+  for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
+    theirs = read_config(workdir / folder)
+    if theirs is None:
+      continue
+    names = DECIDES.get(folder, SHARED)
+    if folder in ran:
+      names = [name for name in mine if name not in _WHERE]
+    found = [
+      difference
+      for name in names
+      for difference in differences(get(mine, name), get(theirs, name), name)
+    ]
+    if found:
+      raise InputError(
+        f'{workdir / folder} was made with another config: '
+        f'{", ".join(found)}; use another --workdir or the old values.'
+      )
+  if needs_stage_a(config) and 'a' not in config.stages:
+    stage_a_adapter(config, workdir)
+  if config.difficulty.reference and 'b' in config.stages:
+    adapter_folder(config.difficulty.reference, 'difficulty.reference')
+
+
+def check_hosts(config, workdir):
+  """Refuses hosts of one run that differ, or do not see one work directory."""
+  if not processes.several():
+    return
+  processes.assert_same(
+    {
+      'the program': _program(),
+      'jax': jax.__version__,
+      'their devices': jax.local_devices()[0].device_kind,
+      **facts(config),
+    }
+  )
+  path = workdir / 'hosts.txt'
+  began = datetime.datetime.now(datetime.UTC).isoformat()
+  processes.on_primary(
+    files.write_text, path, f'{jax.process_count()} processes, from {began}\n'
+  )
+  found = path.read_text() if path.exists() else 'no such file'
+  processes.assert_same(
+    {
+      f'what they read in {bucket.named(str(path))} (--workdir must '
+      'be one that all see)': found
+    }
+  )
+
+
+def facts(config):
+  """{field: value} of a config, as texts, without what hosts do not share."""
+  values = flat(as_dict(config), 'config.')
+  values['config.stages'] = tuple(config.stages)
+  return {
+    name: str(value)
+    for name, value in values.items()
+    if not name.startswith('config.distributed.')
+  }
+
+
+def _program():
+  """SHA-256 of the package's own files."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).parents[1]
+  for path in sorted([*root.rglob('*.py'), *root.rglob('*.jsonl')]):
+    digest.update(f'{path.relative_to(root)}\0'.encode() + path.read_bytes())
+  return digest.hexdigest()
+
+
+def read_config(folder):
+  """The config.json of a folder, or None."""
+  path = folder / 'config.json'
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def fingerprints(events, base):
+  """What ties artifacts to the log and the model, beyond their addresses."""
+  return {'events': events.fingerprint, 'base': base.fingerprint}
+
+
+def claim(folder, config, prints):
+  """Writes the config.json of a folder whose work begins."""
+  folder.mkdir(parents=True, exist_ok=True)
+  files.write_json(folder / 'config.json', as_dict(config) | {'fingerprints': prints})
+
+
+def check_fingerprints(config, workdir, prints):
+  """Refuses folders that belong to other events or another base model."""
+  for folder in ('base', 'a_tuning', 'b_tuning'):
+    theirs = read_config(workdir / folder)
+    found = (theirs or {}).get('fingerprints', prints)
+    for name, mine in prints.items():
+      if found[name] != mine:
+        raise InputError(
+          f'{workdir / folder} was made from {_OTHER[name]} (fingerprint '
+          f'{found[name][:12]}, now {mine[:12]}); use another --workdir.'
+        )
+  if config.init_from:
+    _check_origin(stage_a_adapter(config, workdir), prints)
+
+
+def _check_origin(adapter, prints):
+  """An adapter from elsewhere must fit the base model; a log may differ."""
+  theirs = (read_config(adapter.parent) or {}).get('fingerprints')
+  if theirs is None:
+    logging.warning(
+      'init_from: %s does not say which base model it was '
+      'trained on; only its shapes are checked.',
+      adapter,
+    )
+  elif theirs['base'] != prints['base']:
+    raise InputError(
+      f'init_from: {adapter} was trained on another base model (fingerprint '
+      f'{theirs["base"][:12]}, now {prints["base"][:12]}); set model.address '
+      'to that model.'
+    )
+  elif theirs['events'] != prints['events']:
+    logging.warning(
+      'init_from: %s was trained on other events; make sure '
+      'that they hold none of the test split here.',
+      adapter,
+    )
+
+
+def needs_stage_a(config):
+  """Whether stage b of this config starts from stage a's adapter."""
+  return 'b' in config.stages and 'no_anchor_stage' not in config.ablations
+
+
+def stage_a_adapter(config, workdir):
+  """The adapter folder that stage b starts from."""
+  return (
+    adapter_folder(config.init_from, 'init_from')
+    if config.init_from
+    else adapter_folder(workdir, '--workdir')
+  )
+
+
+def adapter_folder(place, name):
+  """The adapter in a work directory, a stage or an adapter folder.
+
+  Of a work directory that of stage a, or of its only stage. `name`: the field.
+  """
+  root = pathlib.Path(place)
+  if bucket.is_address(place):
+    root = bucket.fetch(place, name, addresses.cache_dir(), _of_adapter)
+  for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
+    if (folder / 'adapter_config.json').exists():
+      return folder
+  raise InputError(_NO_ADAPTER[name].format(place=place, name=name))
+
+
+def _of_adapter(name):
+  path = pathlib.PurePosixPath(name)
+  return path.name == 'config.json' or path.name.startswith('adapter_')

@@ -1,0 +1,108 @@
+"""The programs of a run, lowered from shapes: no weight is read or made.
+
+They are lowered by what trains and scores (stages.trainer, scorer.Scorer), so
+what is compiled here is what will run.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from behaviorlm_jax import curriculum
+from behaviorlm_jax import run as run_lib
+from behaviorlm_jax import seeds
+from behaviorlm_jax.cost import flops
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.model import lora
+from behaviorlm_jax.train import step as step_lib
+
+_PROMPTS = 200  # So many test prompts tell how long prompts are.
+
+
+def training(this, plan):
+  """The step of a run's first stage: jax.stages.Lowered.
+
+  Args:
+    this: inputs.Run, of shapes only.
+    plan: from make_plan.
+  """
+  return _step(this, plan)[0].lower(*_arguments(this, plan))
+
+
+def training_flops(this, plan):
+  """Operations of the step's products, and of those that are needed.
+
+  Attention kernels hide their products from the count, so attention in blocks
+  is traced in their place: it multiplies the same. What is needed leaves out
+  what the step computes twice to save memory.
+  """
+  counts = []
+  for remat in (this.config.model.remat, 'none'):
+    config = this.config.copy_and_resolve_references()
+    config.model.update({'remat': remat, 'attention': 'blocked'})
+    attach = step_lib.attacher(
+      this.base.config, config, this.layout, config.model.dtype
+    )
+    other = dataclasses.replace(this, config=config, attach=attach)
+    # Compiler options keep a jitted function from being traced in another.
+    step = _step(other, plan)[0].__wrapped__
+    counts.append(flops.count(step, *_arguments(other, plan)))
+  return counts
+
+
+def make_plan(this):
+  """The plan of the run's first stage.
+
+  Stage b's is drawn as if no sample were more difficult than others: difficulty
+  takes the model.
+  """
+  stage, config = this.config.stages[0], this.config
+  rng = seeds.stream(config.seed, stage, 'plan')
+  stream = curriculum.segments(this, stage, 'train', rng)
+  return plan_lib.take(stream, config, config.train.steps, '')
+
+
+def scoring(this):
+  """The pass that scores a batch of the longest prompts: Lowered, prompts."""
+  return this.scorer.lower(_adapter(this), _width(this)), this.scorer.batch
+
+
+def _width(this):
+  samples = evaluation.test_samples(this.events, this.config)[:_PROMPTS]
+  return max(len(this.prompts.question(sample)) for sample in samples)
+
+
+def _step(this, plan):
+  return run_lib.trainer(this, this.config.stages[0], plan)
+
+
+def _arguments(this, plan):
+  """(state, params, batch) of a step, as jax.ShapeDtypeStruct."""
+  _, optimizer, places = _step(this, plan)
+  lora_config = this.config.lora
+  state = step_lib.abstract_state(
+    lora.shapes(this.base.config, lora_config.rank, lora_config.targets),
+    optimizer,
+    places,
+  )
+  row = run_lib.assembler(this, plan)(plan.rows[0])
+  batch = {
+    name: this.layout.abstract_rows(
+      (this.config.train.batch, *np.shape(x)), np.asarray(x).dtype
+    )
+    for name, x in row.items()
+  }
+  return state, this.params, batch
+
+
+def _adapter(this):
+  lora_config = this.config.lora
+  shapes = lora.shapes(this.base.config, lora_config.rank, lora_config.targets)
+  places = this.layout.adapter(shapes)
+  return jax.tree.map(
+    lambda place, shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=place),
+    places,
+    shapes,
+  )

@@ -1,0 +1,402 @@
+"""Shards of a log -> one event table, the same however many they were.
+
+What takes all users is decided here: the numbers of users, places and
+behaviors, which groups of users are tested on, which behaviors are anchors.
+The events pass by twice, to be counted and to be written, in blocks of whole
+users and in their order, so every file is read and written from its beginning
+to its end. What is kept in memory grows with users, places and names, not with
+events.
+"""
+
+import collections
+import csv
+import dataclasses
+import hashlib
+import heapq
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+
+from behaviorlm_jax.data.log import columns
+from behaviorlm_jax.data.log import shards
+from behaviorlm_jax.data.log import sources
+from behaviorlm_jax.data.log import splits
+from behaviorlm_jax.data.log import times
+from behaviorlm_jax.data.log.splits import SPLITS
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import files
+
+_BLOCK = 1 << 20  # events at a time, or those of one user who has more
+# What the fingerprint consists of; `first` follows from `user`.
+_HASHED = ('user', 'time', 'behavior', 'place', 'split')
+_TABLES = ('users', 'places', 'names')
+
+
+@dataclasses.dataclass
+class _Shard:
+  """A shard and, of each of its names, the number in the whole log."""
+
+  folder: pathlib.Path
+  begins: np.ndarray  # int64 [users + 1], first event of each user
+  columns: dict  # of shards.COLUMNS
+  users: np.ndarray  # int32, ascending
+  places: np.ndarray  # int32, and -1 at the end: no place
+  names: np.ndarray  # int32
+  splits: np.ndarray | None = None  # int8 [users], where groups are split
+
+  def split(self, rows, ends):
+    """int8: splits of the events of a slice."""
+    user = self.columns['user'][rows]
+    if self.splits is not None:
+      return self.splits[user]
+    begin = self.begins[user]
+    nth = np.arange(rows.start, rows.stop) - begin + 1
+    return splits.by_time(nth, self.begins[user + 1] - begin, ends)
+
+
+def join(
+  data, place, folders, folder: pathlib.Path, seed: int, origin: dict | None = None
+) -> dict:
+  """Makes `folder` of the shards `folders` of a log; returns its summary.
+
+  `place` is that of the log, for what is said of it; `origin` is written beside
+  the events as config.json.
+  """
+  log, ends = sources.open_log(place), splits.cuts(data.split)
+  facts = [json.loads((one / 'shard.json').read_text('utf-8')) for one in folders]
+  _check_rows(facts, folders, log)
+  lost = _lost(facts)
+  shards.check_rejected(
+    log,
+    data.max_rejected,
+    facts[0]['rows'],
+    lost['reasons'],
+    list(itertools.islice(_rejected(folders), 1)),
+  )
+  with shards.new_folder(folder) as (half, con):
+    parts = _open(con, folders)
+    if facts[0]['grouped']:
+      _split_groups(parts, seed, ends)
+    names = [
+      name for (name,) in con.execute('SELECT name FROM names ORDER BY id').fetchall()
+    ]
+    counts = sum(_count(part, len(names), ends) for part in parts)
+    behaviors, order = splits.group_behaviors(names, counts, data.anchor_share)
+    _check_training(behaviors, lost, log)
+    for part in parts:
+      part.names = order[part.names]
+    for table in ('users', 'places'):
+      columns.write_table(
+        half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
+      )
+    digests, span = _write_events(parts, half, ends)
+    files.write_json(
+      half / 'behaviors.json', [dataclasses.asdict(item) for item in behaviors]
+    )
+    _write_rejected(folders, half / 'rejected.csv', log)
+    summary = lost | _summary(sum(len(part.users) for part in parts), counts, behaviors)
+    form = times.Form(**facts[0]['form'])
+    summary |= {
+      'layout': facts[0]['layout'],
+      'clock': form.clock,
+      'times': _times(form, span, log, data.time_format),
+    }
+    summary['warnings'] = [
+      *_warnings(summary),
+      *_case_warnings(behaviors),
+      *_time_warnings(form, any(fact['shifted'] for fact in facts)),
+    ]
+    summary['fingerprint'] = _fingerprint(digests, half, behaviors)
+    files.write_json(half / 'summary.json', summary)
+    if origin is not None:
+      files.write_json(half / 'config.json', origin)
+  logging.info('%s: times: %s.', log.name, summary['times'])
+  for warning in summary['warnings']:
+    logging.warning('%s', warning)
+  return summary
+
+
+def _check_rows(facts, folders, log):
+  """Refuses shards that are not those of one log, each once."""
+  found = sum(fact['sound'] + fact['rejected'] for fact in facts)
+  rows = facts[0]['rows']
+  if found != rows or any(fact['form'] != facts[0]['form'] for fact in facts):
+    raise InputError(
+      f'the {len(folders)} shards in {folders[0].parent} hold {found} of the '
+      f'{rows} rows of {log.name}: they do not belong together; delete them '
+      'and prepare all of them again'
+    )
+
+
+def _lost(facts) -> dict:
+  """How many rows there were, and how many of them are no events."""
+  reasons = collections.Counter()
+  for fact in facts:
+    reasons.update(fact['reasons'])
+  return {
+    'rows': facts[0]['rows'],
+    'rejected': reasons.total(),
+    'reasons': dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+  } | {name: sum(fact[name] for fact in facts) for name in ('duplicates', 'repeats')}
+
+
+def _rejected(folders):
+  """Yields the malformed rows (line, reason, text) of all shards, by line."""
+
+  def rows(source):
+    for batch in columns.read_table(source / 'rejected.arrow').to_batches():
+      yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
+
+  return heapq.merge(*map(rows, folders))
+
+
+def _write_rejected(folders, path, log):
+  """Writes the malformed rows; of several files, each with its name."""
+  one = len(log.files) == 1
+  with open(path, 'w', encoding='utf-8', newline='') as file:
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow([*([] if one else ['file']), 'line', 'reason', 'text'])
+    for line, reason, text in _rejected(folders):
+      where = [line] if one else log.place(line)
+      writer.writerow([*where, reason, text])
+
+
+def _open(con, folders) -> list[_Shard]:
+  """Opens the shards; leaves the tables users, places and names (id, name)."""
+  numbers = {table: _number(con, table, folders) for table in _TABLES}
+  parts = []
+  for i, source in enumerate(folders):
+    events = columns.read_table(source / 'users.arrow')['events'].to_numpy()
+    parts.append(
+      _Shard(
+        source,
+        np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
+        {name: columns.read(source, name) for name in shards.COLUMNS},
+        numbers['users'][i],
+        np.append(numbers['places'][i], np.int32(-1)),
+        numbers['names'][i],
+      )
+    )
+  return parts
+
+
+def _number(con, table: str, folders) -> list[np.ndarray]:
+  """Numbers in the whole log, int32, of the names of each shard."""
+  views = [f'{table}_{i}' for i in range(len(folders))]
+  for view, source in zip(views, folders, strict=True):
+    names = columns.read_table(source / f'{table}.arrow').select(['name'])
+    con.register(view, names.append_column('place', pa.array(np.arange(len(names)))))
+  columns.number_names(
+    con, table, ' UNION ALL '.join(f'SELECT name FROM {view}' for view in views)
+  )
+  return [
+    con.sql(f'SELECT id FROM {view} JOIN {table} USING (name) ORDER BY place')
+    .to_arrow_table()['id']
+    .to_numpy()
+    for view in views
+  ]
+
+
+def _split_groups(parts, seed: int, ends):
+  """Whole groups of users to splits."""
+  teams = [columns.read_table(part.folder / 'users.arrow')['group'] for part in parts]
+  every = set().union(*(team.unique().to_pylist() for team in teams))
+  chosen = splits.split_groups(every, seed, ends)
+  for part, team in zip(parts, teams, strict=True):
+    coded = team.combine_chunks().dictionary_encode()
+    split = np.array([chosen[name] for name in coded.dictionary.to_pylist()], np.int8)
+    part.splits = split[coded.indices.to_numpy()]
+
+
+def _count(part, names: int, ends):
+  """int64 [names, splits]: events of a shard."""
+  counts = np.zeros((names, len(SPLITS)), np.int64)
+  size = int(part.begins[-1])
+  for start in range(0, size, _BLOCK):
+    rows = slice(start, min(start + _BLOCK, size))
+    code = part.names[part.columns['behavior'][rows]].astype(np.int64)
+    code = code * len(SPLITS) + part.split(rows, ends)
+    counts += np.bincount(code, minlength=counts.size).reshape(counts.shape)
+  return counts
+
+
+def _check_training(behaviors, lost, log):
+  """Refuses a log of which nothing can be learned."""
+  events = sum(item.count for item in behaviors)
+  if len(behaviors) == 1:
+    raise InputError(
+      f'{log.name} holds one behavior alone, {behaviors[0].name!r}, and at '
+      f'least 2 are needed{_said(lost)}: check data.columns.behavior'
+    )
+  if not any(item.train_count for item in behaviors):
+    raise InputError(
+      f'{log.name}: none of its {events} events falls into the training '
+      f'split{_said(lost)}: give longer histories (or more groups) or a '
+      'larger first fraction of data.split'
+    )
+  taught = [item.name for item in behaviors if item.train_count]
+  if len(taught) < 2:
+    raise InputError(
+      f'{log.name}: the training split holds 1 behavior, {taught[0]!r}, and '
+      f'at least 2 are needed{_said(lost)}: check data.columns.behavior and '
+      'data.split'
+    )
+
+
+def _said(lost) -> str:
+  """What became of the rows that are no events, in brackets."""
+  return (
+    f' (of {lost["rows"]} rows {lost["rejected"]} were malformed, '
+    f'{lost["duplicates"]} duplicates and {lost["repeats"]} immediate '
+    'repeats, see data.collapse_repeats)'
+  )
+
+
+def _times(form: times.Form, span, log, given: str) -> str:
+  """'ISO 8601, 2024-01-01 to 2024-03-09'; refuses a log of other years."""
+  first, last = (str(np.datetime64(int(t), 's'))[:10] for t in span)
+  if not given and (span[1] < times.FIRST or span[0] >= times.LAST):
+    raise InputError(
+      f'{log.name}: its times, read as {form.text}, lie from {first} to '
+      f'{last}, outside of {times.YEARS}; set data.time_format to what they '
+      f'are (one of {", ".join(times.WORDS)}, or a strptime pattern) or '
+      'check data.columns.time'
+    )
+  return f'{form.text}, {first} to {last}'
+
+
+# Writing.
+
+
+def _write_events(parts, folder, ends):
+  """Writes the columns; returns {name: SHA-256} and the span of times."""
+  sizes = np.zeros(sum(len(part.users) for part in parts), np.int64)
+  for part in parts:
+    sizes[part.users] = np.diff(part.begins)
+  begins = np.concatenate([[0], np.cumsum(sizes)])
+  hashes = {name: hashlib.sha256() for name in _HASHED}
+  low, span = 0, []
+  with columns.Writer(folder, columns.DTYPES) as writer:
+    while low < len(sizes):
+      full = np.searchsorted(begins, begins[low] + _BLOCK, 'right') - 1
+      high = max(low + 1, int(full))
+      written = writer.add(**_block(parts, begins, low, high, ends))
+      for name, digest in hashes.items():
+        digest.update(written[name])
+      span += [written['time'].min(), written['time'].max()]
+      low = high
+  digests = {name: digest.hexdigest() for name, digest in hashes.items()}
+  return digests, (min(span), max(span))
+
+
+def _block(parts, begins, low: int, high: int, ends):
+  """Columns of the events of users [low, high), each from its shard."""
+  base, stop = begins[low], begins[high]
+  block = {name: np.empty(stop - base, dtype) for name, dtype in columns.DTYPES.items()}
+  for part in parts:
+    # Of the dtype of users, of which numpy else makes a copy for every block.
+    one, end = part.begins[
+      np.searchsorted(part.users, np.array([low, high], part.users.dtype))
+    ]
+    rows = slice(int(one), int(end))
+    behavior, place, local, time = (
+      part.columns[name][rows] for name in ('behavior', 'place', 'user', 'time')
+    )
+    user = part.users[local]
+    first = begins[user]
+    at = first - base + np.arange(rows.start, rows.stop) - part.begins[local]
+    for name, value in {
+      'user': user,
+      'time': time,
+      'behavior': part.names[behavior],
+      'place': part.places[place],
+      'split': part.split(rows, ends),
+      'first': first,
+    }.items():
+      block[name][at] = value
+  return block
+
+
+def _summary(users: int, counts, behaviors) -> dict:
+  groups = [item.group for item in behaviors]
+  return {
+    'events': int(counts.sum()),
+    'users': users,
+    'behaviors': len(behaviors),
+    'anchors': groups.count('anchor'),
+    'tails': groups.count('tail'),
+    'unseen': groups.count('unseen'),
+    'unseen_test_events': sum(
+      item.count for item in behaviors if item.group == 'unseen'
+    ),
+    'splits': {name: int(counts[:, i].sum()) for i, name in enumerate(SPLITS)},
+  }
+
+
+def _warnings(summary) -> list[str]:
+  warnings = []
+  if not summary['tails']:
+    warnings.append(
+      f'no tail behavior: all {summary["anchors"]} behaviors are anchors; '
+      'stage 2 has nothing rare to learn (data.anchor_share)'
+    )
+  if summary['unseen']:
+    warnings.append(
+      f'behaviors seen only in the test split: {summary["unseen"]}, with '
+      f'{summary["unseen_test_events"]} events in all; they may stand in '
+      'contexts and are never candidates'
+    )
+  return warnings
+
+
+def _case_warnings(behaviors) -> list[str]:
+  alike = collections.defaultdict(list)
+  for item in behaviors:
+    alike[item.name.casefold()].append(item.name)
+  alike = [sorted(names) for names in alike.values() if len(names) > 1]
+  if not alike:
+    return []
+  shown = '; '.join(' and '.join(map(repr, names)) for names in alike[:5])
+  return [
+    f'{len(alike)} names are written in several cases and stay apart: '
+    f'{shown}{"; ..." * (len(alike) > 5)}'
+  ]
+
+
+def _time_warnings(form: times.Form, shifted: bool) -> list[str]:
+  """`shifted`: whether any event is shown by another clock than UTC's."""
+  warnings = []
+  if not form.clock:
+    warnings.append(
+      'times are dates alone: lines of prompts show no clock, '
+      'and events of one day keep the order of the file'
+    )
+  if form.instants and not form.zone and not shifted:
+    warnings.append(
+      'all times are shown by the clock of UTC; if the users '
+      'live by another one, set data.time_zone'
+    )
+  return warnings
+
+
+def _fingerprint(digests, folder, behaviors) -> str:
+  """SHA-256 of the columns, names and groups, as one JSON text.
+
+  Users and places are read batch by batch: there may be millions.
+  """
+  listed = [[item.name, item.group] for item in behaviors]
+  digest = hashlib.sha256(f'[{json.dumps(digests)}, '.encode())
+  for table in ('users', 'places'):
+    before = '['
+    for batch in columns.read_table(folder / f'{table}.arrow').to_batches():
+      if len(batch):
+        names = json.dumps(batch['name'].to_pylist())
+        digest.update(f'{before}{names[1:-1]}'.encode())
+        before = ', '
+    digest.update(b'], ' if before == ', ' else b'[], ')
+  digest.update(f'{json.dumps(listed)}]'.encode())
+  return digest.hexdigest()

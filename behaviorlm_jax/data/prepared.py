@@ -1,0 +1,134 @@
+"""The events/ of a work directory: prepared once, by one process or in shards."""
+
+import re
+
+import duckdb
+from absl import logging
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.cluster import processes
+from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data.log import join
+from behaviorlm_jax.data.log import shards as shards_lib
+from behaviorlm_jax.data.log import sources
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import bucket
+
+
+def load_events(config, workdir):
+  """The event table of this work directory, prepared at the first call."""
+  processes.on_primary(_prepare_events, config, workdir / 'events')
+  return events_lib.open_events(workdir / 'events')
+
+
+def _prepare_events(config, folder):
+  log = sources.open_log(config.data.events)
+  origin = workspace.as_dict(config) | {'log_sha256': log.sha256()}
+  events_lib.clean(folder)
+  if not folder.exists():
+    shards = folder.with_name(bucket.SHARDS)
+    if shards.exists():
+      complete = _complete(shards, origin)
+      join.join(config.data, log, complete, folder, config.seed, origin)
+      logging.info(
+        '%s: %d shards joined in %s; they are not needed any more.',
+        shards,
+        len(complete),
+        folder,
+      )
+    else:
+      events_lib.prepare(config.data, log, folder, config.seed, origin)
+    return
+  theirs = workspace.read_config(folder)
+  if theirs is None:
+    raise InputError(
+      f'{folder} exists but was not made by this program; use another --workdir.'
+    )
+  if theirs['log_sha256'] != origin['log_sha256']:
+    raise InputError(
+      f'{folder} was made from another content of {log.name}; use another --workdir.'
+    )
+
+
+def prepare_shard(config, workdir):
+  """Prepares data.shard's part of the users, for `load_events` to join."""
+  index, count = config_lib.shard(config)
+  name = f'{index}-of-{count}'
+  workdir = workspace.make(workdir, name)
+  if bucket.place(workdir / 'events/config.json').exists():
+    logging.info('%s is prepared; no shard is needed.', workdir / 'events')
+    return
+  config = workspace.pin_addresses(config, ['data.events'], [])
+  folder = workdir / bucket.SHARDS / name
+  log = sources.open_log(config.data.events)
+  # DuckDB's hash decides which users are in a shard.
+  origin = workspace.as_dict(config) | {
+    'log_sha256': log.sha256(),
+    'duckdb': duckdb.__version__,
+  }
+  if folder.exists():
+    _check_shard(folder, origin)
+  else:
+    shards_lib.write(config.data, log, folder, (index, count), origin)
+    bucket.push()
+  logging.info(
+    '%s is prepared; once all %d are, run the same command without data.shard.',
+    folder,
+    count,
+  )
+
+
+def _complete(root, origin):
+  """The folders of all shards in `root`; refuses missing and foreign ones."""
+  matches = [re.fullmatch(r'(\d+)-of-(\d+)', p.name) for p in root.iterdir()]
+  found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
+  counts = sorted({count for count, _ in found})
+  if len(counts) != 1:
+    what = (
+      'shards of ' + ' and of '.join(map(str, counts)) + ' parts'
+      if counts
+      else 'no shard'
+    )
+    raise InputError(
+      f'{root} holds {what}, but all parts of one number are needed; delete '
+      'what does not belong to it, or the folder to prepare the log here.'
+    )
+  (count,) = counts
+  missing = [i for i in range(count) if (count, i) not in found]
+  if missing:
+    listed = ', '.join(map(str, missing[:20]))
+    raise InputError(
+      f'{root} holds {count - len(missing)} of {count} shards and lacks '
+      f'{listed}{", ..." * (len(missing) > 20)}; run this command with '
+      f'--config.data.shard={missing[0]}/{count} for each, or delete the '
+      'folder to prepare the log here.'
+    )
+  folders = [found[count, i] for i in range(count)]
+  # Those who joined need not have hashed.
+  origin = origin | {
+    'duckdb': workspace.get(workspace.read_config(folders[0]) or {}, 'duckdb')
+  }
+  for folder in folders:
+    _check_shard(folder, origin)
+  return folders
+
+
+def _check_shard(folder, origin):
+  """Refuses a shard of another log or config; the log may have moved."""
+  theirs = workspace.read_config(folder) or {}
+  names = ('log_sha256', 'duckdb', *workspace.DECIDES['events'])
+  found = [
+    difference
+    for name in names
+    if name != 'data.events'
+    for difference in workspace.differences(
+      workspace.get(origin, name), workspace.get(theirs, name), name
+    )
+  ]
+  if found:
+    raise InputError(
+      f'{folder} was made of another log or config, or by another version: '
+      f'{", ".join(found)}; delete it and prepare it again, or use the old '
+      'ones.'
+    )

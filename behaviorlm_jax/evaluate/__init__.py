@@ -1,0 +1,1 @@
+"""How good predictions are, and what is fitted on top of them."""

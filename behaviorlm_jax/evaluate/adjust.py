@@ -1,0 +1,96 @@
+"""What is fitted on the validation split, on top of any predictor's log p.
+
+  adjusted        log p(y | x) - tau log pi(y): post-hoc logit adjustment (Menon
+                  et al., ICLR 2021), pi the training frequencies, as far as
+                  plan.shots lets a model see them
+  mixed           a log p(y | x) + b log p_counts(y | x), normalised: what
+                  counting knows need not be learned
+  mixed_adjusted  the second, adjusted as the first
+
+tau is the one with the best macro-F1 over all behaviors, a and b have the least
+loss; both on validation samples, never on those of the test split. tau below
+zero undoes a stage that moved the odds towards the tail.
+"""
+
+import itertools
+
+import numpy as np
+
+from behaviorlm_jax.evaluate import metrics
+from behaviorlm_jax.score import label_tree
+
+TAUS = tuple(round(0.1 * i, 1) for i in range(-10, 16))
+WEIGHTS = tuple(round(0.1 * i, 1) for i in range(13))
+NAMES = ('adjusted', 'mixed', 'mixed_adjusted')
+
+
+def log_prior(counts):
+  """log pi float64 [Y] of training counts int [Y], one added to each."""
+  counts = np.asarray(counts, np.float64) + 1
+  return np.log(counts / counts.sum())
+
+
+def fit(log_p, counted, prior, true):
+  """The numbers of every predictor of NAMES: {'adjusted': {'tau'}, ...}.
+
+  Args:
+    log_p: float [n, Y] of validation samples.
+    counted: the same of a count model.
+    prior: float [Y], log_prior.
+    true: int [n], ids of the true behaviors.
+  """
+  a, b = fit_mix(log_p, counted, true)
+  mixed = mix(log_p, counted, a, b)
+  return {
+    'adjusted': {'tau': fit_tau(log_p, prior, true)},
+    'mixed': {'a': a, 'b': b},
+    'mixed_adjusted': {'a': a, 'b': b, 'tau': fit_tau(mixed, prior, true)},
+  }
+
+
+def apply(numbers, log_p, counted, prior):
+  """Scores float [n, Y] of a predictor with these numbers; higher is better."""
+  if 'a' in numbers:
+    log_p = mix(log_p, counted, numbers['a'], numbers['b'])
+  return log_p - numbers.get('tau', 0.0) * prior
+
+
+def mix(log_p, counted, a, b):
+  """log p float64 [n, Y] of the log-linear mix."""
+  return label_tree.log_softmax(a * np.asarray(log_p) + b * np.asarray(counted))
+
+
+def fit_mix(log_p, counted, true):
+  """(a, b) of WEIGHTS with the least mean -log p(true)."""
+  rows = np.arange(len(true))
+  loss = lambda pair: -mix(log_p, counted, *pair)[rows, true].mean()
+  pairs = [pair for pair in itertools.product(WEIGHTS, WEIGHTS) if any(pair)]
+  return min(pairs, key=loss)
+
+
+def fit_tau(log_p, prior, true):
+  """The tau of TAUS with the best macro-F1; of equals the nearest to zero."""
+  gains = {
+    tau: metrics.per_behavior(true, best, len(prior))[2].mean()
+    for tau, best in zip(TAUS, first_choices(log_p, prior), strict=True)
+  }
+  return max(sorted(TAUS, key=abs), key=gains.get)
+
+
+def first_choices(log_p, prior):
+  """Of log p float [n, Y], adjusted by each of TAUS: ids int64 [T, n]."""
+  return np.stack([np.argmax(log_p - tau * prior, axis=1) for tau in TAUS])
+
+
+def trade_off(by_tau, true, anchor):
+  """Anchor against tail over TAUS: float64 [T, 2], macro-F1 of both groups.
+
+  `by_tau`: int64 [T, n] of first_choices; `true`: ids [n]; `anchor`: bool [Y].
+  """
+  points = []
+  for best in by_tau:
+    f1 = metrics.per_behavior(true, best, len(anchor))[2]
+    points.append(
+      [f1[members].mean() if members.any() else 0.0 for members in (anchor, ~anchor)]
+    )
+  return np.array(points)

@@ -1,0 +1,1 @@
+"""Where logs, models and work directories lie: disk, hub, bucket."""

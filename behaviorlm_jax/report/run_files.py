@@ -1,0 +1,212 @@
+"""What a work directory holds, in the form in which the report needs it.
+
+Every stage and every file may be missing; what is read of it then is empty or
+None.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.data.events import open_events
+from behaviorlm_jax.evaluate import adjust
+from behaviorlm_jax.evaluate import metrics
+
+TRAINED = ('a_tuning', 'b_tuning')
+STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """The files of one stage; None or empty where a file is missing."""
+
+  key: str
+  folder: Path
+  config: dict
+  evaluation: dict | None
+  predictions: pa.Table | None
+
+  @property
+  def name(self):
+    names = STAGES | {'sasrec': 'SASRec'}
+    return 'one stage' if self.one_stage else names[self.key]
+
+  @property
+  def one_stage(self):
+    """Whether stage 'one' made it, which stands in the place of stage b."""
+    return self.key == 'b_tuning' and any(
+      name.startswith('one_stage') for name in self.ablations
+    )
+
+  @property
+  def ablations(self):
+    return list(self.config.get('ablations') or [])
+
+  @functools.cached_property
+  def steps(self) -> list[dict]:
+    """The rows of metrics.jsonl, one per training step."""
+    return read_json_lines(self.folder / 'metrics.jsonl')
+
+  @functools.cached_property
+  def right(self):
+    """bool[n], whether the first choice is the true behavior."""
+    return self.column('behavior') == self.column('predicted')
+
+  @functools.cached_property
+  def retention(self) -> dict:
+    """What the model still knows, see evaluate.retention; may be empty."""
+    return read_json(self.folder / 'retention.json', {})
+
+  def log_p(self, split):
+    """log p float[n, Y] of every behavior for the scored samples, or None."""
+    table = read_table(self.folder / 'log_probs.parquet')
+    if table is None:
+      return None
+    table = table.filter(pc.equal(table.column('split'), split))
+    return np.array(table.column('log_p').to_pylist(), np.float64)
+
+  def column(self, name):
+    return np.array(self.predictions.column(name).to_pylist())
+
+  def find(self, sample) -> dict | None:
+    """The prediction row of an event, or None where it was not evaluated."""
+    index = pc.index(self.predictions.column('sample'), sample).as_py()
+    if index < 0:
+      return None
+    return self.predictions.slice(index, 1).to_pylist()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What the work directory holds, in the form that the sections need."""
+
+  workdir: Path
+  summary: dict
+  behaviors: list  # the candidate list: dicts name, train_count, group
+  unseen: int  # behaviors of the test split only
+  baselines: dict
+  stages: list
+  sasrec: Stage | None = None  # The baseline that is trained.
+
+  @functools.cached_property
+  def events(self):
+    return open_events(self.workdir / 'events')
+
+  @functools.cached_property
+  def ids(self):
+    return {row['name']: i for i, row in enumerate(self.behaviors)}
+
+  @functools.cached_property
+  def anchor(self):
+    return np.array([b['group'] == 'anchor' for b in self.behaviors], bool)
+
+  @functools.cached_property
+  def counts(self):
+    """int64 [Y], training events of each behavior."""
+    return np.array([b['train_count'] for b in self.behaviors])
+
+  def log_prior(self, stage=None):
+    """float64 [Y]: how frequent each behavior is in what a stage may learn.
+
+    Without a stage, or of one that is not trained, in the training split.
+    """
+    plan = (
+      {}
+      if stage is None or stage.key not in TRAINED
+      else (stage.config.get('plan', {}))
+    )
+    return adjust.log_prior(
+      samples_lib.learnable(self.counts, self.anchor, plan.get('shots'))
+    )
+
+  @functools.cached_property
+  def by_frequency(self):
+    """Indices of the behaviors, the most frequent in training first."""
+    return np.argsort(-self.counts, kind='stable')
+
+  @functools.cached_property
+  def scored(self):
+    return [s for s in self.stages if s.evaluation]
+
+  @functools.cached_property
+  def predicting(self):
+    return [s for s in self.stages if s.predictions is not None]
+
+  def per_behavior(self, stage):
+    """Precision, recall, F1 and support of every behavior: float64[4, Y]."""
+    return metrics.per_behavior(
+      self.encode(stage.column('behavior')),
+      self.encode(stage.column('predicted')),
+      len(self.behaviors),
+    )
+
+  def encode(self, names):
+    return np.array([self.ids[name] for name in names], np.int64)
+
+  def best_baseline(self, group, key):
+    """(score, name) of the baseline that is best in this very score."""
+    found = [(s[group][key], name) for name, s in self.baselines.items()]
+    return max(found, key=lambda pair: pair[0], default=None)
+
+
+def load(workdir) -> Run:
+  behaviors = read_json(workdir / 'events/behaviors.json', [])
+  known = [row for row in behaviors if row['group'] != 'unseen']
+  found = {
+    key: Stage(
+      key,
+      folder,
+      read_json(folder / 'config.json', {}),
+      read_json(folder / 'evaluation.json', None),
+      read_table(folder / 'predictions.parquet'),
+    )
+    for key in (*STAGES, 'sasrec')
+    if (folder := workdir / key).is_dir()
+  }
+  sasrec = found.pop('sasrec', None)
+  return Run(
+    workdir,
+    read_json(workdir / 'events/summary.json', {}),
+    known,
+    len(behaviors) - len(known),
+    read_json(workdir / 'baselines.json', {}),
+    list(found.values()),
+    sasrec if sasrec and sasrec.evaluation else None,
+  )
+
+
+def plan_targets(path):
+  """Event positions of all targets of a plan, repeats included: int64[n]."""
+  rows = pq.read_table(path, columns=['segments'])
+  segments = pc.list_flatten(rows.column('segments').combine_chunks())
+  windows = segments.filter(pc.equal(segments.field('kind'), 'window'))
+  return (
+    pc.list_flatten(windows.field('targets'))
+    .to_numpy(zero_copy_only=False)
+    .astype(np.int64)
+  )
+
+
+def read_json(path, missing):
+  if not path.is_file():
+    return missing
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def read_json_lines(path):
+  if not path.is_file():
+    return []
+  return [
+    json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line
+  ]
+
+
+def read_table(path):
+  return pq.read_table(path) if path.is_file() else None

@@ -1,0 +1,39 @@
+"""Many runs, one table: methods x logs x seeds.
+
+  python -m behaviorlm_jax.sweep --config=configs/ablations.py --workdir=DIR \
+    --config.logs.foursquare_nyc=foursquare_nyc.csv.gz
+
+--report writes DIR/tables.md and its figures from the rows in DIR, and runs
+nothing.
+"""
+
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+
+from behaviorlm_jax import cli
+from behaviorlm_jax.sweep import jobs
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
+_REPORT = flags.DEFINE_bool('report', False, 'Write the report, run nothing.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def _main(argv):
+  work = jobs.report if _REPORT.value else jobs.run_all
+  cli.run(argv, lambda: work(_CONFIG.value, _WORKDIR.value))
+
+
+def _parse(argv):
+  try:
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.lock()  # A missing file fails only here.
+    return rest
+  except cli.UNUSABLE as error:
+    text = [line.strip() for line in str(error).split('\n') if line.strip()]
+    cli.fail(f'{text[-1] if text else error!r}; see configs/ablations.py.')
+
+
+if __name__ == '__main__':
+  app.run(_main, flags_parser=_parse)

@@ -1,0 +1,205 @@
+"""Many runs: methods x logs x seeds.
+
+Each run has a folder DIR/LOG/seedS/METHOD, a work directory like any other.
+Runs of one log and seed share the events, the evaluation of the untuned model
+and the baselines, and a method that starts from another's stage a takes its
+adapter. Runs whose rows stand in `config.results` with the same settings are
+not run again; a killed sweep goes on where it ended. After every run all rows
+are written to DIR (sweep.rows has the files), and to DIR/choices what the runs
+chose: where both take the place of those in `config.results`, runs of another
+machine are compared with them, those of a log and seed that it has a run of.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+
+from absl import logging
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import run as run_lib
+from behaviorlm_jax.cluster import preemption
+from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.io import bucket
+from behaviorlm_jax.sweep import choices
+from behaviorlm_jax.sweep import results
+from behaviorlm_jax.sweep import results_page
+from behaviorlm_jax.sweep import rows as rows_lib
+
+# What runs of one log and seed have in common, and when it is finished.
+_SHARED = (
+  ('events', 'behaviors.json'),
+  ('base', 'evaluation.json'),
+  ('baselines.json', ''),
+)
+# Sections that a method may not change if it is to take what is shared.
+_FIXED = ('data', 'model', 'lora', 'score', 'eval')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run."""
+
+  log: str
+  seed: int
+  name: str  # Of the method.
+  method: object
+  folder: pathlib.Path
+  config: object  # Of the run, ablations applied.
+  origin: str  # Settings of the run whose stage a it starts from, or ''.
+
+  @property
+  def key(self):
+    return self.log, self.name, self.seed
+
+  @property
+  def settings(self):
+    return results.settings_hash(self.config, self.origin)
+
+  @property
+  def finished(self):
+    stages, last = tuple(self.config.stages), 'b_tuning'
+    if stages == ('a',):
+      last = 'a_tuning'
+    elif not stages:
+      last = 'sasrec' if self.config.sasrec.steps else 'base'
+    settings = self.folder / 'settings.txt'
+    return (
+      (self.folder / last / 'evaluation.json').exists()
+      and settings.exists()
+      and settings.read_text() == self.settings
+    )
+
+
+def jobs(config, workdir):
+  """All runs: seed by seed, in each the methods in `config.order`."""
+  for name in config.order:
+    if name not in config.methods:
+      raise InputError(
+        f'config.order names {name!r}'
+        f'{config_lib.nearest(name, config.methods)}, which is '
+        'not in config.methods.'
+      )
+  if config.base.distributed.coordinator:
+    raise InputError(
+      'distributed.coordinator is set, but a sweep is one '
+      'process; leave it out, or give one run of it to main.'
+    )
+  methods = {name: config.methods[name] for name in config.order}
+  seeds = max((m.seeds for m in methods.values()), default=0)
+  logs = [name for name, address in config.logs.items() if address]
+  if not logs or not methods:
+    raise InputError(
+      'config.logs names no log or config.order nothing to '
+      'run; give --config.logs.NAME=FILE for one of '
+      f'{", ".join(config.logs) or "none"}.'
+    )
+  return [
+    _job(config, workdir, log, seed, name)
+    for seed in range(seeds)
+    for name, m in methods.items()
+    if seed < m.seeds
+    for log in logs
+  ]
+
+
+def _job(config, workdir, log, seed, name):
+  chosen = config.methods[name]
+  run = config.base.copy_and_resolve_references()
+  run.seed, run.data.events = seed, config.logs[log]
+  for changes in (config.log_fields.get(log, {}), chosen.fields):
+    run.update(changes)
+  place = pathlib.Path(workdir) / log / f'seed{seed}'
+  if chosen.start:
+    if chosen.start not in config.order:
+      raise InputError(
+        f'config.methods.{name} starts from {chosen.start!r}'
+        f'{config_lib.nearest(chosen.start, config.order)}, '
+        'which is not in config.order.'
+      )
+    if config.methods[chosen.start].start:
+      raise InputError(
+        f'config.methods.{name} starts from {chosen.start!r}, which has no '
+        'stage a of its own; name the method that it starts from.'
+      )
+    run.stages, run.init_from = ('b',), str(place / chosen.start)
+  run = config_lib.ablate(run, chosen.ablations)
+  config_lib.check(run)
+  origin = chosen.start and _job(config, workdir, log, seed, chosen.start).settings
+  return Job(log, seed, name, chosen, place / name, run, origin)
+
+
+def run_all(config, workdir):
+  """Runs what is neither finished nor committed; writes all rows."""
+  if bucket.is_address(workdir):
+    raise InputError(
+      f'--workdir={workdir} lies in a bucket, where a sweep '
+      'cannot work; give a local folder.'
+    )
+  every, committed = jobs(config, workdir), pathlib.Path(config.results)
+  workdir = workdir_lib.make(workdir)
+  known = {
+    (row['data'], row['method'], row['seed'], row['settings'])
+    for row in rows_lib.read(committed).of('results.csv')
+  }
+  todo = [
+    job for job in every if not job.finished and (*job.key, job.settings) not in known
+  ]
+  # A method whose stage a another one starts from is run for it again.
+  starts = {(job.log, job.seed, job.method.start) for job in todo}
+  todo += [
+    job
+    for job in every
+    if not job.finished and job not in todo and (job.log, job.seed, job.name) in starts
+  ]
+  for number, job in enumerate(sorted(todo, key=every.index), start=1):
+    logging.info('sweep: run %d of %d, %s.', number, len(todo), job.folder)
+    run_job(job)
+    collect(config, every, workdir)
+    preemption.check()
+  collect(config, every, workdir)
+
+
+def run_job(job):
+  """Runs one job, beginning with what its siblings have."""
+  job.folder.mkdir(parents=True, exist_ok=True)
+  if not set(job.method.fields) & set(_FIXED):
+    for name, last in _SHARED:
+      _take(job.folder, name, last)
+  run_lib.run(job.config, job.folder)
+  for stage in ('a_tuning', 'b_tuning'):  # Adapters stay.
+    shutil.rmtree(job.folder / stage / 'checkpoints', ignore_errors=True)
+  (job.folder / 'settings.txt').write_text(job.settings)
+
+
+def _take(folder, name, last):
+  """Copies a finished file or folder of a sibling."""
+  if (folder / name).exists():
+    return
+  for sibling in sorted(folder.parent.iterdir()):
+    if (sibling / name / last).exists() and sibling != folder:
+      if last:
+        copy = folder / f'{name}.tmp'
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sibling / name, copy)
+        copy.rename(folder / name)
+      else:
+        shutil.copy(sibling / name, folder / name)
+      return
+
+
+def collect(config, every, workdir):
+  """Writes the rows of all finished runs, and committed ones, in `workdir`."""
+  committed = pathlib.Path(config.results)
+  rows = rows_lib.read(committed)
+  if (committed / choices.FOLDER).is_dir():
+    shutil.copytree(
+      committed / choices.FOLDER, workdir / choices.FOLDER, dirs_exist_ok=True
+    )
+  results.collect(every, config.contrasts, rows, workdir)
+  rows_lib.write(workdir, rows)
+
+
+def report(config, workdir):
+  results_page.write(pathlib.Path(workdir), config.order, config.drawn)

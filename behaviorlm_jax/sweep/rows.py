@@ -1,0 +1,109 @@
+"""Rows of what many runs say, in three files.
+
+  results.csv      a score of one predictor of one run
+  differences.csv  what one predictor changes against another, over some seeds
+  trade_off.csv    anchor against tail macro-F1 of one predictor at one tau
+
+A row names its run by log, method and seed, and by `settings`: a hash of all
+that its config changes, so that a row of other settings is not taken for it; in
+differences those of method/control, none of what any run brings along.
+Predictors that are fitted on the validation split are named after what they
+stand on: `one_stage_adjusted`. In differences `NAME_matched` is NAME at the
+anchor macro-F1 of its control (compare.matched), and `seeds` says which: `0 1`.
+"""
+
+import csv
+import dataclasses
+import io
+
+from behaviorlm_jax.io import files
+
+# (group, metric) of what evaluate.retention measures.
+RETENTION = (
+  ('conversations', 'perplexity_ratio'),
+  ('conversations', 'kl_to_base'),
+  ('questions', 'accuracy'),
+)
+# Training steps alone, of both stages; neither compilation nor scoring.
+COST = (('training', 'seconds'), ('training', 'targets'))
+# Groups of behaviors by training frequency, the most frequent tenth first.
+DECILES = {f'decile_{i}': i for i in range(1, 11)}
+# Of tail behaviors that plan.shots would limit, and of runs where it does: how
+# many targets of each were taught, on average.
+FEW_SHOT = 'few_shot', 'f1_macro'
+FEW_TARGETS = 'few_shot', 'targets'
+# Columns of each file; those before `:` name a row.
+_FILES = {
+  'results.csv': 'data method seed group metric : value n settings',
+  'differences.csv': 'data method control metric seeds : n before change low '
+  'high settings',
+  'trade_off.csv': 'data method seed tau : anchor tail settings',
+}
+_NUMBERS = {
+  'seed': int,
+  'n': int,
+  **dict.fromkeys(
+    ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'), float
+  ),
+}
+
+
+@dataclasses.dataclass
+class Rows:
+  """The rows of the three files, by what names them."""
+
+  tables: dict  # {file: {key: row}}
+
+  def add(self, name, **row):
+    key = tuple(row[column] for column in _columns(name)[0])
+    self.tables[name][key] = row
+
+  def of(self, name):
+    return list(self.tables[name].values())
+
+  def seeds_of(self, *difference, settings):
+    """{key: its seeds, or none where its settings are others}; `difference`:
+    log, method, control and metric."""
+    return {
+      key: {int(seed) for seed in row['seeds'].split() if row['settings'] == settings}
+      for key, row in self.tables['differences.csv'].items()
+      if key[:-1] == difference
+    }
+
+
+def _columns(name):
+  key, values = _FILES[name].split(':')
+  return key.split(), values.split()
+
+
+def read(folder) -> Rows:
+  """The rows that stand in a folder; none where a file is missing."""
+  rows = Rows({name: {} for name in _FILES})
+  for name in _FILES:
+    path = folder / name
+    if path.is_file():
+      with path.open(encoding='utf-8', newline='') as lines:
+        for row in csv.DictReader(lines):
+          rows.add(
+            name,
+            **{
+              column: _NUMBERS.get(column, str)(text) if text else None
+              for column, text in row.items()
+            },
+          )
+  return rows
+
+
+def write(folder, rows):
+  for name in _FILES:
+    text, found = io.StringIO(), rows.tables[name]
+    columns = [*_columns(name)[0], *_columns(name)[1]]
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    for key in sorted(found):
+      writer.writerow({column: _short(found[key][column]) for column in columns})
+    files.write_text(folder / name, text.getvalue())
+
+
+def _short(value):
+  return f'{value:.6g}' if isinstance(value, float) else value

@@ -1,0 +1,38 @@
+"""The settings of a sweep, for config files; sweep.jobs runs them."""
+
+from ml_collections import config_dict
+
+from behaviorlm_jax import config as config_lib
+
+
+def default():
+  """An empty sweep; a config file fills it."""
+  config = config_dict.ConfigDict()
+  config.base = config_lib.default()  # Of every run.
+  config.logs = config_dict.ConfigDict()  # {name: address; '': left out}.
+  config.log_fields = config_dict.ConfigDict()  # {name: sections to change}.
+  config.methods = config_dict.ConfigDict()  # {name: method(...)}.
+  config.order = ()  # Names of those that are run, the most wanted first.
+  config.contrasts = ()  # Pairs (method, control) whose difference is shown.
+  config.drawn = ()  # Methods with a curve in the figure.
+  config.results = 'docs/results'  # Where rows stand that are not run again.
+  return config
+
+
+def method(ablations=(), start='', seeds=1, fields=None):
+  """One method of a sweep.
+
+  Args:
+    ablations: names.
+    start: method whose stage a it starts from; '': it runs its own.
+    seeds: 1 runs seed 0 alone, 3 also 1 and 2.
+    fields: {section: {field: value}} to change.
+  """
+  return config_dict.ConfigDict(
+    {
+      'ablations': tuple(ablations),
+      'start': start,
+      'seeds': seeds,
+      'fields': fields or {},
+    }
+  )

@@ -1,0 +1,175 @@
+"""What is compiled ahead of time is what runs, and what is said of it."""
+
+import re
+import types
+
+import jax
+import pytest
+
+from behaviorlm_jax import run as run_lib
+from behaviorlm_jax import setup
+from behaviorlm_jax.cost import programs
+from behaviorlm_jax.cost import study
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.train import loop
+from behaviorlm_jax.train import sharding
+
+REFUSAL = (
+  'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on '
+  'HBM, the total memory required for HLO temporaries (17.25G) '
+  'exceeds available HBM (15.75G). HLO module: jit_f.'
+)
+
+pytestmark = pytest.mark.usefixtures('compile_once')
+
+
+class Caught(Exception):
+  """Training was about to take its first step."""
+
+
+def text(lowered):
+  """The compiled module, without where in the source its parts come from."""
+  return re.sub(
+    r'(, )?metadata=\{[^}]*\}|stack_frame_id=\d+|FileNames.*',
+    '',
+    lowered.compile().as_text(),
+    flags=re.DOTALL,
+  )
+
+
+@pytest.fixture
+def open_run(make_run_config, tmp_path):
+
+  def make(fields, shapes_only):
+    config = study.prepare(make_run_config({'stages': ('a',), **fields}))
+    return setup.open_run(config, tmp_path, sharding.make_layout(config), shapes_only)
+
+  return make
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'train.batch': 4, 'train.accumulate': 2, 'train.loss': 'natural'},
+    {'train.auxiliary': 'kl', 'model.remat': 'full'},
+  ],
+)
+def test_the_step_compiled_ahead_is_the_one_that_trains(
+  open_run, fields, monkeypatch, make_run_config, tmp_path
+):
+  seen = types.SimpleNamespace()
+
+  def caught(folder, config, state, step_fn, params, batches, *_):
+    seen.step = step_fn.lower(state, params, next(batches))
+    raise Caught
+
+  monkeypatch.setattr(loop, 'run', caught)
+  config = make_run_config({'stages': ('a',), **fields})
+  with pytest.raises(Caught):
+    run_lib.run(config, tmp_path)
+  this = open_run(fields, shapes_only=True)
+  plan = programs.make_plan(this)
+  assert text(programs.training(this, plan)) == text(seen.step)
+
+
+def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
+  ahead = open_run({}, shapes_only=True)
+  this = open_run({}, shapes_only=False)
+  prompts = [
+    this.prompts.question(sample)
+    for sample in evaluation.test_samples(this.events, this.config)
+  ]
+  longest = sorted(prompts, key=len)[-this.scorer.batch :]
+  adapter = run_lib.first_adapter(this, 'a')
+  real = this.scorer._whole.lower(adapter, this.params, *this.scorer._pad(longest))
+  lowered, batch = programs.scoring(ahead)
+  assert batch == this.scorer.batch
+  assert text(lowered) == text(real)
+
+
+def test_no_weight_is_read(open_run, monkeypatch):
+  monkeypatch.setattr(sharding.Layout, 'place', None)
+  this = open_run(
+    {'model.address': 'random://llama-3.1-70b', 'train.length': 1024}, shapes_only=True
+  )
+  size = sum(x.size for x in jax.tree.leaves(this.params))
+  assert round(size / 1e9, 1) == 70.6
+
+
+def test_products_needed_leave_out_what_is_computed_twice(open_run):
+  fields = {'train.length': 256}
+  counts = {}
+  for remat in ('none', 'products', 'full'):
+    this = open_run(fields | {'model.remat': remat}, shapes_only=True)
+    counts[remat] = programs.training_flops(this, programs.make_plan(this))
+  assert counts['none'][0] == counts['none'][1]
+  assert counts['none'][0] <= counts['products'][0] < counts['full'][0]
+  assert len({needed for _, needed in counts.values()}) == 1
+
+
+def test_a_program_that_is_too_large_is_told_by_how_much():
+  assert study._excess(REFUSAL) == 1.5 * 2**30
+  assert study._excess('INTERNAL: something else') is None
+
+
+def test_stage_b_is_planned_without_difficulty(make_run_config):
+  config = make_run_config(
+    {
+      'stages': ('b',),
+      'difficulty.score': 'rho',
+      'difficulty.reference': 'elsewhere',
+      'plan.selection': 'hardest',
+    }
+  )
+  assert study.prepare(config).difficulty.score == 'random'
+
+
+def test_a_topology_without_libtpu_is_one_sentence():
+  with pytest.raises(
+    InputError,
+    match='--topology=v5e:4x4 cannot be compiled '
+    r"for \(.*\); install '.\[tpu\]'",
+  ):
+    study.devices_of('v5e:4x4', 1)
+
+
+def test_a_search_lists_the_largest_micro_batches_that_fit_best_first(
+  open_run, monkeypatch
+):
+  config = open_run({'train.batch': 8}, shapes_only=True).config
+  # (seconds of a step, the fewest micro-batches that fit).
+  known = {
+    (8, 1, 1): (3.0, 1),
+    (1, 8, 1): (1.0, 1),
+    (1, 1, 8): (0.5, 16),
+    (4, 2, 1): (2.0, 4),
+  }
+
+  def costs(other, devices, folder, scoring):
+    assert not scoring
+    mesh = tuple(other.mesh[axis] for axis in sharding.AXES)
+    if mesh not in known:
+      raise InputError('this mesh divides no batch.')
+    seconds, fewest = known[mesh]
+    yield (
+      'training step',
+      types.SimpleNamespace(
+        fits=other.train.accumulate >= fewest,
+        seconds=seconds,
+        peak=2**30,
+        binds='memory',
+        mfu=lambda seconds: 0.5,
+      ),
+    )
+
+  monkeypatch.setattr(study, 'costs', costs)
+  lines = study.search(config, range(8), '').splitlines()
+  assert [line.split(' | ')[0] for line in lines[2:8]] == [
+    f'| {setting}, {remat}'
+    for setting in ('1 x 8 x 1, 1', '4 x 2 x 1, 4', '8 x 1 x 1, 1')
+    for remat in ('full', 'products')
+  ]
+  # Four micro-batches of one mesh, two of another, for each policy.
+  assert lines[-1] == '12 more do not fit.'

@@ -1,0 +1,526 @@
+"""The report from synthetic work directories: what is there, and only that."""
+
+import datetime
+import html.parser
+import json
+import re
+import types
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behaviorlm_jax.evaluate import baselines
+from behaviorlm_jax.evaluate import metrics
+from behaviorlm_jax.report import report
+from behaviorlm_jax.report import run_files
+from behaviorlm_jax.score import label_tree
+
+PLAN = pa.schema(
+  {
+    'step': pa.int32(),
+    'row': pa.int32(),
+    'segments': pa.list_(
+      pa.struct(
+        {
+          'kind': pa.string(),
+          'start': pa.int64(),
+          'stop': pa.int64(),
+          'targets': pa.list_(pa.int64()),
+          'weights': pa.list_(pa.float32()),
+          'length': pa.int32(),
+        }
+      )
+    ),
+  }
+)
+ATTACK = '<script>alert(1)</script>'
+CONTROL = '<|im_end|> #'
+
+
+class Work:
+  """A work directory of a run that never was; `add_*` writes its files."""
+
+  def __init__(self, folder, count=20, n=120, seed=0):
+    self.folder, self.rng = folder, np.random.default_rng(seed)
+    share = 1 / np.arange(1, count + 1) ** 1.3
+    share /= share.sum()
+    self.anchor = share > 0.05
+    self.names = [f'Behavior {i} of the log' for i in range(count)]
+    self.names[:4] = [
+      ATTACK,
+      'Bar | Pub $x_1$',
+      'A very <b>long</b> name: ' + 'x' * 40,
+      CONTROL,
+    ]
+    self.true = self.rng.choice(count, n, p=share)
+    self.true[: count // 2] = np.arange(count // 2)
+    self.behavior = self.rng.choice(count, 3000, p=share)
+    self.samples = np.arange(n) * 7
+    self.behavior[self.samples] = self.true
+    counts = np.bincount(self.behavior, minlength=count)
+    behaviors = [
+      {
+        'name': name,
+        'count': int(c) + 5,
+        'train_count': int(c),
+        'share': c / 3000,
+        'group': 'anchor' if a else 'tail',
+      }
+      for name, c, a in zip(self.names, counts, self.anchor, strict=True)
+    ]
+    unseen = {
+      'name': 'only at the end',
+      'count': 2,
+      'train_count': 0,
+      'share': 0.0,
+      'group': 'unseen',
+    }
+    rows = np.arange(3000)
+    split = np.where(rows % 7 == 3, 1, 0)
+    split[self.samples] = 2
+    self.events = types.SimpleNamespace(
+      behavior=self.behavior,
+      user=rows // 75,
+      time=rows * 3600,
+      split=split,
+      first=rows // 75 * 75,
+      known=count,
+      behaviors=[types.SimpleNamespace(**row) for row in [*behaviors, unseen]],
+    )
+    self.json('events/behaviors.json', [*behaviors, unseen])
+    self.json(
+      'events/summary.json',
+      {
+        'rows': 3105,
+        'rejected': 3,
+        'events': 3100,
+        'users': 40,
+        'events_per_split': {'train': 2600, 'validation': 250, 'test': 250},
+        'warnings': ['1 behavior occurs only in the test split'],
+      },
+    )
+
+  def json(self, name, value):
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+  def ranked(self, skill):
+    """Ids, best first; the truth gets a start of `skill`."""
+    score = self.rng.random((len(self.true), len(self.names)))
+    score[np.arange(len(self.true)), self.true] += skill
+    return np.argsort(-score, 1)[:, :5]
+
+  def add_baselines(self):
+    self.json(
+      'baselines.json',
+      {
+        name: metrics.evaluate(
+          self.true,
+          label_tree.best(
+            baselines.scores(name, self.events, self.samples, history=9, seed=11)
+          ),
+          self.anchor,
+        )
+        for name in baselines.NAMES
+      },
+    )
+
+  def add_predictions(self, stage, skill):
+    ranked, n = self.ranked(skill), len(self.true)
+    self.json(
+      f'{stage}/evaluation.json', metrics.evaluate(self.true, ranked, self.anchor)
+    )
+    names = np.array(self.names)
+    start = datetime.datetime(2012, 4, 3, 18, 5)
+    pq.write_table(
+      pa.table(
+        {
+          'sample': self.samples,
+          'user': [f'u{i // 4}' for i in range(n)],
+          'time': pa.array(
+            [start + datetime.timedelta(hours=i) for i in range(n)], pa.timestamp('s')
+          ),
+          'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
+          'behavior': names[self.true],
+          'predicted': names[ranked[:, 0]],
+          'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
+          'top5': names[ranked].tolist(),
+          'top5_log_prob': [np.log([0.5, 0.2, 0.1, 0.05, 0.01]).tolist()] * n,
+          'prompt_tokens': pa.array([[i, 7] for i in range(n)], pa.list_(pa.int32())),
+          'in_context': self.rng.random(n) < 0.6,
+        }
+      ),
+      self.folder / stage / 'predictions.parquet',
+    )
+
+  def add_training(self, stage, ablations=()):
+    self.json(
+      f'{stage}/config.json',
+      {
+        'train': {
+          'steps': 60,
+          'batch': 8,
+          'length': 512,
+          'learning_rate': 0.002,
+          'interpolation': 1.0,
+          'loss': 'names',
+          'balanced_loss': 'natural',
+        },
+        'seed': 11,
+        'data': {'history': 9},
+        'ablations': list(ablations),
+      },
+    )
+    rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()} for i in range(60)]
+    for row in rows[9::10]:
+      row['val_loss'] = row['loss'] + 0.3
+    (self.folder / stage / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows)
+    )
+    self.add_plan(stage, 50)
+
+  def add_plan(self, stage, rows):
+    """Each row: a window with four targets and a conversation without."""
+    allowed = np.arange(3000)
+    if stage == 'a_tuning':
+      allowed = allowed[self.anchor[self.behavior]]
+    self.drawn = self.rng.choice(allowed, (rows, 4))
+    pq.write_table(
+      pa.Table.from_pylist(
+        [
+          {
+            'step': i // 2,
+            'row': i % 2,
+            'segments': [
+              {
+                'kind': 'window',
+                'start': 0,
+                'stop': 32,
+                'length': 400,
+                'targets': targets,
+                'weights': [1.0] * 4,
+              },
+              {
+                'kind': 'conversation',
+                'start': 3,
+                'stop': 4,
+                'length': 100,
+                'targets': [5, 6],
+                'weights': [1.0, 1.0],
+              },
+            ],
+          }
+          for i, targets in enumerate(self.drawn.tolist())
+        ],
+        PLAN,
+      ),
+      self.folder / stage / 'plan.parquet',
+    )
+
+  def add_difficulty(self):
+    score = self.rng.gamma(3, 1, 400)
+    ids = self.rng.choice(len(self.names), 400)
+    score[self.anchor[ids]] *= 0.5
+    pq.write_table(
+      pa.table(
+        {
+          'sample': np.arange(400),
+          'behavior': np.array(self.names)[ids],
+          'group': np.where(self.anchor[ids], 'anchor', 'tail'),
+          'score': score,
+        }
+      ),
+      self.folder / 'b_tuning/difficulty.parquet',
+    )
+
+
+def whole(folder, **options):
+  work = Work(folder, **options)
+  work.add_baselines()
+  for stage, skill in (('base', 0.1), ('a_tuning', 0.5), ('b_tuning', 0.6)):
+    work.add_predictions(stage, skill)
+    if stage != 'base':
+      work.add_training(stage)
+  work.add_difficulty()
+  return work
+
+
+def decode(tokens):
+  return '\n'.join([f'line {i}' for i in range(9)] + [f'of {tokens[0]}'])
+
+
+def write_report(work, **options):
+  """Writes the report of a Work and returns its text."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(run_files, 'open_events', lambda folder: work.events)
+    report.write(work.folder, 'A run', **options)
+  return (work.folder / 'report.md').read_text(encoding='utf-8')
+
+
+class Page(html.parser.HTMLParser):
+  """Tags, images and headings of a report.html, as a browser takes them in."""
+
+  def __init__(self, folder):
+    super().__init__()
+    self.tags, self.images, self.texts = [], [], []
+    self.feed((folder / 'report.html').read_text(encoding='utf-8'))
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    if tag == 'img':
+      self.images.append(dict(attrs))
+
+  def handle_data(self, data):
+    if data.strip():
+      self.texts.append((self.tags[-1] if self.tags else '', data))
+
+  def all(self, tag):
+    return [text for where, text in self.texts if where == tag]
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+  """A whole run with its report; tests only read it."""
+  work = whole(tmp_path_factory.mktemp('work'))
+  return types.SimpleNamespace(
+    folder=work.folder, work=work, text=write_report(work, decode=decode)
+  )
+
+
+def row_of(text, head, name):
+  """Cells of row `name` in the first table whose header starts with `head`."""
+  lines = text[text.index(f'| {head} |') :].split('\n\n')[0].splitlines()
+  return next(
+    [cell.strip() for cell in line.strip('| ').split(' | ')]
+    for line in lines
+    if line.startswith(f'| {name} |')
+  )
+
+
+def test_whole_run_shows_every_section_and_plot(done):
+  text = done.text
+  images = sorted(path.name for path in (done.folder / 'report').iterdir())
+  assert images == [
+    'changes.png',
+    'difficulty.png',
+    'f1.png',
+    'loss.png',
+    'stages.png',
+    'targets.png',
+  ]
+  for name in images:
+    assert f'(report/{name})' in text
+    assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
+  assert text.startswith('# A run\n')
+  assert text.count('\n### ') == 10
+  assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
+  assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
+  for row in (
+    'A-Tuning | 60 | 8 | 512 | 0.002 | 1.0 | names',
+    'B-Tuning | 60 | 8 | 512 | 0.001 | 0.5 | natural',
+  ):
+    assert f'| {row} | 11 | none |' in text
+
+
+def test_tables_hold_the_numbers_of_the_files(done):
+  text = done.text
+  scores = json.loads((done.folder / 'b_tuning/evaluation.json').read_text())
+  assert row_of(text, 'all behaviors', 'B-Tuning')[1:] == [
+    f'{scores["all"][key]:.3f}'
+    for key in (
+      'accuracy@1',
+      'accuracy@3',
+      'accuracy@5',
+      'ndcg@5',
+      'f1_weighted',
+      'f1_macro',
+    )
+  ]
+  group = row_of(text, 'by group', 'B-Tuning')
+  assert group[5] == str(scores['tail']['n'])
+  assert group[8] == f'{scores["tail"]["f1_macro"]:.3f}'
+  table = pq.read_table(done.folder / 'b_tuning/predictions.parquet')
+  inside = [r for r in table.to_pylist() if r['in_context']]
+  want = np.mean([r['behavior'] == r['predicted'] for r in inside])
+  assert row_of(text, 'stage', 'B-Tuning')[1:3] == [str(len(inside)), f'{want:.3f}']
+
+
+def test_summary_names_stages_and_baselines(done):
+  text = done.text.split('\n\n')[2]
+  scores = [
+    json.loads((done.folder / stage / 'evaluation.json').read_text())
+    for stage in run_files.STAGES
+  ]
+  tail = ' → '.join(f'{s["tail"]["f1_macro"]:.3f}' for s in scores)
+  assert f'Tail macro-F1: {tail} (best free baseline' in text
+  assert '3,100 events of 40 users' in text and 'n = 120' in text
+
+
+def test_verdict_stands_first_and_agrees_with_the_files(done):
+  text = done.text.split('\n\n')[1]
+  scores = [
+    json.loads((done.folder / stage / 'evaluation.json').read_text())
+    for stage in run_files.STAGES
+  ]
+  assert text.startswith('**Verdict.** On 120 test events of 30 users, B-Tun')
+  for group, key, name in (
+    ('all', 'accuracy@1', 'accuracy'),
+    ('tail', 'f1_macro', 'tail macro-F1'),
+  ):
+    base, a, b = (score[group][key] for score in scores)
+    assert f'{name} {b:.3f}' in text
+    assert f'{name} {b - base:+.3f}' in text.split('Against')[1]
+    assert f'{name} {b - a:+.3f}' in text.split('Against')[2]
+
+
+def test_changes_stand_beside_the_best_baseline_of_the_file(done):
+  found = json.loads((done.folder / 'baselines.json').read_text())
+  name = max(found, key=lambda name: found[name]['all']['accuracy@1'])
+  table = done.text[done.text.index('| score | compared with') :]
+  row = next(
+    line for line in table.splitlines() if line.startswith(f'| accuracy | {name} |')
+  )
+  assert row.split(' | ')[2] == f'{found[name]["all"]["accuracy@1"]:.3f}'
+
+
+def test_both_files_say_the_same(done):
+  page = Page(done.folder)
+  headings = [
+    line.lstrip('#').strip()
+    for line in done.text.splitlines()
+    if line.startswith(('# ', '## '))
+  ]
+  assert page.all('h1') + page.all('h2') == headings
+  assert page.tags.count('table') == done.text.count('| --- |\n')
+  assert len(page.images) == done.text.count('![') == 6
+  assert all(len(image['alt']) > 30 for image in page.images)
+
+
+def test_page_needs_no_other_file(done):
+  page, text = Page(done.folder), (done.folder / 'report.html').read_text()
+  assert all(i['src'].startswith('data:image/png;base64,iVBOR') for i in page.images)
+  assert not {'link', 'iframe', 'object'} & set(page.tags)
+  assert 'http://' not in text and 'https://' not in text
+  assert 'src="report/' not in text and 'url(' not in text
+
+
+def test_many_behaviors_fold_away_most_frequent_first(done):
+  start = done.text.index('<details>')
+  rows = done.text[start : done.text.index('</details>')].splitlines()
+  counts = [
+    int(row.split(' | ')[-8].replace(',', ''))
+    for row in rows
+    if row.startswith('| ') and row[2:5] not in ('---', 'beh')
+  ]
+  assert len(counts) == 20 and counts == sorted(counts, reverse=True)
+  assert 'details' in Page(done.folder).tags
+
+
+def test_time_shows_only_what_was_noted(tmp_path):
+  work = Work(tmp_path)
+  work.add_training('a_tuning')
+  assert '| A-Tuning | 60 |\n' in write_report(work)
+  rows = [
+    {'step': i, 'loss': 1.0, 'tokens': 900.0, 'samples': 30.0, 'padding': 0.25}
+    | ({'seconds': 3.0} if i > 1 else {'seconds_to_first_step': 12.0})
+    for i in range(1, 9)
+  ]
+  (tmp_path / 'a_tuning/metrics.jsonl').write_text(
+    ''.join(json.dumps(row) + '\n' for row in rows)
+  )
+  assert '| A-Tuning | 8 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |' in write_report(
+    work
+  )
+
+
+def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
+  assert 'scored whole' not in done.text
+  work = Work(tmp_path)
+  work.add_predictions('a_tuning', 0.5)
+  path = 'a_tuning/evaluation.json'
+  scores = json.loads((tmp_path / path).read_text())
+  work.json(path, scores | {'uncertified': 0.025})
+  assert 'scored whole: 2.5% (A-Tuning).' in write_report(work)
+
+
+def test_what_is_still_known_is_told_where_measured(done, tmp_path):
+  assert 'What the model still knows' not in done.text
+  work = Work(tmp_path)
+  values = {'n': 7, 'perplexity': 9.5, 'perplexity_ratio': 1.25, 'kl_to_base': 0.125}
+  values |= {f'{name}_interval': [0.5, 10.0] for name in list(values)[1:]}
+  for stage in ('base', 'b_tuning'):
+    work.add_predictions(stage, 0.5)
+    work.json(f'{stage}/retention.json', {'conversations': values})
+  text = write_report(work)
+  assert '| stage | perplexity | perplexity ratio | kl to base |' in text
+  assert '| B-Tuning | 9.500 (0.500 to 10.000) | 1.250' in text
+  assert '(n = 7 conversations)' in text
+
+
+def test_absent_stages_leave_no_rows(tmp_path):
+  work = Work(tmp_path)
+  work.add_predictions('a_tuning', 0.5)
+  text = write_report(work)
+  assert 'A-Tuning' in text
+  assert 'B-Tuning' not in text and 'untuned' not in text
+  assert not (tmp_path / 'report/difficulty.png').exists()
+
+
+def test_a_directory_with_events_alone_still_reports(tmp_path):
+  text = write_report(Work(tmp_path))
+  headings = [line for line in text.splitlines() if line.startswith('## ')]
+  assert headings == ['## Data', '## Files and configuration']
+
+
+def test_one_stage_run_is_named_so(tmp_path):
+  work = Work(tmp_path)
+  work.add_predictions('b_tuning', 0.5)
+  work.add_training('b_tuning', ['one_stage'])
+  text = write_report(work)
+  assert '| one stage | 60 |' in text and 'B-Tuning' not in text
+
+
+def test_names_of_the_log_cannot_break_the_page(done):
+  assert 'Bar \\| Pub' in done.text
+  assert '<b>' not in done.text.replace('\\<b>', '')
+  assert '<script' not in done.text.replace('\\<script', '')
+  page = Page(done.folder)
+  assert page.tags.count('script') == 1 and 'b' not in page.tags
+  assert {ATTACK, CONTROL, 'Bar | Pub $x_1$'} <= set(page.all('th'))
+
+
+def test_every_row_of_a_table_has_the_columns_of_its_head(done):
+  tables = [
+    block.splitlines() for block in done.text.split('\n\n') if block.startswith('| ')
+  ]
+  assert len(tables) > 10
+  for lines in tables:
+    # As Markdown reads them: a bar behind a backslash is text.
+    assert (
+      len({len(re.findall(r'(?:^|[^\\])(?:\\\\)*\|', line)) for line in lines}) == 1
+    )
+  control = '\\<\\|im_end\\|>'
+  assert f'| {control} # | ' in done.text
+  assert f': {control} \\#\n' in done.text  # No end of a heading.
+
+
+def test_decoded_prompt_shows_its_last_six_lines(done):
+  assert done.text.count('    line 4\n    line 5\n') == 10
+  assert 'line 3' not in done.text
+
+
+def test_plan_targets_leave_conversations_out(tmp_path):
+  work = Work(tmp_path)
+  (tmp_path / 'a_tuning').mkdir()
+  work.add_plan('a_tuning', 6)
+  targets = run_files.plan_targets(tmp_path / 'a_tuning/plan.parquet')
+  assert targets.tolist() == work.drawn.ravel().tolist()
+
+
+def test_writing_again_gives_the_same_page(done):
+  page = (done.folder / 'report.html').read_bytes()
+  assert write_report(done.work, decode=decode) == done.text
+  assert (done.folder / 'report.html').read_bytes() == page

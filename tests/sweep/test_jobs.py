@@ -1,0 +1,615 @@
+"""Sweeps: what runs, what is shared, what is not run again, the rows."""
+
+import csv
+import json
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import sklearn.metrics
+from pyarrow import parquet
+
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.evaluate import adjust
+from behaviorlm_jax.evaluate import measure
+from behaviorlm_jax.sweep import choices
+from behaviorlm_jax.sweep import jobs
+from behaviorlm_jax.sweep import results
+from behaviorlm_jax.sweep import rows as rows_lib
+from behaviorlm_jax.sweep import settings
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHORT = {
+  'train.steps': 2,
+  'train.balanced_steps': 2,
+  'checkpoint.every': 2,
+  'eval.max_samples': 20,
+  'eval.validation_samples': 20,
+}
+
+
+@pytest.fixture(scope='module')
+def make_sweep(make_run_config):
+  """A sweep of a log named `walks`; its committed rows lie in `committed`."""
+
+  def make(committed, order=('stage_a', 'first', 'drawn', 'one', 'sasrec'), **fields):
+    config = settings.default()
+    config.base = make_run_config(SHORT | fields)
+    config.logs = {'walks': config.base.data.events, 'other': ''}
+    config.methods = {
+      'stage_a': settings.method(('no_balanced_stage',), seeds=2),
+      'first': settings.method(start='stage_a', seeds=2),
+      'drawn': settings.method(('no_difficulty',), 'stage_a'),
+      'one': settings.method(('one_stage',)),
+      'sasrec': settings.method(fields={'stages': (), 'sasrec': {'steps': 3}}),
+    }
+    config.order = order
+    config.contrasts = (
+      ('first', 'one'),
+      ('first', 'one_adjusted'),
+      ('first', 'markov'),
+      ('first', 'not_run'),
+      ('first_matched', 'one_adjusted'),
+      ('first_mixed_matched', 'one_mixed_adjusted'),
+      ('first_mixed', 'one_mixed'),
+    )
+    config.drawn = ('first', 'one', 'markov')
+    config.results = str(committed)
+    return config
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory, make_sweep):
+  """The folder of a whole sweep, read only."""
+  folder = tmp_path_factory.mktemp('swept')
+  jobs.run_all(make_sweep(folder / 'none'), folder)
+  return folder
+
+
+def read(path):
+  with path.open(newline='') as lines:
+    return list(csv.DictReader(lines))
+
+
+def test_runs_go_seed_by_seed_in_the_order_asked_for(make_sweep, tmp_path):
+  config = make_sweep(tmp_path, order=('one', 'stage_a', 'first', 'drawn'))
+  assert [job.key for job in jobs.jobs(config, tmp_path)] == [
+    ('walks', 'one', 0),
+    ('walks', 'stage_a', 0),
+    ('walks', 'first', 0),
+    ('walks', 'drawn', 0),
+    ('walks', 'stage_a', 1),
+    ('walks', 'first', 1),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    ({'order': ('frist',)}, r"'frist' \(did you mean first\?\)"),
+    (
+      {'methods': {'drawn': {'start': 'first'}}},
+      "drawn starts from 'first', which has no stage a of its own",
+    ),
+    ({'order': ('drawn',)}, "drawn starts from 'stage_a'.*not in config.order"),
+    ({'base': {'distributed': {'coordinator': 'a:1'}}}, 'a sweep is one proc'),
+    ({'logs': {'walks': ''}}, 'names no log.*--config.logs.NAME=FILE'),
+  ],
+)
+def test_a_sweep_that_cannot_run_is_refused(make_sweep, tmp_path, fields, match):
+  config = make_sweep(tmp_path)
+  config.update(fields)
+  with pytest.raises(InputError, match=match):
+    jobs.jobs(config, tmp_path)
+
+
+def test_settings_name_what_differs_from_the_defaults_but_for_seed_and_paths(
+  monkeypatch,
+):
+  config = config_lib.default()
+  plain = results.settings_hash(config)
+  config.seed, config.data.events, config.init_from = 3, 'a.csv', 'runs/x'
+  assert results.settings_hash(config) == plain
+  config.train.steps += 1
+  assert results.settings_hash(config) != plain
+  config.train.steps -= 1
+  monkeypatch.setattr(config_lib, 'DEFAULTS', config_lib.DEFAULTS + 1)
+  assert results.settings_hash(config) != plain
+
+
+def test_every_predictor_has_the_scores_of_its_evaluation(swept):
+  rows = {
+    (row['method'], row['seed'], row['group'], row['metric']): row
+    for row in read(swept / 'results.csv')
+  }
+  assert {key[0] for key in rows if key[1] == '0'} >= {
+    'untuned',
+    'stage_a',
+    'first',
+    'drawn',
+    'one',
+    'one_adjusted',
+    'first_mixed_adjusted',
+    'sasrec',
+    'sasrec_adjusted',
+    'markov',
+    'markov_adjusted',
+    'user_frequent',
+  }
+  assert {key[0] for key in rows if key[1] == '1'}.isdisjoint({'drawn', 'one'})
+  for name, folder, kind in (
+    ('sasrec_mixed', 'sasrec/sasrec', 'mixed'),
+    ('stage_a', 'stage_a/a_tuning', None),
+    ('one_adjusted', 'one/b_tuning', 'adjusted'),
+  ):
+    path = swept / 'walks/seed0' / folder / 'evaluation.json'
+    found = json.loads(path.read_text())
+    found = found['fitted'][kind] if kind else found
+    row = rows[name, '0', 'tail', 'f1_macro']
+    np.testing.assert_allclose(
+      float(row['value']), found['tail']['f1_macro'], rtol=1e-4
+    )
+    assert int(row['n']) == found['tail']['n']
+
+
+def test_runs_share_the_untuned_scores_and_start_from_the_adapter(swept):
+  folder = swept / 'walks/seed0'
+  base = [
+    (folder / name / 'base/predictions.parquet').read_bytes()
+    for name in ('first', 'drawn', 'one', 'sasrec')
+  ]
+  assert len(set(base)) == 1
+  assert not (folder / 'drawn/a_tuning').exists()
+  config = json.loads((folder / 'drawn/b_tuning/config.json').read_text())
+  assert config['init_from'] == str(folder / 'stage_a')
+  assert not list(swept.rglob('checkpoints'))
+
+
+def test_deciles_go_from_the_most_frequent_behaviors_on(swept):
+  """F1 of each tenth, of one run, by hand."""
+  folder = swept / 'walks/seed0/one'
+  behaviors = json.loads((folder / 'events/behaviors.json').read_text())
+  counts = {b['name']: -b['train_count'] for b in behaviors if b['train_count']}
+  names = sorted(counts, key=counts.get)  # Stable: equals by id.
+  table = parquet.read_table(folder / 'b_tuning/predictions.parquet')
+  true, predicted = (table[c].to_pylist() for c in ('behavior', 'predicted'))
+  f1 = sklearn.metrics.f1_score(
+    true, predicted, labels=names, average=None, zero_division=0
+  )
+  rows = {
+    row['group']: float(row['value'])
+    for row in read(swept / 'results.csv')
+    if row['method'] == 'one' and row['metric'] == 'f1_macro'
+  }
+  for i, part in enumerate(np.array_split(f1, 10), start=1):
+    if len(part):
+      assert rows[f'decile_{i}'] == pytest.approx(part.mean(), abs=1e-5)
+  assert 'decile_1' in rows
+
+
+def test_nll_is_the_mean_over_the_events_of_a_group(swept):
+  table = parquet.read_table(
+    swept / 'walks/seed0/one/b_tuning/predictions.parquet'
+  ).to_pydict()
+  rows = {
+    row['group']: row
+    for row in read(swept / 'results.csv')
+    if (row['method'], row['metric']) == ('one', 'nll')
+  }
+  for group, row in rows.items():
+    part = [
+      -x
+      for x, g in zip(table['log_prob'], table['group'], strict=True)
+      if group in ('all', g)
+    ]
+    assert float(row['value']) == pytest.approx(np.mean(part), rel=1e-4)
+    assert int(row['n']) == len(part)
+  assert {'all', 'anchor'} <= rows.keys()
+
+
+def test_cost_is_that_of_both_stages(swept):
+  rows = {
+    (row['method'], row['metric']): float(row['value'])
+    for row in read(swept / 'results.csv')
+    if row['group'] == 'training' and row['seed'] == '0'
+  }
+  targets = lambda folder: sum(
+    json.loads(line)['samples']
+    for line in (swept / 'walks/seed0' / folder / 'metrics.jsonl').open()
+  )
+  alone = targets('stage_a/a_tuning')
+  assert rows['stage_a', 'targets'] == alone
+  for name in ('first', 'drawn'):
+    assert rows[name, 'targets'] == alone + targets(f'{name}/b_tuning')
+  assert rows['one', 'targets'] == targets('one/b_tuning')
+  assert rows['one', 'seconds'] > 0
+
+
+def test_finished_and_committed_runs_are_not_run_again(
+  swept, make_sweep, tmp_path, monkeypatch
+):
+  ran = []
+  monkeypatch.setattr(jobs, 'run_job', lambda job: ran.append(job.key))
+  jobs.run_all(make_sweep(tmp_path / 'none'), swept)
+  assert not ran
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    (tmp_path / name).write_bytes((swept / name).read_bytes())
+  jobs.run_all(make_sweep(tmp_path), tmp_path / 'empty')
+  assert not ran
+  # Other settings are other runs, and so is the run that they start from.
+  config = make_sweep(tmp_path)
+  config.methods.drawn.fields = {'plan': {'per_behavior': 3}}
+  jobs.run_all(config, tmp_path / 'empty')
+  assert ran == [('walks', 'stage_a', 0), ('walks', 'drawn', 0)]
+  # A folder that other settings made is not taken for finished, but refused.
+  ran.clear()
+  jobs.run_all(config, swept)
+  assert ran == [('walks', 'drawn', 0)]
+  monkeypatch.undo()
+  with pytest.raises(InputError, match=r'plan\.per_behavior.*another --workdir'):
+    jobs.run_all(config, swept)
+  monkeypatch.setattr(jobs, 'run_job', lambda job: ran.append(job.key))
+  # So is what starts from a run of other settings.
+  ran.clear()
+  config = make_sweep(tmp_path, order=('stage_a', 'drawn'))
+  config.methods.stage_a.fields = {'plan': {'window': 30}}
+  jobs.run_all(config, tmp_path / 'empty')
+  assert [name for _, name, seed in ran if not seed] == ['stage_a', 'drawn']
+
+
+def test_a_sweep_that_ended_while_it_scored_goes_on_to_the_same_rows(
+  swept, make_sweep, tmp_path, monkeypatch
+):
+  config, score = make_sweep(tmp_path / 'none', order=('one',)), measure.score
+
+  def interrupted(this, adapter, samples, what, **options):
+    if what == 'b_tuning: evaluate':
+      raise KeyboardInterrupt
+    return score(this, adapter, samples, what, **options)
+
+  monkeypatch.setattr(measure, 'score', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    jobs.run_all(config, tmp_path)
+  monkeypatch.undo()
+  steps = tmp_path / 'walks/seed0/one/b_tuning/metrics.jsonl'
+  before = steps.read_bytes()
+  jobs.run_all(config, tmp_path)
+  assert steps.read_bytes() == before  # Nothing was learned again.
+  rows = lambda folder: [
+    row
+    for row in read(folder / 'results.csv')
+    if row['method'].startswith('one') and row['metric'] != 'seconds'
+  ]
+  assert rows(tmp_path) == rows(swept) and rows(swept)
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have(swept):
+  rows = {
+    (row['control'], row['metric']): row
+    for row in read(swept / 'differences.csv')
+    if row['method'] == 'first'
+  }
+  assert {control for control, _ in rows} == {'one', 'one_adjusted', 'markov'}
+  assert rows['markov', 'accuracy']['seeds'] == '0 1'
+  assert rows['one', 'accuracy']['seeds'] == '0'
+  for row in rows.values():
+    low, change, high = (float(row[k]) for k in ('low', 'change', 'high'))
+    assert low <= change <= high
+  scores = {
+    (row['method'], row['seed']): float(row['value'])
+    for row in read(swept / 'results.csv')
+    if (row['group'], row['metric']) == ('all', 'accuracy@1')
+  }
+  want = np.mean([scores['first', s] - scores['markov', s] for s in '01'])
+  np.testing.assert_allclose(
+    float(rows['markov', 'accuracy']['change']), want, atol=1e-5
+  )
+  nll = {
+    row['method']: float(row['value'])
+    for row in read(swept / 'results.csv')
+    if (row['group'], row['metric'], row['seed']) == ('all', 'nll', '0')
+  }
+  assert float(rows['one', 'log p']['change']) == pytest.approx(
+    nll['one'] - nll['first'], abs=1e-4
+  )
+  assert ('one_adjusted', 'log p') not in rows
+
+
+@pytest.mark.parametrize(
+  'known, settings, kept',
+  [
+    ('0', '', ['0 1']),
+    ('0 1', '', ['0 1']),
+    ('2', '', ['0 1', '2']),
+    ('1 2', '', ['0 1']),
+    ('0 1 2', '', ['0 1 2']),
+    ('0 1 2', 'others', ['0 1']),
+    ('2', 'others', ['0 1']),
+  ],
+)
+def test_a_difference_replaces_those_over_some_of_its_seeds(
+  swept, make_sweep, tmp_path, known, settings, kept
+):
+  rows = rows_lib.read(tmp_path)
+  finished = [
+    job
+    for job in jobs.jobs(make_sweep(tmp_path), swept)
+    if job.finished and job.name == 'first'
+  ]
+  rows.add(
+    'differences.csv',
+    data='walks',
+    method='first',
+    control='markov',
+    metric='accuracy',
+    seeds=known,
+    n=1,
+    before=0.0,
+    change=0.0,
+    low=None,
+    high=None,
+    settings=f'{finished[0].settings}/{settings}',
+  )
+  results.collect(finished, (('first', 'markov'),), rows, tmp_path)
+  assert (
+    sorted(
+      found['seeds']
+      for found in rows.of('differences.csv')
+      if found['metric'] == 'accuracy'
+    )
+    == kept
+  )
+
+
+@pytest.fixture
+def at_hand(swept, make_sweep, tmp_path):
+  """A folder with some finished runs, of a sweep whose rest ran elsewhere.
+
+  Committed are the choices of all runs, and no rows.
+  """
+
+  def make(*places):
+    elsewhere, here = tmp_path / 'elsewhere', tmp_path / 'here'
+    shutil.copytree(swept / 'choices', elsewhere / 'choices')
+    for place in places:
+      (here / 'walks' / place).parent.mkdir(parents=True, exist_ok=True)
+      (here / 'walks' / place).symlink_to(swept / 'walks' / place)
+    config = make_sweep(elsewhere)
+    config.contrasts = (*config.contrasts, ('first', 'stage_a'))
+    return config, here
+
+  return make
+
+
+def differences(config, folder):
+  """{(method, control, score): its row}, collected anew."""
+  jobs.collect(config, jobs.jobs(config, folder), folder)
+  return {
+    (row['method'], row['control'], row['metric']): row
+    for row in read(folder / 'differences.csv')
+  }
+
+
+@pytest.mark.parametrize(
+  'places',
+  [
+    ('seed0/stage_a', 'seed0/first', 'seed1/stage_a'),
+    ('seed0/one', 'seed1/stage_a'),
+    ('seed0/sasrec', 'seed1/stage_a', 'seed1/first'),
+  ],
+)
+def test_runs_are_compared_with_those_that_ended_elsewhere(
+  swept, at_hand, places, tmp_path
+):
+  config, here = at_hand(*places)
+  found = differences(config, here)
+  (tmp_path / 'all').mkdir()
+  (tmp_path / 'all/walks').symlink_to(swept / 'walks')
+  expected = differences(config, tmp_path / 'all')
+  assert found.keys() == expected.keys()
+  assert {method for method, _, _ in found} == {
+    'first',
+    'first_matched',
+    'first_mixed',
+    'first_mixed_matched',
+  }
+  assert found['first', 'one', 'log p']['seeds'] == '0'
+  assert found['first', 'stage_a', 'log p']['seeds'] == '0 1'
+  for key, row in expected.items():
+    for column, value in row.items():
+      if column in ('before', 'change', 'low', 'high'):
+        assert float(found[key][column]) == pytest.approx(float(value), abs=2e-6)
+      else:
+        assert found[key][column] == value
+  # Those of all runs are kept, wherever they ran.
+  kept = lambda folder: {
+    path.relative_to(folder) for path in folder.rglob('choices/*/*/*')
+  }
+  assert kept(here) == kept(swept) and len(kept(here)) == 7
+
+
+def test_a_run_at_hand_stands_before_what_is_kept_of_it(at_hand, swept, tmp_path):
+  config, here = at_hand('seed0/one', 'seed0/stage_a', 'seed0/first')
+  place = 'choices/walks/seed0/first.parquet'
+  table = parquet.read_table(tmp_path / 'elsewhere' / place)
+  rows = table.to_pylist()
+  for row in rows:
+    row['predicted'] = [0] * len(row['predicted'])
+  wrong = pa.Table.from_pylist(rows, table.schema)
+  parquet.write_table(wrong, tmp_path / 'elsewhere' / place)
+  differences(config, here)
+  assert parquet.read_table(here / place) == table
+
+
+@pytest.mark.parametrize('other', ['settings', 'events', 'anchors'])
+def test_choices_of_other_settings_or_events_are_left_out(at_hand, other, monkeypatch):
+  config, here = at_hand('seed0/stage_a', 'seed0/first')
+  assert ('first', 'one', 'accuracy') in differences(config, here)
+  if other == 'settings':
+    config.methods.one.fields = {'train': {'learning_rate': 1e-5}}
+  else:
+    digest = choices.digest
+    monkeypatch.setattr(
+      choices,
+      'digest',
+      lambda names, anchor, samples, true: digest(
+        names, anchor ^ (other == 'anchors'), samples + (other == 'events'), true
+      ),
+    )
+  assert ('first', 'one', 'accuracy') not in differences(config, here)
+
+
+def test_a_damaged_file_of_choices_is_named(at_hand, tmp_path):
+  config, here = at_hand('seed0/stage_a', 'seed0/first')
+  path = tmp_path / 'elsewhere/choices/walks/seed0/one.parquet'
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(InputError, match=r'one\.parquet cannot be read .*; del'):
+    differences(config, here)
+
+
+def test_kept_choices_hold_neither_behaviors_that_happened_nor_users(swept):
+  paths = list((swept / 'choices').rglob('*.parquet'))
+  assert len(paths) == 7  # Five runs of seed 0, two of seed 1.
+  for path in paths:
+    table = parquet.read_table(path)
+    assert table.column_names == ['predictor', 'predicted', 'log_p', 'by_tau']
+    assert set(table['predictor'].to_pylist()) == {
+      path.stem,
+      *(f'{path.stem}_{kind}' for kind in adjust.NAMES),
+    }
+    assert set(table.schema.metadata) == {b'settings', b'digest'}
+
+
+def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    (tmp_path / name).write_bytes((swept / name).read_bytes())
+  jobs.report(make_sweep(tmp_path), tmp_path)
+  text = (tmp_path / 'tables.md').read_text()
+  assert '## walks' in text and '| one_adjusted | 20 |' in text
+  # Other seeds have other test events: they are shown apart.
+  both, first = text.split('Seeds 0, 1: mean')[1].split('Seed 0: mean')[:2]
+  assert '| first |' in both and '| one |' not in both
+  assert '| first |' in first and '| one |' in first
+  assert '±' in text and '![' in text
+  for name in ('trade_off', 'deciles', 'retention', 'cost'):
+    data = (tmp_path / f'{name}.png').read_bytes()
+    assert data.startswith(b'\x89PNG')
+
+
+def test_the_command_reports_and_explains(swept, tmp_path, command_environment):
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    (tmp_path / name).write_bytes((swept / name).read_bytes())
+  command = [
+    sys.executable,
+    '-m',
+    'behaviorlm_jax.sweep',
+    '--config=configs/ablations.py',
+    f'--workdir={tmp_path}',
+  ]
+  call = lambda *more: subprocess.run(
+    [*command, *more],
+    cwd=ROOT,
+    env=command_environment,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+  )
+  done = call('--report')
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert '## walks' in (tmp_path / 'tables.md').read_text()
+  wrong = call()
+  assert wrong.returncode == 2
+  assert wrong.stderr.strip().endswith('foursquare_nyc, india_time_use.')
+
+
+def test_a_folder_without_rows_is_refused(tmp_path, make_sweep):
+  with pytest.raises(InputError, match=r'no results\.csv with rows'):
+    jobs.report(make_sweep(tmp_path), tmp_path)
+
+
+def test_rows_survive_being_written_and_read(swept, tmp_path):
+  rows = rows_lib.read(swept)
+  rows_lib.write(tmp_path, rows)
+  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+    assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
+
+
+def shipped(name):
+  """The config of configs/ablations.py:NAME."""
+  path = str(ROOT / 'configs/ablations.py')
+  config = runpy.run_path(path)['get_config'](name)
+  config.logs = {'foursquare_nyc': 'a.csv', 'india_time_use': 'b.csv'}
+  return config
+
+
+@pytest.mark.parametrize('name', ['controls', 'one_pass', 'few_shot'])
+def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
+  config = shipped(name)
+  every = jobs.jobs(config, tmp_path)
+  assert len({job.key for job in every}) == len(every)
+  known = {job.name for job in every} | {'untuned', 'markov', 'markov_adjusted'}
+  known |= {
+    f'{job.name}_{kind}'
+    for job in every
+    for kind in ('adjusted', 'mixed', 'mixed_adjusted', 'matched', 'mixed_matched')
+  }
+  assert {name for pair in config.contrasts for name in pair} <= known
+  assert len(set(config.contrasts)) == len(config.contrasts)
+  assert all(method != control for method, control in config.contrasts)
+  assert set(config.order) == set(config.methods)
+
+
+def test_the_main_controls_have_three_seeds(tmp_path):
+  three = {
+    job.name for job in jobs.jobs(shipped('controls'), tmp_path) if job.seed == 2
+  }
+  assert three == {
+    'no_balanced_stage',
+    'behaviorlm',
+    'one_stage',
+    'no_difficulty',
+    'all_behaviors_alone',
+    'all_behaviors_first',
+    'no_auxiliary',
+    'sasrec',
+    'one_stage_balanced_windows',
+    'balanced_softmax',
+  }
+
+
+def test_targets_of_few_shot_behaviors_are_those_of_the_plan(
+  swept, make_sweep, monkeypatch
+):
+  monkeypatch.setattr(results.samples_lib, 'FEW_SHOT_FROM', 3)
+  (job,) = (
+    job
+    for job in jobs.jobs(make_sweep(swept / 'none'), swept)
+    if job.key == ('walks', 'drawn', 0)
+  )
+  assert not results.Finished(job).few_targets  # Nothing was limited.
+  job.config.plan.shots = 2
+  rows = parquet.read_table(job.folder / 'b_tuning/plan.parquet')[
+    'segments'
+  ].to_pylist()
+  targets = [
+    t
+    for row in rows
+    for segment in row
+    if segment['kind'] == 'window'
+    for t in segment['targets']
+  ]
+  events = events_lib.open_events(job.folder / 'events')
+  names = [events.behaviors[b].name for b in events.behavior[targets]]
+  expected = (names.count('airport') + names.count('hotel')) / 2
+  assert results.Finished(job).few_targets == {'drawn': expected}
+  assert expected > 0
