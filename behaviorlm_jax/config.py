@@ -75,7 +75,7 @@ def default():
     weight_decay=0.0,
     clip=1.0,  # Global gradient norm.
     # How far a stage's adapter goes from where it began to where training
-    # took it: 1 the whole way, 0 nowhere (stages.interpolate).
+    # took it: 1 the whole way, 0 nowhere (run.interpolate).
     interpolation=1.0,
     # Of stage b; unset: half of the way, if it starts where stage a ended.
     balanced_interpolation=config_dict.placeholder(float),

@@ -3,7 +3,7 @@
 Stage a tiles the training split (or takes behaviors in turns); stage b draws a
 subset by difficulty, each behavior at the rate of its budget. Conversations are
 mixed in. The outcome is a plan, made once and kept in the stage's folder.
-`this` is an inputs.Run.
+`this` is a setup.Run.
 """
 
 import hashlib

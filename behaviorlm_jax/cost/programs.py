@@ -1,6 +1,6 @@
 """The programs of a run, lowered from shapes: no weight is read or made.
 
-They are lowered by what trains and scores (stages.trainer, scorer.Scorer), so
+They are lowered by what trains and scores (run.trainer, scorer.Scorer), so
 what is compiled here is what will run.
 """
 
@@ -25,7 +25,7 @@ def training(this, plan):
   """The step of a run's first stage: jax.stages.Lowered.
 
   Args:
-    this: inputs.Run, of shapes only.
+    this: setup.Run, of shapes only.
     plan: from make_plan.
   """
   return _step(this, plan)[0].lower(*_arguments(this, plan))

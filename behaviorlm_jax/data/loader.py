@@ -24,7 +24,7 @@ class Assembler:
   """Turns a plan's row into arrays."""
 
   def __init__(self, prompts, conversations, length, answers, tree=None):
-    """`tree`: labels.Tree of what is taught of each name; None: all of it."""
+    """`tree`: label_tree.Tree of what is taught of each name; None: all of it."""
     self.prompts = prompts
     self.conversations = conversations
     self.length = length

@@ -1,7 +1,7 @@
 """What is measured of the untuned model, the baselines and each stage.
 
 Scores of samples, retention, predictions: what stands in the work directory
-already is not measured again. `this` is an inputs.Run.
+already is not measured again. `this` is a setup.Run.
 """
 
 import tqdm

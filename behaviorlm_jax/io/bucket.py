@@ -3,7 +3,7 @@
 A work directory is worked on in a local copy of each host's own, under the
 cache folder: events are memory-mapped, files written beside and renamed, which
 a bucket can do neither of. `push` brings what process 0 wrote to the bucket,
-`pull` from there to the other hosts; hosts.first calls both. Only checkpoints
+`pull` from there to the other hosts; processes.on_primary calls both. Only checkpoints
 go straight to the bucket (`place`), as Orbax lets every host write its part.
 
 contents.txt in the bucket lists what the work directory holds and is written

@@ -57,7 +57,7 @@ _NEVER = 1e-3
 
 
 def names_of(tree, drawn=None, kept=None):
-  """The Names of a labels.Tree.
+  """The Names of a label_tree.Tree.
 
   Teaching moves scores towards how often each name is drawn, in `drawn`, float
   [Y] of any sum. The bonus of a token, log drawn - log kept of the names below

@@ -163,27 +163,28 @@ def test_processes_that_differ_are_refused(start_two, tmp_path, mine, field):
 PROGRAM = """
 import json, sys
 import jax
-from behaviorlm_jax import config, hosts
+from behaviorlm_jax import config
+from behaviorlm_jax.cluster import processes
 settings = config.default().distributed
 settings.update({'coordinator': 'auto', 'timeout': 60})
-hosts.meet(settings)
-hosts.start(settings)
+processes.meet(settings)
+processes.start(settings)
 me, said = jax.process_index(), {}
 def fail():
   raise OSError('no room')
 def note(name, function, *arguments):
   try:
     said[name] = function(*arguments)
-  except (OSError, ValueError, hosts.Elsewhere) as error:
+  except (OSError, ValueError, processes.Elsewhere) as error:
     said[name] = f'{type(error).__name__}: {error}'
 note('count', jax.process_count)
-note('shared', hosts.shared, ['it', 5 + me])
-note('all', hosts.every, True)
-note('one', hosts.every, me == 1)
-note('first', hosts.first, lambda: 'done')
-note('fails', hosts.first, fail)
-note('agrees', hosts.agree, {'this': 'same'})
-note('differs', hosts.agree, {'this': 'same', 'that': f'{me} and more' * me})
+note('shared', processes.shared, ['it', 5 + me])
+note('all', processes.every, True)
+note('one', processes.every, me == 1)
+note('first', processes.on_primary, lambda: 'done')
+note('fails', processes.on_primary, fail)
+note('agrees', processes.assert_same, {'this': 'same'})
+note('differs', processes.assert_same, {'this': 'same', 'that': f'{me} and more' * me})
 print(json.dumps(said))
 """
 

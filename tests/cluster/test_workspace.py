@@ -10,8 +10,8 @@ from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processor
 from behaviorlm_jax.cluster import workspace as workdir_lib
-from behaviorlm_jax.data import logs
 from behaviorlm_jax.data import prepared
+from behaviorlm_jax.data.log import reader
 from behaviorlm_jax.errors import InputError
 
 PRINTS = {'events': 'e', 'base': 'b'}
@@ -169,13 +169,13 @@ def test_shards_need_one_duckdb_and_who_joins_them_need_not_have_it(
 ):
   config = make_config(**{'data.events': str(log)})
   workdir = shards('0/2')
-  monkeypatch.setattr(workdir_lib.duckdb, '__version__', '99')
+  monkeypatch.setattr(prepared.duckdb, '__version__', '99')
   shards('1/2')
   with pytest.raises(InputError, match=r"1-of-2 was made of .* duckdb \('99'"):
     prepared.load_events(config, workdir)
   shutil.rmtree(workdir / 'events.shards/0-of-2')
   shards('0/2')
-  monkeypatch.setattr(workdir_lib.duckdb, '__version__', '100')
+  monkeypatch.setattr(prepared.duckdb, '__version__', '100')
   assert len(prepared.load_events(config, workdir).users)
 
 
@@ -225,7 +225,7 @@ def test_a_stop_while_duckdb_works_is_a_stop(
   def interrupt(*args):
     raise RuntimeError('Query interrupted')
 
-  monkeypatch.setattr(logs, 'read', interrupt)
+  monkeypatch.setattr(reader, 'read', interrupt)
   monkeypatch.setattr(preemption, '_requested', asked)
   config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
   with pytest.raises(error):

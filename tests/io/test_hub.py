@@ -245,7 +245,7 @@ def test_a_pinned_address_in_the_cache_needs_no_hub(hub):
 def test_an_offline_machine_with_a_cache_goes_on(hub, tmp_path):
   # In processes of their own, as only a fresh one reads the environment.
   program = (
-    'import sys; from behaviorlm_jax import hub\n'
+    'import sys; from behaviorlm_jax.io import hub\n'
     'for a in sys.argv[1:]:\n'
     '  a = hub.pin(a, "model.address")\n'
     '  print(a, hub.fetch(a, "model.address"))'
