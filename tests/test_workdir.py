@@ -8,7 +8,7 @@ import pytest
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import stages
 from behaviorlm_jax import workdir as workdir_lib
-from behaviorlm_jax.data import logs
+from behaviorlm_jax.data.log import reader
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import processor
 from behaviorlm_jax.train import preemption
@@ -202,7 +202,7 @@ def test_a_stop_while_duckdb_works_is_a_stop(
   def interrupt(*args):
     raise RuntimeError('Query interrupted')
 
-  monkeypatch.setattr(logs, 'read', interrupt)
+  monkeypatch.setattr(reader, 'read', interrupt)
   monkeypatch.setattr(preemption, '_requested', asked)
   config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
   with pytest.raises(error):
