@@ -62,19 +62,19 @@ def test_too_many_malformed_rows(refused, log_of):
 
 
 @pytest.mark.parametrize(
-  'name, what', [('', 'is empty'), ('x' * 257, 'has 257 characters')]
+  'name, what', [('', 'no behavior'), ('x' * 257, 'behavior of 257 characters')]
 )
 def test_unusable_behavior_name(refused, log_of, name, what):
   lines = [ROW.format(i, 'ab'[i % 2]) for i in range(20)]
   lines[4] = ROW.format(4, name)
-  refused(rf'log\.csv line 6: the behavior name {what}', log_of(lines))
+  refused(rf'log\.csv line 6: {what}', log_of(lines))
 
 
 def test_fewer_than_two_behaviors(refused, log_of):
   # Repeats would be one event.
   fields = {'data.collapse_repeats': False}
   lines = [ROW.format(i, 'home') for i in range(20)]
-  refused(r"1 behavior, 'home'", log_of(lines) | fields)
+  refused(r"one behavior alone, 'home'", log_of(lines) | fields)
 
 
 def test_wheel_with_another_checksum(refused, tmp_path, monkeypatch):

@@ -75,6 +75,8 @@ def at_once():
   global _at_once
   _at_once = True
   try:
+    if _requested:  # It came before, when nothing looked for it.
+      _stop()
     yield
   finally:
     _at_once = False

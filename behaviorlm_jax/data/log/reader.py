@@ -56,7 +56,7 @@ _ABSORB = """
                left(moment::VARCHAR, 40) || ''' is not of the form ' || $form
              WHEN what IS NULL THEN {no_behavior}
              WHEN length(what) > {longest} THEN
-               'behavior of ' || length(what) || ' characters, not {longest}'
+               'behavior of ' || length(what) || ' characters (at most {longest})'
              WHEN team IS NULL AND $grouped THEN 'no group' END) AS why,
            CASE WHEN why IS NOT NULL THEN rtrim(text, chr(10) || chr(13)) END
     FROM ({timed})"""

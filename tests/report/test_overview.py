@@ -17,8 +17,8 @@ import pytest
 from hypothesis import strategies as st
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import inspect
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.report import overview
 
 EXAMPLES = int(os.environ.get('LOGS', 500))  # LOGS=5000 by hand.
 START = datetime.datetime(2024, 1, 1, 8, 17)
@@ -47,7 +47,7 @@ def weeks(users=5, events=40):
 
 
 def said(capsys, path, **fields):
-  inspect.inspect(make_config(path, **fields))
+  overview.look(make_config(path, **fields))
   return capsys.readouterr().out
 
 
@@ -110,7 +110,7 @@ def test_a_log_without_a_clock_is_shown_by_weekday(tmp_path, capsys):
 )
 def test_what_a_run_would_refuse_is_refused(tmp_path, rows, match):
   with pytest.raises(InputError, match=match):
-    inspect.inspect(make_config(write_log(tmp_path / 'log.csv', rows)))
+    overview.look(make_config(write_log(tmp_path / 'log.csv', rows)))
 
 
 def test_one_behavior_alone_is_said_to_be_one(tmp_path):
@@ -126,7 +126,7 @@ def test_one_behavior_alone_is_said_to_be_one(tmp_path):
       'and 708 immediate repeats'
     ),
   ):
-    inspect.inspect(make_config(write_log(tmp_path / 'log.csv', rows)))
+    overview.look(make_config(write_log(tmp_path / 'log.csv', rows)))
 
 
 def test_the_command_ends_with_its_codes(tmp_path):
