@@ -201,9 +201,7 @@ def _data():
       'Continue the activity log of one person. Each line holds the local '
       'time and the activity.'
     ),
-    # JSONL of `messages`; '': the project's own set; self: its questions,
-    # answered by the untuned model (data.self_written).
-    conversations='',
+    conversations='',  # JSONL of `messages`; '': the project's own set.
   )
 
 

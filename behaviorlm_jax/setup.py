@@ -7,23 +7,19 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from behaviorlm_jax import seeds
-from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.data import self_written
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import sample
 from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
@@ -81,7 +77,7 @@ def open_run(config, workdir, layout, shapes_only=False):
     | {
       'the events': events.fingerprint,
       'the base model': base.fingerprint,
-      'the conversations': conversations.digest(talks or []),
+      'the conversations': conversations.digest(talks),
       'the questions': conversations.digest(
         row for question in questions for row in question.choices
       ),
@@ -99,8 +95,6 @@ def open_run(config, workdir, layout, shapes_only=False):
   scorer = scorer_lib.Scorer(
     attach_scored, scored, prompts.labels, config.score, layout
   )
-  if talks is None:  # At last: it takes minutes.
-    talks = _self_written(config, base, params, layout)
   talks, held = retention_lib.hold_out(talks, config.retention.conversations)
   if not talks and _shares(config):
     raise InputError(
@@ -135,41 +129,13 @@ def _questions(config, base):
 
 
 def _conversations(config, base):
-  """What data.conversations names; None: the model is still to write it."""
+  """What data.conversations names, if anything needs it."""
   if not _shares(config) and not config.retention.conversations:
     return []
-  if config.data.conversations == self_written.ADDRESS:
-    return None
   path = conversations.DEFAULT
   if config.data.conversations:
     path = addresses.resolve(config.data.conversations, 'data.conversations')
   return conversations.read(path, base.tokenizer, config.train.length)
-
-
-def _self_written(config, base, params, layout):
-  """Conversations that the untuned model answers."""
-
-  def draw(task):
-    settings = sample.Settings(self_written.TOKENS, self_written.TEMPERATURE, task.ends)
-    with tqdm.tqdm(total=len(task.prompts), desc='conversations') as bar:
-
-      def progress(done):
-        bar.update(done)
-        preemption.check()
-
-      return sample.answers(
-        base.config,
-        params,
-        task.prompts,
-        config.seed,
-        settings,
-        progress,
-        layout.replicated,
-      )
-
-  return self_written.read(
-    base, config.model.dtype, config.seed, config.train.length, draw
-  )
 
 
 def load_adapter(this, folder):
