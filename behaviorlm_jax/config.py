@@ -86,9 +86,6 @@ def default():
     # vocabulary (answers). All but the last need score.softmax=names.
     loss='names',
     balanced_loss='natural',  # Of stage b.
-    # What conversations teach: answers (their likelihood) | kl (to stay where
-    # the untuned model is; costs its forward pass).
-    auxiliary='answers',
     workers=1,  # Loader threads.
   )
   config.checkpoint = _section(
@@ -243,7 +240,6 @@ ABLATIONS = {
   'no_auxiliary': {
     'plan.conversation_share': 0.0,
     'plan.balanced_conversation_share': 0.0,
-    'train.auxiliary': 'answers',
   },
   'no_difficulty': {
     'difficulty.score': 'random',
@@ -403,7 +399,6 @@ _CHOICES = {
   'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
   'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
   'difficulty.score': (*_SCORED, 'random'),
-  'train.auxiliary': ('answers', 'kl'),
   'train.loss': _LOSSES,
   'train.balanced_loss': _LOSSES,
   'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
@@ -570,7 +565,6 @@ def _check_sums(config):
     raise InputError(
       f'stages is {tuple(config.stages)}; choose one of {", ".join(map(str, _STAGES))}.'
     )
-  _check_auxiliary(config)
   _check_losses(config)
   starts_from_a = tuple(config.stages) == ('b',) and (
     'no_anchor_stage' not in config.ablations
@@ -595,22 +589,6 @@ def _check_losses(config):
       f'{have}, which teaches nothing of the rest of the vocabulary, and '
       f'score.softmax is {softmax!r}; set score.softmax=names or '
       f'{" and ".join(f"{name}=answers" for name in wrong)}.'
-    )
-
-
-def _check_auxiliary(config):
-  """Refuses a task of conversations where no stage that runs has any."""
-  fields = {
-    'plan.balanced_conversation_share' if stage == 'b' else 'plan.conversation_share'
-    for stage in config.stages
-  }
-  if config.train.auxiliary == 'kl' and not any(
-    _get(config, field) for field in fields
-  ):
-    raise InputError(
-      f"train.auxiliary is 'kl', but {' = '.join(sorted(fields))} = 0: no "
-      'stage of this run has conversations; raise the share or set '
-      'train.auxiliary=answers.'
     )
 
 

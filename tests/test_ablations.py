@@ -202,21 +202,6 @@ def test_over_the_vocabulary_a_searched_list_has_the_scores_of_a_whole_one(
   assert 'scored whole: ' in report
 
 
-def test_conversations_are_taught_to_stay_where_the_base_is(
-  ablated, finished, read_rows
-):
-  workdir = ablated(only='a', fields={'train.auxiliary': 'kl'}) / 'a_tuning'
-  assert kinds(workdir) == {'window', 'conversation'}
-  assert is_finished(workdir)
-  first, theirs = (
-    read_rows(folder / 'metrics.jsonl')[0]
-    for folder in (workdir, finished / 'a_tuning')
-  )
-  assert first['answer_weight'] == theirs['answer_weight']
-  # At first, conversations cost nothing.
-  assert 0.05 * theirs['loss'] < first['loss'] < 0.95 * theirs['loss']
-
-
 def test_no_difficulty_scores_nothing_and_stays_balanced(ablated):
   workdir = ablated('no_difficulty', only='b')
   assert not (workdir / 'b_tuning/difficulty.parquet').exists()
