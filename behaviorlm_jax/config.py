@@ -125,8 +125,6 @@ def default():
   )
   config.retention = _section(  # What the model still knows of its base.
     conversations=0.1,  # Share held out of training and measured on.
-    questions='',  # JSONL of multiple-choice questions (evaluate.retention).
-    max_questions=200,  # Of them, a uniform seeded draw.
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
   # Along which axes of the mesh each logical axis of an array is divided
@@ -440,7 +438,6 @@ _MINIMA = {
   'train.clip': 0,
   'train.weight_decay': 0,
   'score.tolerance': 0,
-  'retention.max_questions': 1,
   'sasrec.steps': 0,
   'sasrec.batch': 1,
   'sasrec.history': 1,

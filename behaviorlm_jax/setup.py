@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behaviorlm_jax import seeds
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import conversations
@@ -66,7 +65,7 @@ def open_run(config, workdir, layout, shapes_only=False):
   base = weights.open_base(config.model.address)
   layout = layout.of(base.config)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
-  talks, questions = _conversations(config, base), _questions(config, base)
+  talks = _conversations(config, base)
   events = prepared.load_events(config, workdir)
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
@@ -78,9 +77,6 @@ def open_run(config, workdir, layout, shapes_only=False):
       'the events': events.fingerprint,
       'the base model': base.fingerprint,
       'the conversations': conversations.digest(talks),
-      'the questions': conversations.digest(
-        row for question in questions for row in question.choices
-      ),
     }
   )
   attach = step_lib.attacher(base.config, config, layout, config.model.dtype)
@@ -103,7 +99,7 @@ def open_run(config, workdir, layout, shapes_only=False):
       'retention.conversations=0.'
     )
   retention = retention_lib.Retention(
-    attach_scored, scored, layout, held, questions, config.score.batch
+    attach_scored, scored, layout, held, config.score.batch
   )
   return Run(
     config, workdir, layout, base, prompts, talks, attach, params, scorer, retention
@@ -113,19 +109,6 @@ def open_run(config, workdir, layout, shapes_only=False):
 def _shares(config):
   """Whether any stage learns conversations."""
   return config.plan.conversation_share or config.plan.balanced_conversation_share
-
-
-def _questions(config, base):
-  """A seeded draw of the multiple-choice questions, in their order."""
-  if not config.retention.questions:
-    return []
-  path = addresses.resolve(config.retention.questions, 'retention.questions')
-  found = retention_lib.read_questions(path, base.tokenizer, base.config.max_length)
-  if len(found) <= config.retention.max_questions:
-    return found
-  rng = seeds.stream(config.seed, 'retention', 'questions')
-  chosen = rng.choice(len(found), config.retention.max_questions, False)
-  return [found[i] for i in sorted(chosen)]
 
 
 def _conversations(config, base):
