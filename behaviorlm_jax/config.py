@@ -86,9 +86,6 @@ def default():
     # vocabulary (answers). All but the last need score.softmax=names.
     loss='names',
     balanced_loss='natural',  # Of stage b.
-    # What conversations teach: answers (their likelihood) | kl (to stay where
-    # the untuned model is; costs its forward pass).
-    auxiliary='answers',
     workers=1,  # Loader threads.
   )
   config.checkpoint = _section(
@@ -128,8 +125,6 @@ def default():
   )
   config.retention = _section(  # What the model still knows of its base.
     conversations=0.1,  # Share held out of training and measured on.
-    questions='',  # JSONL of multiple-choice questions (evaluate.retention).
-    max_questions=200,  # Of them, a uniform seeded draw.
   )
   config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
   # Along which axes of the mesh each logical axis of an array is divided
@@ -201,9 +196,7 @@ def _data():
       'Continue the activity log of one person. Each line holds the local '
       'time and the activity.'
     ),
-    # JSONL of `messages`; '': the project's own set; self: its questions,
-    # answered by the untuned model (data.self_written).
-    conversations='',
+    conversations='',  # JSONL of `messages`; '': the project's own set.
   )
 
 
@@ -245,7 +238,6 @@ ABLATIONS = {
   'no_auxiliary': {
     'plan.conversation_share': 0.0,
     'plan.balanced_conversation_share': 0.0,
-    'train.auxiliary': 'answers',
   },
   'no_difficulty': {
     'difficulty.score': 'random',
@@ -405,7 +397,6 @@ _CHOICES = {
   'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
   'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
   'difficulty.score': (*_SCORED, 'random'),
-  'train.auxiliary': ('answers', 'kl'),
   'train.loss': _LOSSES,
   'train.balanced_loss': _LOSSES,
   'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
@@ -447,7 +438,6 @@ _MINIMA = {
   'train.clip': 0,
   'train.weight_decay': 0,
   'score.tolerance': 0,
-  'retention.max_questions': 1,
   'sasrec.steps': 0,
   'sasrec.batch': 1,
   'sasrec.history': 1,
@@ -572,7 +562,6 @@ def _check_sums(config):
     raise InputError(
       f'stages is {tuple(config.stages)}; choose one of {", ".join(map(str, _STAGES))}.'
     )
-  _check_auxiliary(config)
   _check_losses(config)
   starts_from_a = tuple(config.stages) == ('b',) and (
     'no_anchor_stage' not in config.ablations
@@ -597,22 +586,6 @@ def _check_losses(config):
       f'{have}, which teaches nothing of the rest of the vocabulary, and '
       f'score.softmax is {softmax!r}; set score.softmax=names or '
       f'{" and ".join(f"{name}=answers" for name in wrong)}.'
-    )
-
-
-def _check_auxiliary(config):
-  """Refuses a task of conversations where no stage that runs has any."""
-  fields = {
-    'plan.balanced_conversation_share' if stage == 'b' else 'plan.conversation_share'
-    for stage in config.stages
-  }
-  if config.train.auxiliary == 'kl' and not any(
-    _get(config, field) for field in fields
-  ):
-    raise InputError(
-      f"train.auxiliary is 'kl', but {' = '.join(sorted(fields))} = 0: no "
-      'stage of this run has conversations; raise the share or set '
-      'train.auxiliary=answers.'
     )
 
 

@@ -206,22 +206,12 @@ def trainer(this, stage, plan):
     config.train.accumulate,
     places,
     this.layout,
-    *most_answers(this, plan),
+    plan_lib.most_answers(
+      plan, config.train.batch, config.train.accumulate, this.layout.row_parts
+    ),
     curriculum.names(this, stage, plan),
   )
   return step_fn, optimizer, places
-
-
-def most_answers(this, plan):
-  """`answers` and `auxiliary` of step.make_step, from a plan."""
-  train = this.config.train
-  most = lambda kind: plan_lib.most_answers(
-    plan, train.batch, train.accumulate, this.layout.row_parts, kind
-  )
-  auxiliary = train.auxiliary == 'kl' and most(plan_lib.CONVERSATION)
-  if auxiliary:
-    return most(plan_lib.WINDOW), auxiliary
-  return most(None), None
 
 
 def assembler(this, plan):

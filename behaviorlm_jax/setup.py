@@ -7,23 +7,18 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from behaviorlm_jax import seeds
-from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.data import self_written
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import sample
 from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
@@ -70,7 +65,7 @@ def open_run(config, workdir, layout, shapes_only=False):
   base = weights.open_base(config.model.address)
   layout = layout.of(base.config)
   lora.shapes(base.config, config.lora.rank, config.lora.targets)
-  talks, questions = _conversations(config, base), _questions(config, base)
+  talks = _conversations(config, base)
   events = prepared.load_events(config, workdir)
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
@@ -81,10 +76,7 @@ def open_run(config, workdir, layout, shapes_only=False):
     | {
       'the events': events.fingerprint,
       'the base model': base.fingerprint,
-      'the conversations': conversations.digest(talks or []),
-      'the questions': conversations.digest(
-        row for question in questions for row in question.choices
-      ),
+      'the conversations': conversations.digest(talks),
     }
   )
   attach = step_lib.attacher(base.config, config, layout, config.model.dtype)
@@ -99,8 +91,6 @@ def open_run(config, workdir, layout, shapes_only=False):
   scorer = scorer_lib.Scorer(
     attach_scored, scored, prompts.labels, config.score, layout
   )
-  if talks is None:  # At last: it takes minutes.
-    talks = _self_written(config, base, params, layout)
   talks, held = retention_lib.hold_out(talks, config.retention.conversations)
   if not talks and _shares(config):
     raise InputError(
@@ -109,7 +99,7 @@ def open_run(config, workdir, layout, shapes_only=False):
       'retention.conversations=0.'
     )
   retention = retention_lib.Retention(
-    attach_scored, scored, layout, held, questions, config.score.batch
+    attach_scored, scored, layout, held, config.score.batch
   )
   return Run(
     config, workdir, layout, base, prompts, talks, attach, params, scorer, retention
@@ -121,55 +111,14 @@ def _shares(config):
   return config.plan.conversation_share or config.plan.balanced_conversation_share
 
 
-def _questions(config, base):
-  """A seeded draw of the multiple-choice questions, in their order."""
-  if not config.retention.questions:
-    return []
-  path = addresses.resolve(config.retention.questions, 'retention.questions')
-  found = retention_lib.read_questions(path, base.tokenizer, base.config.max_length)
-  if len(found) <= config.retention.max_questions:
-    return found
-  rng = seeds.stream(config.seed, 'retention', 'questions')
-  chosen = rng.choice(len(found), config.retention.max_questions, False)
-  return [found[i] for i in sorted(chosen)]
-
-
 def _conversations(config, base):
-  """What data.conversations names; None: the model is still to write it."""
+  """What data.conversations names, if anything needs it."""
   if not _shares(config) and not config.retention.conversations:
     return []
-  if config.data.conversations == self_written.ADDRESS:
-    return None
   path = conversations.DEFAULT
   if config.data.conversations:
     path = addresses.resolve(config.data.conversations, 'data.conversations')
   return conversations.read(path, base.tokenizer, config.train.length)
-
-
-def _self_written(config, base, params, layout):
-  """Conversations that the untuned model answers."""
-
-  def draw(task):
-    settings = sample.Settings(self_written.TOKENS, self_written.TEMPERATURE, task.ends)
-    with tqdm.tqdm(total=len(task.prompts), desc='conversations') as bar:
-
-      def progress(done):
-        bar.update(done)
-        preemption.check()
-
-      return sample.answers(
-        base.config,
-        params,
-        task.prompts,
-        config.seed,
-        settings,
-        progress,
-        layout.replicated,
-      )
-
-  return self_written.read(
-    base, config.model.dtype, config.seed, config.train.length, draw
-  )
 
 
 def load_adapter(this, folder):

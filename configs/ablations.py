@@ -43,8 +43,6 @@ def get_config(name='controls'):
 
 
 def _controls(config):
-  # Questions, if there are any, take minutes; these tell what is kept.
-  asked = ('no_balanced_stage', 'behaviorlm', 'one_stage', 'no_auxiliary')
   config.methods = {
     # Stage a by itself, on anchors or on all behaviors, and then stage b.
     'no_balanced_stage': sweep.method(('no_balanced_stage',), seeds=3),
@@ -79,9 +77,6 @@ def _controls(config):
     'no_anchor_stage',
   ):
     config.methods[name].fields.update(_STAGE_B)
-  for name, method in config.methods.items():
-    if name not in asked:
-      method.fields.update({'retention': {'questions': ''}})
   config.order = (
     'no_balanced_stage',
     'behaviorlm',
@@ -200,9 +195,6 @@ def _few_shot(config):
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
       ('one_stage',), fields={'plan': {'shots': shots}, 'train': steps}
     )
-  for name, method in config.methods.items():
-    if name != 'no_balanced_stage':
-      method.fields.update({'retention': {'questions': ''}})
   config.order = (
     'no_balanced_stage',
     *(

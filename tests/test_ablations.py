@@ -19,7 +19,6 @@ from pyarrow import parquet
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax.data import conversations
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.model import lora
@@ -201,42 +200,6 @@ def test_over_the_vocabulary_a_searched_list_has_the_scores_of_a_whole_one(
   np.testing.assert_allclose(log_p(folder), expected, rtol=0, atol=2e-3)
   report = (tmp_path / 'work/report.md').read_text()
   assert 'scored whole: ' in report
-
-
-def test_conversations_are_taught_to_stay_where_the_base_is(
-  ablated, finished, read_rows
-):
-  workdir = ablated(only='a', fields={'train.auxiliary': 'kl'}) / 'a_tuning'
-  assert kinds(workdir) == {'window', 'conversation'}
-  assert is_finished(workdir)
-  first, theirs = (
-    read_rows(folder / 'metrics.jsonl')[0]
-    for folder in (workdir, finished / 'a_tuning')
-  )
-  assert first['answer_weight'] == theirs['answer_weight']
-  # At first, conversations cost nothing.
-  assert 0.05 * theirs['loss'] < first['loss'] < 0.95 * theirs['loss']
-
-
-def test_the_model_writes_its_conversations_itself(
-  run_stages, run_fields, tmp_path, monkeypatch, read_rows
-):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
-  monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(conversations, 'DEFAULT', run_fields['data.conversations'])
-  fields = {
-    'data.conversations': 'self',
-    'eval.max_samples': 5,
-    'eval.validation_samples': 5,
-  }
-  run_stages(fields, only='a')
-  workdir = tmp_path / 'work/a_tuning'
-  assert kinds(workdir) == {'window', 'conversation'}
-  assert is_finished(workdir)
-  (path,) = (tmp_path / 'cache').rglob('conversations.jsonl')
-  assert {s['length'] for s in segments(workdir) if s['kind'] == 'conversation'} <= {
-    len(row['prompt']) + len(row['answer']) for row in read_rows(path)
-  }
 
 
 def test_no_difficulty_scores_nothing_and_stays_balanced(ablated):

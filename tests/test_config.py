@@ -84,7 +84,6 @@ NOT_A_CHOICE = {
   'plan.budget': 'balance',
   'difficulty.score': 'nil',
   'checkpoint.best_by': 'f1',
-  'train.auxiliary': 'kd',
   'train.loss': 'name',
   'train.balanced_loss': 'naturel',
   'score.softmax': 'list',
@@ -228,17 +227,6 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
       ('init_from is runs/a', 'leave it out'),
     ),
     ({'stages': ('a', 'c')}, ('stages', "('a', 'c')")),
-    (
-      {'train.auxiliary': 'kl', 'plan.conversation_share': 0.0},
-      (
-        "train.auxiliary is 'kl'",
-        'plan.balanced_conversation_share = plan.conversation_share = 0: ',
-      ),
-    ),
-    (
-      {'train.auxiliary': 'kl', 'stages': ('b',)},
-      ("train.auxiliary is 'kl'", 'but plan.balanced_conversation_share = 0: '),
-    ),
   ],
 )
 def test_values_that_contradict_each_other_are_refused(fields, parts):
@@ -287,7 +275,6 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
 @pytest.mark.parametrize(
   ('name', 'fields'),
   [
-    ('no_auxiliary', {'train__auxiliary': 'kl'}),
     (
       'no_difficulty',
       {
@@ -424,8 +411,7 @@ def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
     (
       'no_auxiliary',
       {'plan__conversation_share': 0.0},
-      'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0 '
-      "and train.auxiliary = 'answers'",
+      'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0',
     ),
   ],
 )

@@ -52,8 +52,6 @@ def prepare(config, platform='tpu'):
       'stands in for names and prompts.'
     )
     config.update_from_flattened_dict(_LOG)
-  if config.data.conversations == 'self':
-    config.data.conversations = ''
   if not config.stages:
     raise InputError('stages is (): this config trains nothing.')
   config = config_lib.of_stage(config, config.stages[0])

@@ -69,9 +69,8 @@ def _name(tokenizer) -> str:
 class Renderer:
   """Text of conversations by the tokenizer's template, and where they answer.
 
-  `closing` is what the template writes after an assistant's content at the end
-  of a conversation, `end` how many of its characters belong to the answer, and
-  `end_of_turn` these.
+  `_closing` is what the template writes after an assistant's content at the end
+  of a conversation, `_end` how many of its characters belong to the answer.
   """
 
   def __init__(self, tokenizer):
@@ -104,16 +103,6 @@ class Renderer:
         'a template whose texts are prefixes of each other'
       )
     return text, [span for span in spans if span]
-
-  @property
-  def end_of_turn(self) -> str:
-    return self._closing[: self._end]
-
-  def opening(self, messages, where) -> str:
-    """The text of messages, to where the assistant begins."""
-    if messages[0]['role'] == 'system' and not self._takes(messages):
-      messages = _fold_system(messages)
-    return self._render(messages, where, add_generation_prompt=True)
 
   def _span(self, text, messages, i: int, where) -> tuple[int, int] | None:
     """[start, stop) of the answer of message `i` in `text`, None if moved."""

@@ -93,13 +93,6 @@ def read(
   return kept
 
 
-def openings(path: str | pathlib.Path):
-  """Yields ('FILE line N', messages before the first answer)."""
-  for where, messages in _conversations(pathlib.Path(path)):
-    roles = [message['role'] for message in messages]
-    yield where, messages[: roles.index('assistant')]
-
-
 def _encode(tokenizer, text: str, spans) -> Conversation:
   """Tokens of `text`; `spans` are [start, stop) of its answers in characters.
 

@@ -10,7 +10,6 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   answer_tokens: int32 [B, A]; answer_weights: float32 [B, A], 0 is padding
   answer_nodes: int32 [B, A], node of the tree of names that the token follows;
     -1 of conversations, and of all where there is no tree
-  answer_auxiliary: bool [B, A], whether a conversation's
   samples: int32 [B], targets of the row
 """
 
@@ -40,7 +39,6 @@ class Assembler:
       'answer_tokens': np.zeros(self.answers, np.int32),
       'answer_nodes': np.full(self.answers, -1, np.int32),
       'answer_weights': np.zeros(self.answers, np.float32),
-      'answer_auxiliary': np.zeros(self.answers, bool),
       'samples': np.int32(sum(len(s['targets']) for s in row)),
     }
     begin = filled = 0
@@ -55,7 +53,6 @@ class Assembler:
       arrays['answer_tokens'][answers] = tokens[where]
       arrays['answer_nodes'][answers] = nodes
       arrays['answer_weights'][answers] = weights
-      arrays['answer_auxiliary'][answers] = segment['kind'] == plan_lib.CONVERSATION
       begin, filled = end, filled + len(where)
     return arrays
 

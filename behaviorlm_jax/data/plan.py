@@ -333,19 +333,13 @@ def _rounded(count):
   return -(-int(count) // 16) * 16
 
 
-def most_answers(plan, batch, accumulate, groups, kind=None):
+def most_answers(plan, batch, accumulate, groups):
   """Answer tokens of the fullest group of rows, rounded up.
 
   A step's rows go to micro-batches in turn (row i to i % accumulate), those of
-  a micro-batch to `groups` devices one after the other. `kind`: of segments
-  that count; None: all.
+  a micro-batch to `groups` devices one after the other.
   """
-  answers = np.array(
-    [
-      sum(s['answers'] for s in row if kind is None or s['kind'] == kind)
-      for row in plan.rows
-    ]
-  )
+  answers = np.array([sum(s['answers'] for s in row) for row in plan.rows])
   rows = batch // accumulate // groups
   parts = answers.reshape(-1, groups, rows, accumulate).sum(axis=2)
   return _rounded(parts.max())

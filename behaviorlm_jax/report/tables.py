@@ -87,57 +87,33 @@ def groups(run) -> Table:
 
 def retention(run) -> Table:
   """What each stage still knows of the untuned model."""
-  columns = (
-    ('conversations', 'perplexity'),
-    ('conversations', 'perplexity_ratio'),
-    ('conversations', 'kl_to_base'),
-    ('questions', 'accuracy'),
-    ('questions', 'accuracy_change'),
-  )
-  stages = [stage for stage in run.stages if stage.retention]
-  columns = [
-    (part, name)
-    for part, name in columns
-    if any(part in stage.retention for stage in stages)
+  columns = ('perplexity', 'perplexity_ratio', 'kl_to_base')
+  found = [
+    (stage.name, stage.retention['conversations'])
+    for stage in run.stages
+    if stage.retention
   ]
+  if not found:
+    return Table((), [])
   rows = [
-    (
-      stage.name,
-      *(_with_interval(stage.retention.get(part, {}), name) for part, name in columns),
-    )
-    for stage in stages
+    (name, *(_with_interval(values, column) for column in columns))
+    for name, values in found
   ]
-  head = [name.replace('_', ' ') for _, name in columns]
+  head = [column.replace('_', ' ') for column in columns]
+  n = found[-1][1]['n']
   return Table(
     ('stage', *head),
     rows,
-    'Held-out conversations (perplexity of their answer tokens, its ratio to '
-    'the untuned model and the KL divergence from it in nats per token) and '
-    'multiple-choice questions, answered by the likeliest text'
-    + _sizes(stages)
-    + '. Brackets: 95 % intervals.',
+    'Held-out conversations: perplexity of their answer tokens, its ratio to '
+    'the untuned model and the KL divergence from it in nats per token '
+    f'(n = {n:,} conversations). Brackets: 95 % intervals.',
   )
 
 
 def _with_interval(values, name):
-  if name not in values:
-    return None
   interval = values[f'{name}_interval']
   around = f' ({interval[0]:.3f} to {interval[1]:.3f})' if interval else ''
   return f'{values[name]:.3f}{around}'
-
-
-def _sizes(stages):
-  """' (n = ...)' of the last stage."""
-  last = stages[-1].retention if stages else {}
-  sizes = [
-    f'{last[part]["n"]:,} {part}'
-    for part in ('conversations', 'questions')
-    if part in last
-  ]
-  if 'questions' in last:
-    sizes.append(f'chance {last["questions"]["chance"]:.3f}')
-  return f' (n = {", ".join(sizes)})' if sizes else ''
 
 
 def changes(outcome) -> Table:

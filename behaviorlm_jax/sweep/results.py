@@ -32,7 +32,7 @@ def settings_hash(config, origin='') -> str:
   default = workdir_lib.as_dict(config_lib.default())
   changed = workdir_lib.flat(workdir_lib.as_dict(config))
   default = workdir_lib.flat(default)
-  for name in ('seed', 'init_from', 'data.events', 'retention.questions'):
+  for name in ('seed', 'init_from', 'data.events'):
     del changed[name]
   different = {
     name: value for name, value in changed.items() if value != default.get(name)

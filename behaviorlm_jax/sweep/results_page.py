@@ -67,9 +67,7 @@ def write(folder, methods, drawn):
         log,
         methods,
         rows_lib.RETENTION,
-        'what each model '
-        'still knows, on held-out conversations and multiple-choice '
-        'questions.',
+        'what each model still knows, on held-out conversations.',
       ),
       *_tables(
         rows,

@@ -22,7 +22,6 @@ from behaviorlm_jax.io import files
 RETENTION = (
   ('conversations', 'perplexity_ratio'),
   ('conversations', 'kl_to_base'),
-  ('questions', 'accuracy'),
 )
 # Training steps alone, of both stages; neither compilation nor scoring.
 COST = (('training', 'seconds'), ('training', 'targets'))

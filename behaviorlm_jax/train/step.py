@@ -6,10 +6,7 @@ are gathered at answer positions before the output head: logits exist for
 answers alone, never [B, L, V]. Only the adapter is differentiated, and
 optimizer state exists for it alone.
 
-The answer tokens of conversations may be taught by the divergence from the
-frozen base instead of their likelihood (train.auxiliary): that costs a forward
-pass of the base. Those of behaviors may be taught within the list of names
-(train.loss).
+The answer tokens of behaviors may be taught within the list of names (train.loss).
 """
 
 import dataclasses
@@ -108,50 +105,27 @@ def make_optimizer(train):
   return adam, schedule
 
 
-def loss_sums(
-  model, batch, groups=1, answers=None, base=None, auxiliary=None, names=None
-):
-  """Weighted loss of the answer tokens, and the weights.
+def loss_sums(model, batch, groups=1, answers=None, names=None):
+  """Weighted negative log-likelihood of the answer tokens, and the weights.
 
-  A token's loss is its negative log-likelihood, over the vocabulary or within
-  `names`. With `base`, tokens that are `answer_auxiliary` have the divergence
-  from it instead:
-
-    KL(p0 || p) = sum_v p0(v | x_t) (log p0(v | x_t) - log p(v | x_t))
+  It is that over the vocabulary, or within `names`.
 
   Args:
     model: decoder.Decoder.
     batch: see data.loader.
     groups: G, of rows as they lie on devices; each keeps its own answers.
-    answers: N, the most of some weight that a group has (plan.most_answers);
-      with `base`, of those that are not auxiliary. Rows differ in how many they
-      have, and the head runs on G x N of them. None: on all B x A.
-    base: the decoder without the adapter, p0, or None.
-    auxiliary: as `answers`, of the auxiliary ones.
+    answers: N, the most of some weight that a group has (plan.most_answers).
+      Rows differ in how many they have, and the head runs on G x N of them.
+      None: on all B x A.
     names: Names, or None.
 
   Returns:
     Two float32 scalars, sums and not means.
   """
-  hidden, weights = _hidden(model, batch), batch['answer_weights']
-  if base is None:
-    return _likelihood(model, hidden, batch, weights, groups, answers, names)
-  of_base, chosen = _hidden(base, batch), batch['answer_auxiliary']
-  own = _likelihood(
-    model, hidden, batch, jnp.where(chosen, 0, weights), groups, answers, names
+  hidden, _ = model.packed_hidden(
+    batch['tokens'], batch['positions'], batch['segments']
   )
-  kept = _divergence(
-    model, hidden, of_base, batch, jnp.where(chosen, weights, 0), groups, auxiliary
-  )
-  return own[0] + kept[0], own[1] + kept[1]
-
-
-def _hidden(model, batch):
-  return model.packed_hidden(batch['tokens'], batch['positions'], batch['segments'])[0]
-
-
-def _likelihood(model, hidden, batch, weights, groups, most, names):
-  where, tokens, nodes, weights = _chosen(batch, weights, groups, most)
+  where, tokens, nodes, weights = _chosen(batch, groups, answers)
   logits = model.logits(_at(hidden, where))
   losses = (
     names.losses(logits, tokens, nodes) if names else _over_vocabulary(logits, tokens)
@@ -159,28 +133,13 @@ def _likelihood(model, hidden, batch, weights, groups, most, names):
   return jnp.sum(losses * weights), jnp.sum(weights)
 
 
-def _divergence(model, hidden, of_base, batch, weights, groups, most):
-  where, _, _, weights = _chosen(batch, weights, groups, most)
-  # An adapter does not touch the head, so the model's serves both.
-  ours, base = (
-    jax.nn.log_softmax(model.logits(_at(x, where))) for x in (hidden, of_base)
-  )
-  losses = jnp.sum(jnp.exp(base) * (base - ours), axis=-1)
-  return jnp.sum(losses * weights), jnp.sum(weights)
-
-
-def _chosen(batch, weights, groups, most):
+def _chosen(batch, groups, most):
   """Positions, tokens, nodes and weights [G, N] of answers of some weight."""
-  most = most or weights.size // groups
+  most = most or batch['answer_weights'].size // groups
   split = lambda x: x.reshape(groups, -1, *x.shape[1:])
-  return jax.vmap(
-    functools.partial(_compact, length=batch['tokens'].shape[1], most=most)
-  )(
-    split(batch['answer_positions']),
-    split(batch['answer_tokens']),
-    split(batch['answer_nodes']),
-    split(weights),
-  )
+  compact = functools.partial(_compact, length=batch['tokens'].shape[1], most=most)
+  names = ('positions', 'tokens', 'nodes', 'weights')
+  return jax.vmap(compact)(*(split(batch[f'answer_{name}']) for name in names))
 
 
 def _at(hidden, where):
@@ -201,26 +160,15 @@ def _compact(where, tokens, nodes, weights, length, most):
 
 
 def gradient(
-  adapter,
-  params,
-  batch,
-  attach,
-  accumulate,
-  groups=1,
-  answers=None,
-  auxiliary=None,
-  names=None,
+  adapter, params, batch, attach, accumulate, groups=1, answers=None, names=None
 ):
   """Loss (mean over the batch's weights), its gradient and the weight sum.
 
-  `answers` and `auxiliary`: see make_step; `names`: see loss_sums.
+  `answers` and `names`: see loss_sums, of a micro-batch.
   """
 
   def sums(adapter, part):
-    base = attach(params, None) if auxiliary else None
-    return loss_sums(
-      attach(params, adapter), part, groups, answers, base, auxiliary, names
-    )
+    return loss_sums(attach(params, adapter), part, groups, answers, names)
 
   if accumulate == 1:
     (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, batch)
@@ -337,29 +285,18 @@ def make_step(
   shardings,
   layout,
   answers=None,
-  auxiliary=None,
   names=None,
 ):
   """jitted (state, params, batch) -> (state, metrics); state is donated.
 
-  `answers`: the most in a device's rows of a micro-batch, see loss_sums.
-  `auxiliary`: the most of conversations, if these are taught by their
-  divergence from the base, and `answers` the most of the rest; None: all are
-  taught alike, and no base runs. `names`: see loss_sums.
+  `answers`: the most in a device's rows of a micro-batch; it and `names`: see
+  loss_sums.
   """
   groups = layout.row_parts
 
   def step(state, params, batch):
     loss, grads, weight = gradient(
-      state['adapter'],
-      params,
-      batch,
-      attach,
-      accumulate,
-      groups,
-      answers,
-      auxiliary,
-      names,
+      state['adapter'], params, batch, attach, accumulate, groups, answers, names
     )
     updates, moments = optimizer.update(grads, state['optimizer'], state['adapter'])
     new = {
@@ -391,6 +328,6 @@ def make_validation(attach, layout, answers=None, names=None):
   groups = layout.row_parts
 
   def sums(adapter, params, batch):
-    return loss_sums(attach(params, adapter), batch, groups, answers, names=names)
+    return loss_sums(attach(params, adapter), batch, groups, answers, names)
 
   return jax.jit(sums, out_shardings=layout.replicated)

@@ -53,7 +53,7 @@ def open_run(make_run_config, tmp_path):
   [
     {},
     {'train.batch': 4, 'train.accumulate': 2, 'train.loss': 'natural'},
-    {'train.auxiliary': 'kl', 'model.remat': 'full'},
+    {'model.remat': 'full'},
   ],
 )
 def test_the_step_compiled_ahead_is_the_one_that_trains(

@@ -95,14 +95,12 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
     'answer_tokens': [*b' b\n', 71, 72, *b' c\n', *b' b\n'] + [0] * 5,
     'answer_nodes': [-1] * 16,
     'answer_weights': [0.5] * 3 + [1.0] * 2 + [0.25] * 3 + [1.0] * 3 + [0] * 5,
-    'answer_auxiliary': [False] * 3 + [True] * 2 + [False] * 11,
     'samples': 3,
   }
   assert {name: array.tolist() for name, array in arrays.items()} == expected
   assert {name: array.dtype.name for name, array in arrays.items()} == {
     **dict.fromkeys(expected, 'int32'),
     'answer_weights': 'float32',
-    'answer_auxiliary': 'bool',
   }
   predicted = arrays['answer_positions'][:11] + 1
   assert arrays['tokens'][predicted].tolist() == expected['answer_tokens'][:11]

@@ -317,13 +317,7 @@ def test_a_stage_without_samples_is_refused(table, make_windows):
 def test_most_answers_are_those_of_the_fullest_rows_of_a_device():
   rng = np.random.default_rng(0)
   counts = 16 * rng.integers(0, 100, 24)  # So that nothing is rounded.
-  rows = [
-    [
-      {'kind': 'window', 'answers': int(n) // 2},
-      {'kind': 'conversation', 'answers': int(n) - int(n) // 2},
-    ]
-    for n in counts
-  ]
+  rows = [[{'answers': int(n) // 2}, {'answers': int(n) - int(n) // 2}] for n in counts]
   plan = plan_lib.Plan(rows, 0, '')
   found = plan_lib.most_answers(plan, 12, 2, 3)
   # Steps of 12 rows, even and odd ones a micro-batch, 3 devices of 2 rows each.
@@ -334,6 +328,3 @@ def test_most_answers_are_those_of_the_fullest_rows_of_a_device():
     for device in (0, 1, 2)
   ]
   assert found == max(sums)
-  for kind in ('window', 'conversation'):
-    half = plan_lib.most_answers(plan, 12, 2, 3, kind)
-    assert half == -(-(max(sums) // 2) // 16) * 16

@@ -47,7 +47,6 @@ def make_batch():
       batch[name] = np.zeros((len(rows), answers), np.int32)
     batch['answer_nodes'] = np.full((len(rows), answers), -1, np.int32)
     batch['answer_weights'] = np.zeros((len(rows), answers), np.float32)
-    batch['answer_auxiliary'] = np.zeros((len(rows), answers), bool)
     batch['samples'] = np.ones(len(rows), np.int32)
     for row, segments in enumerate(rows):
       fill(batch, row, segments, generator)
@@ -57,10 +56,7 @@ def make_batch():
 
 
 def fill(batch, row, segments, generator):
-  """Writes segments (tokens, answers) into a row; the last tokens count.
-
-  Every other segment is a conversation.
-  """
+  """Writes segments (tokens, answers) into a row; the last tokens count."""
   begin = filled = 0
   for number, (length, answers) in enumerate(segments, start=1):
     stop = begin + length
@@ -73,5 +69,4 @@ def fill(batch, row, segments, generator):
     batch['answer_positions'][row, chosen] = where - 1
     batch['answer_tokens'][row, chosen] = batch['tokens'][row, where]
     batch['answer_weights'][row, chosen] = generator.uniform(0.2, 3, answers)
-    batch['answer_auxiliary'][row, chosen] = number % 2 == 0
     begin, filled = stop, filled + answers

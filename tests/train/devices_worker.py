@@ -7,7 +7,6 @@ to try more than the step; `orders`, of the devices in each mesh; `distributed`,
 fields of that section, for one of several processes.
 """
 
-import functools
 import json
 import re
 import sys
@@ -27,7 +26,6 @@ from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
-KINDS = (plan_lib.WINDOW, plan_lib.CONVERSATION)
 ROWS, LENGTH, ANSWERS, STEPS, PARTS = 16, 16, 5, 3, 2
 NAMES = [np.array([a, b, 1]) for a in range(10, 15) for b in range(20, 24)]
 TREE = label_tree.build(NAMES)
@@ -52,22 +50,14 @@ def draw_batch(generator):
     'answer_nodes': np.where(own, TREE.edge_nodes[edges], -1).astype('i4'),
     # Some are none: rows differ in how many answers they have.
     'answer_weights': generator.uniform(-1, 2, (ROWS, ANSWERS)).astype('f4').clip(0),
-    'answer_auxiliary': ~own,
     'samples': np.ones(ROWS, 'i4'),
   }
 
 
 def make_plan(batch):
-  """A plan whose rows have as many answers of each kind as the batch's."""
-  counted = batch['answer_weights'] > 0
-  counts = [
-    (counted & (batch['answer_auxiliary'] == own)).sum(axis=1) for own in (False, True)
-  ]
-  rows = [
-    [{'kind': kind, 'answers': int(n)} for kind, n in zip(KINDS, row, strict=True)]
-    for row in np.transpose(counts)
-  ]
-  return plan_lib.Plan(rows, ANSWERS, '')
+  """A plan whose rows have as many answers as the batch's."""
+  counts = (batch['answer_weights'] > 0).sum(axis=1)
+  return plan_lib.Plan([[{'answers': int(n)}] for n in counts], ANSWERS, '')
 
 
 def collectives(text):
@@ -105,7 +95,7 @@ class Reader:
 
 def train(sizes, whole, order):
   """Of a mesh: losses of three steps, bytes on a device, what is sent between
-  devices; if `whole`, losses with divergence and scores after a search, too.
+  devices; if `whole`, scores after a search, too.
   `order`: of the devices in the mesh, or None."""
   config = config_lib.default()
   config.train.update(
@@ -130,30 +120,24 @@ def train(sizes, whole, order):
   batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
   plan = make_plan(batch)
   batch = layout.put_rows({name: x[own] for name, x in batch.items()}, ROWS)
-  most = functools.partial(plan_lib.most_answers, plan, ROWS, PARTS, layout.row_parts)
-
-  def losses(*most):
-    state, found = step_lib.init_state(adapter, optimizer, places), []
-    run = step_lib.make_step(
-      attach,
-      optimizer,
-      schedule,
-      PARTS,
-      places,
-      layout,
-      *most,
-      names=step_lib.names_of(TREE),
-    )
-    compiled = run.lower(state, params, batch).compile()
-    for _ in range(STEPS):
-      state, metrics = compiled(state, params, batch)
-      found.append(float(metrics['loss']))
-    return found, state, collectives(compiled.as_text())
-
-  likely, state, sent = losses(most())
+  state, losses = step_lib.init_state(adapter, optimizer, places), []
+  run = step_lib.make_step(
+    attach,
+    optimizer,
+    schedule,
+    PARTS,
+    places,
+    layout,
+    plan_lib.most_answers(plan, ROWS, PARTS, layout.row_parts),
+    step_lib.names_of(TREE),
+  )
+  compiled = run.lower(state, params, batch).compile()
+  for _ in range(STEPS):
+    state, metrics = compiled(state, params, batch)
+    losses.append(float(metrics['loss']))
   result = {
-    'losses': likely,
-    'sent': sent,
+    'losses': losses,
+    'sent': collectives(compiled.as_text()),
     'devices': jax.device_count(),
     'read': reader.bytes,
     'bytes': {
@@ -173,7 +157,6 @@ def train(sizes, whole, order):
     state['adapter'], prompts
   )
   return result | {
-    'losses_kl': losses(*map(most, KINDS))[0],
     'scores': scores.tolist(),
     'named': named.tolist(),
     'compiled': scorer._expand._cache_size(),

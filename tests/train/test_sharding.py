@@ -114,13 +114,11 @@ def test_devices_change_no_loss(devices, meshes, alone):
 
 @pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_losses_and_scores(alone):
-  assert max(alone['losses_kl']) < 0.9 * min(alone['losses'])
   meshes = [mesh(data=8), mesh(fsdp=8), mesh(2, 2, 2)]
   found = finish(start(8, {'meshes': meshes, 'whole': True}))
   for sizes, result in zip(meshes, found, strict=True):
     assert result['devices'] == 8
     check_losses(result, alone)
-    np.testing.assert_allclose(result['losses_kl'], alone['losses_kl'], rtol=1e-4)
     for kind in ('scores', 'named'):
       np.testing.assert_allclose(result[kind], alone[kind], atol=1e-3)
     assert result['compiled'] == 1  # Rounds keep the cache where it is.

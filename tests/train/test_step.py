@@ -35,7 +35,7 @@ def make_config(**fields):
 
 
 # One function and one `attach`, so that the tests share compilations.
-gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7, 8))
+gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7))
 
 
 @pytest.fixture(scope='module')
@@ -45,46 +45,33 @@ def attach(llama):
   return step_lib.attacher(llama.config, config, layout, 'float32')
 
 
-def torch_loss(model, batch, base=None):
-  """The loss by its definition: full logits of every segment by itself.
-
-  With `base`, conversations have their divergence from it.
-  """
+def torch_loss(model, batch):
+  """The loss by its definition: full logits of every segment by itself."""
   total = torch.zeros(())
   for row, segments in enumerate(batch['segments']):
     for number in range(1, segments.max() + 1):
       where = np.flatnonzero(segments == number)
       tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
       scores = torch.log_softmax(model(tokens[None]).logits[0], -1)
-      for position, token, weight, auxiliary in zip(
+      for position, token, weight in zip(
         batch['answer_positions'][row],
         batch['answer_tokens'][row],
         batch['answer_weights'][row],
-        batch['answer_auxiliary'][row],
         strict=True,
       ):
-        if not weight or position not in where:
-          continue
-        at = position - where[0]
-        if base and auxiliary:
-          expected = base(tokens[None]).logits[0, at].detach().softmax(-1)
-          total = total + weight * torch.nn.functional.kl_div(
-            scores[at], expected, reduction='sum'
-          )
-        else:
-          total = total - weight * scores[at, token]
+        if weight and position in where:
+          total = total - weight * scores[position - where[0], token]
   return total / batch['answer_weights'].sum()
 
 
-def torch_gradient(llama, adapter, folder, batch, auxiliary='answers'):
+def torch_gradient(llama, adapter, folder, batch):
   """Loss and gradient of the exported adapter by peft and autograd."""
   lora.export(folder, adapter, make_config().lora.alpha, llama.folder)
-  bare, base = (
-    transformers.AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
-    for _ in range(2)
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    llama.folder, dtype=torch.float32
   )
   model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
-  loss = torch_loss(model, batch, bare if auxiliary == 'kl' else None)
+  loss = torch_loss(model, batch)
   loss.backward()
   found = {name: {'a': [], 'b': []} for name in adapter}
   for path, parameter in model.named_parameters():  # in the order of layers
@@ -167,54 +154,15 @@ def test_padded_answers_and_tokens_count_for_nothing(
   jax.tree.map(np.testing.assert_array_equal, other, whole)
 
 
-def test_conversations_can_be_taught_by_their_divergence_from_the_base(
-  tmp_path, llama, params, adapter, attach, make_batch
-):
-  batch = make_batch(ROWS)
-  expected, theirs = torch_gradient(llama, adapter, tmp_path, batch, 'kl')
-  loss, ours, weight = gradient(
-    adapter, params, batch, attach, 1, 1, None, batch['answer_weights'].size
-  )
-  assert float(weight) == pytest.approx(batch['answer_weights'].sum())
-  assert float(loss) == pytest.approx(expected, rel=1e-5)
-  assert_close(ours, theirs, 1e-4)
-
-
-@pytest.mark.parametrize('groups, accumulate', [(1, 1), (2, 1), (1, 4), (2, 2)])
-def test_room_for_the_fullest_group_does_not_change_the_divergence(
-  params, adapter, attach, make_batch, groups, accumulate
-):
-  batch = make_batch(ROWS)
-  room = batch['answer_weights'].size
-  most = []
-  for kind in (False, True):
-    counted = (batch['answer_weights'] > 0) & (batch['answer_auxiliary'] == kind)
-    most.append(
-      max(
-        int(part.sum())
-        for i in range(accumulate)
-        for part in np.split(counted[i::accumulate], groups)
-      )
-    )
-  assert min(most) > 0 and groups * accumulate * max(most) < room
-  loss, expected, weight = gradient(adapter, params, batch, attach, 1, 1, None, room)
-  other_loss, found, other_weight = gradient(
-    adapter, params, batch, attach, accumulate, groups, *most
-  )
-  assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
-  assert float(other_weight) == pytest.approx(float(weight), rel=1e-6)
-  assert_close(found, expected, 1e-5)
-
-
 NAMES = [[5, 6, 1], [5, 7, 1], [5, 7, 8, 1], [9, 1], [10, 11, 1], [12, 1]]
 COUNTS = [40, 3, 2, 100, 7, 1]
 KEPT = [3, 1, 4, 1, 5, 9]
 
 
 def taught(batch, tree, generator):
-  """The batch with answers that are nodes of a tree, of windows alone."""
+  """The batch with half of the answers nodes of a tree."""
   edges = generator.integers(0, len(tree.edge_tokens), batch['answer_tokens'].shape)
-  own = ~batch['answer_auxiliary']
+  own = np.arange(edges.shape[1]) % 2 == 0
   return batch | {
     'answer_tokens': np.where(own, tree.edge_tokens[edges], batch['answer_tokens']),
     'answer_nodes': np.where(own, tree.edge_nodes[edges], -1).astype('i4'),
@@ -275,9 +223,7 @@ def test_names_are_taught_within_their_list(
   with torch.no_grad():
     expected = torch_names_loss(model, batch, tree, bonus).item()
   names = step_lib.names_of(tree, drawn, KEPT)
-  loss, _, _ = gradient(
-    adapter, params, batch, attach, accumulate, 1, most, None, names
-  )
+  loss, _, _ = gradient(adapter, params, batch, attach, accumulate, 1, most, names)
   assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -320,28 +266,10 @@ def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
   np.testing.assert_allclose(found, np.array(kept) / sum(kept), rtol=1e-5)
 
 
-def of_conversations(batch):
-  """The same rows, every segment a conversation."""
-  return batch | {'answer_auxiliary': batch['answer_weights'] > 0}
-
-
-def test_a_fresh_adapter_has_no_divergence_and_no_gradient_of_it(
-  llama, params, attach, make_batch
-):
-  fresh = lora.init(llama.config, 3, ('q_proj', 'up_proj'), jax.random.key(0))
-  batch = of_conversations(make_batch(ROWS))
-  room = batch['answer_weights'].size
-  loss, grads, _ = gradient(fresh, params, batch, attach, 1, 1, None, room)
-  _, others, _ = gradient(fresh, params, batch, attach, 1)
-  largest = lambda tree: max(np.abs(x).max() for x in jax.tree.leaves(tree))
-  assert abs(float(loss)) < 1e-6
-  assert largest(others) > 0.01 and largest(grads) < 1e-5 * largest(others)
-
-
 class Trainer:
   """make_step and its state on the devices of this process."""
 
-  def __init__(self, attach, params, adapter, auxiliary=None, **fields):
+  def __init__(self, attach, params, adapter, **fields):
     config = make_config(**fields)
     train, self.layout = config.train, sharding.make_layout(config)
     self.params = params
@@ -356,7 +284,6 @@ class Trainer:
       train.accumulate,
       places,
       self.layout,
-      auxiliary=auxiliary,
     )
 
   def __call__(self, batch):
@@ -392,40 +319,6 @@ def test_metrics_say_what_the_step_saw(params, adapter, attach, make_batch):
   assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
   assert float(metrics['grad_norm']) == pytest.approx(squares**0.5, rel=1e-4)
   assert float(metrics['learning_rate']) == pytest.approx(0.5e-3)
-
-
-def test_conversations_alone_keep_the_base_only_by_their_divergence(
-  llama, params, attach, make_batch
-):
-  batch = of_conversations(make_batch(ROWS))
-  room = batch['answer_weights'].size
-  moved = {}
-  for auxiliary in (None, room):
-    fresh = lora.init(llama.config, 3, ('q_proj', 'up_proj'), jax.random.key(0))
-    trainer = Trainer(
-      attach, params, fresh, auxiliary, steps=8, clip=0.0, learning_rate=1e-2
-    )
-    for _ in range(8):
-      trainer(batch)
-    divergence, _, _ = gradient(
-      trainer.state['adapter'], params, batch, attach, 1, 1, None, room
-    )
-    moved[auxiliary] = float(divergence)
-  # Not zero: Adam makes whole steps even of rounding errors.
-  assert moved[None] > 0.1 and moved[room] < 0.02 * moved[None]
-
-
-@pytest.mark.parametrize('accumulate', [1, 2])
-def test_taught_by_their_likelihood_conversations_are_answers_like_others(
-  params, adapter, attach, make_batch, accumulate
-):
-  trainer = Trainer(attach, params, adapter, accumulate=accumulate)
-  batch = make_batch(ROWS)
-  without = {name: x for name, x in batch.items() if name != 'answer_auxiliary'}
-  texts = [
-    trainer.run.lower(trainer.state, params, one).as_text() for one in (batch, without)
-  ]
-  assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize('clip', [0.0, 0.5])
