@@ -91,7 +91,7 @@ def default():
   config.checkpoint = _section(
     every=50,  # Steps between checkpoints; each is validated.
     keep=2,  # Latest checkpoints that stay, beside the best one.
-    best_by='loss',  # loss | f1_macro on the validation split | last.
+    best_by='loss',  # What goes on: loss (the best in validation) | last.
   )
   config.score = _section(
     # Of the model that scores: bfloat16 | float32 | auto (model.dtype).
@@ -102,14 +102,11 @@ def default():
     softmax='names',
     # Behaviors whose token tree is scored at once, over the vocabulary.
     names_per_pass=256,
-    # Nats that the search of a long list may move log p by; 0: no search.
-    tolerance=1e-3,
   )
   config.eval = _section(
     max_samples=1000,  # Of the test split, a uniform seeded draw; 0: all.
     validation_rows=32,  # Rows behind the validation loss.
-    # Prompts behind what is fitted, and behind the validation f1_macro.
-    validation_samples=200,
+    validation_samples=200,  # Prompts behind what is fitted.
     # Also evaluate each model adjusted and mixed with counts (evaluate.adjust).
     fit=True,
   )
@@ -191,7 +188,6 @@ def _data():
     anchor_share=0.01,  # Anchors: above this share of training events.
     history=24,  # Events before the one asked for, at most.
     weekday=True,  # Lines start with the weekday.
-    profile=0,  # Most frequent earlier behaviors named in the header.
     instruction=(
       'Continue the activity log of one person. Each line holds the local '
       'time and the activity.'
@@ -399,7 +395,7 @@ _CHOICES = {
   'difficulty.score': (*_SCORED, 'random'),
   'train.loss': _LOSSES,
   'train.balanced_loss': _LOSSES,
-  'checkpoint.best_by': ('loss', 'f1_macro', 'last'),
+  'checkpoint.best_by': ('loss', 'last'),
 }
 # (field, another field, values of it without which the first changes nothing).
 _ONLY_WITH = (
@@ -426,7 +422,6 @@ _MINIMA = {
   'eval.validation_rows': 1,
   'eval.validation_samples': 1,
   'data.history': 1,
-  'data.profile': 0,
   'plan.min_context': 1,
   'plan.targets_per_row': 1,
   'plan.per_behavior': 1,
@@ -437,7 +432,6 @@ _MINIMA = {
   'train.learning_rate': 0,
   'train.clip': 0,
   'train.weight_decay': 0,
-  'score.tolerance': 0,
   'sasrec.steps': 0,
   'sasrec.batch': 1,
   'sasrec.history': 1,

@@ -186,7 +186,7 @@ def train(this, stage, folder, plan, plan_hash, adapter):
     saved,
     validator(this, stage),
   )
-  best = saved.best_step(config.checkpoint.best_by != 'last')
+  best = saved.best_step(config.checkpoint.best_by == 'loss')
   logging.info('%s: the checkpoint of step %d goes on.', folder.name, best)
   adapter = saved.restore_adapter(best, state)
   saved.close()
@@ -233,7 +233,7 @@ def show_example(this, assemble, plan):
 
 
 def validator(this, stage):
-  """adapter -> {'val_loss', 'score'} on the stage's own kind of samples."""
+  """adapter -> {'val_loss'} on the stage's own kind of samples."""
   config, rows = this.config, this.config.train.batch
   rng = seeds.stream(config.seed, stage, 'validation')
   steps = -(-config.eval.validation_rows // rows)
@@ -254,9 +254,6 @@ def validator(this, stage):
     plan_lib.most_answers(plan, rows, 1, this.layout.row_parts),
     curriculum.names(this, stage, plan),
   )
-  samples = evaluation.draw_samples(
-    this.events, 'validation', config.eval.validation_samples, config
-  )
 
   def validate(adapter):
     loss = weight = 0.0
@@ -264,13 +261,6 @@ def validator(this, stage):
       batch = this.layout.put_rows(batch, rows)
       one, w = sums(adapter, this.params, batch)
       loss, weight = loss + float(one), weight + float(w)
-    result = {'val_loss': loss / weight, 'score': -loss / weight}
-    if config.checkpoint.best_by == 'f1_macro':
-      # Training stops after this, with everything saved.
-      scored = measure.score(this, adapter, samples, 'validate', lambda: None)
-      summary = evaluation.summarize(this.events, samples, scored.scores)
-      result['val_f1_macro'] = summary['all']['f1_macro']
-      result['score'] = result['val_f1_macro']
-    return result
+    return {'val_loss': loss / weight}
 
   return validate

@@ -9,16 +9,10 @@ the prompt, under a mask made by hand. Both sides normalise every token over the
 vocabulary; ours is also timed as it is by default, within the names.
 Prompts are questions of the log's test split. The last lines
 are the ratios of the median prompts per second, ours over the peer's.
-
-  python benchmarks/score_labels.py --check=1000
-
-holds the search of a long list (score.search) against its whole tree, with
-the first of --names.
 """
 
 import itertools
 import pathlib
-import time
 
 import command
 import common
@@ -29,7 +23,6 @@ from absl import flags
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
-from behaviorlm_jax.score import label_tree as labels_lib
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import step as step_lib
 
@@ -38,9 +31,6 @@ NAMES_FILE = flags.DEFINE_string(
   'names_file', '', 'One name per line, instead of the names of the log.'
 )
 PROMPTS = flags.DEFINE_integer('prompts', 8, 'Prompts of a timed call of ours')
-CHECK = flags.DEFINE_integer(
-  'check', 0, 'Only compare this many searches with whole trees.', 0
-)
 _DTYPES = ('bfloat16', 'float32')
 _NAIVE_ROWS, _CACHED_ROWS = (2, 8), (8, 16, 64)
 _TRIED = 8  # Names on which the peer's setting is chosen.
@@ -91,17 +81,17 @@ def questions(inputs, count):
 class Ours:
   """The project's Scorer with the adapter, in one type of weights."""
 
-  def __init__(self, inputs, names, dtype, softmax='vocabulary', **options):
+  def __init__(self, inputs, names, dtype, softmax='vocabulary'):
     config = inputs.config.copy_and_resolve_references()
     config.score.update(dtype=dtype, softmax=softmax)
     attach = step_lib.attacher(inputs.base.config, config, inputs.layout, dtype)
     self.adapter = jax.device_put(inputs.adapter)
     self.scorer = scorer_lib.Scorer(
-      attach, inputs.params(dtype), names, config.score, inputs.layout, **options
+      attach, inputs.params(dtype), names, config.score, inputs.layout
     )
 
   def __call__(self, prompts):
-    return self.scorer(self.adapter, prompts)[0]
+    return self.scorer(self.adapter, prompts)
 
 
 def fastest_rows(name, score, choices):
@@ -133,7 +123,7 @@ def choose(way, choices, scorers, prompt, names):
 
 def check(inputs, scorer, prompt, names):
   """Ours and all ways of the peer give one prompt the same scores."""
-  mine = Ours(inputs, names, 'float32', long=float('inf'))([prompt])[0]
+  mine = Ours(inputs, names, 'float32')([prompt])[0]
   for way, few in (('naive', names[:_TRIED]), ('cached', names), ('row', names)):
     theirs = getattr(scorer, way)(prompt, few, _TRIED)
     common.check_equal(
@@ -173,66 +163,15 @@ def compare(inputs, scorers, prompts, count, repeats, naive):
     work[f'{way} {dtype}'] = 1
   seconds = common.interleave(sides, repeats)
   lengths = list(map(len, prompts))
-  searched = any(one.scorer.searches for one in ours.values())
   rates = common.show_rates(
-    f'{count} names ({real} of them real, the others joined'
-    f'{", searched by ours" * searched}), prompts of {min(lengths)} to '
-    f'{max(lengths)} tokens',
+    f'{count} names ({real} of them real, the others joined), prompts of '
+    f'{min(lengths)} to {max(lengths)} tokens',
     'prompts',
     work,
     seconds,
   )
   mine = max(rates[name] for name in ours)
   return {way: mine / rates[f'{way} {dtype}'] for way, (dtype, _) in best.items()}
-
-
-def check_search(inputs, count):
-  """Searches beside whole trees, in float32, on questions of the test split.
-
-  Each has a name that it must score, drawn by seed.
-  """
-  config = inputs.config.copy_and_resolve_references()
-  config.eval.max_samples = count
-  if not config.score.tolerance:
-    raise InputError(
-      'score.tolerance is 0, so nothing is searched; give the '
-      'nats that log p may move by.'
-    )
-  samples = evaluation.test_samples(inputs.events, config)
-  prompts = list(map(inputs.prompts.question, samples))
-  names, _ = answers(inputs, int(NAMES.value[0]))
-  wanted = np.random.default_rng(config.seed).integers(len(names), size=len(prompts))
-  results, seconds = [], []
-  for long in (float('inf'), 0):  # Never searched, always searched.
-    ours = Ours(inputs, names, 'float32', long=long)
-    begin = time.perf_counter()
-    results.append(ours.scorer(ours.adapter, prompts, wanted))
-    seconds.append(time.perf_counter() - begin)
-  (whole, _), (found, uncertified) = results
-  whole, found = map(labels_lib.log_softmax, (whole, found))
-  best = labels_lib.best(whole)
-  differ = (labels_lib.best(found) != best).any(axis=1)
-  common.show(
-    f'{len(prompts)} questions, {len(names)} names in a tree of '
-    f'{len(ours.scorer.index.tree.tokens)} nodes',
-    ['what', 'value'],
-    [
-      ('whole tree, s (compilation included)', seconds[0]),
-      ('search, s (compilation included)', seconds[1]),
-      ('questions not certified, scored whole', int(uncertified.sum())),
-      (f'questions whose best {best.shape[1]} differ', int(differ.sum())),
-    ],
-  )
-  for what, chosen in (('wanted', wanted[:, None]), ('best', best)):
-    common.check_equal(
-      f'log p of {what} names',
-      np.take_along_axis(found, chosen, axis=1),
-      np.take_along_axis(whole, chosen, axis=1),
-      config.score.tolerance + 1e-4,
-      relative=False,
-    )
-  if differ.any():
-    raise InputError(f'the best names of {differ.sum()} questions differ.')
 
 
 def long_prompts(inputs, length, count):
@@ -280,9 +219,6 @@ def grow(inputs):
 def benchmark(inputs, folder):
   if command.GROW.value:
     grow(inputs)
-    return
-  if CHECK.value:
-    check_search(inputs, CHECK.value)
     return
   adapter = inputs.export(folder / 'adapter')
   scorers = {

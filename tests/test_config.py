@@ -65,7 +65,6 @@ TOO_SMALL = {
   'eval.validation_rows': 0,
   'eval.validation_samples': 0,
   'data.history': 0,
-  'data.profile': -1,
   'plan.min_context': 0,
   'plan.targets_per_row': 0,
   'plan.per_behavior': 0,
@@ -73,7 +72,6 @@ TOO_SMALL = {
   'plan.gamma': -0.5,
   'difficulty.candidates': 0,
   'seed': -3,
-  'score.tolerance': -1e-3,
   'plan.neighbours': -1.0,
 }
 NOT_A_CHOICE = {
@@ -83,7 +81,7 @@ NOT_A_CHOICE = {
   'plan.content': 'anchor',
   'plan.budget': 'balance',
   'difficulty.score': 'nil',
-  'checkpoint.best_by': 'f1',
+  'checkpoint.best_by': 'f1_macro',
   'train.loss': 'name',
   'train.balanced_loss': 'naturel',
   'score.softmax': 'list',
@@ -142,8 +140,8 @@ def test_an_alpha_that_teaches_nothing_is_refused(alpha):
 
 
 def test_a_number_that_is_none_is_refused():
-  with pytest.raises(InputError, match=r'^score\.tolerance is nan; '):
-    config_lib.check(changed(**{'score.tolerance': float('nan')}))
+  with pytest.raises(InputError, match=r'^train\.clip is nan; '):
+    config_lib.check(changed(train__clip=float('nan')))
 
 
 @pytest.mark.parametrize(('name', 'value'), NOT_A_CHOICE.items())

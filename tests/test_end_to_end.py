@@ -209,7 +209,7 @@ def test_few_shots_are_adjusted_by_what_could_be_learned(
 
   def scored(split):
     positions = samples_lib.eligible(events, split, make_run_config())[:9]
-    return evaluation.Scored(positions, rng.normal(size=(9, events.known)), [], None)
+    return evaluation.Scored(positions, rng.normal(size=(9, events.known)), [])
 
   test, validation = scored('test'), scored('validation')
   counts = np.array([b.train_count for b in events.behaviors[: events.known]])

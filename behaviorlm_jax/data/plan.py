@@ -78,7 +78,7 @@ def check_lengths(prompts, config):
         worst, longest = samples[np.argmax(lines)], lines.max()
   if worst is None:
     return
-  needed = prompts.window_length(worst - context, worst + 1)
+  needed = longest + len(prompts.header)
   if needed > config.train.length:
     name = events.behaviors[events.behavior[worst]].name
     raise InputError(
@@ -114,11 +114,9 @@ class Windows:
     `targets`.
     """
     targets, weights = list(targets), list(weights)
-    begin, header = start, self.prompts.header
+    begin, header = start, len(self.prompts.header)
     ends = self.prompts.line_ends(start, targets[-1] + 1)
-    length = lambda start, stop: (
-      int(ends[stop - begin] - ends[start - begin]) + len(header(start))
-    )
+    length = lambda start, stop: int(ends[stop - begin] - ends[start - begin]) + header
     latest = targets[0] - self.plan.min_context
     while length(start, targets[-1] + 1) > self.length:
       if start < latest:
@@ -177,16 +175,9 @@ class Windows:
       sizes.append(asked - i)
       # With the least context it can have, a window may still be too long.
       latest = positions[i] - self.plan.min_context
-      room = self.length - self._headers(latest) + ends[latest - base]
+      room = self.length - len(self.prompts.header) + ends[latest - base]
       fitting = np.searchsorted(after, room, 'right')
       stop = np.maximum(i + 1, np.minimum(asked, fitting))
-      if self.prompts.data.profile:
-        # A window that starts earlier may have a shorter one, or none.
-        for j in np.flatnonzero(stop < asked):
-          targets = positions[i[j] : asked[j]]
-          stop[j] = i[j] + len(
-            self.make(int(start[j]), targets, [1.0] * len(targets)).targets
-          )
       left = stop < end
       i, end = stop[left], end[left]
       limit = np.full(len(i), per_row)
@@ -198,12 +189,6 @@ class Windows:
     """Where the windows of `tiles` that begin with these targets start."""
     context = max(self.plan.min_context, self.plan.window - self.plan.targets_per_row)
     return np.maximum(self.events.first[target], target - min(context, self.history))
-
-  def _headers(self, starts):
-    """Tokens of the headers of windows that start at these events."""
-    if not self.prompts.data.profile:
-      return len(self.prompts.header(0))
-    return np.array([len(self.prompts.header(start)) for start in starts])
 
   def draw(self, position, weight_of=None):
     """A window that ends with a drawn sample; `weight_of` adds neighbours."""

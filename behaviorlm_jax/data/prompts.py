@@ -1,6 +1,6 @@
 """Events as text: a prompt is a log, and asking is the same log cut short.
 
-    <chat header with an instruction, and a profile if asked for>
+    <chat header with an instruction>
     Tue 14:14 Coffee Shop
     Tue 18:02 (Home) Gym / Fitness Center
     Wed 08:55                                <- the question ends here
@@ -30,7 +30,6 @@ from behaviorlm_jax.errors import InputError
 
 WEEKDAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
 DAY = 86_400
-_PROFILE = 'Most frequent so far:\n'
 _MARK = '\x07content\x07'
 
 
@@ -67,11 +66,8 @@ class Prompts:
     self._log_text = plain_text.PlainText(tokenizer)
     self.names = [self.answer(b.name) for b in events.behaviors]
     self._times, self._places = {}, {}
-    before, after = self._template()
     # In one go: a template may end in a blank that belongs to the next word.
-    self._plain = self.encode(before + after)
-    self._titled = self.encode(before + _PROFILE)
-    self._dash, self._after = self.encode('-'), self.encode(after)
+    self.header = self.encode(self._header())
 
   def encode(self, text):
     """Token ids int32 [n] of `text`, with nothing added.
@@ -85,8 +81,8 @@ class Prompts:
     """Answer tokens int32 [n] of a behavior's name."""
     return self._log_text.encode(answer_text(name), f'behavior {name!r}')
 
-  def _template(self):
-    """Text before the instruction, and from it to where the log starts."""
+  def _header(self):
+    """Text of what stands before the log."""
     text = chat.render(
       self.tokenizer, [{'role': 'user', 'content': _MARK}], add_generation_prompt=True
     )
@@ -97,8 +93,7 @@ class Prompts:
         'model.address: the chat template does not show a '
         'user message exactly once; give it another template.'
       )
-    before, after = text.split(_MARK)
-    return before, self.data.instruction.strip() + after
+    return text.replace(_MARK, self.data.instruction.strip())
 
   @functools.cached_property
   def labels(self):
@@ -131,27 +126,6 @@ class Prompts:
       self._place(int(self.events.place[position])),
     ]
 
-  def header(self, start):
-    """Tokens of the header of a window whose first event is `start`.
-
-    The profile counts only the user's events before `start`, so it can tell
-    nothing of any target.
-    """
-    top = self._most_frequent(start) if self.data.profile else []
-    if not len(top):
-      return self._plain
-    # '- Coffee Shop'; without the dash, a line's end and the blank before a
-    # digit would be one token to SmolLM2.
-    lines = [piece for b in top for piece in (self._dash, self.names[b])]
-    return np.concatenate([self._titled, *lines, self._after])
-
-  def _most_frequent(self, start):
-    """Ids of the behaviors of the user's events before `start`, at most."""
-    past = self.events.behavior[self.events.first[start] : start]
-    counts = np.bincount(past, minlength=len(self.names))
-    top = np.argsort(-counts, kind='stable')[: self.data.profile]
-    return top[counts[top] > 0]
-
   def question_start(self, position):
     """First event that the question about `position` shows."""
     return max(int(self.events.first[position]), int(position) - self.data.history)
@@ -163,16 +137,14 @@ class Prompts:
         f'train.length is {train_length}, but the model of '
         f'model.address has {most} positions; lower it.'
       )
-    longest, window = 0, (0, 0)
+    longest = 0
     for span in samples_lib.spans(self.events):
       ends = self.line_ends(span.start, span.stop)
       positions = np.arange(span.start, span.stop)
       starts = np.maximum(self.events.first[span], positions - self.data.history)
       lines = ends[1:] - ends[starts - span.start]
-      worst = int(np.argmax(lines))
-      if lines[worst] > longest:
-        longest, window = lines[worst], (starts[worst], positions[worst] + 1)
-    longest = self.window_length(*window)
+      longest = max(longest, lines.max())
+    longest += len(self.header)
     if longest > most:
       raise InputError(
         f'data.history is {self.data.history}, with which a question has '
@@ -186,7 +158,7 @@ class Prompts:
     `past`: whether they show the events before it.
     """
     start = self.question_start(position) if past else position
-    pieces = [self.header(start)]
+    pieces = [self.header]
     for i in range(start, position):
       pieces += [*self.cut_line(i), self.names[self.events.behavior[i]]]
     return np.concatenate([*pieces, *self.cut_line(position)])
@@ -198,7 +170,7 @@ class Prompts:
       tokens int32 [n]; spans int64 [stop - start, 2], begin and end of each
       event's answer tokens.
     """
-    pieces, spans = [self.header(start)], []
+    pieces, spans = [self.header], []
     length = len(pieces[0])
     for i in range(start, stop):
       cut = self.cut_line(i)
@@ -236,7 +208,7 @@ class Prompts:
 
   def window_length(self, start, stop):
     """Number of tokens of `window(start, stop)`."""
-    return int(self.line_ends(start, stop)[-1]) + len(self.header(start))
+    return int(self.line_ends(start, stop)[-1]) + len(self.header)
 
 
 def _known(lengths, ids, tokens):

@@ -28,7 +28,6 @@ class Scored:
   samples: np.ndarray  # Positions int64 [n].
   scores: np.ndarray  # s(y), float [n, Y].
   questions: list  # Token ids of each prompt.
-  uncertified: np.ndarray | None  # bool [n], see scorer.Scorer.
 
 
 def draw_samples(events, split, most, config):
@@ -73,8 +72,6 @@ def write(folder, prompts, test, validation, config, shots=None):
   """
   events = prompts.events
   summary = summarize(events, test.samples, test.scores)
-  if test.uncertified is not None:
-    summary['uncertified'] = float(test.uncertified.mean())
   table = _predictions(prompts, test.samples, test.questions, test.scores)
   if validation is not None:
     summary['fitted'] = {}

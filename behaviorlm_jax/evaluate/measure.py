@@ -52,7 +52,6 @@ def evaluate_sasrec(this, samples):
       positions,
       sasrec.log_probs(model, events, positions, config),
       [this.prompts.question(p) for p in positions],
-      None,
     )
     for positions in (samples, validation)
     if len(positions)
@@ -99,20 +98,17 @@ def measure_retention(this, folder, adapter):
     )
 
 
-def score(this, adapter, samples, what, stop=preemption.check, past=True):
+def score(this, adapter, samples, what, past=True):
   """What scorer.Scorer says of samples: evaluation.Scored.
 
-  `stop` is called between batches and may raise; `past`: whether questions show
-  the events before the sample.
+  `past`: whether questions show the events before the sample.
   """
   questions = [this.prompts.question(p, past) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
 
     def progress(done):
       bar.update(done)
-      stop()
+      preemption.check()
 
-    scores, uncertified = this.scorer(
-      adapter, questions, this.events.behavior[samples], progress
-    )
-    return evaluation.Scored(samples, scores, questions, uncertified)
+    scores = this.scorer(adapter, questions, progress)
+    return evaluation.Scored(samples, scores, questions)

@@ -43,7 +43,6 @@ def contents(run, title, decode=None) -> list:
   sections = {
     'Results': [
       tables.results(run),
-      *uncertified(run),
       tables.groups(run),
       tables.changes(outcome),
     ],
@@ -102,20 +101,3 @@ def _headlines(run) -> list[str]:
     beside = f' (best free baseline {best[0]:.3f}, {best[1]})' if best else ''
     text.append(f'{name[0].upper()}{name[1:]}: {line}{beside}.')
   return text
-
-
-def uncertified(run) -> list[Text]:
-  """How often a search was not certified, where stages noted it."""
-  shares = [
-    f'{stage.evaluation["uncertified"]:.1%} ({stage.name})'
-    for stage in run.scored
-    if 'uncertified' in stage.evaluation
-  ]
-  if not shares:
-    return []
-  return [
-    Text(
-      'Prompts whose search of the label tree was not certified, so '
-      'that they were scored whole: ' + ', '.join(shares) + '.'
-    )
-  ]

@@ -78,20 +78,12 @@ class Tree:
     return np.bincount(self.edge_nodes)
 
   @functools.cached_property
-  def parents(self):
-    """int32 [1 + N], of each node; 0 has itself."""
-    parents = np.zeros(len(self.tokens) + 1, np.int32)
-    inner = self.edge_children > 0
-    parents[self.edge_children[inner]] = self.edge_nodes[inner]
-    return parents
-
-  @functools.cached_property
   def ancestors(self):
     """bool [N, N]: [i, j] says that node j + 1 is i + 1 or above it."""
     ancestors = np.eye(len(self.tokens), dtype=bool)
-    for node, parent in enumerate(self.parents[1:], start=1):
-      if parent:  # Parents come first.
-        ancestors[node - 1] |= ancestors[parent - 1]
+    for node, child in zip(self.edge_nodes, self.edge_children, strict=True):
+      if node and child:  # Nodes above come first.
+        ancestors[child - 1] |= ancestors[node - 1]
     return ancestors
 
 

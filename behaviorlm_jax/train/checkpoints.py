@@ -1,7 +1,7 @@
 """Orbax checkpoints of one stage: adapter, optimizer, step and plan hash.
 
 All hosts write them together. Kept are the latest few, to resume from, and the
-best by the validation score, to hand on. Only finished steps count (Orbax
+best by the validation loss, to hand on. Only finished steps count (Orbax
 renames a complete folder into place, or marks it in a bucket); one that is
 damaged is skipped with a warning, and deleted.
 """
@@ -47,7 +47,7 @@ class Checkpoints:
       [
         checkpoint_managers.LatestN(n=keep),
         checkpoint_managers.BestN(
-          get_metric_fn=lambda m: m['score'],
+          get_metric_fn=lambda m: -m['loss'],
           n=1,
           keep_checkpoints_without_metrics=False,
         ),
@@ -59,9 +59,9 @@ class Checkpoints:
       item_names=('state', 'facts'),
     )
 
-  def save(self, state, score=None):
-    """Starts to write `state`; higher `score` is better, None: not scored."""
-    metrics = None if score is None else {'score': float(score)}
+  def save(self, state, loss=None):
+    """Starts to write `state`; `loss`: in validation, None: not validated."""
+    metrics = None if loss is None else {'loss': float(loss)}
     self._manager.save(
       int(state['step']),
       args=ocp.args.Composite(
@@ -152,13 +152,13 @@ class Checkpoints:
       )
     return restored['state']
 
-  def best_step(self, by_score):
-    """The step whose score is highest (last of equals), or the last one."""
+  def best_step(self, by_loss):
+    """The step whose loss is lowest (last of equals), or the last one."""
     self.wait()
     metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-    scored = {step: m['score'] for step, m in metrics.items() if m}
-    if by_score and scored:
-      return max(scored, key=lambda step: (scored[step], step))
+    losses = {step: m['loss'] for step, m in metrics.items() if m}
+    if by_loss and losses:
+      return min(losses, key=lambda step: (losses[step], -step))
     return self._manager.latest_step()
 
   def restore_adapter(self, step, state):

@@ -94,7 +94,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     params: frozen base weights.
     batches: iterator of global batches on the devices, from that step on.
     checkpoints: Checkpoints of the stage.
-    validate: adapter -> dict of floats with 'score' (higher is better), or {}.
+    validate: adapter -> {'val_loss': float}, or {}.
 
   Raises:
     InputError: the loss is not finite; the last checkpoint stays.
@@ -140,11 +140,11 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     bar.update()
     return row
 
-  def save(state, score=None):
+  def save(state, loss=None):
     if metrics_file:
       metrics_file.flush()
       bucket.push()
-    checkpoints.save(state, score)
+    checkpoints.save(state, loss)
 
   pending = None
   try:
@@ -158,7 +158,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
         adapter = state['adapter']
         row = note(step, metrics, lambda adapter=adapter: validate(adapter))
         pending = None
-        save(state, row.get('score'))
+        save(state, row.get('val_loss'))
       elif stop:
         note(*pending)
         pending = None

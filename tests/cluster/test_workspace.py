@@ -74,9 +74,9 @@ def test_a_field_that_an_older_version_lacked_is_named(tmp_path, make_config, ma
   workdir_lib.claim(tmp_path / 'base', config, PRINTS)
   path = tmp_path / 'base' / 'config.json'
   values = json.loads(path.read_text())
-  del values['score']['tolerance']
+  del values['score']['names_per_pass']
   path.write_text(json.dumps(values))
-  with pytest.raises(InputError, match=r'score\.tolerance \(not there, now'):
+  with pytest.raises(InputError, match=r'score\.names_per_pass \(not there, now'):
     workdir_lib.check_config(config, tmp_path)
 
 

@@ -83,7 +83,7 @@ def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
   ]
   longest = sorted(prompts, key=len)[-this.scorer.batch :]
   adapter = run_lib.first_adapter(this, 'a')
-  real = this.scorer._whole.lower(adapter, this.params, *this.scorer._pad(longest))
+  real = this.scorer._score.lower(adapter, this.params, *this.scorer._pad(longest))
   lowered, batch = programs.scoring(ahead)
   assert batch == this.scorer.batch
   assert text(lowered) == text(real)

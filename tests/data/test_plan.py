@@ -137,7 +137,6 @@ def user_tiles(windows, positions, rng):
   [
     {},
     {'train__length': 150},
-    {'data__profile': 2, 'train__length': 220},
     {'plan__targets_per_row': 1},
     {'plan__targets_per_row': 5},
     {'plan__window': 10, 'plan__min_context': 1, 'plan__content': 'all'},
@@ -161,28 +160,6 @@ def test_all_users_are_tiled_as_each_would_be(
     epoch = [tile for user in users for tile in user_tiles(windows, user, rng)]
     expected += [epoch[i] for i in rng.permutation(len(epoch))]
   assert found == expected[:100]
-
-
-@pytest.mark.parametrize('length', range(120, 140, 3))
-def test_a_longer_profile_on_the_way_moves_no_target(make_events, make_windows, length):
-  table = make_events(['ab' * 60, 'a' * 100] * 3, train=0.8)
-  fields = {
-    'data__profile': 1,
-    'data__weekday': False,
-    'train__length': length,
-    'plan__min_context': 1,
-    'plan__targets_per_row': 10,
-    'plan__window': 18,
-  }
-  windows, rng = make_windows(table, **fields), np.random.default_rng(1)
-  samples = samples_lib.of_split(table, 'train', make_config(**fields))
-  every = np.concatenate(list(samples)).tolist()
-  epoch = []
-  for segment in plan_lib.tile(windows, samples, rng):
-    epoch += segment.targets
-    if len(epoch) >= len(every):
-      break
-  assert sorted(epoch) == every
 
 
 def test_one_target_per_row_is_the_classic_prompt(table, make_windows):

@@ -83,13 +83,9 @@ def expected_text(prompts, start, stop):
     parts = ['%a'] * data.weekday + ['%H:%M'] * log.clock
     lines += time.strftime(' '.join(parts))
     lines += f'{place} {log.behaviors[log.behavior[i]].name}\n'
-  past = log.behavior[log.first[start] : start].tolist()
-  ranked = sorted(set(past), key=lambda b: (-past.count(b), b))
-  names = [f'- {log.behaviors[b].name}\n' for b in ranked[: data.profile]]
-  title = 'Most frequent so far:\n' + ''.join(names) if names else ''
   header = chat.render(
     prompts.tokenizer,
-    [{'role': 'user', 'content': title + data.instruction}],
+    [{'role': 'user', 'content': data.instruction}],
     add_generation_prompt=True,
   )
   return header + ('' if header[-1].isspace() else '\n') + lines
@@ -145,17 +141,6 @@ def test_lines_of_a_log_of_dates_alone_have_no_clock(byte_tokenizer, make_events
   ):
     prompts = prompts_lib.Prompts(table, byte_tokenizer, make_data(**fields))
     assert byte_tokenizer.decode(prompts.question(1)) == HEADER + text
-
-
-def test_a_profile_names_the_most_frequent_before_the_window(make_prompts):
-  prompts = make_prompts(profile=2)
-  tokens, _ = prompts.window(3, 4)
-  assert (
-    prompts.tokenizer.decode(tokens)
-    == HEADER.replace('Go on.', 'Most frequent so far:\n- Coffee Shop\n- Gym\nGo on.')
-    + 'Fri 09:55 (Mall) Home\n'
-  )
-  assert prompts.tokenizer.decode(prompts.header(0)) == HEADER
 
 
 @pytest.mark.parametrize(
@@ -229,7 +214,6 @@ def check_pieces(dated, tokenizer):
   for table, fields in (
     (dated, {}),
     (dated, {'weekday': False}),
-    (dated, {'profile': 5}),
     (undated, {}),
     (undated, {'weekday': False}),
   ):
@@ -253,9 +237,7 @@ def test_pieces_are_the_tokens_of_the_whole_text_in_bytes(byte_tokenizer, make_e
 @pytest.mark.parametrize('template', [LLAMA_3, INST, None])
 def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(make_events, template):
   table = nasty_table(make_events)
-  written = prompts_lib.Prompts(
-    table, trained_llama_3([], template), make_data(profile=3)
-  )
+  written = prompts_lib.Prompts(table, trained_llama_3([], template), make_data())
   texts = [expected_text(written, *part) for part in ((0, 40), (41, 63))] * 3
   tokenizer = trained_llama_3(texts, template)
   merged = {')\n', '!\n', ' (', ' Bar'} & {
@@ -326,20 +308,19 @@ def check_ordinary(tokenizer):
 
 def check_controls(table, tokenizer):
   """Names and places of the table are text; the header alone has controls."""
-  prompts = prompts_lib.Prompts(table, tokenizer, make_data(profile=3))
+  prompts = prompts_lib.Prompts(table, tokenizer, make_data())
   controls = {
     i
     for i, token in tokenizer.added_tokens_decoder.items()
     if token.special or '<' in token.content
   }
   stop = len(table.user)
-  plain = prompts_lib.Prompts(table, tokenizer, make_data()).header(0).tolist()
   for start in range(stop):
     window, _ = prompts.window(start, stop)
     question = prompts.question(start)
     for tokens, past in ((window, start), (question, int(table.first[start]))):
       found = [i for i in tokens.tolist() if i in controls]
-      assert found == [i for i in plain if i in controls]
+      assert found == [i for i in prompts.header.tolist() if i in controls]
       text = tokenizer.decode(tokens)
       for i in range(past, start):
         assert f' {table.behaviors[table.behavior[i]].name}\n' in text
@@ -439,9 +420,8 @@ def test_smollm2_takes_names_as_text(make_events):
 # Windows and questions.
 
 
-@pytest.mark.parametrize('profile', [0, 2])
-def test_a_question_and_its_answer_are_a_window(make_prompts, profile):
-  prompts = make_prompts(profile=profile, history=2)
+def test_a_question_and_its_answer_are_a_window(make_prompts):
+  prompts = make_prompts(history=2)
   for position in range(6):
     start = prompts.question_start(position)
     tokens, spans = prompts.window(start, position + 1)
@@ -451,7 +431,7 @@ def test_a_question_and_its_answer_are_a_window(make_prompts, profile):
     assert spans[-1].tolist() == [len(question), len(tokens)]
 
 
-@pytest.mark.parametrize('fields', [{}, {'profile': 1}, {'weekday': False}])
+@pytest.mark.parametrize('fields', [{}, {'weekday': False}])
 def test_window_length_is_the_length_of_the_window(make_prompts, fields):
   prompts = make_prompts(**fields)
   for start in range(4):
@@ -460,10 +440,9 @@ def test_window_length_is_the_length_of_the_window(make_prompts, fields):
       assert prompts.window_length(start, stop) == len(tokens)
 
 
-@pytest.mark.parametrize('profile', [0, 3])
-def test_nothing_of_the_target_or_after_it_leaks(byte_tokenizer, make_events, profile):
+def test_nothing_of_the_target_or_after_it_leaks(byte_tokenizer, make_events):
   table = nasty_table(make_events)
-  data = make_data(profile=profile, history=6)
+  data = make_data(history=6)
   prompts = prompts_lib.Prompts(table, byte_tokenizer, data)
   for target in range(3, 63, 4):
     other = {

@@ -436,16 +436,6 @@ def test_time_shows_only_what_was_noted(tmp_path):
   )
 
 
-def test_share_of_uncertified_prompts_is_told_where_noted(done, tmp_path):
-  assert 'scored whole' not in done.text
-  work = Work(tmp_path)
-  work.add_predictions('a_tuning', 0.5)
-  path = 'a_tuning/evaluation.json'
-  scores = json.loads((tmp_path / path).read_text())
-  work.json(path, scores | {'uncertified': 0.025})
-  assert 'scored whole: 2.5% (A-Tuning).' in write_report(work)
-
-
 def test_what_is_still_known_is_told_where_measured(done, tmp_path):
   assert 'What the model still knows' not in done.text
   work = Work(tmp_path)

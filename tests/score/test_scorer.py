@@ -11,7 +11,6 @@ from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step
@@ -34,21 +33,19 @@ def make_prompts(lengths=LENGTHS):
   return [generator.integers(0, 300, n).astype(np.int32) for n in lengths]
 
 
-def make_scorer(base, names=NAMES, long=10**6, **fields):
-  """A Scorer in float32 on all devices (here: one); `long`: see there."""
+def make_scorer(base, names=NAMES, **fields):
+  """A Scorer in float32 on all devices (here: one)."""
   config = config_lib.default()
   config.score.update({'batch': 2, 'softmax': 'vocabulary'} | fields)
   layout = sharding.make_layout(config)
   params = weights.read_params(base, np.float32, layout.place)
   attach = step.attacher(base.config, config, layout, 'float32')
   answers = [np.array(name, np.int32) for name in names]
-  return scorer_lib.Scorer(attach, params, answers, config.score, layout, long)
+  return scorer_lib.Scorer(attach, params, answers, config.score, layout)
 
 
-def whole_scores(base, prompts, names=NAMES, adapter=None, **fields):
-  scores, uncertified = make_scorer(base, names, **fields)(adapter, prompts)
-  assert uncertified is None
-  return scores
+def scores_of(base, prompts, names=NAMES, **fields):
+  return make_scorer(base, names, **fields)(None, prompts)
 
 
 def test_a_clash_between_two_chunks_is_refused(llama):
@@ -60,7 +57,7 @@ def test_scores_equal_one_forward_per_name(llama, brute_force):
   """Shared prefixes, a one-token name, padded prompts of all lengths."""
   model, base = llama
   prompts = make_prompts()
-  found = whole_scores(base, prompts)
+  found = scores_of(base, prompts)
   expected = brute_force(model, prompts, NAMES)
   assert expected.std() > 1
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
@@ -75,15 +72,15 @@ def test_scores_equal_one_forward_per_name(llama, brute_force):
 )
 def test_names_cut_into_chunks_score_as_the_whole_list(llama, chosen, chunk):
   prompts = make_prompts((40, 1, 17))
-  whole = whole_scores(llama[1], prompts)
-  parts = whole_scores(llama[1], prompts, NAMES[chosen], names_per_pass=chunk)
+  whole = scores_of(llama[1], prompts)
+  parts = scores_of(llama[1], prompts, NAMES[chosen], names_per_pass=chunk)
   np.testing.assert_allclose(parts, whole[:, chosen], rtol=0, atol=1e-4)
 
 
 def test_scores_of_a_complete_tree_sum_to_one(llama):
   """Every token that can follow is a name: nothing is counted twice."""
   names = [[token] for token in range(299)] + [[END, t] for t in range(300)]
-  scores = whole_scores(llama[1], make_prompts((5,)), names)
+  scores = scores_of(llama[1], make_prompts((5,)), names)
   assert np.exp(scores.astype(np.float64)).sum() == pytest.approx(1, abs=1e-4)
 
 
@@ -108,7 +105,7 @@ def within_names(model, prompts, names):
 def test_scores_within_names_equal_a_softmax_over_what_goes_on(llama, fields):
   model, base = llama
   prompts = make_prompts()
-  found = whole_scores(base, prompts, softmax='names', **fields)
+  found = scores_of(base, prompts, softmax='names', **fields)
   np.testing.assert_allclose(
     found, within_names(model, prompts, NAMES), rtol=0, atol=1e-3
   )
@@ -116,7 +113,7 @@ def test_scores_within_names_equal_a_softmax_over_what_goes_on(llama, fields):
 
 
 def test_within_names_only_what_tells_names_apart_is_run(llama):
-  nodes = lambda scorer: len(scorer.index.tree.tokens)
+  nodes = lambda scorer: len(scorer.trees[0].tokens)
   assert nodes(make_scorer(llama[1])) == 12
   assert nodes(make_scorer(llama[1], softmax='names')) == 2  # 5 and 5, 6.
 
@@ -126,95 +123,24 @@ def test_an_adapter_changes_the_scores(llama):
   scorer, prompts = make_scorer(base), make_prompts((9, 30))
   key = jax.random.key(0)
   adapter = lora.init(base.config, 2, ('q_proj', 'down_proj'), key)
-  bare, _ = scorer(None, prompts)
-  np.testing.assert_allclose(scorer(adapter, prompts)[0], bare, atol=1e-5)
+  bare = scorer(None, prompts)
+  np.testing.assert_allclose(scorer(adapter, prompts), bare, atol=1e-5)
   adapter['down_proj']['b'] += 0.1
-  assert np.abs(scorer(adapter, prompts)[0] - bare).max() > 0.01
+  assert np.abs(scorer(adapter, prompts) - bare).max() > 0.01
 
 
 def test_scorer_compiles_once_per_width(llama):
   scorer = make_scorer(llama[1])
   scorer(None, make_prompts((3, 32, 10, 1, 17)))
-  assert scorer._whole._cache_size() == 1
+  assert scorer._score._cache_size() == 1
   scorer(None, make_prompts((33, 64, 5, 40)))
-  assert scorer._whole._cache_size() == 2
+  assert scorer._score._cache_size() == 2
 
 
 def test_progress_counts_every_prompt_once(llama):
   counts = []
   make_scorer(llama[1])(None, make_prompts(), progress=counts.append)
   assert counts == [2, 2, 1]
-
-
-def many_names():
-  """Names of two to five tokens over a small alphabet; their tree: 200 nodes.
-
-  Many begin alike, so that a search can leave out whole branches.
-  """
-  generator = np.random.default_rng(1)
-  names = {
-    (*generator.integers(0, 8, n).tolist(), END) for n in generator.integers(1, 5, 150)
-  }
-  return [list(name) for name in sorted(names)]
-
-
-@pytest.mark.parametrize('tolerance', [1e-3, 0.3])
-def test_a_certified_search_equals_the_whole_list(llama, tolerance):
-  names, prompts = many_names(), make_prompts((40, 1, 17, 33, 70))
-  expected = label_tree.log_softmax(whole_scores(llama[1], prompts, names))
-  # A bad name, too, is scored where it is wanted.
-  wanted = np.argsort(expected, axis=1)[:, [0, 3, -9, -2, -1]].diagonal()
-  scorer = make_scorer(llama[1], names, long=1, tolerance=tolerance)
-  scores, uncertified = scorer(None, prompts, wanted)
-  assert uncertified.tolist() == [False] * len(prompts)
-  found, rows = label_tree.log_softmax(scores), np.arange(len(prompts))
-  np.testing.assert_allclose(
-    found[rows, wanted], expected[rows, wanted], rtol=0, atol=tolerance + 1e-4
-  )
-  best = label_tree.best(expected)
-  assert (label_tree.best(found) == best).all()
-  np.testing.assert_allclose(
-    np.take_along_axis(found, best, 1),
-    np.take_along_axis(expected, best, 1),
-    rtol=0,
-    atol=tolerance + 1e-4,
-  )
-
-
-def test_a_lax_search_runs_less(llama, monkeypatch):
-  """Or it would not be worth having."""
-  monkeypatch.setattr(scorer_lib, '_ROUND', 8)
-  rounds = []
-  for tolerance in (1e-3, 0.3):
-    scorer = make_scorer(llama[1], many_names(), long=1, tolerance=tolerance)
-    expand, calls = scorer._expand, []
-    scorer._expand = lambda *a, f=expand, c=calls: (c.append(1), f(*a))[1]
-    scorer(None, make_prompts((20, 20)))
-    rounds.append(len(calls))
-  assert 0 < rounds[1] < rounds[0]
-
-
-def test_what_is_not_certified_in_its_slots_is_scored_whole(llama, monkeypatch):
-  monkeypatch.setattr(scorer_lib, '_SLOTS', scorer_lib._ROUND)
-  prompts, counts = make_prompts(), []
-  scorer = make_scorer(llama[1], many_names(), long=1, tolerance=1e-6)
-  scores, uncertified = scorer(None, prompts, progress=counts.append)
-  assert uncertified.all()
-  assert sum(counts) == len(prompts)
-  np.testing.assert_array_equal(scores, whole_scores(llama[1], prompts, many_names()))
-
-
-def test_tolerance_zero_scores_whole_lists(llama):
-  scorer = make_scorer(llama[1], many_names(), long=1, tolerance=0.0)
-  assert not scorer.searches
-
-
-def test_a_search_compiles_once_per_width(llama):
-  scorer = make_scorer(llama[1], many_names(), long=1)
-  scorer(None, make_prompts((3, 32, 10)))
-  assert scorer._start._cache_size() == scorer._expand._cache_size() == 1
-  scorer(None, make_prompts((5, 40)))
-  assert scorer._start._cache_size() == scorer._expand._cache_size() == 2
 
 
 BEHAVIORS = (
@@ -251,7 +177,7 @@ def test_smollm2_scores_equal_one_forward_per_name(brute_force):
   encode = lambda text: base.tokenizer.encode(text, add_special_tokens=False)
   names = [encode(prompts_lib.answer_text(name)) for name in BEHAVIORS]
   prompts = [np.array(encode(log), np.int32) for log in LOGS]
-  found = whole_scores(base, prompts, names)
+  found = scores_of(base, prompts, names)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     base.folder, dtype=torch.float32
   ).eval()

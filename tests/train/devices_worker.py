@@ -95,7 +95,7 @@ class Reader:
 
 def train(sizes, whole, order):
   """Of a mesh: losses of three steps, bytes on a device, what is sent between
-  devices; if `whole`, scores after a search, too.
+  devices; if `whole`, scores, too.
   `order`: of the devices in the mesh, or None."""
   config = config_lib.default()
   config.train.update(
@@ -148,18 +148,16 @@ def train(sizes, whole, order):
   }
   if not whole:
     return result
-  config.score.softmax = 'vocabulary'  # A tree that is worth a search.
-  scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout, long=0)
   prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
-  scores, _ = scorer(state['adapter'], prompts)
-  config.score.softmax = 'names'
-  named, _ = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)(
-    state['adapter'], prompts
-  )
+
+  def scores(softmax):
+    config.score.softmax = softmax
+    scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)
+    return scorer(state['adapter'], prompts).tolist()
+
   return result | {
-    'scores': scores.tolist(),
-    'named': named.tolist(),
-    'compiled': scorer._expand._cache_size(),
+    'scores': scores('vocabulary'),
+    'named': scores('names'),
   }
 
 
