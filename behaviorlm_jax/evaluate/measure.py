@@ -77,10 +77,7 @@ def evaluate(this, folder, adapter, samples):
     )
     if len(drawn):
       validation = score(this, adapter, drawn, f'{folder.name}: validation')
-  shots = None if adapter is None else config.plan.shots
-  processes.on_primary(
-    evaluation.write, folder, this.prompts, test, validation, config, shots
-  )
+  processes.on_primary(evaluation.write, folder, this.prompts, test, validation, config)
 
 
 def measure_retention(this, folder, adapter):
@@ -99,13 +96,12 @@ def measure_retention(this, folder, adapter):
     )
 
 
-def score(this, adapter, samples, what, stop=preemption.check, past=True):
+def score(this, adapter, samples, what, stop=preemption.check):
   """What scorer.Scorer says of samples: evaluation.Scored.
 
-  `stop` is called between batches and may raise; `past`: whether questions show
-  the events before the sample.
+  `stop` is called between batches and may raise.
   """
-  questions = [this.prompts.question(p, past) for p in samples]
+  questions = [this.prompts.question(p) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
 
     def progress(done):
