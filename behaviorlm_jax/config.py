@@ -53,14 +53,11 @@ def default():
   )
   config.plan = _plan()
   config.difficulty = _section(
-    # random: uniform draws, nothing is scored | nll | error | margin | ifd |
-    # rho (score.difficulty has the formulas; nll did not earn its time here,
-    # see docs/results.md).
+    # random: uniform draws, nothing is scored | nll | error | margin
+    # (score.difficulty has the formulas; nll did not earn its time here, see
+    # docs/results.md).
     score='random',
     candidates=64,  # Samples scored per behavior, at most.
-    # Of rho: adapter, stage or work directory of the reference model; '': the
-    # untuned model.
-    reference='',
   )
   config.train = _section(
     steps=200,
@@ -206,21 +203,14 @@ def _plan():
     # Stage a learns anchors (the paper; it did not earn its place here, see
     # docs/results.md) | all | balanced (all, in turns).
     content='all',
-    # Training samples of each tail behavior that has at least 50; unset: all.
-    shots=config_dict.placeholder(int),
     conversation_share=0.2,  # Of the answer tokens of stage a.
     balanced_conversation_share=0.0,  # Of the answer tokens of stage b.
-    # Of stage b: balanced | tempered | effective (data.subset has the
-    # formulas) | natural (one pool of all behaviors).
+    # Of stage b: balanced | tempered (data.subset has the formulas) | natural
+    # (one pool of all behaviors).
     budget='balanced',
     per_behavior=20,  # Samples of each behavior in stage b's subset.
-    # The same for anchors; other budgets than balanced take the sum alone.
-    per_anchor=config_dict.placeholder(int),
     temper=0.5,  # Of the tempered budget: 0 is balanced, 1 natural.
-    effective_beta=0.999,  # Of the effective budget.
-    selection='weighted',  # weighted | hardest | middle | easiest.
-    gamma=1.0,  # Weighted: draw weight is difficulty ** gamma.
-    noise_cut=0.0,  # Share of a behavior's hardest candidates left out.
+    gamma=1.0,  # The weight of a draw is difficulty ** gamma.
     # Stage b (and content=balanced) also learns its windows' other events,
     # each weighted min(1, this times m_c / n_c) by its behavior's budget and
     # training samples, or 1 under the natural budget; 0: not. By default all
@@ -237,15 +227,11 @@ ABLATIONS = {
   },
   'no_difficulty': {
     'difficulty.score': 'random',
-    'difficulty.reference': '',
-    'plan.selection': 'weighted',
     'plan.gamma': 1.0,
-    'plan.noise_cut': 0.0,
   },
   'no_balance': {
     'plan.budget': 'natural',
     'plan.temper': 0.5,
-    'plan.effective_beta': 0.999,
   },
   'no_balanced_stage': {},
   'no_anchor_stage': {},
@@ -380,7 +366,7 @@ def field_names(config, prefix=''):
   return names
 
 
-_SCORED = ('nll', 'error', 'margin', 'ifd', 'rho')
+_SCORED = ('nll', 'error', 'margin')
 _STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())  # (): baselines alone.
 _LOSSES = ('answers', 'names', 'natural', 'balanced')
 _CHOICES = {
@@ -390,8 +376,7 @@ _CHOICES = {
   'score.dtype': ('auto', 'bfloat16', 'float32'),
   'score.softmax': ('vocabulary', 'names'),
   'plan.content': ('anchors', 'all', 'balanced'),
-  'plan.budget': ('balanced', 'tempered', 'effective', 'natural'),
-  'plan.selection': ('weighted', 'hardest', 'middle', 'easiest'),
+  'plan.budget': ('balanced', 'tempered', 'natural'),
   'difficulty.score': (*_SCORED, 'random'),
   'train.loss': _LOSSES,
   'train.balanced_loss': _LOSSES,
@@ -399,13 +384,8 @@ _CHOICES = {
 }
 # (field, another field, values of it without which the first changes nothing).
 _ONLY_WITH = (
-  ('plan.selection', 'difficulty.score', _SCORED),
   ('plan.gamma', 'difficulty.score', _SCORED),
-  ('plan.noise_cut', 'difficulty.score', _SCORED),
-  ('difficulty.reference', 'difficulty.score', ('rho',)),
-  ('plan.gamma', 'plan.selection', ('weighted',)),
   ('plan.temper', 'plan.budget', ('tempered',)),
-  ('plan.effective_beta', 'plan.budget', ('effective',)),
 )
 _MINIMA = {
   'lora.rank': 1,
@@ -445,8 +425,6 @@ _MINIMA = {
   'distributed.heartbeat': 1,
 }
 _OPTIONAL_MINIMA = {
-  'plan.per_anchor': 0,
-  'plan.shots': 0,
   'train.balanced_steps': 1,
   'train.balanced_learning_rate': 0,
 }
@@ -461,8 +439,6 @@ _SHARES = {
   'plan.conversation_share': 0.99,
   'plan.balanced_conversation_share': 0.99,
   'plan.temper': 1,
-  'plan.effective_beta': 0.999999,
-  'plan.noise_cut': 0.99,
 }
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax import seeds
-from behaviorlm_jax import setup
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import plan as plan_lib
@@ -61,11 +60,10 @@ def fingerprint(this, stage, adapter, sections):
     digest.update(part.encode())
   for conversation in this.conversations:
     digest.update(conversation.tokens.tobytes())
-  for one in (adapter, reference(this)):
-    one = this.layout.gather(one or {})
-    for name in sorted(one):
-      for side in ('a', 'b'):
-        digest.update(one[name][side].tobytes())
+  adapter = this.layout.gather(adapter or {})
+  for name in sorted(adapter):
+    for side in ('a', 'b'):
+      digest.update(adapter[name][side].tobytes())
   processes.assert_same({f'what decides stage {stage}': digest.hexdigest()})
   return digest.hexdigest()
 
@@ -143,30 +141,12 @@ def score_difficulty(this, adapter, folder, pools):
   )
   if not processes.exists(path):
     samples = np.concatenate(list(pools.values()))
-    score = lambda adapter, what, **options: (
-      measure.score(this, adapter, samples, f'{folder.name}: {what}', **options).scores
-    )
-    scores, others = score(adapter, 'difficulty'), None
-    if name == 'ifd':
-      others = score(adapter, 'without past', past=False)
-    elif name == 'rho':
-      others = score(reference(this), 'reference')
-    values = difficulty.compute(name, scores, this.events.behavior[samples], others)
+    scored = measure.score(this, adapter, samples, f'{folder.name}: difficulty')
+    values = difficulty.compute(name, scored.scores, this.events.behavior[samples])
     processes.on_primary(
       difficulty.write, path, this.events, samples, values, made_from
     )
   return difficulty.read(path, made_from)
-
-
-def reference(this):
-  """The adapter of difficulty.reference; None is the untuned model."""
-  config = this.config
-  if not config.difficulty.reference:
-    return None
-  folder = workdir_lib.adapter_folder(
-    config.difficulty.reference, 'difficulty.reference'
-  )
-  return setup.load_adapter(this, folder)
 
 
 def names(this, stage, plan):

@@ -14,8 +14,8 @@ over the vocabulary, and then compares stages b of 48 steps: of balanced
 or natural draws, by difficulty or at random; SASRec is beside them.
 
 configs/ablations.py:few_shot runs two stages and one where tail behaviors
-of 50 training events or more keep that many training samples, chosen by seed,
-more of them including fewer. Stage a learns anchors alone, so stage b is the
+of 50 training events or more keep that few of them, chosen by seed, more of
+them including fewer. Stage a learns anchors alone, so stage b is the
 first to see these; it teaches them as often as it draws them, for their natural
 frequency would hide them. Stage b takes 48 steps here, some two windows of each
 behavior, drawn at random, whose other events count, too.
@@ -186,14 +186,15 @@ def _one_pass(config):
 def _few_shot(config):
   config.methods = {'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
-    steps = {'balanced_steps': 48}
+    train = {'balanced_steps': 48}
     config.methods[f'two_stages_{shots}_shots'] = sweep.method(
       ('no_difficulty',),
       'no_balanced_stage',
-      fields={'plan': {'shots': shots, 'per_behavior': 2}, 'train': steps},
+      fields={'plan': {'per_behavior': 2}, 'train': train},
+      shots=shots,
     )
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
-      ('one_stage',), fields={'plan': {'shots': shots}, 'train': steps}
+      ('one_stage',), fields={'train': train}, shots=shots
     )
   config.order = (
     'no_balanced_stage',

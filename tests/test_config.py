@@ -68,7 +68,6 @@ TOO_SMALL = {
   'plan.min_context': 0,
   'plan.targets_per_row': 0,
   'plan.per_behavior': 0,
-  'plan.per_anchor': -2,
   'plan.gamma': -0.5,
   'difficulty.candidates': 0,
   'seed': -3,
@@ -85,7 +84,6 @@ NOT_A_CHOICE = {
   'train.loss': 'name',
   'train.balanced_loss': 'naturel',
   'score.softmax': 'list',
-  'plan.selection': 'hard',
 }
 
 
@@ -187,35 +185,18 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
       ),
     ),
     (
-      {'difficulty.score': 'random', 'plan.selection': 'middle'},
-      ("plan.selection is 'middle'", "difficulty.score is 'random'", 'nll or'),
-    ),
-    (
-      {'difficulty.score': 'random', 'plan.noise_cut': 0.1},
-      ('plan.noise_cut is 0.1', 'set plan.noise_cut=0.0'),
-    ),
-    (
       {'difficulty.score': 'random', 'plan.gamma': 2.0},
-      ('plan.gamma is 2.0', "difficulty.score is 'random'"),
-    ),
-    (
-      {'difficulty.score': 'nll', 'plan.selection': 'hardest', 'plan.gamma': 2.0},
-      ('plan.gamma is 2.0', 'set plan.gamma=1.0 or plan.selection to weighted'),
+      (
+        'plan.gamma is 2.0',
+        "difficulty.score is 'random'",
+        'set plan.gamma=1.0 or difficulty.score to nll or',
+      ),
     ),
     (
       {'plan.budget': 'natural', 'plan.temper': 0.3},
       ('plan.temper is 0.3', "plan.budget is 'natural'", 'to tempered'),
     ),
-    (
-      {'plan.effective_beta': 0.9},
-      ('plan.effective_beta is 0.9', "plan.budget is 'balanced'", 'effective'),
-    ),
-    (
-      {'difficulty.reference': 'runs/a'},
-      ("difficulty.reference is 'runs/a'", "is 'random'", 'to rho'),
-    ),
     ({'plan.temper': 1.5, 'plan.budget': 'tempered'}, ('plan.temper is 1.5',)),
-    ({'plan.noise_cut': 1.0}, ('plan.noise_cut is 1.0', 'from 0 to 0.99')),
     (
       {'sasrec.width': 50, 'sasrec.heads': 4},
       ('sasrec.width is 50', 'sasrec.heads is 4'),
@@ -273,18 +254,8 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
 @pytest.mark.parametrize(
   ('name', 'fields'),
   [
-    (
-      'no_difficulty',
-      {
-        'difficulty__score': 'rho',
-        'plan__noise_cut': 0.1,
-        'difficulty__reference': 'runs/a',
-      },
-    ),
     ('no_difficulty', {'difficulty__score': 'nll', 'plan__gamma': 2.0}),
-    ('no_difficulty', {'difficulty__score': 'nll', 'plan__selection': 'middle'}),
     ('no_balance', {'plan__budget': 'tempered', 'plan__temper': 0.3}),
-    ('no_balance', {'plan__budget': 'effective', 'plan__effective_beta': 0.9}),
   ],
 )
 def test_an_ablation_takes_along_what_would_change_nothing_then(name, fields):
@@ -494,7 +465,10 @@ def test_a_config_file_cannot_invent_a_field(tmp_path):
       '--config.lora.alpha=x',
       "lora.alpha is 'x'; it must be of type float, like 32.0.",
     ),
-    ('--config.plan.per_anchor=x', "plan.per_anchor is 'x'; it must be of type int."),
+    (
+      '--config.train.balanced_steps=x',
+      "train.balanced_steps is 'x'; it must be of type int.",
+    ),
     ('--config.seed=', "seed is ''; it must be of type int, like 0."),
   ],
 )

@@ -11,7 +11,6 @@ import pytest
 from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
-from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import setup
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
@@ -21,7 +20,6 @@ from behaviorlm_jax.evaluate import baselines
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.train import sharding
 
 STAGES = ('a_tuning', 'b_tuning')
@@ -199,35 +197,6 @@ def test_fitted_predictions_follow_from_the_log_probs(finished, arm):
     assert best >= adjusted.max() - 1e-4
 
 
-def test_few_shots_are_adjusted_by_what_could_be_learned(
-  finished, make_run_config, monkeypatch
-):
-  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 3)
-  monkeypatch.setattr(evaluation.adjust, 'fit_tau', lambda *_: 0.7)
-  events = events_lib.open_events(finished / 'events')
-  rng = np.random.default_rng(0)
-
-  def scored(split):
-    positions = samples_lib.eligible(events, split, make_run_config())[:9]
-    return evaluation.Scored(positions, rng.normal(size=(9, events.known)), [])
-
-  test, validation = scored('test'), scored('validation')
-  counts = np.array([b.train_count for b in events.behaviors[: events.known]])
-  moved = {}
-  for shots in (None, 1):
-    found = evaluation.fitted(events, test, validation, make_run_config(), shots)
-    moved[shots] = label_tree.log_softmax(test.scores) - found['adjusted'][1]
-    few = [
-      shots and b.group == 'tail' and b.train_count >= 3
-      for b in events.behaviors[: events.known]
-    ]
-    share = np.where(few, 1, counts) + 1
-    np.testing.assert_allclose(
-      moved[shots], np.tile(0.7 * np.log(share / share.sum()), (9, 1))
-    )
-  assert not np.allclose(moved[None], moved[1])
-
-
 def test_baselines_have_the_same_scores_on_the_same_samples(finished):
   found = read_json(finished / 'baselines.json')
   assert tuple(found) == baselines.NAMES
@@ -379,36 +348,6 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
     assert row['score'] == pytest.approx(-scores[behavior], abs=1e-4)
   chosen = set(targets_of(finished, 'b_tuning'))
   assert chosen <= {row['sample'] for row in rows}
-
-
-@pytest.mark.parametrize(
-  ('name', 'reference'), [('ifd', ''), ('rho', ''), ('rho', 'b_tuning')]
-)
-def test_difficulty_beside_something_else_is_what_both_scores_say(
-  finished, prompts, brute, copy_run, run_stages, monkeypatch, name, reference
-):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
-  workdir = copy_run('b_tuning')
-  run_stages(
-    {
-      'difficulty.score': name,
-      'train.balanced_steps': 1,
-      'difficulty.reference': reference and str(finished / reference),
-    },
-    workdir,
-    'b',
-  )
-  table = parquet.read_table(workdir / 'b_tuning/difficulty.parquet')
-  for row in table.to_pylist()[::9]:
-    true = prompts.events.behavior[row['sample']]
-    question = prompts.question(row['sample'])
-    log_p = brute('a_tuning', question)[true]
-    if name == 'ifd':
-      alone = prompts.question(row['sample'], past=False)
-      expected = log_p / brute('a_tuning', alone)[true]
-    else:
-      expected = brute(reference or None, question)[true] - log_p
-    assert row['score'] == pytest.approx(expected, abs=2e-4)
 
 
 def test_report_shows_tables_plots_and_examples(finished):

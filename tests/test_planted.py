@@ -1,8 +1,7 @@
 """Logs whose truth is known: what the stages must and must not find.
 
 The model is a random tiny one whose weights are large enough for an adapter to
-steer it. Some behaviors always follow others, as the hotel the airport; nothing
-announces the zoo and the fair.
+steer it. The hotel always follows the airport.
 """
 
 import datetime
@@ -20,10 +19,6 @@ from behaviorlm_jax import run as run_lib
 PLAIN = (
   {'airport': 'hotel'},
   {'home': 0.4, 'work': 0.3, 'gym': 0.14, 'cafe': 0.11, 'airport': 0.05},
-)
-NOISY = (
-  {'home': 'work', 'work': 'gym', 'gym': 'cafe'},
-  {'home': 0.8, 'zoo': 0.11, 'fair': 0.09},
 )
 FIELDS = {
   'data.anchor_share': 0.07,
@@ -123,21 +118,3 @@ def test_b_tuning_finds_what_a_tuning_alone_does_not(tuned):
   _, after = of(second('balanced', {'train.batch': 16}) / 'b_tuning')
   assert before['hotel'] == 0
   assert after['hotel'] > 0.6
-
-
-@pytest.mark.slow
-def test_cutting_or_discounting_noise_costs_no_anchors(tuned):
-  _, second = tuned('noisy', NOISY)
-  # Otherwise home, zoo and fair would be as likely, and rounding would choose.
-  kept = {'train.balanced_loss': 'natural'}
-  anchors = {}
-  for name, fields in (
-    ('random', {'difficulty.score': 'random'}),
-    ('cut', {'plan.noise_cut': 0.5}),
-    ('rho', {'difficulty.score': 'rho'}),
-  ):
-    scores, _ = of(second(name, kept | fields) / 'b_tuning')
-    anchors[name] = scores['anchor']['f1_macro']
-  assert anchors['random'] > 0.8  # Or there would be nothing to lose.
-  # Measured: random .91, cut .89, rho .92; .91 before stage b.
-  assert min(anchors.values()) > anchors['random'] - 0.05, anchors

@@ -56,8 +56,6 @@ _NO_ADAPTER = {
   '--workdir': 'stage b starts from stage a, but {place} (--workdir) holds '
   'no finished a_tuning/adapter; run stage a there, or give '
   '--config.init_from=DIR.',
-  'difficulty.reference': 'difficulty.reference is {place}, which holds no '
-  'finished adapter; give the folder of one.',
 }
 _OTHER = {'events': 'other events', 'base': 'another base model'}
 
@@ -189,8 +187,6 @@ def check_config(config, workdir):
       )
   if needs_stage_a(config) and 'a' not in config.stages:
     stage_a_adapter(config, workdir)
-  if config.difficulty.reference and 'b' in config.stages:
-    adapter_folder(config.difficulty.reference, 'difficulty.reference')
 
 
 def check_hosts(config, workdir):

@@ -56,8 +56,7 @@ def prepare(config, platform='tpu'):
     raise InputError('stages is (): this config trains nothing.')
   config = config_lib.of_stage(config, config.stages[0])
   # What random difficulty draws has the same shapes.
-  config.difficulty.update({'score': 'random', 'reference': ''})
-  config.plan.selection, config.plan.noise_cut = 'weighted', 0.0
+  config.difficulty.score = 'random'
   if config.model.dtype == 'auto':
     config.model.dtype = processor.fastest_dtype(platform)
   if config.score.dtype == 'auto':

@@ -152,12 +152,9 @@ class Prompts:
         'positions; lower it.'
       )
 
-  def question(self, position, past=True):
-    """Tokens int32 [n] that ask for the behavior of `position`.
-
-    `past`: whether they show the events before it.
-    """
-    start = self.question_start(position) if past else position
+  def question(self, position):
+    """Tokens int32 [n] that ask for the behavior of `position`."""
+    start = self.question_start(position)
     pieces = [self.header]
     for i in range(start, position):
       pieces += [*self.cut_line(i), self.names[self.events.behavior[i]]]

@@ -10,13 +10,9 @@ import functools
 
 import numpy as np
 
-from behaviorlm_jax import seeds
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 
-# Training events from which on plan.shots limits a tail behavior: below it,
-# learning from 50 samples could not be compared with learning from fewer.
-FEW_SHOT_FROM = 50
 _BLOCK = 1 << 20  # Events at a time.
 
 
@@ -40,12 +36,6 @@ class Rule:
   split: str
   min_context: int
   anchors_only: bool = False
-  # plan.shots leaves that many samples of each tail behavior with FEW_SHOT_FROM
-  # training events or more in the training split, the same ones for a seed:
-  # more shots add to them. The others may stand in a context, and are never
-  # learned.
-  shots: int | None = None
-  seed: int = 0
 
   def among(self, events, where):
     """Positions int64 of the samples among `where`, a slice or positions."""
@@ -59,18 +49,11 @@ class Rule:
     positions, behavior = positions[kept], behavior[kept]
     if self.anchors_only:
       return positions[anchor_mask(events)[behavior]]
-    if self.shots is not None:
-      limited, shots = _shots(events, self, FEW_SHOT_FROM)
-      at = np.searchsorted(shots, positions)
-      return positions[~limited[behavior] | (np.append(shots, -1)[at] == positions)]
     return positions
 
 
 def rule(split, config, anchors_only=False):
-  shots = config.plan.shots
-  if split != 'train' or anchors_only or shots is None:
-    return Rule(split, config.plan.min_context, anchors_only)
-  return Rule(split, config.plan.min_context, False, shots, config.seed)
+  return Rule(split, config.plan.min_context, anchors_only)
 
 
 class Samples:
@@ -132,36 +115,16 @@ def eligible(events, split, config, anchors_only=False):
 
 def counts(events, split, config):
   """int64 [known], samples of each behavior of a split."""
-  return _counts(events, rule(split, config), FEW_SHOT_FROM)
+  return _counts(events, rule(split, config))
 
 
 @functools.lru_cache(maxsize=8)
-def _counts(events, rule, few_shot_from):
-  del few_shot_from  # Only tests change it.
+def _counts(events, rule):
   total = np.zeros(events.known, np.int64)
   for positions in Samples(events, rule):
     total += np.bincount(events.behavior[positions], minlength=len(total))
   total.flags.writeable = False
   return total
-
-
-@functools.lru_cache(maxsize=8)
-def _shots(events, rule, few_shot_from):
-  """Which behaviors plan.shots limits, and the positions that it leaves them.
-
-  bool [known]; int64, sorted.
-  """
-  every, limited = (
-    dataclasses.replace(rule, shots=None),
-    few_shot_mask(train_counts(events), anchor_mask(events)),
-  )
-  sizes = _counts(events, every, few_shot_from)
-  ranks = {}
-  for b in np.flatnonzero(limited).tolist():
-    rng = seeds.stream(rule.seed, 'shots', str(b))
-    ranks[b] = draw_ranks(rng, sizes[b], rule.shots)
-  found = Samples(events, every).at_of_behaviors(ranks)
-  return limited, np.sort(np.concatenate([np.zeros(0, np.int64), *found.values()]))
 
 
 def draw_ranks(rng, size, most):
@@ -209,23 +172,6 @@ def anchor_mask(events):
 def train_counts(events):
   """int64 [known]: training events of each behavior."""
   return np.array([b.train_count for b in events.behaviors[: events.known]])
-
-
-def few_shot_mask(counts, anchor):
-  """bool [Y]: tail behaviors that plan.shots limits.
-
-  Args:
-    counts: int [Y], training events of each behavior.
-    anchor: bool [Y].
-  """
-  return ~anchor & (np.asarray(counts) >= FEW_SHOT_FROM)
-
-
-def learnable(counts, anchor, shots):
-  """int [Y]: the counts, of what plan.shots limits as many as it leaves."""
-  if shots is None:
-    return counts
-  return np.where(few_shot_mask(counts, anchor), np.minimum(counts, shots), counts)
 
 
 def by_behavior(events, positions):

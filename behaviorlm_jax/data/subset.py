@@ -19,30 +19,17 @@ def budgets(events, config):
   """m_c int64 [known]: samples that stage b draws of each behavior.
 
   With n_c training samples of a behavior, plan.budget makes m_c
-    balanced   plan.per_behavior, or plan.per_anchor
+    balanced   plan.per_behavior
     tempered   proportional to n_c ** plan.temper: 0 is balanced, 1 natural
-    effective  proportional to n_c (1 - beta) / (1 - beta ** n_c), beta =
-               plan.effective_beta: each sample as often as its weight in the
-               class-balanced loss (Cui et al., CVPR 2019)
   of the same sum, but for rounding and at least one sample of each behavior.
   The natural budget, a pool of all behaviors, has that sum, too.
   """
   plan = config.plan
   n = counts(events, config)
-  anchors = samples_lib.anchor_mask(events)
-  per_anchor = plan.per_anchor
-  if per_anchor is None:
-    per_anchor = plan.per_behavior
-  balanced = np.where(anchors, per_anchor, plan.per_behavior) * (n > 0)
-  if plan.budget in ('balanced', 'natural'):
+  balanced = plan.per_behavior * (n > 0)
+  if plan.budget != 'tempered':
     return balanced
-  samples = np.maximum(n, 1).astype(np.float64)
-  if plan.budget == 'tempered':
-    rates = samples**plan.temper
-  else:
-    beta = plan.effective_beta
-    rates = samples * (1 - beta) / (1 - beta**samples)
-  rates *= n > 0
+  rates = np.maximum(n, 1).astype(np.float64) ** plan.temper * (n > 0)
   shares = balanced.sum() * rates / max(rates.sum(), 1e-12)
   return np.where(n > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
 
@@ -76,7 +63,8 @@ def candidates(events, config, rng):
 def choose(pools, scores, events, config, rng):
   """Draws {behavior: positions}, as many of each behavior as its budget says.
 
-  A behavior with fewer candidates than that repeats all of them evenly.
+  The weight of a candidate is max(0, difficulty) ** plan.gamma. A behavior with
+  fewer candidates than its budget repeats all of them evenly.
 
   Args:
     pools: as `candidates` made them.
@@ -89,34 +77,12 @@ def choose(pools, scores, events, config, rng):
     size = int(sizes.sum() if b == NATURAL else sizes[b])
     if not size:
       continue
-    if scores is None:
-      subset[b] = weighted_draw(pool, np.ones(len(pool)), size, rng)
-    else:
+    weights = np.ones(len(pool))
+    if scores is not None:
       difficulty = np.array([scores[int(p)] for p in pool])
-      subset[b] = select(pool, difficulty, size, config.plan, rng)
+      weights = np.maximum(difficulty, 0) ** config.plan.gamma
+    subset[b] = weighted_draw(pool, weights, size, rng)
   return subset
-
-
-def select(positions, difficulty, size, plan, rng):
-  """`size` of one behavior's positions, by plan.selection.
-
-  The hardest plan.noise_cut of them are left out first: their labels may be
-  mere noise. Then
-    weighted                    drawn by max(0, difficulty) ** plan.gamma
-    hardest, middle, easiest    those at that end, or around the median
-  """
-  order = np.argsort(difficulty, kind='stable')
-  order = order[: max(1, round(len(order) * (1 - plan.noise_cut)))]
-  if plan.selection == 'weighted':
-    kept = np.sort(order)
-    weights = np.maximum(difficulty[kept], 0) ** plan.gamma
-    return weighted_draw(positions[kept], weights, size, rng)
-  positions = positions[order]
-  whole, rest = divmod(size, len(positions))
-  spare = len(positions) - rest
-  begin = {'easiest': 0, 'middle': spare // 2, 'hardest': spare}
-  begin = begin[plan.selection]
-  return np.concatenate([np.tile(positions, whole), positions[begin : begin + rest]])
 
 
 def weighted_draw(positions, weights, size, rng):

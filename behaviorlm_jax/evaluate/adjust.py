@@ -1,8 +1,7 @@
 """What is fitted on the validation split, on top of any predictor's log p.
 
   adjusted        log p(y | x) - tau log pi(y): post-hoc logit adjustment (Menon
-                  et al., ICLR 2021), pi the training frequencies, as far as
-                  plan.shots lets a model see them
+                  et al., ICLR 2021), pi the training frequencies
   mixed           a log p(y | x) + b log p_counts(y | x), normalised: what
                   counting knows need not be learned
   mixed_adjusted  the second, adjusted as the first

@@ -59,7 +59,7 @@ def summarize(events, samples, scores):
   )
 
 
-def write(folder, prompts, test, validation, config, shots=None):
+def write(folder, prompts, test, validation, config):
   """Writes what one arm predicted, and how good that is.
 
   Args:
@@ -68,16 +68,13 @@ def write(folder, prompts, test, validation, config, shots=None):
     test: Scored.
     validation: Scored, or None: nothing is fitted.
     config: the whole config.
-    shots: plan.shots, of an arm that was trained under it.
   """
   events = prompts.events
   summary = summarize(events, test.samples, test.scores)
   table = _predictions(prompts, test.samples, test.questions, test.scores)
   if validation is not None:
     summary['fitted'] = {}
-    for name, (numbers, scores) in fitted(
-      events, test, validation, config, shots
-    ).items():
+    for name, (numbers, scores) in fitted(events, test, validation, config).items():
       summary['fitted'][name] = {
         'validation_samples': len(validation.samples),
         **numbers,
@@ -96,21 +93,13 @@ def write(folder, prompts, test, validation, config, shots=None):
   files.write_json(folder / 'evaluation.json', summary)
 
 
-def fitted(events, test, validation, config, shots=None):
-  """{name: (numbers, scores of the test samples)} of adjust.NAMES.
-
-  With `shots` the prior is that of what they leave to learn from; the counts
-  that are mixed in are still those of all training events.
-  """
+def fitted(events, test, validation, config):
+  """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
   counted = [
     baselines.scores('markov', events, part.samples, config.data.history, config.seed)
     for part in (validation, test)
   ]
-  prior = adjust.log_prior(
-    samples_lib.learnable(
-      samples_lib.train_counts(events), samples_lib.anchor_mask(events), shots
-    )
-  )
+  prior = adjust.log_prior(samples_lib.train_counts(events))
   numbers = adjust.fit(
     label_tree.log_softmax(validation.scores),
     counted[0],

@@ -76,10 +76,7 @@ def evaluate(this, folder, adapter, samples):
     )
     if len(drawn):
       validation = score(this, adapter, drawn, f'{folder.name}: validation')
-  shots = None if adapter is None else config.plan.shots
-  processes.on_primary(
-    evaluation.write, folder, this.prompts, test, validation, config, shots
-  )
+  processes.on_primary(evaluation.write, folder, this.prompts, test, validation, config)
 
 
 def measure_retention(this, folder, adapter):
@@ -98,12 +95,9 @@ def measure_retention(this, folder, adapter):
     )
 
 
-def score(this, adapter, samples, what, past=True):
-  """What scorer.Scorer says of samples: evaluation.Scored.
-
-  `past`: whether questions show the events before the sample.
-  """
-  questions = [this.prompts.question(p, past) for p in samples]
+def score(this, adapter, samples, what):
+  """What scorer.Scorer says of samples: evaluation.Scored."""
+  questions = [this.prompts.question(p) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
 
     def progress(done):

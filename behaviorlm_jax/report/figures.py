@@ -93,27 +93,22 @@ def _changes(run, outcome):
 
 
 def _trade_off(run):
-  curves = {
-    stage.name: (stage.log_p('test'), run.log_prior(stage)) for stage in run.scored
-  }
-  curves = {name: curve for name, curve in curves.items() if curve[0] is not None}
+  curves = {stage.name: stage.log_p('test') for stage in run.scored}
+  curves = {name: log_p for name, log_p in curves.items() if log_p is not None}
   if not curves or run.anchor.all() or not run.anchor.any():
     return None
   stage = run.predicting[-1]
   samples, true = stage.column('sample'), run.encode(stage.column('behavior'))
-  curves['markov'] = (
-    baselines.scores(
-      'markov',
-      run.events,
-      samples,
-      stage.config['data']['history'],
-      stage.config['seed'],
-    ),
-    run.log_prior(),
+  curves['markov'] = baselines.scores(
+    'markov',
+    run.events,
+    samples,
+    stage.config['data']['history'],
+    stage.config['seed'],
   )
   curves = {
-    name: adjust.trade_off(adjust.first_choices(*curve), true, run.anchor)
-    for name, curve in curves.items()
+    name: adjust.trade_off(adjust.first_choices(log_p, run.log_prior), true, run.anchor)
+    for name, log_p in curves.items()
   }
   plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
   return Figure(

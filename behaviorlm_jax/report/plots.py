@@ -36,8 +36,6 @@ DIFFICULTY = {
   'nll': '-log p of the true behavior (nats)',
   'error': '1 - p of the true behavior',
   'margin': 'lead of the best other behavior (nats)',
-  'ifd': 'share of -log p that the past leaves',
-  'rho': "-log p above the reference model's (nats)",
 }
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24

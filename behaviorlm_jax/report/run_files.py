@@ -14,12 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data.events import open_events
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.evaluate import metrics
 
-TRAINED = ('a_tuning', 'b_tuning')
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 
 
@@ -112,19 +110,10 @@ class Run:
     """int64 [Y], training events of each behavior."""
     return np.array([b['train_count'] for b in self.behaviors])
 
-  def log_prior(self, stage=None):
-    """float64 [Y]: how frequent each behavior is in what a stage may learn.
-
-    Without a stage, or of one that is not trained, in the training split.
-    """
-    plan = (
-      {}
-      if stage is None or stage.key not in TRAINED
-      else (stage.config.get('plan', {}))
-    )
-    return adjust.log_prior(
-      samples_lib.learnable(self.counts, self.anchor, plan.get('shots'))
-    )
+  @functools.cached_property
+  def log_prior(self):
+    """float64 [Y]: how frequent each behavior is in the training split."""
+    return adjust.log_prior(self.counts)
 
   @functools.cached_property
   def by_frequency(self):

@@ -6,11 +6,6 @@ list after a prompt x and log p(y | x) their log-softmax:
   nll      -log p(y | x) of the true behavior y, in nats
   error    1 - p(y | x)
   margin   max over y' != y of s(y') - s(y), in nats; negative where y leads
-  ifd      nll / (-log p(y | x without its past)): how little the past helps
-           (after IFD of Cherry LLM, Li et al., NAACL 2024, whose prompt is
-           dropped whole; here the header and the time stay)
-  rho      nll - nll under a reference model (RHO-LOSS, Mindermann et al., ICML
-           2022): what is hard for the model alone, and not merely noise
 
 The table is an artifact: it carries the fingerprint of the events, the models
 and the candidates that made it, a finished one is reused, and one of another
@@ -26,15 +21,13 @@ from behaviorlm_jax.io import files
 from behaviorlm_jax.score import label_tree
 
 
-def compute(name, scores, true, others=None):
+def compute(name, scores, true):
   """The difficulty `name` of samples: float64 [n].
 
   Args:
     name: one of the module's, not 'random'.
     scores: s(y) float [n, Y].
     true: ids int [n].
-    others: of ifd and rho, s(y) of the same samples without their past or under
-      the reference model.
   """
   if name == 'margin':
     return _margin(scores, true)
@@ -44,10 +37,6 @@ def compute(name, scores, true, others=None):
       return loss
     case 'error':
       return -np.expm1(-loss)
-    case 'ifd':
-      return loss / np.maximum(nll(others, true), 1e-6)
-    case 'rho':
-      return loss - nll(others, true)
   raise AssertionError(name)
 
 

@@ -1,13 +1,14 @@
 """Many runs: methods x logs x seeds.
 
-Each run has a folder DIR/LOG/seedS/METHOD, a work directory like any other.
-Runs of one log and seed share the events, the evaluation of the untuned model
-and the baselines, and a method that starts from another's stage a takes its
-adapter. Runs whose rows stand in `config.results` with the same settings are
-not run again; a killed sweep goes on where it ended. After every run all rows
-are written to DIR (sweep.rows has the files), and to DIR/choices what the runs
-chose: where both take the place of those in `config.results`, runs of another
-machine are compared with them, those of a log and seed that it has a run of.
+Each run has a folder DIR/LOG/seedS/METHOD, or seedS_N_shots/METHOD, a work
+directory like any other. Runs of one log, seed and shots share the events, the
+evaluation of the untuned model and the baselines, and a method that starts from
+another's stage a takes its adapter. Runs whose rows stand in `config.results`
+with the same settings are not run again; a killed sweep goes on where it ended.
+After every run all rows are written to DIR (sweep.rows has the files), and to
+DIR/choices what the runs chose: where both take the place of those in
+`config.results`, runs of another machine are compared with them, those of a log
+and seed that it has a run of.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import bucket
 from behaviorlm_jax.sweep import choices
+from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import results
 from behaviorlm_jax.sweep import results_page
 from behaviorlm_jax.sweep import rows as rows_lib
@@ -55,7 +57,7 @@ class Job:
 
   @property
   def settings(self):
-    return results.settings_hash(self.config, self.origin)
+    return results.settings_hash(self.config, self.origin, self.method.shots)
 
   @property
   def finished(self):
@@ -110,7 +112,9 @@ def _job(config, workdir, log, seed, name):
   run.seed, run.data.events = seed, config.logs[log]
   for changes in (config.log_fields.get(log, {}), chosen.fields):
     run.update(changes)
-  place = pathlib.Path(workdir) / log / f'seed{seed}'
+  shots = '' if chosen.shots is None else f'_{chosen.shots}_shots'
+  folder = pathlib.Path(workdir) / log / f'seed{seed}{shots}' / name
+  origin = ''
   if chosen.start:
     if chosen.start not in config.order:
       raise InputError(
@@ -123,11 +127,11 @@ def _job(config, workdir, log, seed, name):
         f'config.methods.{name} starts from {chosen.start!r}, which has no '
         'stage a of its own; name the method that it starts from.'
       )
-    run.stages, run.init_from = ('b',), str(place / chosen.start)
+    start = _job(config, workdir, log, seed, chosen.start)
+    origin, run.stages, run.init_from = start.settings, ('b',), str(start.folder)
   run = config_lib.ablate(run, chosen.ablations)
   config_lib.check(run)
-  origin = chosen.start and _job(config, workdir, log, seed, chosen.start).settings
-  return Job(log, seed, name, chosen, place / name, run, origin)
+  return Job(log, seed, name, chosen, folder, run, origin)
 
 
 def run_all(config, workdir):
@@ -167,6 +171,8 @@ def run_job(job):
   if not set(job.method.fields) & set(_FIXED):
     for name, last in _SHARED:
       _take(job.folder, name, last)
+  if job.method.shots is not None and not (job.folder / 'events').exists():
+    few_shot.thin(job.config, job.folder, job.method.shots)
   run_lib.run(job.config, job.folder)
   for stage in ('a_tuning', 'b_tuning'):  # Adapters stay.
     shutil.rmtree(job.folder / stage / 'checkpoints', ignore_errors=True)

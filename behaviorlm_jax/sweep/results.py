@@ -10,13 +10,13 @@ from absl import logging
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import workspace as workdir_lib
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.report import compare
 from behaviorlm_jax.report import run_files
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.sweep import choices
+from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 
 METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro', 'ndcg@5')
@@ -24,10 +24,11 @@ METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro', 'ndcg@
 _MATCHED = '_matched'
 
 
-def settings_hash(config, origin='') -> str:
+def settings_hash(config, origin='', shots=None) -> str:
   """8 hex digits of what a config changes, but for seed and local paths.
 
-  `origin`: the hash of the run whose stage a it starts from, if any.
+  `origin`: the hash of the run whose stage a it starts from, if any; `shots`: of
+  a thinned log.
   """
   default = workdir_lib.as_dict(config_lib.default())
   changed = workdir_lib.flat(workdir_lib.as_dict(config))
@@ -37,6 +38,8 @@ def settings_hash(config, origin='') -> str:
   different = {
     name: value for name, value in changed.items() if value != default.get(name)
   }
+  if shots is not None:
+    different['plan.shots'] = shots
   text = (
     json.dumps(different, sort_keys=True) + origin + f'defaults {config_lib.DEFAULTS}'
   )
@@ -60,15 +63,16 @@ class Finished:
 
   def __init__(self, job):
     """`job`: what has log, seed, name, method, folder and config of a run."""
-    run = run_files.load(job.folder)
-    self.evaluations = dict(run.baselines)
+    run, whole = run_files.load(job.folder), job.method.shots is None
+    # What any run brings along is told of the whole log alone.
+    self.evaluations = dict(run.baselines) if whole else {}
     self.retention, self.arms = {}, {}
     self.log_p, self.by_tau, self.few_targets = {}, {}, {}
     self.anchor, self.cost, self.own = run.anchor, {}, set()
     self.deciles = dict(
       zip(rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True)
     )
-    self.few_shot = samples_lib.few_shot_mask(run.counts, run.anchor)
+    self.few_shot = np.isin([b['name'] for b in run.behaviors], few_shot.names(run))
     last = run.scored[-1]
     self.true = run.encode(last.column('behavior'))
     self.digest = choices.digest(run.ids, run.anchor, last.column('sample'), self.true)
@@ -80,22 +84,19 @@ class Finished:
         if name == job.name:
           self.own |= names
         self.cost[name] = _cost(job, stage)
-        if (
-          stage.key in run_files.TRAINED
-          and self.few_shot.any()
-          and (job.config.plan.shots is not None)
-        ):
+        if not whole and self.few_shot.any():
           self.few_targets[name] = _few_targets(run, stage, self.few_shot)
     if run.sasrec:
       names = self._add(run, run.sasrec, 'sasrec', counted)
       if not job.config.stages:  # Else it comes along, as counts do.
         self.own |= names
-    self._curve('markov', counted, run.log_prior())
-    for name, scores in (
-      ('markov', counted),
-      ('markov_adjusted', compare.counted(run, last, 'markov_adjusted')),
-    ):
-      self.arms[name] = compare.arm(run, last, label_tree.best(scores, 1)[:, 0])
+    if whole:
+      self._curve('markov', counted, run.log_prior)
+      for name, scores in (
+        ('markov', counted),
+        ('markov_adjusted', compare.counted(run, last, 'markov_adjusted')),
+      ):
+        self.arms[name] = compare.arm(run, last, label_tree.best(scores, 1)[:, 0])
 
   def _add(self, run, stage, name, counted):
     """A stage's predictor and those fitted on top of it; returns all names."""
@@ -113,12 +114,12 @@ class Finished:
     )
     log_p = stage.log_p('test')
     if log_p is not None:
-      self._curve(name, log_p, run.log_prior(stage))
+      self._curve(name, log_p, run.log_prior)
       mixed, weights = f'{name}_mixed', fitted['mixed']
       self._curve(
         mixed,
         adjust.mix(log_p, counted, weights['a'], weights['b']),
-        run.log_prior(stage),
+        run.log_prior,
       )
       self.arms[mixed] = dataclasses.replace(
         self.arms[mixed], log_p=self.log_p[mixed][np.arange(len(self.true)), self.true]
@@ -162,7 +163,7 @@ def _seconds(steps):
 def _method(job, stage):
   """What a stage's predictor is called in the tables, or None: left out."""
   if stage.key == 'base':
-    return 'untuned'
+    return 'untuned' if job.method.shots is None else None
   if stage.key == 'a_tuning' and tuple(job.config.stages) != ('a',):
     return None
   return job.name
@@ -195,7 +196,7 @@ def collect(jobs, contrasts, rows, folder):
       _add_scores(job, found, rows)
       add(job, found.own, found.arms, found.by_tau)
       choices.write(folder, job, found)
-      at_hand[found.digest] = found.arms['markov']
+      at_hand[found.digest] = next(iter(found.arms.values()))
   for job in jobs:
     if not job.finished:
       kept, by_tau = choices.read(folder, job, at_hand)

@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.io import files
 from behaviorlm_jax.report import blocks
 from behaviorlm_jax.report import plots
+from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 
 SCORES = (
@@ -53,10 +53,10 @@ def write(folder, methods, drawn):
           log,
           methods,
           (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
-          f'tail behaviors with {samples_lib.FEW_SHOT_FROM} training events '
+          f'tail behaviors with {few_shot.FROM} training events '
           'or more: mean F1, and targets of each that were taught, on '
-          'average, again and again or not. Counts (markov, and what is '
-          'mixed with it) are of all training events.',
+          'average, again and again or not. markov counts all training '
+          'events; what is mixed with it, those that its run could read.',
         )
         if _shots(rows)
         else ()
@@ -104,7 +104,7 @@ def _figures(folder, rows, methods, drawn):
         'few_shot.png',
         'Learning from few samples',
         'Mean F1 of the tail behaviors with '
-        f'{samples_lib.FEW_SHOT_FROM} training events or more, by how many '
+        f'{few_shot.FROM} training events or more, by how many '
         'samples of each there were to learn from; on average over the seeds.',
         'Lines of F1 against the number of samples.',
       )

@@ -27,8 +27,8 @@ RETENTION = (
 COST = (('training', 'seconds'), ('training', 'targets'))
 # Groups of behaviors by training frequency, the most frequent tenth first.
 DECILES = {f'decile_{i}': i for i in range(1, 11)}
-# Of tail behaviors that plan.shots would limit, and of runs where it does: how
-# many targets of each were taught, on average.
+# Of tail behaviors that sweep.few_shot would thin, and of runs where it does:
+# how many targets of each were taught, on average.
 FEW_SHOT = 'few_shot', 'f1_macro'
 FEW_TARGETS = 'few_shot', 'targets'
 # Columns of each file; those before `:` name a row.

@@ -19,7 +19,7 @@ def default():
   return config
 
 
-def method(ablations=(), start='', seeds=1, fields=None):
+def method(ablations=(), start='', seeds=1, fields=None, shots=None):
   """One method of a sweep.
 
   Args:
@@ -27,6 +27,8 @@ def method(ablations=(), start='', seeds=1, fields=None):
     start: method whose stage a it starts from; '': it runs its own.
     seeds: 1 runs seed 0 alone, 3 also 1 and 2.
     fields: {section: {field: value}} to change.
+    shots: training events that frequent tail behaviors keep (sweep.few_shot);
+      None: all.
   """
   return config_dict.ConfigDict(
     {
@@ -34,5 +36,6 @@ def method(ablations=(), start='', seeds=1, fields=None):
       'start': start,
       'seeds': seeds,
       'fields': fields or {},
+      'shots': shots,
     }
   )

@@ -115,14 +115,7 @@ def test_a_program_that_is_too_large_is_told_by_how_much():
 
 
 def test_stage_b_is_planned_without_difficulty(make_run_config):
-  config = make_run_config(
-    {
-      'stages': ('b',),
-      'difficulty.score': 'rho',
-      'difficulty.reference': 'elsewhere',
-      'plan.selection': 'hardest',
-    }
-  )
+  config = make_run_config({'stages': ('b',), 'difficulty.score': 'nll'})
   assert study.prepare(config).difficulty.score == 'random'
 
 

@@ -247,39 +247,6 @@ def test_neighbours_are_taught_with_class_balanced_weights(table, make_windows):
   assert natural.tolist() == [1.0] * table.known
 
 
-def test_neighbours_of_which_shots_leave_few_count_more(table, monkeypatch):
-  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 1)
-  tails = ~samples_lib.anchor_mask(table)
-  weights = [
-    subset_lib.neighbour_weights(
-      table, make_config(plan__per_behavior=2, plan__neighbours=0.5, plan__shots=shots)
-    )
-    for shots in (None, 2)
-  ]
-  assert (weights[0][tails] < 0.5).any()
-  np.testing.assert_array_equal(weights[1][tails], 0.5)
-  np.testing.assert_array_equal(weights[1][~tails], weights[0][~tails])
-
-
-def test_neighbours_that_shots_leave_out_are_context_alone(
-  table, make_windows, monkeypatch
-):
-  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 1)
-  tails = [b for b, item in enumerate(table.behaviors) if item.group == 'tail']
-  windows = make_windows(plan__shots=0)
-  weight_of = np.ones(table.known)
-  position = next(
-    p
-    for p in samples_lib.eligible(table, 'train', make_config(plan__shots=0))
-    if np.isin(table.behavior[p - 20 : p], tails).any() and p > 30
-  )
-  targets = windows.draw(position, weight_of).targets
-  assert not np.isin(table.behavior[list(targets)], tails).any()
-  assert np.isin(
-    table.behavior[list(make_windows().draw(position, weight_of).targets)], tails
-  ).any()
-
-
 def test_a_stage_without_samples_is_refused(table, make_windows):
   rng = np.random.default_rng(0)
   none = samples_lib.of_split(table, 'validation', make_config())

@@ -1,4 +1,4 @@
-"""Samples: who may be asked for or learned, and how many shots."""
+"""Samples: who may be asked for, or learned."""
 
 import numpy as np
 import pytest
@@ -28,52 +28,10 @@ def test_samples_have_enough_past_and_belong_to_the_split(table, config):
   assert (table.split[tests] == 2).all() and len(tests) == 12 + 1 + 2 + 16
 
 
-def test_what_can_be_learned_of_a_tail_is_what_shots_leave():
-  counts = np.array([900, 50, 49, 60, 55])
-  anchor = np.array([True, False, False, True, False])
-  assert samples_lib.learnable(counts, anchor, None) is counts
-  assert samples_lib.learnable(counts, anchor, 5).tolist() == [900, 5, 49, 60, 5]
-  assert samples_lib.learnable(counts, anchor, 52).tolist() == [900, 50, 49, 60, 52]
-
-
 def test_behaviors_of_the_test_split_alone_are_no_samples(make_events, config):
   events = make_events(['ababababzz'], train=0.8)
   object.__setattr__(events, 'known', 2)
   assert not len(samples_lib.eligible(events, 'test', config))
-
-
-def test_shots_limit_tails_with_many_events_and_more_shots_add(
-  table, config, monkeypatch
-):
-  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 5)
-  limited = np.flatnonzero(
-    samples_lib.few_shot_mask(
-      samples_lib.train_counts(table), samples_lib.anchor_mask(table)
-    )
-  )
-  counts = {b: table.behaviors[b].train_count for b in range(6)}
-  assert limited.tolist() == [
-    b for b, n in counts.items() if n >= 5 and table.behaviors[b].name in TAILS
-  ]
-  assert 0 < len(limited) < 3
-  every = samples_lib.eligible(table, 'train', config)
-  tests = samples_lib.eligible(table, 'test', config)
-  earlier = set()
-  for shots in (0, 1, 3, 1000):
-    config.plan.shots = shots
-    samples = samples_lib.eligible(table, 'train', config)
-    assert earlier <= set(samples) <= set(every)
-    earlier = set(samples)
-    for b in range(6):
-      whole = (table.behavior[every] == b).sum()
-      left = (table.behavior[samples] == b).sum()
-      assert left == (min(shots, whole) if b in limited else whole)
-    assert samples_lib.eligible(table, 'test', config).tolist() == (tests.tolist())
-  config.plan.shots, first = 1, samples
-  chosen = {tuple(samples_lib.eligible(table, 'train', config))}
-  for config.seed in range(1, 6):
-    chosen.add(tuple(samples_lib.eligible(table, 'train', config)))
-  assert len(chosen) > 1 and len(first) == len(every)
 
 
 def test_samples_fall_into_behaviors(table, config):
@@ -85,8 +43,6 @@ def test_samples_fall_into_behaviors(table, config):
 
 @pytest.mark.parametrize('block', [1, 7, 1000])
 def test_blocks_hold_whole_users_and_change_nothing(table, config, monkeypatch, block):
-  config.plan.shots = 3
-  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 5)
   every = samples_lib.eligible(table, 'train', config)
   monkeypatch.setattr(samples_lib, '_BLOCK', block)
   spans = list(samples_lib.spans(table))

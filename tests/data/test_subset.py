@@ -1,4 +1,4 @@
-"""Stage b's subset: budgets, candidates, the draw and the selection."""
+"""Stage b's subset: budgets, candidates and the draw."""
 
 import collections
 import itertools
@@ -25,50 +25,37 @@ def make_config(**fields):
 # Budgets.
 
 
-def test_balanced_budgets_are_equal_or_per_anchor(table):
-  assert (
-    subset_lib.budgets(table, make_config(plan__per_behavior=7)).tolist() == [7] * 6
-  )
-  assert (
-    subset_lib.budgets(
-      table, make_config(plan__per_behavior=7, plan__per_anchor=0)
-    ).tolist()
-    == [0] * 3 + [7] * 3
-  )
+def test_balanced_budgets_are_equal(table):
+  config = make_config(plan__per_behavior=7)
+  assert subset_lib.budgets(table, config).tolist() == [7] * 6
 
 
-@pytest.mark.parametrize(
-  ('fields', 'rate'),
-  [
-    ({'plan__budget': 'tempered', 'plan__temper': 0.5}, lambda n: n**0.5),
-    ({'plan__budget': 'tempered', 'plan__temper': 1.0}, lambda n: n),
-    ({'plan__budget': 'tempered', 'plan__temper': 0.0}, lambda n: n**0),
-    (
-      {'plan__budget': 'effective', 'plan__effective_beta': 0.9},
-      lambda n: n * 0.1 / (1 - 0.9**n),
-    ),
-    ({'plan__budget': 'effective', 'plan__effective_beta': 0.0}, lambda n: n),
-  ],
-)
-def test_other_budgets_follow_their_formula_and_have_the_same_sum(table, fields, rate):
-  config = make_config(plan__per_behavior=50, **fields)
+@pytest.mark.parametrize('temper', [0.0, 0.5, 1.0])
+def test_tempered_budgets_follow_their_formula_and_have_the_same_sum(table, temper):
+  config = make_config(
+    plan__per_behavior=50, plan__budget='tempered', plan__temper=temper
+  )
   samples = samples_lib.eligible(table, 'train', config)
   n = np.bincount(table.behavior[samples], minlength=6).astype(float)
   found = subset_lib.budgets(table, config)
-  np.testing.assert_allclose(found, 300 * rate(n) / rate(n).sum(), atol=0.5)
+  rates = n**temper
+  np.testing.assert_allclose(found, 300 * rates / rates.sum(), atol=0.5)
   assert abs(found.sum() - 300) <= 3
 
 
+@pytest.mark.parametrize('budget', ['balanced', 'tempered'])
 def test_a_budget_gives_every_learnable_behavior_one_sample_and_others_none(
-  table, monkeypatch
+  table, make_events, budget
 ):
-  monkeypatch.setattr(samples_lib, 'FEW_SHOT_FROM', 1)
   least = make_config(plan__per_behavior=1, plan__budget='tempered', plan__temper=1.0)
   assert subset_lib.budgets(table, least).min() == 1
-  none = make_config(plan__shots=0)
-  assert subset_lib.budgets(table, none).tolist() == [20] * 3 + [0] * 3
-  pools = subset_lib.candidates(table, none, np.random.default_rng(0))
-  assert set(pools) == {0, 1, 2}
+  # The first has too little past.
+  events, config = make_events(['zababababab']), make_config(plan__budget=budget)
+  names = [item.name for item in events.behaviors]
+  found = dict(zip(names, subset_lib.budgets(events, config).tolist(), strict=True))
+  assert found.pop('z') == 0 and min(found.values()) > 0 and set(found) == {*'ab'}
+  pools = subset_lib.candidates(events, config, np.random.default_rng(0))
+  assert {names[b] for b in pools} == {*'ab'}
 
 
 # Draws.
@@ -162,17 +149,6 @@ def test_gamma_zero_draws_uniformly_and_a_large_one_the_hardest(table):
     assert sorted(hard[b]) == hardest[b] != sorted(flat[b])
 
 
-def test_per_anchor_sets_the_anchors_apart(table):
-  pools = subset_lib.candidates(table, make_config(), np.random.default_rng(0))
-  tails = [b for b, item in enumerate(table.behaviors) if item.name in TAILS]
-  none = choose(table, pools, plan__per_anchor=0, plan__per_behavior=3)
-  assert {b: len(s) for b, s in none.items()} == dict.fromkeys(tails, 3)
-  some = choose(table, pools, plan__per_anchor=1, plan__per_behavior=3)
-  assert {b: len(s) for b, s in some.items()} == {
-    b: 3 if b in tails else 1 for b in pools
-  }
-
-
 def test_the_natural_budget_is_as_large_but_not_balanced(table):
   config = make_config(plan__budget='natural', difficulty__candidates=8)
   pools = subset_lib.candidates(table, config, np.random.default_rng(0))
@@ -180,54 +156,18 @@ def test_the_natural_budget_is_as_large_but_not_balanced(table):
     table, make_config(difficulty__candidates=8), np.random.default_rng(0)
   )
   assert len(pools[-1]) == sum(map(len, balanced.values()))
-  subset = choose(
-    table, pools, plan__budget='natural', plan__per_anchor=1, plan__per_behavior=4
-  )
-  assert len(subset[-1]) == 3 * 1 + 3 * 4
-  assert len(set(subset[-1].tolist())) == 15
+  subset = choose(table, pools, plan__budget='natural', plan__per_behavior=3)
+  assert len(subset[-1]) == 6 * 3
+  assert len(set(subset[-1].tolist())) == 18
 
 
-# Selection.
-
-
-def selection(difficulty, size, seed=0, **fields):
-  plan = make_config(**fields).plan
-  positions = np.arange(len(difficulty)) + 100
-  return subset_lib.select(
-    positions, np.array(difficulty), size, plan, np.random.default_rng(seed)
-  ).tolist()
-
-
-@pytest.mark.parametrize(
-  ('name', 'expected'),
-  [
-    ('hardest', {103, 106, 101}),
-    ('easiest', {105, 100, 102}),
-    ('middle', {102, 104, 101}),
-  ],
-)
-def test_selection_takes_an_end_or_the_median(name, expected):
-  difficulty = [0.1, 3.0, 0.2, 9.0, 1.0, 0.0, 5.0]
-  assert set(selection(difficulty, 3, plan__selection=name)) == expected
-  # All of them before any again.
-  more = collections.Counter(selection(difficulty, 10, plan__selection=name))
-  assert {p for p, n in more.items() if n == 2} == expected
-  assert set(more.values()) == {1, 2}
-
-
-@pytest.mark.parametrize('name', ['weighted', 'hardest', 'easiest', 'middle'])
-def test_the_noise_cut_leaves_the_hardest_out(name):
-  difficulty = np.random.default_rng(1).permutation(20).astype(float)
-  for seed in range(20):
-    chosen = selection(difficulty, 5, seed, plan__selection=name, plan__noise_cut=0.3)
-    assert max(difficulty[p - 100] for p in chosen) <= 13
-  assert selection([5.0], 2, plan__selection=name, plan__noise_cut=0.9) == [100, 100]
-
-
-def test_negative_difficulty_is_drawn_last_and_then_uniformly():
+def test_negative_difficulty_is_drawn_last_and_then_uniformly(table):
   difficulty, draws = [-3.0, -1.0, 2.0, 0.5], collections.Counter()
+  pools, config = {0: np.arange(4) + 100}, make_config(plan__per_behavior=3)
+  scores = dict(enumerate(difficulty, start=100))
   for seed in range(3000):
-    chosen = selection(difficulty, 3, seed)
+    rng = np.random.default_rng(seed)
+    chosen = subset_lib.choose(pools, scores, table, config, rng)[0].tolist()
     assert {102, 103} <= set(chosen)
     draws.update(chosen)
   chi = sum((draws[p] - 1500) ** 2 / 1500 for p in (100, 101))

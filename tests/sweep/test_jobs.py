@@ -1,6 +1,7 @@
 """Sweeps: what runs, what is shared, what is not run again, the rows."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -20,6 +21,7 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.evaluate import measure
 from behaviorlm_jax.sweep import choices
+from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import jobs
 from behaviorlm_jax.sweep import results
 from behaviorlm_jax.sweep import rows as rows_lib
@@ -587,29 +589,50 @@ def test_the_main_controls_have_three_seeds(tmp_path):
   }
 
 
-def test_targets_of_few_shot_behaviors_are_those_of_the_plan(
-  swept, make_sweep, monkeypatch
-):
-  monkeypatch.setattr(results.samples_lib, 'FEW_SHOT_FROM', 3)
-  (job,) = (
-    job
-    for job in jobs.jobs(make_sweep(swept / 'none'), swept)
-    if job.key == ('walks', 'drawn', 0)
+def test_a_run_of_few_shots_reads_a_log_of_its_own(make_sweep, tmp_path, monkeypatch):
+  monkeypatch.setattr(few_shot, 'FROM', 3)
+  config = make_sweep(tmp_path / 'none', order=('stage_a', 'few', 'few_one'))
+  config.methods.stage_a.seeds = 1
+  config.methods.few = settings.method(('no_difficulty',), 'stage_a', shots=2)
+  config.methods.few_one = settings.method(('one_stage',), shots=2)
+  config.contrasts = (('few', 'few_one'), ('few', 'stage_a'), ('few', 'markov'))
+  jobs.run_all(config, tmp_path)
+  whole, few, one = jobs.jobs(config, tmp_path)
+  assert (
+    few.settings != dataclasses.replace(few, method=settings.method(shots=3)).settings
   )
-  assert not results.Finished(job).few_targets  # Nothing was limited.
-  job.config.plan.shots = 2
-  rows = parquet.read_table(job.folder / 'b_tuning/plan.parquet')[
-    'segments'
-  ].to_pylist()
+  assert few.folder == tmp_path / 'walks/seed0_2_shots/few'
+  events = events_lib.open_events(few.folder / 'events')
+  # Siblings of as many shots share them, and what was measured on them.
+  for name in ('events/behaviors.json', 'base/evaluation.json', 'baselines.json'):
+    assert (few.folder / name).read_text() == (one.folder / name).read_text()
+  counts = {b.name: b.train_count for b in events.behaviors}
+  assert counts['airport'] == counts['hotel'] == 2
+  rows = {
+    (row['method'], row['group'], row['metric']): row
+    for row in read(tmp_path / 'results.csv')
+  }
+  rows_parquet = parquet.read_table(few.folder / 'b_tuning/plan.parquet')
   targets = [
     t
-    for row in rows
+    for row in rows_parquet['segments'].to_pylist()
     for segment in row
     if segment['kind'] == 'window'
     for t in segment['targets']
   ]
-  events = events_lib.open_events(job.folder / 'events')
   names = [events.behaviors[b].name for b in events.behavior[targets]]
   expected = (names.count('airport') + names.count('hotel')) / 2
-  assert results.Finished(job).few_targets == {'drawn': expected}
-  assert expected > 0
+  assert float(rows['few', 'few_shot', 'targets']['value']) == expected > 0
+  assert ('stage_a', 'few_shot', 'targets') not in rows  # Nothing was thinned.
+  assert {name for name, *key in rows if key == ['few_shot', 'f1_macro']} >= {
+    'few',
+    'few_one_mixed',
+    'stage_a',
+    'markov',
+  }
+  for name in ('markov', 'untuned'):  # Of the whole log.
+    assert rows[name, 'all', 'f1_macro']['settings'] == whole.settings
+  # Test events are the same, so all may be compared.
+  assert {
+    (row['method'], row['control']) for row in read(tmp_path / 'differences.csv')
+  } == set(config.contrasts)

@@ -1,0 +1,65 @@
+"""Logs of which frequent tail behaviors keep but a few training events.
+
+Prepared events are thinned, and not the file that they were read from: cuts,
+ids and groups stay those of the whole log, and with them the events of
+validation and test. A sample of these goes only where fewer than
+plan.min_context events are left before it.
+"""
+
+import hashlib
+import shutil
+
+import numpy as np
+
+from behaviorlm_jax import seeds
+from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.data import prepared
+from behaviorlm_jax.data.log import columns
+from behaviorlm_jax.io import files
+from behaviorlm_jax.report import run_files
+
+# Training events from which on a tail behavior is thinned: below it, learning
+# from 50 could not be compared with learning from fewer.
+FROM = 50
+
+
+def names(run):
+  """Of the behaviors that were thinned in a run_files.Run, or could be."""
+  tails = [b for b in run.behaviors if b['group'] == 'tail']
+  frequent = [b['name'] for b in tails if b['train_count'] >= FROM]
+  return run.summary.get('thinned', frequent)
+
+
+def thin(config, workdir, shots):
+  """Prepares a run's events with `shots` of each such behavior in training.
+
+  Which ones, the seed decides; more shots include fewer.
+  """
+  whole = workdir / 'whole'
+  shutil.rmtree(whole, ignore_errors=True)
+  config = workspace.pin_addresses(config, ['data.events'], [])
+  events, folder = prepared.load_events(config, whole), whole / 'events'
+  run, kept = run_files.load(whole), np.ones(len(events.user), bool)
+  behaviors = run_files.read_json(folder / 'behaviors.json', None)
+  for name in names(run):
+    b = run.ids[name]
+    found = np.flatnonzero((events.behavior == b) & (events.split == 0))
+    lost = seeds.stream(config.seed, 'shots', name).permutation(found)[shots:]
+    kept[lost] = False
+    behaviors[b]['count'] -= len(lost)
+    behaviors[b]['train_count'] -= len(lost)
+  table = {name: getattr(events, name)[kept] for name in columns.DTYPES}
+  table['first'] = np.searchsorted(table['user'], table['user'])
+  with columns.Writer(folder, columns.DTYPES) as writer:
+    writer.add(**table)
+  made_from = f'{events.fingerprint} {config.seed} {shots}'
+  summary = run.summary | {
+    'events': int(kept.sum()),
+    'thinned': names(run),
+    'fingerprint': hashlib.sha256(made_from.encode()).hexdigest(),
+  }
+  summary['splits']['train'] -= int((~kept).sum())
+  files.write_json(folder / 'behaviors.json', behaviors)
+  files.write_json(folder / 'summary.json', summary)
+  folder.rename(workdir / 'events')
+  whole.rmdir()
