@@ -8,6 +8,9 @@ refuses one.
 """
 
 import dataclasses
+from collections.abc import Sequence
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ CHIPS = {
 }
 
 
-def links(chip, group):
+def links(chip: Chip, group: Sequence[jax.Device]) -> int:
   """Over how many links a chip of a group receives, at best.
 
   Each dimension of the torus along which the group spreads brings two, or one

@@ -21,6 +21,8 @@ import hashlib
 import json
 import pathlib
 import zlib
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 import transformers
@@ -50,7 +52,7 @@ class Conversation:
   answers: np.ndarray
 
 
-def digest(found) -> str:
+def digest(found: Iterable[Conversation]) -> str:
   """SHA-256 of conversations in their order, tokens and answers."""
   total = hashlib.sha256()
   for conversation in found:
@@ -93,14 +95,18 @@ def read(
   return kept
 
 
-def openings(path: str | pathlib.Path):
+def openings(path: str | pathlib.Path) -> Iterator[tuple[str, chat.Messages]]:
   """Yields ('FILE line N', messages before the first answer)."""
   for where, messages in _conversations(pathlib.Path(path)):
     roles = [message['role'] for message in messages]
     yield where, messages[: roles.index('assistant')]
 
 
-def _encode(tokenizer, text: str, spans) -> Conversation:
+def _encode(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  text: str,
+  spans: list[tuple[int, int]],
+) -> Conversation:
   """Tokens of `text`; `spans` are [start, stop) of its answers in characters.
 
   The end of a token decides: its start is moved by tokenizers that leave blanks
@@ -116,7 +122,7 @@ def _encode(tokenizer, text: str, spans) -> Conversation:
   return Conversation(np.array(encoding['input_ids'], np.int32), answers)
 
 
-def _conversations(path: pathlib.Path):
+def _conversations(path: pathlib.Path) -> Iterator[tuple[str, chat.Messages]]:
   """Yields ('FILE line N', checked and cleaned messages)."""
   if not path.is_file():
     raise InputError(f'{path}: no such file; mend data.conversations')
@@ -132,7 +138,7 @@ def _conversations(path: pathlib.Path):
     raise InputError(f'{path} is empty; give one conversation a line')
 
 
-def _lines(path: pathlib.Path):
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   """Yields (number from 1, text) of the lines that are not blank."""
   n = 0
   opener = gzip.open if path.suffix == '.gz' else open
@@ -148,7 +154,7 @@ def _lines(path: pathlib.Path):
     ) from error
 
 
-def _messages(record, where: str) -> list[dict[str, str]]:
+def _messages(record: object, where: str) -> chat.Messages:
   messages = record.get('messages') if isinstance(record, dict) else None
   if not isinstance(messages, list):
     raise InputError(

@@ -17,6 +17,7 @@ import pathlib
 import shutil
 
 import numpy as np
+from ml_collections import config_dict
 
 from behaviorlm_jax.data.log import columns
 from behaviorlm_jax.data.log import join
@@ -47,7 +48,11 @@ class Events:
 
 
 def prepare(
-  data, place, folder: pathlib.Path, seed: int, origin: dict | None = None
+  data: config_dict.ConfigDict,
+  place: str | pathlib.Path | sources.Log,
+  folder: pathlib.Path,
+  seed: int,
+  origin: dict | None = None,
 ) -> dict:
   """Reads the log at `place` into the new `folder`; returns its summary.
 
@@ -65,13 +70,13 @@ def prepare(
     clean(folder)
 
 
-def clean(folder: pathlib.Path):
+def clean(folder: pathlib.Path) -> None:
   """Deletes what a run that was killed left beside `folder`."""
   for name in ('.whole', '.whole.tmp'):
     shutil.rmtree(folder.with_name(folder.name + name), ignore_errors=True)
 
 
-def open_events(folder) -> Events:
+def open_events(folder: str | pathlib.Path) -> Events:
   """Memory-maps a prepared folder, without a copy."""
   folder = pathlib.Path(folder)
   if list(folder.glob('part-*.arrow')):

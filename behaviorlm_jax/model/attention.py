@@ -14,6 +14,9 @@ Shapes: q [B, L, H, C]; k and v [B, L, K, C] with H a multiple of K; segments
 int32 [B, L]. B batch, L length, H query heads, K key-value heads, C head_dim.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -22,34 +25,43 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import families
 
 _LANES = 128  # Splash attention works on multiples of a TPU's vector width.
 _BLOCKS = (512, 256, _LANES)
 
 
-def causal_mask(segments):
+# (q, k, v, segments) -> y.
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def causal_mask(segments: jax.Array) -> jax.Array:
   """Mask [B, 1, L, L] of packed rows; segments int32 [B, L], 0 is padding."""
   length = segments.shape[1]
   return _same(segments) & jnp.tril(jnp.ones((length, length), bool))
 
 
-def _same(segments):
+def _same(segments: jax.Array) -> jax.Array:
   return segments[:, None, :, None] == segments[:, None, None, :]
 
 
-def masked_attention(q, k, v, mask):
+def masked_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
   """The reference, for any mask: bool [B, 1, L, M], k and v [B, M, K, C]."""
   return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def reference(q, k, v, segments):
+def reference(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> jax.Array:
   return masked_attention(q, k, v, causal_mask(segments))
 
 
 _BLOCK = 64  # Queries at a time: scores of a block stay in a CPU's cache.
 
 
-def blocked(q, k, v, segments):
+def blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
   """The reference in blocks of queries, for CPUs.
 
   A block sees only keys up to its own end, which saves up to half of the work.
@@ -59,12 +71,12 @@ def blocked(q, k, v, segments):
   return _by_position(y)
 
 
-def scaled(q):
+def scaled(q: jax.Array) -> jax.Array:
   # In float32: the factor may not exist in bfloat16.
   return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
-def grouped(q, k, v, mask):
+def grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
   """Masked attention of scaled queries; float32 [B, L, H, C].
 
   mask bool [B, 1, L, M], k and v [B, M, K, C].
@@ -82,22 +94,22 @@ def grouped(q, k, v, mask):
 # [B, K, M, C].
 
 
-def _by_key_head(q, kv_heads):
+def _by_key_head(q: jax.Array, kv_heads: int) -> jax.Array:
   batch, length, heads, size = q.shape
   q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
   return q.transpose(0, 2, 3, 1, 4)
 
 
-def _by_position(y):
+def _by_position(y: jax.Array) -> jax.Array:
   y = y.transpose(0, 3, 1, 2, 4)
   return y.reshape(*y.shape[:2], -1, y.shape[-1])
 
 
-def _rows(x):
+def _rows(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _bias(mask, groups, axis=1):
+def _bias(mask: jax.Array, groups: int, axis: int = 1) -> jax.Array:
   """float32 [B, 1, G L, M], to add to scores: 0 where mask [B, L, M], or -inf.
 
   `axis`: of the queries in mask, which may be the last. The barrier has XLA
@@ -109,7 +121,9 @@ def _bias(mask, groups, axis=1):
   return jax.lax.optimization_barrier(bias)
 
 
-def _attend(q, k, v, bias):
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Attention of rows q, float32, and the logsumexp of its scores [.., 1]."""
   scores = _products(q, k, 3, 3) + bias
   top = scores.max(axis=-1, keepdims=True)
@@ -120,7 +134,9 @@ def _attend(q, k, v, bias):
 
 
 @jax.custom_vjp
-def _blocked(q, k, v, segments):
+def _blocked(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> jax.Array:
   """Causal attention inside each segment; float32 [B, K, G, L, C].
 
   The backward pass computes the weights again, and multiplies in the dtype of
@@ -129,7 +145,9 @@ def _blocked(q, k, v, segments):
   return _blocked_forward(q, k, v, segments)[0]
 
 
-def _blocked_forward(q, k, v, segments):
+def _blocked_forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   groups, parts = q.shape[2], []
   for begin, end in _blocks(q.shape[3]):
     block = q[:, :, :, begin:end]
@@ -147,7 +165,9 @@ def _blocked_forward(q, k, v, segments):
   return y, (q, k, v, segments, y, sums)
 
 
-def _blocked_backward(saved, dy):
+def _blocked_backward(
+  saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array | None, ...]:
   """Scores stand transposed here, [B, K, M, G L].
 
   So every product but that of dq sums over the last axis of its first factor,
@@ -187,11 +207,11 @@ def _blocked_backward(saved, dy):
   )
 
 
-def _blocks(length):
+def _blocks(length: int) -> list[tuple[int, int]]:
   return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
 
 
-def _add_up(parts, length):
+def _add_up(parts: Sequence[jax.Array], length: int) -> jax.Array:
   """Sum of what the blocks say of keys, each of those up to its own end."""
   return jnp.concatenate(
     [
@@ -205,7 +225,7 @@ def _add_up(parts, length):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _products(x, y, x_axis, y_axis):
+def _products(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
   """One product per row and key head, in float32."""
   precision = 'highest' if x.dtype == jnp.float32 else None  # See decoder.
   return jax.lax.dot_general(
@@ -217,7 +237,7 @@ def _products(x, y, x_axis, y_axis):
   )
 
 
-def cudnn(q, k, v, segments):
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
   """cuDNN's flash attention: NVIDIA GPUs, half precision.
 
   cuDNN skips what lies above the diagonal; segments reach it as a mask, whose
@@ -234,7 +254,9 @@ def cudnn(q, k, v, segments):
   return y[:, :length]
 
 
-def pallas(q, k, v, segments, interpret=False):
+def pallas(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False
+) -> jax.Array:
   """Splash attention, a Pallas kernel for TPUs; `interpret` runs it anywhere.
 
   It knows grouped heads, and never visits blocks above the diagonal.
@@ -247,7 +269,7 @@ def pallas(q, k, v, segments, interpret=False):
   return y.swapaxes(1, 2)[:, :length]
 
 
-def _splash(length, heads, interpret):
+def _splash(length: int, heads: int, interpret: bool) -> Callable[..., jax.Array]:
   block = next(b for b in _BLOCKS if length % b == 0)
   sizes = splash_attention.BlockSizes(
     block_q=block,
@@ -268,7 +290,7 @@ def _splash(length, heads, interpret):
   )
 
 
-def _pad(multiple, *arrays):
+def _pad(multiple: int, *arrays: jax.Array) -> list[jax.Array]:
   """Axis 1 of each array, filled with zeros up to a multiple."""
   more = -arrays[0].shape[1] % multiple
   return [
@@ -287,7 +309,14 @@ _FASTEST = {'cpu': 'blocked', 'gpu': 'cudnn', 'tpu': 'pallas'}
 _KERNEL_OF = {'cudnn': 'gpu', 'pallas': 'tpu'}  # Opaque to XLA.
 
 
-def packed_attention(q, k, v, segments, implementation='reference', where=None):
+def packed_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array,
+  implementation: str = 'reference',
+  where: jax.sharding.NamedSharding | None = None,
+) -> jax.Array:
   """Causal attention inside each segment of packed rows.
 
   Args:
@@ -305,7 +334,7 @@ def packed_attention(q, k, v, segments, implementation='reference', where=None):
   return attend(q, k, v, segments)
 
 
-def on_each_device(attend, where):
+def on_each_device(attend: Attention, where: jax.sharding.NamedSharding) -> Attention:
   part = where.spec
   # Kernels do not declare over which axes their results vary.
   return jax.shard_map(
@@ -317,7 +346,14 @@ def on_each_device(attend, where):
   )
 
 
-def choose(wanted, device, config, dtype, rows, length):
+def choose(
+  wanted: str,
+  device: jax.Device,
+  config: families.DecoderConfig,
+  dtype: jax.typing.DTypeLike,
+  rows: int,
+  length: int,
+) -> str:
   """Name of the implementation that trains.
 
   Args:
@@ -343,7 +379,14 @@ def choose(wanted, device, config, dtype, rows, length):
   return 'reference'
 
 
-def _obstacle(name, device, config, dtype, rows, length):
+def _obstacle(
+  name: str,
+  device: jax.Device,
+  config: families.DecoderConfig,
+  dtype: jax.typing.DTypeLike,
+  rows: int,
+  length: int,
+) -> str | None:
   """Why `name` cannot serve, as part of a sentence, or None."""
   if name not in _KERNEL_OF:
     return None
@@ -355,7 +398,14 @@ def _obstacle(name, device, config, dtype, rows, length):
   return error and f'its kernel does not compile here ({error})'
 
 
-def compile_error(name, device, config, dtype, rows, length):
+def compile_error(
+  name: str,
+  device: jax.Device,
+  config: families.DecoderConfig,
+  dtype: jax.typing.DTypeLike,
+  rows: int,
+  length: int,
+) -> str | None:
   """First line of what stops the kernel's compilation with gradient, or None.
 
   Seconds, once, against a run that ends at its first step: cuDNN may be absent
@@ -367,7 +417,7 @@ def compile_error(name, device, config, dtype, rows, length):
   )
   segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
 
-  def total(q, k, v, segments):
+  def total(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     return jnp.sum(packed_attention(q, k, v, segments, name), dtype=jnp.float32)
 
   try:  # Missing cuDNN, its limits and the compilers' refusals.

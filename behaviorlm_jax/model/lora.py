@@ -8,6 +8,8 @@ starts at zero, so step 0 is exactly the base model.
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,12 @@ from behaviorlm_jax.io import files
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
 
+Adapter = dict[str, dict[str, jax.Array]]  # See the module.
 
-def shapes(config, rank, targets):
+
+def shapes(
+  config: families.DecoderConfig, rank: int, targets: Sequence[str]
+) -> dict[str, dict[str, tuple[int, ...]]]:
   """{projection: {'a': shape, 'b': shape}} for the chosen projections."""
   unknown = sorted(set(targets) - set(decoder.PROJECTIONS))
   if unknown or not targets:
@@ -37,7 +43,9 @@ def shapes(config, rank, targets):
   return result
 
 
-def init(config, rank, targets, key):
+def init(
+  config: families.DecoderConfig, rank: int, targets: Sequence[str], key: jax.Array
+) -> Adapter:
   """A fresh adapter.
 
   A is uniform in +-1/sqrt(in): PEFT's kaiming_uniform_(a=sqrt(5)) has the
@@ -52,7 +60,13 @@ def init(config, rank, targets, key):
   return adapter
 
 
-def attach(config, params, adapter, alpha, **options):
+def attach(
+  config: families.DecoderConfig,
+  params: Mapping[str, jax.Array],
+  adapter: Adapter | None,
+  alpha: float,
+  **options: object,
+) -> decoder.Decoder:
   """The decoder with base weights `params` and `adapter` (None: bare).
 
   `options`: remat, packed and backend of decoder.Decoder.
@@ -64,13 +78,19 @@ def attach(config, params, adapter, alpha, **options):
   return decoder.Decoder(config, params, pairs, alpha / rank, **options)
 
 
-def _module(name, layer):
+def _module(name: str, layer: int) -> str:
   """PEFT's path of one projection, from the same table as the import."""
   hf = families.LLAMA_NAMES[f'layers.{name}'].format(layer)
   return 'base_model.model.' + hf.removesuffix('.weight')
 
 
-def export(folder, adapter, alpha, base, revision=None):
+def export(
+  folder: str | pathlib.Path,
+  adapter: Adapter,
+  alpha: float,
+  base: str | pathlib.Path,
+  revision: str | None = None,
+) -> None:
   """Writes `adapter` as a PEFT folder.
 
   Args:
@@ -110,7 +130,7 @@ def export(folder, adapter, alpha, base, revision=None):
   half.rename(folder)
 
 
-def load(folder):
+def load(folder: str | pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
 
   Raises:
@@ -137,7 +157,7 @@ _FOREIGN = (
 )
 
 
-def _load(folder):
+def _load(folder: pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   settings = json.loads((folder / 'adapter_config.json').read_text())
   foreign = [name for name in _FOREIGN if settings.get(name)]
   if settings['peft_type'] != 'LORA' or foreign:

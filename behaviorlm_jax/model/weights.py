@@ -74,7 +74,9 @@ def open_base(address: str) -> Base:
   return _folder_base(address, path)
 
 
-def read_params(base: Base, dtype, place: Place | None = None) -> dict:
+def read_params(
+  base: Base, dtype: np.typing.DTypeLike, place: Place | None = None
+) -> dict:
   """Reads every parameter of `families.shapes`, layers stacked.
 
   Args:
@@ -104,7 +106,12 @@ def _read_all(
   return read((slice(None),) * len(shape))
 
 
-def _reader(tensor, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Read:
+def _reader(
+  tensor: Callable[[str, tuple[int, ...], Index], np.ndarray],
+  name: str,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+) -> Read:
   """`read(index)` of one parameter; `tensor` fetches Hugging Face's."""
   theirs = families.LLAMA_NAMES[name]
 

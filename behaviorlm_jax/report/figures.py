@@ -2,6 +2,8 @@
 seen. A figure whose files are missing is left out.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from behaviorlm_jax.evaluate import adjust
@@ -10,11 +12,12 @@ from behaviorlm_jax.report import compare
 from behaviorlm_jax.report import plots
 from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.blocks import Figure
+from behaviorlm_jax.report.verdict import Outcome
 
 FOLDER = 'report'
 
 
-def draw(run, outcome) -> list[Figure]:
+def draw(run: run_files.Run, outcome: Outcome | None) -> list[Figure]:
   """Draws what the files allow."""
   drawn = [
     _stages(run),
@@ -28,13 +31,13 @@ def draw(run, outcome) -> list[Figure]:
   return [figure for figure in drawn if figure]
 
 
-def _path(run, name):
+def _path(run: run_files.Run, name: str) -> Path:
   folder = run.workdir / FOLDER
   folder.mkdir(exist_ok=True)
   return folder / name
 
 
-def _stages(run):
+def _stages(run: run_files.Run) -> Figure | None:
   if not run.scored:
     return None
   labels, series = [s.name for s in run.scored], {}
@@ -67,7 +70,7 @@ def _stages(run):
   )
 
 
-def _changes(run, outcome):
+def _changes(run: run_files.Run, outcome: Outcome | None) -> Figure | None:
   panels = {
     against: [c for c in changes if c.interval]
     for against, changes in (outcome.contrasts if outcome else {}).items()
@@ -92,7 +95,7 @@ def _changes(run, outcome):
   )
 
 
-def _trade_off(run):
+def _trade_off(run: run_files.Run) -> Figure | None:
   curves = {
     stage.name: (stage.log_p('test'), run.log_prior(stage)) for stage in run.scored
   }
@@ -131,7 +134,7 @@ def _trade_off(run):
   )
 
 
-def _f1(run):
+def _f1(run: run_files.Run) -> Figure | None:
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
     return None
@@ -152,7 +155,7 @@ def _f1(run):
   )
 
 
-def _difficulty(run):
+def _difficulty(run: run_files.Run) -> Figure | None:
   rows = run_files.read_table(run.workdir / 'b_tuning/difficulty.parquet')
   if rows is None or not rows.num_rows:
     return None
@@ -173,7 +176,7 @@ def _difficulty(run):
   )
 
 
-def _targets(run):
+def _targets(run: run_files.Run) -> Figure | None:
   plans = {s.name: s.folder / 'plan.parquet' for s in run.stages}
   plans = {name: plan for name, plan in plans.items() if plan.is_file()}
   if not plans:
@@ -207,7 +210,7 @@ def _targets(run):
   )
 
 
-def _loss(run):
+def _loss(run: run_files.Run) -> Figure | None:
   panels = {
     stage.name: [
       [row[field] for row in stage.steps if row.get(key) is not None]

@@ -7,6 +7,7 @@ evaluation.json where it holds them; splits, intervals and examples from
 predictions.parquet.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from behaviorlm_jax.io import files
@@ -24,7 +25,9 @@ from behaviorlm_jax.report.blocks import Text
 from behaviorlm_jax.report.verdict import verdict
 
 
-def write(workdir, title, decode=None) -> None:
+def write(
+  workdir: str | Path, title: str, decode: Callable[[list[int]], str] | None = None
+) -> None:
   """Writes report.md, report.html and the figures of report/ in `workdir`.
 
   Args:
@@ -36,7 +39,9 @@ def write(workdir, title, decode=None) -> None:
   files.write_text(run.workdir / 'report.html', page.html(title, content, run.workdir))
 
 
-def contents(run, title, decode=None) -> list:
+def contents(
+  run: run_files.Run, title: str, decode: Callable[[list[int]], str] | None = None
+) -> list:
   """All that the report says, as blocks; draws the figures on the way."""
   outcome = compare.outcome(run)
   many = tables.behaviors(run)
@@ -68,7 +73,7 @@ def contents(run, title, decode=None) -> list:
   return content
 
 
-def summary(run) -> str:
+def summary(run: run_files.Run) -> str:
   anchors = int(run.anchor.sum())
   events, users = (run.summary.get(key, 0) for key in ('events', 'users'))
   text = [
@@ -86,7 +91,7 @@ def summary(run) -> str:
   return ' '.join(text + _headlines(run))
 
 
-def _headlines(run) -> list[str]:
+def _headlines(run: run_files.Run) -> list[str]:
   """The three main scores, stage by stage, beside the best baseline."""
   if not run.scored:
     return []
@@ -104,7 +109,7 @@ def _headlines(run) -> list[str]:
   return text
 
 
-def uncertified(run) -> list[Text]:
+def uncertified(run: run_files.Run) -> list[Text]:
   """How often a search was not certified, where stages noted it."""
   shares = [
     f'{stage.evaluation["uncertified"]:.1%} ({stage.name})'

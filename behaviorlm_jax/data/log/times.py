@@ -22,6 +22,8 @@ ordered by instant and shown by a local clock, and of local clocks alone.
 import collections
 import dataclasses
 import re
+from collections.abc import Iterator
+from typing import NoReturn
 
 import duckdb
 
@@ -120,12 +122,12 @@ class Seen:
   are such shapes.
   """
 
-  def __init__(self, con):
+  def __init__(self, con: duckdb.DuckDBPyConnection):
     self._con = con
     self._shapes = {}  # shape: (number, least, greatest text)
     self.day = self.month = self.hours = 0  # times that can be nothing else
 
-  def add(self, source: str):
+  def add(self, source: str) -> None:
     """Counts the column `moment` of a query."""
     found = self._con.execute(f"""
         SELECT translate(left(moment, 48), '012345678', '999999999') AS shape,
@@ -137,7 +139,7 @@ class Seen:
     if any(re.match(r'99?[-/.]99?[-/.]9999|9999999999$', shape) for shape, *_ in found):
       self._settle(source)
 
-  def _settle(self, source: str):
+  def _settle(self, source: str) -> None:
     # 13/01/2024 can only be a day, 01/13/2024 only a month first; 2034013123
     # is an hour or, less likely, seconds since 1970.
     part = (
@@ -168,7 +170,7 @@ def given(word: str, zone: str) -> Form | None:
   return check_zone(form, 'data.time_format')
 
 
-def check(word: str, zone: str):
+def check(word: str, zone: str) -> None:
   """Refuses values of data.time_format and data.time_zone that mean nothing."""
   with duckdb.connect() as con:
     if word and word not in WORDS:
@@ -254,7 +256,7 @@ def check_zone(form: Form, where: str) -> Form:
   return form
 
 
-def refuse_open(seen: Seen, where: str):
+def refuse_open(seen: Seen, where: str) -> NoReturn:
   """Says that day and month cannot be told apart."""
   raise InputError(
     f'{where}: times like {_quote(seen.shapes[0][1])} may have the day or '
@@ -267,7 +269,7 @@ def _quote(text: str) -> str:
   return repr(text if len(text) <= 40 else text[:40] + '...')
 
 
-def _readings(low: str, high: str):
+def _readings(low: str, high: str) -> Iterator[tuple[str, bool, bool]]:
   """Yields keys (name, instants, clock) of what may be read of a shape."""
   number = re.fullmatch(_NUMBER, low)
   if number:
@@ -281,7 +283,7 @@ def _readings(low: str, high: str):
         yield name, zone, clock
 
 
-def _numbers(low: str, high: str, whole: bool):
+def _numbers(low: str, high: str, whole: bool) -> Iterator[tuple[str, bool, bool]]:
   """The readings of numbers under which some lie in YEARS."""
   least, most, size = int(low), int(high), len(low)
   for name, unit in _UNITS.items():
@@ -344,7 +346,7 @@ def select(form: Form, source: str) -> str:
   )
 
 
-def _shown(form: Form, source: str, shift='0') -> str:
+def _shown(form: Form, source: str, shift: str = '0') -> str:
   """Adds `shift`, by the zone that is given or else by `shift`."""
   if form.zone:
     fixed = re.fullmatch(_FIXED, form.zone)
