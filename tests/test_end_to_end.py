@@ -75,7 +75,7 @@ def brute(finished, base):
   def scores(stage, prompt):
     adapter = alpha = None
     if stage:
-      adapter, alpha = lora.load(finished / stage / 'adapter')
+      adapter, alpha = lora.read_adapter(finished / stage / 'adapter')
     tokens = np.zeros((len(answers), LENGTH), np.int32)
     for row, answer in zip(tokens, answers, strict=True):
       row[: len(prompt) + len(answer)] = [*prompt, *answer]
@@ -387,7 +387,7 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
 def test_difficulty_beside_something_else_is_what_both_scores_say(
   finished, prompts, brute, copy_run, run_stages, monkeypatch, name, reference
 ):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
   workdir = copy_run('b_tuning')
   run_stages(
     {

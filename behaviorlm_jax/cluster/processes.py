@@ -69,7 +69,7 @@ def meet(settings: config_dict.ConfigDict) -> None:
   if settings.coordinator in ('', AUTO) or jax.distributed.is_initialized():
     return
   _check(settings)
-  rendezvous.meet(settings)
+  rendezvous.wait_for_all(settings)
 
 
 def start(settings: config_dict.ConfigDict) -> None:

@@ -28,7 +28,7 @@ _FAMILY = (
 _LONGEST = 10_000  # Characters of a line.
 
 
-def meet(settings: config_dict.ConfigDict) -> None:
+def wait_for_all(settings: config_dict.ConfigDict) -> None:
   """Returns when all processes are there.
 
   Args:

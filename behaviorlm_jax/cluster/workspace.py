@@ -170,7 +170,7 @@ def pin_addresses(
         for old in texts.split(',')
       ]
       pinned = [
-        hub.pin(part, name, found) if part.startswith(hub.PREFIX) else part
+        hub.pin_commit(part, name, found) if part.startswith(hub.PREFIX) else part
         for part in addresses_of
       ]
       config.update_from_flattened_dict({name: ','.join(pinned)})
@@ -336,7 +336,7 @@ def adapter_folder(place: str | pathlib.Path, name: str) -> pathlib.Path:
   """
   root = pathlib.Path(place)
   if bucket.is_address(place):
-    root = bucket.fetch(place, name, addresses.cache_dir(), _of_adapter)
+    root = bucket.fetch_copy(place, name, addresses.cache_dir(), _of_adapter)
   for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
     if (folder / 'adapter_config.json').exists():
       return folder

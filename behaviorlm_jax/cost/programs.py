@@ -27,7 +27,7 @@ def training(this: setup.Run, plan: plan_lib.Plan) -> jax.stages.Lowered:
 
   Args:
     this: setup.Run, of shapes only.
-    plan: from make_plan.
+    plan: from first_plan.
   """
   return _step(this, plan)[0].lower(*_arguments(this, plan))
 
@@ -53,7 +53,7 @@ def training_flops(this: setup.Run, plan: plan_lib.Plan) -> list[int]:
   return counts
 
 
-def make_plan(this: setup.Run) -> plan_lib.Plan:
+def first_plan(this: setup.Run) -> plan_lib.Plan:
   """The plan of the run's first stage.
 
   Stage b's is drawn as if no sample were more difficult than others: difficulty

@@ -47,7 +47,7 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
     ) from error
 
 
-def prepare(
+def settle(
   config: config_dict.ConfigDict, platform: str = 'tpu'
 ) -> config_dict.ConfigDict:
   """The config with what only a run of it on that platform would settle."""
@@ -99,7 +99,7 @@ def _excess(message: str) -> float | None:
   return float(needed) * units[unit] - float(there) * units[its_unit]
 
 
-def candidates(
+def alternatives(
   config: config_dict.ConfigDict, count: int
 ) -> Iterator[list[config_dict.ConfigDict]]:
   """Other meshes and remat policies: of each the configs with ever smaller
@@ -128,7 +128,7 @@ def costs(
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
   this = setup.open_run(config, workdir_lib.make(folder), layout, shapes_only=True)
-  plan = programs.make_plan(this)
+  plan = programs.first_plan(this)
   program, seconds, over = compiled(programs.training(this, plan))
   done, needed = programs.training_flops(this, plan)
   yield 'training step', roofline.Cost.of(program, layout, seconds, over, done, needed)
@@ -152,7 +152,7 @@ def search(
   smaller ones gather the weights more often, and do the same besides.
   """
   found, refused = [], 0
-  for others in candidates(config, len(devices)):
+  for others in alternatives(config, len(devices)):
     for other in others:
       try:
         ((_, cost),) = costs(other, devices, folder, scoring=False)

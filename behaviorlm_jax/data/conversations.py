@@ -52,7 +52,7 @@ class Conversation:
   answers: np.ndarray
 
 
-def digest(found: Iterable[Conversation]) -> str:
+def tokens_digest(found: Iterable[Conversation]) -> str:
   """SHA-256 of conversations in their order, tokens and answers."""
   total = hashlib.sha256()
   for conversation in found:
@@ -61,7 +61,7 @@ def digest(found: Iterable[Conversation]) -> str:
   return total.hexdigest()
 
 
-def read(
+def read_conversations(
   path: str | pathlib.Path,
   tokenizer: transformers.PreTrainedTokenizerFast,
   max_length: int,

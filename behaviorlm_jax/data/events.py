@@ -39,8 +39,8 @@ class Events:
   place: np.ndarray  # int32[n], index into places, -1 if none
   split: np.ndarray  # int8[n], index into SPLITS
   first: np.ndarray  # int64[n], position of the first event of the same user
-  users: columns.Names  # or any sequence of str
-  places: columns.Names
+  users: columns.MappedNames  # or any sequence of str
+  places: columns.MappedNames
   behaviors: list[Behavior]
   fingerprint: str
   known: int  # how many behaviors are candidates: all before the unseen
@@ -64,7 +64,7 @@ def prepare(
   clean(folder)
   try:
     log = sources.open_log(place)
-    shards.write(data, log, whole)
+    shards.write_shard(data, log, whole)
     return join.join(data, log, [whole], folder, seed, origin)
   finally:
     clean(folder)
@@ -90,9 +90,9 @@ def open_events(folder: str | pathlib.Path) -> Events:
   ]
   summary = json.loads((folder / 'summary.json').read_text('utf-8'))
   return Events(
-    **{name: columns.read(folder, name) for name in columns.DTYPES},
-    users=columns.Names(folder / 'users.arrow'),
-    places=columns.Names(folder / 'places.arrow'),
+    **{name: columns.read_column(folder, name) for name in columns.DTYPES},
+    users=columns.MappedNames(folder / 'users.arrow'),
+    places=columns.MappedNames(folder / 'places.arrow'),
     behaviors=behaviors,
     fingerprint=summary['fingerprint'],
     known=sum(item.group != 'unseen' for item in behaviors),

@@ -116,7 +116,7 @@ def named(text: str) -> str:
   return text.replace(str(_mirror.folder), _mirror.bucket.address)
 
 
-def fetch(
+def fetch_copy(
   address: str,
   field: str,
   cache: pathlib.Path,

@@ -1,9 +1,9 @@
 """Attention of packed training rows, by whatever the backend does fastest.
 
 Every implementation is a function (q, k, v, segments) -> y: causal attention
-inside each segment, with grouped heads. `choose` turns config.model.attention
-into one of their names before anything large is compiled; the reference says
-what is right, the others differ from it by rounding alone.
+inside each segment, with grouped heads. `choose_implementation` turns
+config.model.attention into one of their names before anything large is compiled;
+the reference says what is right, the others differ from it by rounding alone.
 
 Invariants:
   * A position attends to itself, padding (segment 0) included. So no softmax is
@@ -52,7 +52,7 @@ def masked_attention(
   return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def reference(
+def reference_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 ) -> jax.Array:
   return masked_attention(q, k, v, causal_mask(segments))
@@ -300,7 +300,7 @@ def _pad(multiple: int, *arrays: jax.Array) -> list[jax.Array]:
 
 
 IMPLEMENTATIONS = {
-  'reference': reference,
+  'reference': reference_attention,
   'blocked': blocked,
   'cudnn': cudnn,
   'pallas': pallas,
@@ -321,7 +321,7 @@ def packed_attention(
 
   Args:
     q, k, v, segments: see the module.
-    implementation: key of IMPLEMENTATIONS, from `choose`.
+    implementation: key of IMPLEMENTATIONS, from `choose_implementation`.
     where: NamedSharding of k, over rows and heads; None on a single device. XLA
       cannot divide a kernel, so each device runs it on its own part.
 
@@ -346,7 +346,7 @@ def on_each_device(attend: Attention, where: jax.sharding.NamedSharding) -> Atte
   )
 
 
-def choose(
+def choose_implementation(
   wanted: str,
   device: jax.Device,
   config: families.DecoderConfig,

@@ -9,12 +9,13 @@ Invariants:
     ...)` is all that training needs to tell them apart.
   * The caller says who attends to whom, so one forward pass serves packed
     training rows, prompts and the label tree.
-  * `backend` changes how things are computed, never what.
+  * `Execution` changes how things are computed, never what.
 
 Shapes in comments: B batch, L query length, M memory (cache) length, D embed,
 H query heads, K key-value heads, C head_dim, V vocab, R LoRA rank.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -240,7 +241,7 @@ class Layer(nnx.Module):
     constrain: Constrain,
   ):
     """between: dtype of what flows between the products; constrain: see
-    Decoder."""
+    Execution."""
     self.config = config
     self.between = between
     self.constrain = constrain
@@ -300,6 +301,27 @@ class Layer(nnx.Module):
     return self.o_proj(y.reshape(batch, length, -1)), (k, v)
 
 
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How a decoder is computed, never what.
+
+  Attributes:
+    remat: key of REMAT_POLICIES, applied to each layer.
+    packed: attention of packed rows.
+    backend: 'cpu', 'gpu' or 'tpu'; None: where this process runs.
+    constrain: says how activations are divided among devices. Left to itself
+      XLA gathers those of all rows where it should gather a layer's weights.
+  """
+
+  remat: str = 'none'
+  packed: attention.Attention = attention.reference_attention
+  backend: str | None = None
+  constrain: Constrain = lambda x, axes: x
+
+
+_PLAIN = Execution()
+
+
 class Decoder(nnx.Module):
   """Token ids to hidden states; `logits` is separate, for chosen positions."""
 
@@ -309,37 +331,29 @@ class Decoder(nnx.Module):
     params: Mapping[str, jax.Array],
     lora: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
     scale: float = 1.0,
-    remat='none',
-    packed=attention.reference,
-    backend=None,
-    constrain: Constrain = lambda x, axes: x,
+    how: Execution = _PLAIN,
   ):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
     Args:
       config: families.DecoderConfig.
-      params: base weights by our names (families.shapes), compute dtype.
+      params: base weights by our names (families.parameter_shapes), compute dtype.
       lora: {projection: (A, B)}, float32, or None for the bare base model.
       scale: alpha / rank.
-      remat: key of REMAT_POLICIES, applied to each layer.
-      packed: attention of packed rows, (q, k, v, segments) -> y.
-      backend: 'cpu', 'gpu' or 'tpu'; None: where this process runs.
-      constrain: (x, logical axes) -> x, which says how activations are divided
-        among devices. Left to itself XLA gathers those of all rows where it
-        should gather a layer's weights.
+      how: changes speed and memory alone.
     """
     self.config = config
-    self.constrain = constrain
-    self.remat = remat
-    self.packed = packed
-    self.on_cpu = (backend or jax.default_backend()) == 'cpu'
+    self.constrain = how.constrain
+    self.remat = how.remat
+    self.packed = how.packed
+    self.on_cpu = (how.backend or jax.default_backend()) == 'cpu'
     dtype = params['embed'].dtype
     # A CPU has no bfloat16 arithmetic outside of products: each operation would
     # convert there and back. Accelerators want the smaller arrays.
     between = jnp.dtype(jnp.float32) if self.on_cpu else dtype
     self.embed = nnx.Param(params['embed'])
     self.final_norm = nnx.Param(params['final_norm'])
-    self.layers = Layer(config, params, lora or {}, scale, between, constrain)
+    self.layers = Layer(config, params, lora or {}, scale, between, how.constrain)
     if not config.tied:
       self.head = nnx.Param(params['head'])
 

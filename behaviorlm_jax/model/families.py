@@ -122,7 +122,7 @@ PRESETS = {
 }
 
 
-def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Our parameter -> its shape; `layers.*` begin with the layer axis."""
   queries = config.heads * config.head_dim
   keys = config.kv_heads * config.head_dim
@@ -154,7 +154,7 @@ def hf_shapes(
   One by one: a damaged file may claim a billion layers, and whoever looks for
   them stops at the first that is missing.
   """
-  for name, shape in shapes(config).items():
+  for name, shape in parameter_shapes(config).items():
     if name.startswith('layers.'):
       for layer in range(config.layers):
         yield LLAMA_NAMES[name].format(layer), shape[1:]

@@ -35,7 +35,7 @@ def shapes(
       f'lora.targets: {unknown or "the empty list"} is not a choice of '
       f'projections; choose from {", ".join(decoder.PROJECTIONS)}.'
     )
-  kernels = families.shapes(config)
+  kernels = families.parameter_shapes(config)
   result = {}
   for name in targets:
     layers, out, into = kernels[f'layers.{name}']
@@ -69,13 +69,14 @@ def attach(
 ) -> decoder.Decoder:
   """The decoder with base weights `params` and `adapter` (None: bare).
 
-  `options`: remat, packed and backend of decoder.Decoder.
+  `options`: fields of decoder.Execution.
   """
+  how = decoder.Execution(**options)
   if adapter is None:
-    return decoder.Decoder(config, params, **options)
+    return decoder.Decoder(config, params, how=how)
   rank = next(iter(adapter.values()))['a'].shape[1]
   pairs = {name: (ab['a'], ab['b']) for name, ab in adapter.items()}
-  return decoder.Decoder(config, params, pairs, alpha / rank, **options)
+  return decoder.Decoder(config, params, pairs, alpha / rank, how)
 
 
 def _module(name: str, layer: int) -> str:
@@ -130,7 +131,9 @@ def export(
   half.rename(folder)
 
 
-def load(folder: str | pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
+def read_adapter(
+  folder: str | pathlib.Path,
+) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
 
   Raises:

@@ -77,7 +77,7 @@ def open_base(address: str) -> Base:
 def read_params(
   base: Base, dtype: np.typing.DTypeLike, place: Place | None = None
 ) -> dict:
-  """Reads every parameter of `families.shapes`, layers stacked.
+  """Reads every parameter of `families.parameter_shapes`, layers stacked.
 
   Args:
     base: what `open_base` returned.
@@ -93,7 +93,7 @@ def read_params(
   if base.folder is not None:
     tensor = safetensors_files.Files(base.folder, base.config).tensor
   result = {}
-  for name, shape in families.shapes(base.config).items():
+  for name, shape in families.parameter_shapes(base.config).items():
     read = _reader(tensor, name, shape, dtype)
     result[name] = place(name, shape, dtype, read)
   return result
@@ -208,7 +208,7 @@ def _folder_base(address: str, folder: Path) -> Base:
         'layout of Hugging Face.'
       )
   where = folder / 'config.json'
-  config = families.from_hf(safetensors_files.read_json(where), str(where))
+  config = families.from_hf(safetensors_files.read_json_object(where), str(where))
   stored = safetensors_files.stored_tensors(folder, config)
   return Base(
     config,
@@ -224,7 +224,7 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerFast:
   """Reads tokenizer.json as it stands: AutoTokenizer would rebuild that of a
   Llama with a pre-tokenizer of its own."""
-  if 'model' not in safetensors_files.read_json(folder / 'tokenizer.json'):
+  if 'model' not in safetensors_files.read_json_object(folder / 'tokenizer.json'):
     raise InputError(
       f'{_FIELD}: {folder / "tokenizer.json"} describes no tokenizer; fetch it again.'
     )

@@ -152,7 +152,7 @@ def paired(
   return float(before), change, _interval(change, np.array(changes))
 
 
-def outcome(run: run_files.Run) -> Outcome | None:
+def outcome(run: run_files.RunFiles) -> Outcome | None:
   """What the verdict needs; None where no stage predicted anything."""
   if not run.predicting or not len(run.predicting[-1].right):
     return None
@@ -186,7 +186,7 @@ def outcome(run: run_files.Run) -> Outcome | None:
 
 
 def _baseline_contrast(
-  run: run_files.Run,
+  run: run_files.RunFiles,
   final: run_files.Stage,
   scores: list[str],
   change: Callable[[str, str, Arm], Change],
@@ -205,7 +205,7 @@ def _baseline_contrast(
   }
 
 
-def counted(run: run_files.Run, stage: run_files.Stage, name: str) -> np.ndarray:
+def counted(run: run_files.RunFiles, stage: run_files.Stage, name: str) -> np.ndarray:
   """A baseline's scores for the samples of a stage: float32[n, Y]."""
   return baselines.scores(
     name,
@@ -226,14 +226,14 @@ def _change(
   return Change(score, name, before, after, interval)
 
 
-def arm(run: run_files.Run, stage: run_files.Stage, predicted: np.ndarray) -> Arm:
+def arm(run: run_files.RunFiles, stage: run_files.Stage, predicted: np.ndarray) -> Arm:
   """First choices int64[n] for the samples of a stage."""
   return Arm(
     run.encode(stage.column('behavior')), predicted, stage.column('user'), run.anchor
   )
 
 
-def _predicted(run: run_files.Run, stage: run_files.Stage) -> np.ndarray:
+def _predicted(run: run_files.RunFiles, stage: run_files.Stage) -> np.ndarray:
   return run.encode(stage.column('predicted'))
 
 

@@ -38,7 +38,9 @@ def pick(
   return np.array([i for _, _, i in turns[:count]], np.int64)
 
 
-def show(run: run_files.Run, decode: Callable[[list[int]], str] | None = None) -> list:
+def show(
+  run: run_files.RunFiles, decode: Callable[[list[int]], str] | None = None
+) -> list:
   """Blocks of ten predictions of the last stage, the other stages beside."""
   if not run.predicting:
     return []
@@ -52,7 +54,7 @@ def show(run: run_files.Run, decode: Callable[[list[int]], str] | None = None) -
 
 
 def _example(
-  run: run_files.Run,
+  run: run_files.RunFiles,
   final: run_files.Stage,
   number: int,
   index: int,

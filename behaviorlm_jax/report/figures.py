@@ -17,7 +17,7 @@ from behaviorlm_jax.report.verdict import Outcome
 FOLDER = 'report'
 
 
-def draw(run: run_files.Run, outcome: Outcome | None) -> list[Figure]:
+def draw(run: run_files.RunFiles, outcome: Outcome | None) -> list[Figure]:
   """Draws what the files allow."""
   drawn = [
     _stages(run),
@@ -31,13 +31,13 @@ def draw(run: run_files.Run, outcome: Outcome | None) -> list[Figure]:
   return [figure for figure in drawn if figure]
 
 
-def _path(run: run_files.Run, name: str) -> Path:
+def _path(run: run_files.RunFiles, name: str) -> Path:
   folder = run.workdir / FOLDER
   folder.mkdir(exist_ok=True)
   return folder / name
 
 
-def _stages(run: run_files.Run) -> Figure | None:
+def _stages(run: run_files.RunFiles) -> Figure | None:
   if not run.scored:
     return None
   labels, series = [s.name for s in run.scored], {}
@@ -70,7 +70,7 @@ def _stages(run: run_files.Run) -> Figure | None:
   )
 
 
-def _changes(run: run_files.Run, outcome: Outcome | None) -> Figure | None:
+def _changes(run: run_files.RunFiles, outcome: Outcome | None) -> Figure | None:
   panels = {
     against: [c for c in changes if c.interval]
     for against, changes in (outcome.contrasts if outcome else {}).items()
@@ -95,7 +95,7 @@ def _changes(run: run_files.Run, outcome: Outcome | None) -> Figure | None:
   )
 
 
-def _trade_off(run: run_files.Run) -> Figure | None:
+def _trade_off(run: run_files.RunFiles) -> Figure | None:
   curves = {
     stage.name: (stage.log_p('test'), run.log_prior(stage)) for stage in run.scored
   }
@@ -118,7 +118,7 @@ def _trade_off(run: run_files.Run) -> Figure | None:
     name: adjust.trade_off(adjust.first_choices(*curve), true, run.anchor)
     for name, curve in curves.items()
   }
-  plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
+  plots.trade_off_curves(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
   return Figure(
     f'{FOLDER}/trade_off.png',
     'Anchors against tail',
@@ -134,7 +134,7 @@ def _trade_off(run: run_files.Run) -> Figure | None:
   )
 
 
-def _f1(run: run_files.Run) -> Figure | None:
+def _f1(run: run_files.RunFiles) -> Figure | None:
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
     return None
@@ -155,8 +155,8 @@ def _f1(run: run_files.Run) -> Figure | None:
   )
 
 
-def _difficulty(run: run_files.Run) -> Figure | None:
-  rows = run_files.read_table(run.workdir / 'b_tuning/difficulty.parquet')
+def _difficulty(run: run_files.RunFiles) -> Figure | None:
+  rows = run_files.read_parquet(run.workdir / 'b_tuning/difficulty.parquet')
   if rows is None or not rows.num_rows:
     return None
   plots.difficulty_histogram(
@@ -176,7 +176,7 @@ def _difficulty(run: run_files.Run) -> Figure | None:
   )
 
 
-def _targets(run: run_files.Run) -> Figure | None:
+def _targets(run: run_files.RunFiles) -> Figure | None:
   plans = {s.name: s.folder / 'plan.parquet' for s in run.stages}
   plans = {name: plan for name, plan in plans.items() if plan.is_file()}
   if not plans:
@@ -210,7 +210,7 @@ def _targets(run: run_files.Run) -> Figure | None:
   )
 
 
-def _loss(run: run_files.Run) -> Figure | None:
+def _loss(run: run_files.RunFiles) -> Figure | None:
   panels = {
     stage.name: [
       [row[field] for row in stage.steps if row.get(key) is not None]

@@ -113,7 +113,7 @@ def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None
   _save(figure, path)
 
 
-def trade_off(
+def trade_off_curves(
   path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], taus: Sequence[float]
 ) -> None:
   """Tail against anchor macro-F1, a curve over tau for each predictor.

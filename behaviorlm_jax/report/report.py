@@ -25,7 +25,7 @@ from behaviorlm_jax.report.blocks import Text
 from behaviorlm_jax.report.verdict import verdict
 
 
-def write(
+def write_report(
   workdir: str | Path, title: str, decode: Callable[[list[int]], str] | None = None
 ) -> None:
   """Writes report.md, report.html and the figures of report/ in `workdir`.
@@ -33,14 +33,14 @@ def write(
   Args:
     decode: callable, token ids to text; shows the end of example prompts.
   """
-  run = run_files.load(Path(workdir))
+  run = run_files.read_run(Path(workdir))
   content = contents(run, title, decode)
   files.write_text(run.workdir / 'report.md', blocks.markdown(content))
   files.write_text(run.workdir / 'report.html', page.html(title, content, run.workdir))
 
 
 def contents(
-  run: run_files.Run, title: str, decode: Callable[[list[int]], str] | None = None
+  run: run_files.RunFiles, title: str, decode: Callable[[list[int]], str] | None = None
 ) -> list:
   """All that the report says, as blocks; draws the figures on the way."""
   outcome = compare.outcome(run)
@@ -65,7 +65,7 @@ def contents(
   content = [Heading(1, title)]
   if outcome:
     content.append(Text(Strong('Verdict.'), ' ' + verdict(outcome), lead=True))
-  content.append(Text(summary(run)))
+  content.append(Text(summary_text(run)))
   for heading, body in sections.items():
     body = [block for block in body or [] if block]
     if body:
@@ -73,7 +73,7 @@ def contents(
   return content
 
 
-def summary(run: run_files.Run) -> str:
+def summary_text(run: run_files.RunFiles) -> str:
   anchors = int(run.anchor.sum())
   events, users = (run.summary.get(key, 0) for key in ('events', 'users'))
   text = [
@@ -91,7 +91,7 @@ def summary(run: run_files.Run) -> str:
   return ' '.join(text + _headlines(run))
 
 
-def _headlines(run: run_files.Run) -> list[str]:
+def _headlines(run: run_files.RunFiles) -> list[str]:
   """The three main scores, stage by stage, beside the best baseline."""
   if not run.scored:
     return []
@@ -109,7 +109,7 @@ def _headlines(run: run_files.Run) -> list[str]:
   return text
 
 
-def uncertified(run: run_files.Run) -> list[Text]:
+def uncertified(run: run_files.RunFiles) -> list[Text]:
   """How often a search was not certified, where stages noted it."""
   shares = [
     f'{stage.evaluation["uncertified"]:.1%} ({stage.name})'

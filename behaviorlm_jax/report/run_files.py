@@ -72,7 +72,7 @@ class Stage:
 
   def log_p(self, split: str) -> np.ndarray | None:
     """log p float[n, Y] of every behavior for the scored samples, or None."""
-    table = read_table(self.folder / 'log_probs.parquet')
+    table = read_parquet(self.folder / 'log_probs.parquet')
     if table is None:
       return None
     table = table.filter(pc.equal(table.column('split'), split))
@@ -90,7 +90,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFiles:
   """What the work directory holds, in the form that the sections need."""
 
   workdir: Path
@@ -162,7 +162,7 @@ class Run:
     return max(found, key=lambda pair: pair[0], default=None)
 
 
-def load(workdir: Path) -> Run:
+def read_run(workdir: Path) -> RunFiles:
   behaviors = read_json(workdir / 'events/behaviors.json', [])
   known = [row for row in behaviors if row['group'] != 'unseen']
   found = {
@@ -171,13 +171,13 @@ def load(workdir: Path) -> Run:
       folder,
       read_json(folder / 'config.json', {}),
       read_json(folder / 'evaluation.json', None),
-      read_table(folder / 'predictions.parquet'),
+      read_parquet(folder / 'predictions.parquet'),
     )
     for key in (*STAGES, 'sasrec')
     if (folder := workdir / key).is_dir()
   }
   sasrec = found.pop('sasrec', None)
-  return Run(
+  return RunFiles(
     workdir,
     read_json(workdir / 'events/summary.json', {}),
     known,
@@ -214,5 +214,5 @@ def read_json_lines(path: Path) -> list[dict]:
   ]
 
 
-def read_table(path: Path) -> pa.Table | None:
+def read_parquet(path: Path) -> pa.Table | None:
   return pq.read_table(path) if path.is_file() else None

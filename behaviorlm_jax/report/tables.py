@@ -29,7 +29,7 @@ FITTED = {
 }
 
 
-def data(run: run_files.Run) -> Table:
+def data(run: run_files.RunFiles) -> Table:
   anchors = int(run.anchor.sum())
   rows = [(key.replace('_', ' '), _value(value)) for key, value in run.summary.items()]
   rows += [
@@ -45,7 +45,7 @@ def data(run: run_files.Run) -> Table:
   return Table(('what', 'value'), rows)
 
 
-def _scored(run: run_files.Run) -> list[tuple[str, dict]]:
+def _scored(run: run_files.RunFiles) -> list[tuple[str, dict]]:
   """(name, evaluation) of baselines and stages that have one."""
   rows = list(run.baselines.items())
   for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
@@ -57,7 +57,7 @@ def _scored(run: run_files.Run) -> list[tuple[str, dict]]:
   return rows
 
 
-def results(run: run_files.Run) -> Table:
+def results(run: run_files.RunFiles) -> Table:
   keys = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
   rows = [
     (name, *(scores['all'][key] for key in keys)) for name, scores in _scored(run)
@@ -72,7 +72,7 @@ def results(run: run_files.Run) -> Table:
   )
 
 
-def groups(run: run_files.Run) -> Table:
+def groups(run: run_files.RunFiles) -> Table:
   keys = ('accuracy@1', 'precision_weighted', 'f1_macro')
   names = [(group, key) for group in ('anchor', 'tail') for key in ('n', *keys)]
   rows = [
@@ -87,7 +87,7 @@ def groups(run: run_files.Run) -> Table:
   )
 
 
-def retention(run: run_files.Run) -> Table:
+def retention(run: run_files.RunFiles) -> Table:
   """What each stage still knows of the untuned model."""
   columns = (
     ('conversations', 'perplexity'),
@@ -179,7 +179,7 @@ def changes(outcome: Outcome | None) -> Table:
   )
 
 
-def context(run: run_files.Run) -> Table:
+def context(run: run_files.RunFiles) -> Table:
   """How much of each stage's skill is copying from its context."""
   head = ['stage']
   for where in ('in context', 'not in context'):
@@ -203,7 +203,7 @@ def context(run: run_files.Run) -> Table:
   )
 
 
-def behaviors(run: run_files.Run) -> Table:
+def behaviors(run: run_files.RunFiles) -> Table:
   """Every behavior, most frequent first."""
   stages = [(stage, run.per_behavior(stage)) for stage in run.predicting]
   if not stages:
@@ -232,7 +232,7 @@ def behaviors(run: run_files.Run) -> Table:
   )
 
 
-def times(run: run_files.Run) -> Table:
+def times(run: run_files.RunFiles) -> Table:
   """How fast each stage was trained; columns only for what was noted."""
   columns = {
     name: []
@@ -292,14 +292,14 @@ def _rate(steps: list[dict], key: str) -> float | None:
   return amount / seconds
 
 
-def files(run: run_files.Run) -> Table:
+def files(run: run_files.RunFiles) -> Table:
   return Table(
     ('file', 'content'),
     [(Mono(name), what) for name, what in FILES if (run.workdir / name).exists()],
   )
 
 
-def config(run: run_files.Run) -> Table:
+def config(run: run_files.RunFiles) -> Table:
   """One row per trained stage; the whole config is in its config.json."""
   keys = ('steps', 'batch', 'length', 'learning_rate', 'interpolation', 'loss')
   rows = []

@@ -60,7 +60,7 @@ class Finished:
 
   def __init__(self, job):
     """`job`: what has log, seed, name, method, folder and config of a run."""
-    run = run_files.load(job.folder)
+    run = run_files.read_run(job.folder)
     self.evaluations = dict(run.baselines)
     self.retention, self.arms = {}, {}
     self.log_p, self.by_tau, self.few_targets = {}, {}, {}

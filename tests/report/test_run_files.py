@@ -27,7 +27,7 @@ def test_the_prior_is_of_what_a_stage_could_learn(key, plan, left):
       ('fair', 9, 'tail'),
     )
   ]
-  run = run_files.Run(None, {}, behaviors, 0, {}, [])
+  run = run_files.RunFiles(None, {}, behaviors, 0, {}, [])
   stage = key and run_files.Stage(key, None, {'plan': plan}, {}, None)
   counts = np.array([900, left, 9]) + 1
   np.testing.assert_allclose(run.log_prior(stage), np.log(counts / counts.sum()))

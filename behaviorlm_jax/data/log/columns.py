@@ -66,12 +66,12 @@ class Writer:
         assert file.tell() == _HEADER, file.tell()
 
 
-def read(folder: pathlib.Path, name: str) -> np.ndarray:
+def read_column(folder: pathlib.Path, name: str) -> np.ndarray:
   """Maps a column; nothing of it is read before it is looked at."""
   return np.asarray(np.load(folder / f'{name}.npy', mmap_mode='r'))
 
 
-class Names(collections.abc.Sequence):
+class MappedNames(collections.abc.Sequence):
   """Mapped names, each read when it is asked for."""
 
   def __init__(self, path: pathlib.Path):

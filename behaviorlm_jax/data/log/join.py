@@ -190,7 +190,7 @@ def _open(
       _Shard(
         source,
         np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
-        {name: columns.read(source, name) for name in shards.COLUMNS},
+        {name: columns.read_column(source, name) for name in shards.COLUMNS},
         numbers['users'][i],
         np.append(numbers['places'][i], np.int32(-1)),
         numbers['names'][i],

@@ -1,6 +1,6 @@
 """Any log -> the rows that DuckDB orders: a table in one vocabulary.
 
-`read` leaves in the connection
+`read_rows` leaves in the connection
   rows    line BIGINT (sources.Log tells file and line), who, instant BIGINT
           (microseconds by which rows are ordered), shift BIGINT (seconds from
           there to the user's clock), what, place, team, reason, text; a
@@ -83,7 +83,7 @@ class Found:
   layout: str  # 'CSV, divided by ',', UTF-8 in gzip'
 
 
-def read(
+def read_rows(
   con: duckdb.DuckDBPyConnection,
   data: config_dict.ConfigDict,
   log: sources.Log,
@@ -93,7 +93,7 @@ def read(
 
   `data`: the config's section.
   """
-  times.check(data.time_format, data.time_zone)
+  times.check_settings(data.time_format, data.time_zone)
   con.execute(_TABLES + names.macros(data.nulls))
   columns = [
     data.columns.get(field) or (field if i < _REQUIRED else None)
@@ -131,7 +131,7 @@ class _Reader:
     word = self.data.time_format
     if not seen.shapes:
       return None
-    return times.choose(
+    return times.choose_form(
       seen, word if word in times.ORDERS else '', self.data.time_zone, self.where
     )
 
@@ -160,7 +160,7 @@ class _Reader:
 
     self.con.execute(
       _ABSORB.format(
-        timed=times.select(form, f'({tidy})'),
+        timed=times.select_instants(form, f'({tidy})'),
         no_user=none('user'),
         no_behavior=none('behavior'),
         longest=LONGEST_NAME,
@@ -236,7 +236,7 @@ class _Texts(_Reader):
         raise InputError(f'{file} cannot be read to its end: {error}') from error
 
   def _lines(
-    self, text: sources.Text, number: int, layouts: dict[str, None]
+    self, text: sources.TextFile, number: int, layouts: dict[str, None]
   ) -> Iterator[pa.RecordBatch]:
     cut, lines = None, []
     with text.open() as file:
@@ -253,7 +253,7 @@ class _Texts(_Reader):
         lines, number = lines[used:], number + used
 
   def _cutter(
-    self, text: sources.Text, lines: list[str], layouts: dict[str, None]
+    self, text: sources.TextFile, lines: list[str], layouts: dict[str, None]
   ) -> tuple[int, text_rows.Cut]:
     if text.start.startswith('{'):
       layout = 'JSON lines'
@@ -265,7 +265,7 @@ class _Texts(_Reader):
     layouts[f'{layout}, {text.described}'] = None
     return used, cut
 
-  def _stream(self, text: sources.Text, number: int) -> Iterator[pa.RecordBatch]:
+  def _stream(self, text: sources.TextFile, number: int) -> Iterator[pa.RecordBatch]:
     with text.open() as file:
       rows = text_rows.json_stream(text.path, file, self.columns)
       while some := list(itertools.islice(rows, _LINES)):

@@ -73,7 +73,7 @@ def new_folder(
     shutil.rmtree(half, ignore_errors=True)
 
 
-def write(
+def write_shard(
   data: config_dict.ConfigDict,
   place: str | pathlib.Path | sources.Log,
   folder: pathlib.Path,
@@ -87,7 +87,7 @@ def write(
   """
   log = sources.open_log(place)
   with new_folder(folder) as (half, con):
-    found = reader.read(con, data, log, shard)
+    found = reader.read_rows(con, data, log, shard)
     facts = _reject(con, data.max_rejected, log, half, found.rows)
     for table, column in _TABLES.items():
       columns.number_names(con, table, f'SELECT {column} AS name FROM parsed')

@@ -156,7 +156,7 @@ _COMPRESSIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class TextFile:
   """A text file: how it is compressed and encoded."""
 
   path: pathlib.Path
@@ -198,7 +198,7 @@ def is_parquet(path: pathlib.Path) -> bool:
   return found
 
 
-def open_text(path: pathlib.Path) -> Text:
+def open_text(path: pathlib.Path) -> TextFile:
   """Looks at the first bytes of a text file; refuses what is none."""
   with open(path, 'rb') as file:
     head = file.read(16)
@@ -216,7 +216,7 @@ def open_text(path: pathlib.Path) -> Text:
       raise InputError(f'{path} is {what}; save the log as CSV, JSON lines or Parquet')
   encoding = _encoding(head, path)
   start = head.decode(encoding, 'replace').lstrip()
-  return Text(path, compression, encoding, start)
+  return TextFile(path, compression, encoding, start)
 
 
 def _encoding(head: bytes, path: pathlib.Path) -> str:

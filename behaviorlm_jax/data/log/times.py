@@ -1,7 +1,7 @@
 """Times of a log: which form a whole column has, and SQL that reads it.
 
 A form is found from the column and never from one row: `Seen` counts the shapes
-of its times (every digit a 9), `choose` takes the form that reads most of them
+of its times (every digit a 9), `choose_form` takes the form that reads most of them
 and refuses what the column leaves open. A row of another form is malformed.
 
 Read are, by what `data.time_format` calls them:
@@ -170,7 +170,7 @@ def given(word: str, zone: str) -> Form | None:
   return check_zone(form, 'data.time_format')
 
 
-def check(word: str, zone: str) -> None:
+def check_settings(word: str, zone: str) -> None:
   """Refuses values of data.time_format and data.time_zone that mean nothing."""
   with duckdb.connect() as con:
     if word and word not in WORDS:
@@ -197,7 +197,7 @@ def check(word: str, zone: str) -> None:
 _FIXED = r'([+-])(\d\d):?(\d\d)'
 
 
-def choose(seen: Seen, word: str, zone: str, where: str) -> Form | None:
+def choose_form(seen: Seen, word: str, zone: str, where: str) -> Form | None:
   """The form of a column; None where its order of day and month is open.
 
   Args:
@@ -292,7 +292,7 @@ def _numbers(low: str, high: str, whole: bool) -> Iterator[tuple[str, bool, bool
       yield name, True, True
   if least < LAST // _DAY + _SERIAL_ZERO and most >= FIRST // _DAY + _SERIAL_ZERO:
     yield 'serial', False, not whole
-  # Ten digits are taken for seconds, or refused: see `choose`.
+  # Ten digits are taken for seconds, or refused: see `choose_form`.
   if whole and size in (8, 12, 14) and (low[:4] <= '2100' and high[:4] >= '1990'):
     yield 'compact', False, size > 8
 
@@ -316,7 +316,7 @@ def _sql_normal(text: str) -> str:
 # SQL.
 
 
-def select(form: Form, source: str) -> str:
+def select_instants(form: Form, source: str) -> str:
   """A query: all columns of `source` and, of its `moment`, two more.
 
   instant  BIGINT, microseconds since 1970 by which rows are ordered; NULL:

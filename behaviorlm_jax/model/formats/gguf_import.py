@@ -57,10 +57,12 @@ def convert(path: Path, folder: Path) -> None:
     raise gguf_header.corrupt(path, error) from error
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, tensors, path)
-  tokenizer = gguf_tokenizer.build(fields, path)
+  tokenizer = gguf_tokenizer.build_tokenizer(fields, path)
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / 'tokenizer.json'))
-  files.write_json(folder / 'tokenizer_config.json', gguf_tokenizer.config(fields))
+  files.write_json(
+    folder / 'tokenizer_config.json', gguf_tokenizer.tokenizer_config(fields)
+  )
   if template := fields.get('tokenizer.chat_template'):
     (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
   hf_config = families.to_hf(config) | {'dtype': 'float32'}

@@ -69,7 +69,7 @@ def stored_tensors(folder: Path, config: families.DecoderConfig) -> dict[str, St
   return stored
 
 
-def read_json(path: Path) -> dict:
+def read_json_object(path: Path) -> dict:
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
@@ -92,7 +92,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
       f'{_FIELD}: the folder {folder} has neither {_WEIGHTS} nor {_INDEX}; '
       'give a folder with safetensors weights.'
     )
-  places = read_json(folder / _INDEX).get('weight_map')
+  places = read_json_object(folder / _INDEX).get('weight_map')
   if not isinstance(places, dict) or not all(
     isinstance(name, str) for name in places.values()
   ):
