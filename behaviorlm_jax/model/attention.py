@@ -28,6 +28,7 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families
 
 _LANES = 128  # Splash attention works on multiples of a TPU's vector width.
+# The largest that divides a length is taken; _pad sees to it that one does.
 _BLOCKS = (512, 256, _LANES)
 
 
@@ -38,10 +39,13 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 def causal_mask(segments: jax.Array) -> jax.Array:
   """Mask [B, 1, L, L] of packed rows; segments int32 [B, L], 0 is padding."""
   length = segments.shape[1]
+  # Segments lie one behind the other in a row, so the order of the row is that
+  # inside each of them.
   return _same(segments) & jnp.tril(jnp.ones((length, length), bool))
 
 
 def _same(segments: jax.Array) -> jax.Array:
+  # The axis of length 1 is that of heads: one mask for all.
   return segments[:, None, :, None] == segments[:, None, None, :]
 
 
@@ -49,6 +53,8 @@ def masked_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """The reference, for any mask: bool [B, 1, L, M], k and v [B, M, K, C]."""
+  # It scales by C ** -0.5, repeats grouped heads and has its softmax in float32
+  # whatever the dtype of q.
   return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
@@ -66,6 +72,7 @@ def blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> ja
 
   A block sees only keys up to its own end, which saves up to half of the work.
   """
+  # Queries are scaled rather than scores: C numbers each instead of M.
   q = _by_key_head(scaled(q), k.shape[2])
   y = _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segments)
   return _by_position(y)
@@ -96,6 +103,7 @@ def grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
 
 def _by_key_head(q: jax.Array, kv_heads: int) -> jax.Array:
   batch, length, heads, size = q.shape
+  # Query heads of one key head are neighbors: h attends by key head h // G.
   q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
   return q.transpose(0, 2, 3, 1, 4)
 
@@ -116,6 +124,7 @@ def _bias(mask: jax.Array, groups: int, axis: int = 1) -> jax.Array:
   make the bias once: it would work out the mask again for every score of every
   head, which takes longer than the products.
   """
+  # The G query heads of a key head have one mask.
   mask = jnp.concatenate([mask] * groups, axis=axis)[:, None]
   bias = jnp.where(mask, jnp.float32(0), -jnp.inf)
   return jax.lax.optimization_barrier(bias)
@@ -126,9 +135,13 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of rows q, float32, and the logsumexp of its scores [.., 1]."""
   scores = _products(q, k, 3, 3) + bias
+  # The largest score goes out first, so no exp overflows. It is finite, as each
+  # query sees a key at least: -inf less it is -inf, of weight zero.
   top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
+  # Divided at the end: C numbers a row instead of M, and the total is that of
+  # the weights before they are rounded.
   y = _products(weights.astype(q.dtype), v, 3, 2) / total
   return y, top + jnp.log(total)
 
@@ -151,6 +164,7 @@ def _blocked_forward(
   groups, parts = q.shape[2], []
   for begin, end in _blocks(q.shape[3]):
     block = q[:, :, :, begin:end]
+    # Of the mask of all up to `end`, the rows of this block.
     bias = _bias(causal_mask(segments[:, :end])[:, 0, begin:], groups)
     parts.append(
       [
@@ -158,6 +172,8 @@ def _blocked_forward(
         for x in _attend(_rows(block), k[:, :, :end], v[:, :, :end], bias)
       ]
     )
+  # Both are kept by the remat policy 'products': with the sums the backward pass
+  # has its weights as exp(scores - sums), without another softmax.
   y, sums = (
     checkpoint_name(jnp.concatenate(x, axis=3), 'product')
     for x in zip(*parts, strict=True)
@@ -176,8 +192,12 @@ def _blocked_backward(
   """
   q, k, v, segments, y, sums = saved
   groups, length = q.shape[2:4]
+  # Of the softmax's gradient: what each row's weights average of their own
+  # gradients is dy . y. In float32, before dy is rounded.
   inside = jnp.sum(dy * y, axis=-1, keepdims=True)
   dy = dy.astype(q.dtype)
+  # Transposed once for all blocks. The barriers, here and below, hold XLA to
+  # that (see decoder._lora_dot_backward).
   flat = jax.lax.optimization_barrier(k.swapaxes(2, 3))
   dqs, dks, dvs = [], [], []
   for begin, end in _blocks(length):
@@ -186,6 +206,8 @@ def _blocked_backward(
     )
     mask = causal_mask(segments[:, :end])[:, 0, begin:]
     bias = _bias(mask.swapaxes(1, 2), groups, axis=2)
+    # Those of the forward pass, divided already. What is masked is exactly
+    # zero, and so is its dscores.
     weights = jnp.exp(
       _products(k[:, :, :end], block, 3, 3) + bias - sum_block.swapaxes(2, 3)
     )
@@ -198,6 +220,8 @@ def _blocked_backward(
     dq = _products(flat[..., :end], dscores, 3, 2)
     dq = jax.lax.optimization_barrier(dq).swapaxes(2, 3)
     dqs.append(dq.reshape(*dq.shape[:2], groups, -1, dq.shape[-1]))
+  # No factor C ** -0.5: q came in scaled, and `scaled` has a gradient of its
+  # own.
   dq = jnp.concatenate(dqs, axis=3)
   return (
     dq.astype(q.dtype),
@@ -215,6 +239,7 @@ def _add_up(parts: Sequence[jax.Array], length: int) -> jax.Array:
   """Sum of what the blocks say of keys, each of those up to its own end."""
   return jnp.concatenate(
     [
+      # Earlier blocks end before these keys.
       sum(part[:, :, begin:end] for part in parts[i:])
       for i, (begin, end) in enumerate(_blocks(length))
     ],
@@ -262,9 +287,11 @@ def pallas(
   It knows grouped heads, and never visits blocks above the diagonal.
   """
   length = q.shape[1]
+  # Queries are scaled here, as the kernel does not.
   q, k, v, segments = _pad(_LANES, scaled(q), k, v, segments)
   kernel = _splash(q.shape[1], q.shape[2], interpret)
   heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+  # The kernel takes one row, [heads, L, C].
   y = jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(segments, segments))
   return y.swapaxes(1, 2)[:, :length]
 
@@ -286,12 +313,14 @@ def _splash(length: int, heads: int, interpret: bool) -> Callable[..., jax.Array
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
+    # What its backward pass reads, by the name that REMAT_POLICIES save.
     residual_checkpoint_name='product',
   )
 
 
 def _pad(multiple: int, *arrays: jax.Array) -> list[jax.Array]:
   """Axis 1 of each array, filled with zeros up to a multiple."""
+  # At the end, where no real position looks: attention is causal.
   more = -arrays[0].shape[1] % multiple
   return [
     jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
@@ -341,6 +370,8 @@ def on_each_device(attend: Attention, where: jax.sharding.NamedSharding) -> Atte
     attend,
     mesh=where.mesh,
     out_specs=part,
+    # Heads of queries are divided as those of keys, so each device has what
+    # belongs together; segments have rows, but no heads.
     in_specs=(part, part, part, PartitionSpec(*part[:1])),
     check_vma=False,
   )
@@ -420,6 +451,7 @@ def compile_error(
   def total(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     return jnp.sum(packed_attention(q, k, v, segments, name), dtype=jnp.float32)
 
+  # With the gradient, as a kernel may compile forwards alone.
   try:  # Missing cuDNN, its limits and the compilers' refusals.
     jax.jit(jax.grad(total, (0, 1, 2))).lower(
       array(config.heads), array(config.kv_heads), array(config.kv_heads), segments

@@ -63,6 +63,7 @@ def _contract(
   """Sum of products over the given axes, in float32, `x`'s dtype inside."""
   # TF32 would lose half of the digits that float32 is asked for.
   precision = 'highest' if x.dtype == jnp.float32 else None
+  # Adapters come as float32 masters and are rounded here, where they are used.
   return jax.lax.dot_general(
     x,
     y.astype(x.dtype),
@@ -94,6 +95,8 @@ def _dot_backward(
   x, w = saved
   dy = dy.astype(x.dtype)
   dx = _contract(dy, w, (dy.ndim - 1,), (0,))
+  # The base is not trained: nobody asks for the gradient of w, and its product
+  # is dropped as dead code.
   return dx.astype(x.dtype), _outer(dy, x).astype(w.dtype)
 
 
@@ -122,6 +125,8 @@ def _lora_dot_forward(
   scale: float, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   last = (x.ndim - 1,)
+  # Kept by the remat policy 'products': R numbers a position, for a product over
+  # all of x.
   low = checkpoint_name(_contract(x, a, last, (1,)), 'product').astype(x.dtype)
   y = _contract(x, w, last, (1,)) + scale * _contract(low, b, last, (1,))
   return y, (x, w, a, b, low)
@@ -133,6 +138,7 @@ def _lora_dot_backward(
   x, w, a, b, low = saved
   dy, last = dy.astype(x.dtype), (x.ndim - 1,)
   dlow = (scale * _contract(dy, b, last, (0,))).astype(x.dtype)
+  # Added in float32 and rounded once, below.
   dx = _contract(dy, w, last, (0,)) + _contract(dlow, a, last, (0,))
   # The narrow factor first: XLA for CPU transposes the first one in memory, and
   # the wide one costs more to transpose than to multiply. The barrier keeps it
@@ -140,6 +146,7 @@ def _lora_dot_backward(
   return (
     dx.astype(x.dtype),
     _outer(dy, x).astype(w.dtype),
+    # dlow has the scale already; that of B is put in here.
     _outer(dlow, x),
     jax.lax.optimization_barrier(scale * _outer(low, dy)).T,
   )
@@ -166,6 +173,8 @@ def _keep_bits(y: jax.Array) -> jax.Array:
 
 # Not _keep_bits again: remat policies see no name inside a custom gradient.
 _keep_bits.defvjp(
+  # The zero tells y's dtype: residuals are arrays. Rounding lets gradients
+  # through.
   lambda y: (_as_bits(y), jnp.zeros((), y.dtype)),
   lambda like, dy: (dy.astype(like.dtype),),
 )
@@ -174,6 +183,8 @@ _keep_bits.defvjp(
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  # Hugging Face rounds to the dtype of x before the weight comes in; here the
+  # product that takes this up rounds, once.
   return x32 * scale * weight
 
 
@@ -189,14 +200,18 @@ def rope_frequencies(config: families.DecoderConfig) -> jax.Array:
   scaling = config.rope_scaling
   if scaling is None:
     return frequencies
+  # How often each frequency goes round within the context of the pretraining.
   turns = scaling.original_length * frequencies / (2 * math.pi)
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  # 1: as it is, of short wavelengths; 0: stretched by the whole factor.
   keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
   return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotary embedding of x [B, L, heads, C]; halves, as Hugging Face does."""
+  # Dimension i turns with i + C / 2. GGUF's pairs (2 i, 2 i + 1) are undone at
+  # import (gguf_import.unpermute).
   first, second = jnp.split(x, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
   return x * cos + turned * sin
@@ -264,15 +279,19 @@ class Layer(nnx.Module):
     x = self.constrain(x, _ROWS)
     y = _rms_norm(x, self.attention_norm[...], eps)
     attended, cache = self._attend(y, cos, sin, attend, memory)
+    # What products return is float32, so is the sum; it is rounded once.
     x = self._keep(self.constrain(x + attended, _ROWS))
     y = _rms_norm(x, self.mlp_norm[...], eps)
     inner = lambda y: self.constrain(self._round(y), ('batch', None, 'mlp'))
     gate, up = inner(self.gate_proj(y)), inner(self.up_proj(y))
+    # Each is kept rounded, as the backward pass needs them; what is made of
+    # them stays float32 until down_proj rounds it.
     y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     x = self.constrain(x + self.down_proj(y), _ROWS)
     return x.astype(self.between), cache
 
   def _keep(self, y: jax.Array) -> jax.Array:
+    # The name has the remat policy 'products' save it.
     return checkpoint_name(y.astype(self.between), 'product')
 
   def _round(self, y: jax.Array) -> jax.Array:
@@ -295,6 +314,7 @@ class Layer(nnx.Module):
       y.reshape(batch, length, -1, self.config.head_dim), ('batch', None, axis, None)
     )
     q = self._round(_rotate(heads(self.q_proj(x), 'heads'), cos, sin))
+    # Keys are cached turned: a position in a segment never changes.
     k = self._round(_rotate(heads(self.k_proj(x), 'kv_heads'), cos, sin))
     v = self._round(heads(self.v_proj(x), 'kv_heads'))
     y = attend(q, k, v) if memory is None else attend(q, k, v, *memory)
@@ -381,9 +401,12 @@ class Decoder(nnx.Module):
     table = self.constrain(self._bits(self.embed[...]), _TABLE)
     embedded = self.constrain(self._unpacked(table[tokens]), _ROWS)
     x = embedded.astype(self.layers.between)
+    # For attention that leaves precision open; _contract asks for its own.
     precise = 'highest' if embedded.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precise):
+      # In float32: beyond 256 bfloat16 skips positions.
       angles = positions[..., None] * rope_frequencies(self.config)
+      # Both halves of a head turn by the same angles, all heads alike.
       angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
       x, cache = self._scan(
         x, jnp.cos(angles), jnp.sin(angles), attend, memory, keep_cache
@@ -409,6 +432,8 @@ class Decoder(nnx.Module):
     """
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    # Padding stands behind its prompt and is causally out of its sight, but its
+    # keys are in the cache: whoever reads that has to mask them.
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     hidden, cache = self.packed_hidden(tokens, positions, segments, keep_cache=True)
     last = hidden[jnp.arange(batch), lengths - 1]
@@ -432,9 +457,13 @@ class Decoder(nnx.Module):
       return x, self._bits(cache) if keep_cache else None
 
     if self.remat != 'none':
+      # A scan by itself keeps XLA from merging what is computed again with what
+      # was computed first; barriers against that would only cost.
       block = jax.checkpoint(
         block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
       )
+    # One layer compiled, whatever their number; each step gets its slice of the
+    # stacked weights, and of the memory.
     x, cache = jax.lax.scan(block, x, self._bits((state, memory)))
     return x, self._unpacked(cache)
 
@@ -461,6 +490,7 @@ class Decoder(nnx.Module):
 
   def logits_of(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
     """Those float32 [n] of one token [n] after each hidden state [n, D]."""
+    # One row of the head for each state, not all V of them.
     rows = self._head[tokens].astype(hidden.dtype)
     products = hidden.astype(jnp.float32) * rows.astype(jnp.float32)
     return jnp.sum(products, axis=-1)

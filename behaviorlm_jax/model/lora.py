@@ -52,6 +52,7 @@ def init(
   bound sqrt(6 / ((1 + 5) * in)). B is zero.
   """
   adapter = {}
+  # Sorted, so that the order of lora.targets changes no draw.
   for name, shape in sorted(shapes(config, rank, targets).items()):
     key, draw = jax.random.split(key)
     bound = shape['a'][-1] ** -0.5
@@ -74,6 +75,7 @@ def attach(
   how = decoder.Execution(**options)
   if adapter is None:
     return decoder.Decoder(config, params, how=how)
+  # One rank for all projections: _load refuses a rank_pattern.
   rank = next(iter(adapter.values()))['a'].shape[1]
   pairs = {name: (ab['a'], ab['b']) for name, ab in adapter.items()}
   return decoder.Decoder(config, params, pairs, alpha / rank, how)
@@ -102,6 +104,8 @@ def export(
     revision: of a hub name.
   """
   folder = pathlib.Path(folder)
+  # A folder is no file that a rename replaces: whole beside its place first, so
+  # that a killed run leaves no half of an adapter under its name.
   half = folder.with_name(folder.name + '.tmp')
   shutil.rmtree(half, ignore_errors=True)  # Of a run that was killed.
   half.mkdir(parents=True)
@@ -110,6 +114,7 @@ def export(
     for side, matrix in (('lora_A', ab['a']), ('lora_B', ab['b'])):
       for layer, one in enumerate(np.asarray(matrix, np.float32)):
         key = f'{_module(name, layer)}.{side}.weight'
+        # safetensors writes memory as it lies, without a look at strides.
         tensors[key] = np.ascontiguousarray(one)
   safetensors_numpy.save_file(
     tensors, half / 'adapter_model.safetensors', {'format': 'pt'}
@@ -171,6 +176,7 @@ def _load(folder: pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], float
     sides = {}
     for short, side in (('a', 'lora_A'), ('b', 'lora_B')):
       layers, layer = [], 0
+      # Popped, so that what is left in the end is what we do not know.
       while (key := f'{_module(name, layer)}.{side}.weight') in tensors:
         layers.append(tensors.pop(key).astype(np.float32))
         layer += 1

@@ -89,6 +89,7 @@ def read_params(
   """
   dtype = np.dtype(dtype)
   place = place or _read_all
+  # It has the signature of Files.tensor, and Hugging Face's names.
   tensor = _random_tensor
   if base.folder is not None:
     tensor = safetensors_files.Files(base.folder, base.config).tensor
@@ -147,9 +148,11 @@ def _random_base(address: str) -> Base:
 
 def _byte_tokenizer(config: families.DecoderConfig) -> PreTrainedTokenizerFast:
   """One token per UTF-8 byte, and a ChatML template without system message."""
+  # The package returns it in no fixed order, and ids must not change.
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocab = {symbol: index for index, symbol in enumerate(alphabet)}
   tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+  # Without merges there are no words to keep apart; nor may a blank come in.
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
     add_prefix_space=False, use_regex=False
   )
@@ -161,6 +164,7 @@ def _byte_tokenizer(config: families.DecoderConfig) -> PreTrainedTokenizerFast:
     eos_token='<|im_end|>',
     pad_token='<|pad|>',
     chat_template=_CHATML,
+    # Decoding gives back what was encoded, blanks before commas included.
     clean_up_tokenization_spaces=False,
     model_max_length=config.max_length,
   )
@@ -170,6 +174,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], index: Index) -> np.ndarra
   """Normal(0, 0.02), a function of the name alone; norms are ones."""
   if 'norm' in name:
     return np.ones(shape, np.float32)[index]
+  # The whole tensor for any slice of it: a number does not depend on how
+  # parameters are divided among devices.
   generator = np.random.default_rng((0, zlib.crc32(name.encode())))
   values = generator.standard_normal(shape, np.float32) * np.float32(0.02)
   return values[index]
@@ -187,6 +193,7 @@ def _converted(path: Path) -> Path:
     return target
   logging.info('Converting %s once, into %s.', path, target)
   root.mkdir(parents=True, exist_ok=True)
+  # Inside the cache, so that the rename stays on one file system.
   with tempfile.TemporaryDirectory(dir=root, prefix='.convert-') as folder:
     gguf_import.convert(path, Path(folder) / 'model')
     try:
@@ -248,6 +255,7 @@ def _fingerprint(folder: Path, files: set[Path]) -> str:
     if (folder / name).is_file():
       digest.update(name.encode() + (folder / name).read_bytes())
   blocks, length = 256, 1 << 16
+  # Files come as a set, whose order differs from process to process.
   for file in sorted(files):
     size = file.stat().st_size
     digest.update(f'{file.name} {size}'.encode())

@@ -236,7 +236,7 @@ def test_one_file_of_a_model_or_data_set(hub):
 def test_a_pinned_address_in_the_cache_needs_no_hub(hub):
   pinned = [
     hub_lib.pin_commit(MODEL, 'model.address'),
-    hub_lib.pin(EVENTS, 'data.events'),
+    hub_lib.pin_commit(EVENTS, 'data.events'),
   ]
   paths = [addresses.resolve(a, 'model.address') for a in pinned]
   hub.requests.clear()

@@ -111,6 +111,7 @@ def _add_bos(tokenizer: tokenizers.Tokenizer, fields: dict, usual: bool) -> None
   """Lets every text begin with the begin token, where the model wants that."""
   bos = _special(fields, 'bos')
   wanted = fields.get('tokenizer.ggml.add_bos_token')
+  # llama.cpp, too, begins texts of Llama 3 with it where a file does not say.
   if bos is not None and (usual if wanted is None else wanted):
     tokenizer.post_processor = processors.TemplateProcessing(
       single=f'{bos} $A',

@@ -47,6 +47,7 @@ class Files:
   ) -> np.ndarray:
     file = self.stored[name].file
     assert self.stored[name].shape == shape, (name, shape)
+    # Opened once: it is mapped, and slices are read out of it.
     if file not in self.open:
       try:
         self.open[file] = safetensors.safe_open(file, 'np')
@@ -121,6 +122,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
   """Parses a safetensors header; checks that header and data fit the file."""
   size = file.stat().st_size
   with open(file, 'rb') as stream:
+    # 8 bytes say how long the JSON header is; data follow, and offsets count
+    # from there.
     prefix = stream.read(8)
     length = struct.unpack('<Q', prefix)[0] if len(prefix) == 8 else 0
     if not 0 < length <= size - 8:
@@ -144,6 +147,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
       f'file ({type(error).__name__}: {error}); fetch it again.'
     ) from error
   needed = 8 + length + end
+  # No less, and no more: the format allows no bytes behind the data.
   if needed != size:
     raise InputError(
       f'{_FIELD}: {file} is corrupt or truncated: it has {size} bytes but its '
@@ -178,6 +182,7 @@ def _check_shapes(
         f'its shape {shape} needs {needed}; fetch the file again.'
       )
   for name in stored.keys() - expected:
+    # lm_head.weight is ignored only where tied: else it was expected.
     if not name.endswith(_IGNORED):
       raise InputError(
         f'{_FIELD}: {stored[name].file} holds {name}, which is not part of a '
