@@ -50,7 +50,7 @@ def links(chip: Chip, group: Sequence[jax.Device]) -> int:
   where its side is open: then the chip at the end has but one neighbor.
 
   Args:
-    chip: Chip.
+    chip: that all of them are.
     group: devices with `coords`; a ring that only slices' network closes counts
       as one link.
   """

@@ -59,7 +59,7 @@ class Instruction:
   name: str
   shape: str
   code: str
-  operands: tuple
+  operands: tuple[str, ...]
   rest: str  # Attributes, as text.
   text: str  # Between the operation's parentheses.
 

@@ -26,7 +26,7 @@ def training(this: setup.Run, plan: plan_lib.Plan) -> jax.stages.Lowered:
   """The step of a run's first stage: jax.stages.Lowered.
 
   Args:
-    this: setup.Run, of shapes only.
+    this: of shapes only.
     plan: from first_plan.
   """
   return _step(this, plan)[0].lower(*_arguments(this, plan))

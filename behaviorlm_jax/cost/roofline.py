@@ -46,7 +46,7 @@ class Cost:
   flops: float | None = None
   needed: float | None = None
   traffic: float | None = None
-  collectives: tuple = ()
+  collectives: tuple[tuple[hlo.Collective, float | None], ...] = ()
   compile_seconds: float = 0
 
   @classmethod

@@ -43,7 +43,7 @@ class PlainText:
     """Token ids int32 [n] of `text`.
 
     Args:
-      text: str.
+      text: as the log has it.
       whose: what the text is of, for the error: "behavior 'Gym'".
 
     Raises:

@@ -391,7 +391,7 @@ def choose_implementation(
     wanted: config.model.attention, 'auto' or a key of IMPLEMENTATIONS.
     device: one of those that will run it; it may be of a topology that is
       compiled for.
-    config: families.DecoderConfig.
+    config: dimensions, of which heads and head_dim count.
     dtype: compute dtype of the model.
     rows: rows of a micro-batch on one device.
     length: tokens per row.

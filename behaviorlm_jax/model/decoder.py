@@ -356,7 +356,7 @@ class Decoder(nnx.Module):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
     Args:
-      config: families.DecoderConfig.
+      config: dimensions.
       params: base weights by our names (families.parameter_shapes), compute dtype.
       lora: {projection: (A, B)}, float32, or None for the bare base model.
       scale: alpha / rank.

@@ -10,6 +10,7 @@ import dataclasses
 import html
 import re
 from collections.abc import Iterable
+from collections.abc import Sequence
 
 
 class Strong(str):
@@ -45,8 +46,8 @@ class Listing:
 class Table:
   """Rows of str, Mono, bool, int, float (three decimals) or None."""
 
-  head: tuple
-  rows: list
+  head: tuple[str, ...]
+  rows: list[Sequence[object]]
   caption: str = ''
 
   def __bool__(self) -> bool:
@@ -67,7 +68,7 @@ class Details:
   """Blocks that a reader opens when they want them."""
 
   summary: str
-  blocks: list
+  blocks: list['Block']
 
 
 Block = Heading | Text | Listing | Table | Figure | Details

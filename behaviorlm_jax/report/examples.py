@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from behaviorlm_jax.report import run_files
+from behaviorlm_jax.report.blocks import Block
 from behaviorlm_jax.report.blocks import Heading
 from behaviorlm_jax.report.blocks import Listing
 from behaviorlm_jax.report.blocks import Strong
@@ -40,7 +41,7 @@ def pick(
 
 def show(
   run: run_files.RunFiles, decode: Callable[[list[int]], str] | None = None
-) -> list:
+) -> list[Block]:
   """Blocks of ten predictions of the last stage, the other stages beside."""
   if not run.predicting:
     return []
@@ -59,7 +60,7 @@ def _example(
   number: int,
   index: int,
   decode: Callable[[list[int]], str] | None,
-) -> list:
+) -> list[Block]:
   row = final.predictions.slice(index, 1).to_pylist()[0]
   outcome = 'right' if final.right[index] else 'wrong'
   where = 'in' if row['in_context'] else 'not in'

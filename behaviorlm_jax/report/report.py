@@ -18,6 +18,7 @@ from behaviorlm_jax.report import figures
 from behaviorlm_jax.report import page
 from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report import tables
+from behaviorlm_jax.report.blocks import Block
 from behaviorlm_jax.report.blocks import Details
 from behaviorlm_jax.report.blocks import Heading
 from behaviorlm_jax.report.blocks import Strong
@@ -41,7 +42,7 @@ def write_report(
 
 def contents(
   run: run_files.RunFiles, title: str, decode: Callable[[list[int]], str] | None = None
-) -> list:
+) -> list[Block]:
   """All that the report says, as blocks; draws the figures on the way."""
   outcome = compare.outcome(run)
   many = tables.behaviors(run)

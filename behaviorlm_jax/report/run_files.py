@@ -95,10 +95,10 @@ class RunFiles:
 
   workdir: Path
   summary: dict
-  behaviors: list  # the candidate list: dicts name, train_count, group
+  behaviors: list[dict]  # the candidate list: name, train_count, group
   unseen: int  # behaviors of the test split only
-  baselines: dict
-  stages: list
+  baselines: dict[str, dict]
+  stages: list[Stage]
   sasrec: Stage | None = None  # The baseline that is trained.
 
   @functools.cached_property

@@ -20,7 +20,7 @@ class Change:
   other: str  # the other predictor
   before: float  # score of the other
   after: float  # score of the final stage
-  interval: tuple | None  # (low, high) of after - before; None: unknown
+  interval: tuple[float, float] | None  # (low, high) of after - before; None: unknown
 
   @property
   def size(self) -> float:
@@ -40,10 +40,10 @@ class Outcome:
   """The final stage's scores and what they mean beside others."""
 
   final: str
-  scores: dict  # name: (value, interval or None)
-  samples: dict  # group: test samples, for 'all', 'anchor', 'tail'
+  scores: dict[str, tuple[float, tuple[float, float] | None]]  # name: value, interval
+  samples: dict[str, int]  # group: test samples, for 'all', 'anchor', 'tail'
   users: int
-  contrasts: dict  # what it is compared with: list of Change, not empty
+  contrasts: dict[str, list[Change]]  # what it is compared with: not empty
 
 
 def verdict(outcome: Outcome) -> str:

@@ -46,7 +46,7 @@ class _Shard:
 
   folder: pathlib.Path
   begins: np.ndarray  # int64 [users + 1], first event of each user
-  columns: dict  # of shards.COLUMNS
+  columns: dict[str, np.ndarray]  # of shards.COLUMNS
   users: np.ndarray  # int32, ascending
   places: np.ndarray  # int32, and -1 at the end: no place
   names: np.ndarray  # int32
