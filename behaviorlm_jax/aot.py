@@ -46,7 +46,7 @@ def _main():
     if _TOPOLOGY.value
     else jax.devices()
   )
-  config = study.prepare(_CONFIG.value, devices[0].platform)
+  config = study.settle(_CONFIG.value, devices[0].platform)
   with tempfile.TemporaryDirectory() as folder:
     if _SEARCH.value:
       print(study.search(config, devices, folder))

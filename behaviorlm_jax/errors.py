@@ -25,6 +25,6 @@ class InputError(ValueError):
   """Wrong input from outside the program."""
 
 
-def of_disk(error):
+def of_disk(error: BaseException) -> bool:
   """Whether an exception is that of a disk, and no file is to blame."""
   return any(words in str(error) for words in _DISK)

@@ -63,7 +63,7 @@ def run(config, workdir):
   for stage in config.stages:
     run_stage(this, stage)
   processes.on_primary(
-    report.write,
+    report.write_report,
     workdir,
     'BehaviorLM: ' + _log_name(config),
     this.base.tokenizer.decode,

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 
-def stream(seed, *purpose):
+def stream(seed: int, *purpose: str) -> np.random.Generator:
   """numpy Generator of (seed, purpose); `purpose` is one or more strings.
 
   Names are hashed, because numpy pads seeds with zeros: [1, 98] and

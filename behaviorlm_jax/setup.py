@@ -76,7 +76,7 @@ def open_run(config, workdir, layout, shapes_only=False):
     | {
       'the events': events.fingerprint,
       'the base model': base.fingerprint,
-      'the conversations': conversations.digest(talks),
+      'the conversations': conversations.tokens_digest(talks),
     }
   )
   attach = step_lib.attacher(base.config, config, layout, config.model.dtype)
@@ -118,14 +118,14 @@ def _conversations(config, base):
   path = conversations.DEFAULT
   if config.data.conversations:
     path = addresses.resolve(config.data.conversations, 'data.conversations')
-  return conversations.read(path, base.tokenizer, config.train.length)
+  return conversations.read_conversations(path, base.tokenizer, config.train.length)
 
 
 def load_adapter(this, folder):
   """An adapter of this config's shapes, on the devices."""
   config = this.config
   shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
-  adapter, alpha = lora.load(folder)
+  adapter, alpha = lora.read_adapter(folder)
   if jax.tree.map(np.shape, adapter) != shapes or alpha != config.lora.alpha:
     raise InputError(
       f'{folder} holds an adapter with other lora.rank, lora.alpha, '

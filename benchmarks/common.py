@@ -62,7 +62,7 @@ class Inputs:
     """A LoRA adapter whose B is not zero, so that checks see all of it."""
     config = self.config
     if self.adapter_folder:
-      adapter, alpha = lora.load(self.adapter_folder)
+      adapter, alpha = lora.read_adapter(self.adapter_folder)
       if alpha != config.lora.alpha:
         raise InputError(
           f'--adapter: {self.adapter_folder} has alpha {alpha}, '
@@ -105,7 +105,9 @@ def open_inputs(config, workdir, adapter=''):
   events = prepared.load_events(config, pathlib.Path(workdir))
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
-  talks = conversations.read(conversations.DEFAULT, base.tokenizer, config.train.length)
+  talks = conversations.read_conversations(
+    conversations.DEFAULT, base.tokenizer, config.train.length
+  )
   layout = sharding.make_layout(config).of(base.config)
   return Inputs(config, base, prompts, talks, layout, adapter)
 

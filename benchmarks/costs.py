@@ -66,7 +66,7 @@ def step_flops(config, rank, tokens, answers, pairs, targets=decoder.PROJECTIONS
       every segment of n tokens.
     targets: projections with an adapter.
   """
-  shapes = families.shapes(config)
+  shapes = families.parameter_shapes(config)
   kernels = {name: shapes[f'layers.{name}'] for name in decoder.PROJECTIONS}
   weights = sum(math.prod(shape) for shape in kernels.values())
   low = sum(kernels[name][0] * rank * sum(kernels[name][1:]) for name in targets)

@@ -48,7 +48,7 @@ def config_of(model, chips):
   config.model.remat = MODELS[model]
   config.mesh.update({'data': 1, 'fsdp': chips})
   config.train.update({'batch': 4 * chips, 'accumulate': 4, 'length': 2048, 'steps': 2})
-  return study.prepare(config)
+  return study.settle(config)
 
 
 def line(model, topology, program, cost):

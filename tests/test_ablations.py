@@ -36,7 +36,7 @@ def ablated(copy_run, make_run_config, monkeypatch):
   """Runs the stages that ablations leave, above a finished stage a if `keep`;
   returns the work directory."""
   # The report has tests of its own and takes longer than a tiny stage.
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
 
   def run(*names, only=None, fields=None):
     gone = ['b_tuning'] if only == 'b' else ['a_tuning', 'b_tuning']
@@ -304,7 +304,7 @@ def test_interpolation_ends_on_the_way_between_the_stages(
   config.train.balanced_interpolation = share
   run_lib.run(config_lib.ablate(config, []), tmp_path / 'work')
   start, end, found = (
-    lora.load(folder / 'adapter')[0]
+    lora.read_adapter(folder / 'adapter')[0]
     for folder in (
       finished / 'a_tuning',
       finished / 'b_tuning',
@@ -329,7 +329,7 @@ def test_by_default_all_is_learned_and_stage_b_is_gentler(
   run_stages, tmp_path, monkeypatch, read_rows
 ):
   """As no other run here, which keep to the settings of the paper."""
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
   shares, interpolate = [], run_lib.interpolate
 
   def spied(start, end, share):
@@ -372,7 +372,7 @@ def test_from_nothing_a_share_of_what_was_learned_is_kept():
 
 
 def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
   run_stages({'train.interpolation': 0.0}, only='a')
   folder = tmp_path / 'work'
   assert (folder / 'a_tuning' / ADAPTER).exists()

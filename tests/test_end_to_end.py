@@ -73,7 +73,7 @@ def brute(finished, base):
   def scores(stage, prompt):
     adapter = alpha = None
     if stage:
-      adapter, alpha = lora.load(finished / stage / 'adapter')
+      adapter, alpha = lora.read_adapter(finished / stage / 'adapter')
     tokens = np.zeros((len(answers), LENGTH), np.int32)
     for row, answer in zip(tokens, answers, strict=True):
       row[: len(prompt) + len(answer)] = [*prompt, *answer]

@@ -99,7 +99,7 @@ def flat(value, name=''):
 def test_the_numbers_are_those_that_were_last_meant(
   make_log, tmp_path, monkeypatch, read_rows
 ):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
   small = SMALL | {'data.events': str(make_log(tmp_path / 'log.csv'))}
   found = {}
   for name in ('default', 'paper'):

@@ -172,7 +172,7 @@ def remove_facts(folder):
 def test_torn_checkpoint_is_skipped_with_a_warning(
   make_run_config, copy_run, assert_same, caplog, monkeypatch, tear
 ):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
   workdir = copy_run('a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning')
   tear(workdir / 'a_tuning/checkpoints/6')
   config = make_run_config()
@@ -188,7 +188,7 @@ def test_torn_checkpoint_is_skipped_with_a_warning(
 def test_a_torn_first_checkpoint_is_as_a_kill_before_it(
   make_run_config, copy_run, assert_same, monkeypatch
 ):
-  monkeypatch.setattr(run_lib.report, 'write', lambda *_: None)
+  monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
   workdir = copy_run(
     'a_tuning/evaluation.json', 'a_tuning/adapter', 'b_tuning', 'a_tuning/checkpoints/6'
   )

@@ -11,6 +11,9 @@ they stop at the same call of `requested`.
 
 import contextlib
 import signal
+import types
+from collections.abc import Iterator
+from typing import NoReturn
 
 from jax.experimental import multihost_utils
 
@@ -28,10 +31,10 @@ _at_once = False
 _calls = 0
 
 
-def install():
+def install() -> None:
   """From now on SIGTERM sets the flag instead of ending the process."""
 
-  def note(signum, frame):
+  def note(signum: int, frame: types.FrameType | None) -> None:
     del signum, frame
     global _requested
     again, _requested = _requested, True
@@ -41,7 +44,7 @@ def install():
   signal.signal(signal.SIGTERM, note)
 
 
-def ignore():
+def ignore() -> None:
   """From now on SIGTERM does nothing: the exit code is settled.
 
   Python gives a handler of its own back before it ends, with which a further
@@ -50,7 +53,7 @@ def ignore():
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def requested():
+def requested() -> bool:
   """Whether to stop; all hosts call this equally often."""
   global _requested, _calls
   if processes.several() and not _requested:
@@ -59,18 +62,18 @@ def requested():
   return _requested
 
 
-def check():
+def check() -> None:
   """Raises Preempted if a stop was asked for."""
   if requested():
     _stop()
 
 
-def _stop():
+def _stop() -> NoReturn:
   raise Preempted('stopped by SIGTERM; run the same command to go on.')
 
 
 @contextlib.contextmanager
-def at_once():
+def at_once() -> Iterator[None]:
   """Inside, SIGTERM stops whatever runs: nothing is at stake."""
   global _at_once
   _at_once = True
@@ -82,7 +85,7 @@ def at_once():
     _at_once = False
 
 
-def share():
+def share() -> None:
   """Stops all hosts if one had the signal before JAX took it."""
   if not processes.every(not _requested):
     _stop()

@@ -14,15 +14,20 @@ several.
 import collections
 import json
 import os
+import pathlib
 import re
 import socket
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
+from typing import TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from ml_collections import config_dict
 
 from behaviorlm_jax.cluster import rendezvous
 from behaviorlm_jax.errors import InputError
@@ -36,20 +41,23 @@ _LEAVING = 10  # Seconds that a process at its end waits for the others.
 _SAYING = 2  # Seconds from process 0's failure to its end.
 
 
+_Value = TypeVar('_Value')
+
+
 class Elsewhere(Exception):
   """Another host failed; its own log says at what."""
 
 
-def several():
+def several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def is_primary():
+def is_primary() -> bool:
   """Whether this is the host that writes."""
   return not several() or jax.process_index() == 0
 
 
-def meet(settings):
+def meet(settings: config_dict.ConfigDict) -> None:
   """Waits for the other hosts of a run, where settings say who they are.
 
   Args:
@@ -61,10 +69,10 @@ def meet(settings):
   if settings.coordinator in ('', AUTO) or jax.distributed.is_initialized():
     return
   _check(settings)
-  rendezvous.meet(settings)
+  rendezvous.wait_for_all(settings)
 
 
-def start(settings):
+def start(settings: config_dict.ConfigDict) -> None:
   """Joins the other hosts that were met; before anything touches a device."""
   if not settings.coordinator or jax.distributed.is_initialized():
     return
@@ -97,7 +105,7 @@ def start(settings):
   )
 
 
-def _check(settings):
+def _check(settings: config_dict.ConfigDict) -> None:
   match = re.fullmatch(r'.+:(\d{1,5})', settings.coordinator)
   if not match or not 0 < int(match[1]) < 1 << 16:
     raise InputError(
@@ -112,7 +120,7 @@ def _check(settings):
     )
 
 
-def _check_devices():
+def _check_devices() -> None:
   """What all do together needs as many devices from each."""
   counts = collections.Counter(d.process_index for d in jax.devices())
   if len(set(counts.values())) > 1:
@@ -124,17 +132,17 @@ def _check_devices():
     )
 
 
-def exists(path):
+def exists(path: pathlib.Path) -> bool:
   """Whether process 0 sees the path: all hosts then do the same."""
   return shared(path.exists())
 
 
-def shared(value):
+def shared(value: _Value) -> _Value:
   """The value of process 0, whatever the others give; it can stand in JSON."""
   return json.loads(_texts(json.dumps(value))[0]) if several() else value
 
 
-def on_primary(work, *arguments):
+def on_primary(work: Callable[..., _Value], *arguments: object) -> _Value | None:
   """work(*arguments) on the host that writes; the others wait until it is done,
   and then have what it wrote.
 
@@ -160,16 +168,16 @@ def on_primary(work, *arguments):
   return result
 
 
-def every(flag):
+def every(flag: bool) -> bool:
   """Whether the flag is set on all hosts."""
   return bool(_gather(np.bool_(flag)).all()) if several() else bool(flag)
 
 
-def _gather(value):
+def _gather(value: np.generic | np.ndarray) -> np.ndarray:
   return np.atleast_1d(multihost_utils.process_allgather(value))
 
 
-def assert_same(facts):
+def assert_same(facts: dict[str, str]) -> None:
   """Refuses a run whose hosts differ.
 
   Args:
@@ -192,7 +200,7 @@ def assert_same(facts):
         )
 
 
-def _texts(text):
+def _texts(text: str) -> list[str]:
   """The text of every host, in their order."""
   encoded = np.frombuffer(text.encode(), np.uint8)
   sizes = _gather(np.int32(len(encoded)))
@@ -202,7 +210,7 @@ def _texts(text):
   return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
-def failed_together(error):
+def failed_together(error: BaseException) -> bool:
   """Whether an exception is that of a computation of all processes."""
   # Some of XLA's errors reach Python as a ValueError with its status. What a
   # device lacks is no other one's fault.
@@ -215,7 +223,7 @@ def failed_together(error):
   )
 
 
-def leave(code):
+def leave(code: int) -> NoReturn:
   """Ends a process that has failed, and does not wait for the others.
 
   At a normal end JAX waits for all, and aborts if they do not come. Process 0

@@ -5,7 +5,7 @@ import pathlib
 CPU_INFO = pathlib.Path('/proc/cpuinfo')
 
 
-def fastest_dtype(backend, cpu_info=CPU_INFO):
+def fastest_dtype(backend: str, cpu_info: pathlib.Path = CPU_INFO) -> str:
   """'bfloat16' or 'float32', the same on every machine of one kind.
 
   TPUs and GPUs since NVIDIA's Ampere have units for bfloat16, and so have CPUs

@@ -11,8 +11,10 @@ uses afterwards. One line each way:
 import contextlib
 import socket
 import time
+from collections.abc import Iterable
 
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax.errors import InputError
 
@@ -26,7 +28,7 @@ _FAMILY = (
 _LONGEST = 10_000  # Characters of a line.
 
 
-def meet(settings):
+def wait_for_all(settings: config_dict.ConfigDict) -> None:
   """Returns when all processes are there.
 
   Args:
@@ -44,7 +46,7 @@ def meet(settings):
     _receive(int(port), settings, until)
 
 
-def _receive(port, settings, until):
+def _receive(port: int, settings: config_dict.ConfigDict, until: float) -> None:
   """Of process 0: waits for all others and tells them what comes of it."""
   missing, guests, problem = set(range(1, settings.processes)), [], ''
   with contextlib.ExitStack() as stack:
@@ -89,7 +91,9 @@ def _receive(port, settings, until):
     raise InputError(problem)
 
 
-def _report(address, settings, until):
+def _report(
+  address: tuple[str, int], settings: config_dict.ConfigDict, until: float
+) -> None:
   """Of the others: goes to process 0, which says when all are there."""
   hello = f'{_HELLO} {settings.process} {settings.processes}\n'
   awaited = 'process 0'
@@ -114,7 +118,7 @@ def _report(address, settings, until):
     raise InputError(problem)
 
 
-def _accept(server, until):
+def _accept(server: socket.socket, until: float) -> socket.socket | None:
   """The next guest's socket, or None when the time is over."""
   server.settimeout(max(until - time.monotonic(), 0.01))
   try:
@@ -123,7 +127,7 @@ def _accept(server, until):
     return None
 
 
-def _line(guest, until):
+def _line(guest: socket.socket, until: float) -> str:
   """The line that a guest sends; '' if it sends none in time."""
   guest.settimeout(max(until - time.monotonic(), 0.01))
   try:
@@ -132,7 +136,7 @@ def _line(guest, until):
     return ''
 
 
-def _missing(missing, settings):
+def _missing(missing: set[int], settings: config_dict.ConfigDict) -> str:
   one = len(missing) == 1
   return (
     f'after {settings.timeout} s (distributed.timeout) '
@@ -143,5 +147,5 @@ def _missing(missing, settings):
   )
 
 
-def _listed(numbers):
+def _listed(numbers: Iterable[int]) -> str:
   return ', '.join(map(str, sorted(numbers)))

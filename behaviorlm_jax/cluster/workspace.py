@@ -10,9 +10,13 @@ import datetime
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
+from typing import Any
+from typing import Protocol
 
 import jax
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import processor
@@ -60,14 +64,21 @@ _NO_ADAPTER = {
 _OTHER = {'events': 'other events', 'base': 'another base model'}
 
 
-def as_dict(config):
+class HasFingerprint(Protocol):
+  """Events of a log, or a base model."""
+
+  @property
+  def fingerprint(self) -> str: ...
+
+
+def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
   """The config as plain JSON values, without what a call may vary."""
   values = json.loads(config.to_json_best_effort())
   del values['stages'], values['data']['shard']
   return values
 
 
-def flat(values, prefix=''):
+def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   """{dotted name: value} of nested dicts."""
   found = {}
   for name, value in values.items():
@@ -78,14 +89,14 @@ def flat(values, prefix=''):
   return found
 
 
-def get(values, name):
+def get(values: dict[str, Any], name: str) -> Any:
   """The value of a dotted name in nested dicts; {}: there is none."""
   for part in name.split('.'):
     values = values.get(part, {})
   return values
 
 
-def differences(mine, theirs, name):
+def differences(mine: object, theirs: object, name: str) -> list[str]:
   """'field (theirs, now mine)' of every field below `name` that differs."""
   if not isinstance(mine, dict) or not isinstance(theirs, dict):
     if mine == theirs:
@@ -99,7 +110,7 @@ def differences(mine, theirs, name):
   return found
 
 
-def make(workdir, part=''):
+def make(workdir: str | pathlib.Path, part: str = '') -> pathlib.Path:
   """Makes the work directory, before anything is fetched; its Path.
 
   Of one in a bucket, the Path of this host's copy, or of that of a `part` that
@@ -120,7 +131,9 @@ def make(workdir, part=''):
   return workdir
 
 
-def pin(config, workdir):
+def pin(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> config_dict.ConfigDict:
   """The config with a commit in every hf:// address, and without 'auto' dtypes.
 
   What an earlier call settled for this work directory goes on.
@@ -140,7 +153,9 @@ def pin(config, workdir):
   return config
 
 
-def pin_addresses(config, names, earlier):
+def pin_addresses(
+  config: config_dict.ConfigDict, names: Iterable[str], earlier: list[dict]
+) -> config_dict.ConfigDict:
   config = config.copy_and_resolve_references()
   values = as_dict(config)
   for name in names:
@@ -153,14 +168,14 @@ def pin_addresses(config, names, earlier):
         for old in texts.split(',')
       ]
       pinned = [
-        hub.pin(part, name, found) if part.startswith(hub.PREFIX) else part
+        hub.pin_commit(part, name, found) if part.startswith(hub.PREFIX) else part
         for part in addresses_of
       ]
       config.update_from_flattened_dict({name: ','.join(pinned)})
   return config
 
 
-def check_config(config, workdir):
+def check_config(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
   """Refuses a work directory whose folders another config made.
 
   A stage that is run needs its own config, wherever it runs; other stages need
@@ -189,7 +204,7 @@ def check_config(config, workdir):
     stage_a_adapter(config, workdir)
 
 
-def check_hosts(config, workdir):
+def check_hosts(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
   """Refuses hosts of one run that differ, or do not see one work directory."""
   if not processes.several():
     return
@@ -215,7 +230,7 @@ def check_hosts(config, workdir):
   )
 
 
-def facts(config):
+def facts(config: config_dict.ConfigDict) -> dict[str, str]:
   """{field: value} of a config, as texts, without what hosts do not share."""
   values = flat(as_dict(config), 'config.')
   values['config.stages'] = tuple(config.stages)
@@ -226,7 +241,7 @@ def facts(config):
   }
 
 
-def _program():
+def _program() -> str:
   """SHA-256 of the package's own files."""
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).parents[1]
@@ -235,24 +250,28 @@ def _program():
   return digest.hexdigest()
 
 
-def read_config(folder):
+def read_config(folder: pathlib.Path) -> dict[str, Any] | None:
   """The config.json of a folder, or None."""
   path = folder / 'config.json'
   return json.loads(path.read_text()) if path.exists() else None
 
 
-def fingerprints(events, base):
+def fingerprints(events: HasFingerprint, base: HasFingerprint) -> dict[str, str]:
   """What ties artifacts to the log and the model, beyond their addresses."""
   return {'events': events.fingerprint, 'base': base.fingerprint}
 
 
-def claim(folder, config, prints):
+def claim(
+  folder: pathlib.Path, config: config_dict.ConfigDict, prints: dict[str, str]
+) -> None:
   """Writes the config.json of a folder whose work begins."""
   folder.mkdir(parents=True, exist_ok=True)
   files.write_json(folder / 'config.json', as_dict(config) | {'fingerprints': prints})
 
 
-def check_fingerprints(config, workdir, prints):
+def check_fingerprints(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, prints: dict[str, str]
+) -> None:
   """Refuses folders that belong to other events or another base model."""
   for folder in ('base', 'a_tuning', 'b_tuning'):
     theirs = read_config(workdir / folder)
@@ -267,7 +286,7 @@ def check_fingerprints(config, workdir, prints):
     _check_origin(stage_a_adapter(config, workdir), prints)
 
 
-def _check_origin(adapter, prints):
+def _check_origin(adapter: pathlib.Path, prints: dict[str, str]) -> None:
   """An adapter from elsewhere must fit the base model; a log may differ."""
   theirs = (read_config(adapter.parent) or {}).get('fingerprints')
   if theirs is None:
@@ -290,12 +309,14 @@ def _check_origin(adapter, prints):
     )
 
 
-def needs_stage_a(config):
+def needs_stage_a(config: config_dict.ConfigDict) -> bool:
   """Whether stage b of this config starts from stage a's adapter."""
   return 'b' in config.stages and 'no_anchor_stage' not in config.ablations
 
 
-def stage_a_adapter(config, workdir):
+def stage_a_adapter(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> pathlib.Path:
   """The adapter folder that stage b starts from."""
   return (
     adapter_folder(config.init_from, 'init_from')
@@ -304,20 +325,20 @@ def stage_a_adapter(config, workdir):
   )
 
 
-def adapter_folder(place, name):
+def adapter_folder(place: str | pathlib.Path, name: str) -> pathlib.Path:
   """The adapter in a work directory, a stage or an adapter folder.
 
   Of a work directory that of stage a, or of its only stage. `name`: the field.
   """
   root = pathlib.Path(place)
   if bucket.is_address(place):
-    root = bucket.fetch(place, name, addresses.cache_dir(), _of_adapter)
+    root = bucket.fetch_copy(place, name, addresses.cache_dir(), _of_adapter)
   for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
     if (folder / 'adapter_config.json').exists():
       return folder
   raise InputError(_NO_ADAPTER[name].format(place=place, name=name))
 
 
-def _of_adapter(name):
+def _of_adapter(name: str) -> bool:
   path = pathlib.PurePosixPath(name)
   return path.name == 'config.json' or path.name.startswith('adapter_')

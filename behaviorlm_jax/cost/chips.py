@@ -8,6 +8,9 @@ refuses one.
 """
 
 import dataclasses
+from collections.abc import Sequence
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +43,14 @@ CHIPS = {
 }
 
 
-def links(chip, group):
+def links(chip: Chip, group: Sequence[jax.Device]) -> int:
   """Over how many links a chip of a group receives, at best.
 
   Each dimension of the torus along which the group spreads brings two, or one
   where its side is open: then the chip at the end has but one neighbor.
 
   Args:
-    chip: Chip.
+    chip: that all of them are.
     group: devices with `coords`; a ring that only slices' network closes counts
       as one link.
   """

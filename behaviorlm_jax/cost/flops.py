@@ -4,11 +4,13 @@ XLA's own count takes the body of a loop once, however often it runs.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
+from jax.extend import core
 
 
-def count(function, *arguments):
+def count(function: Callable[..., object], *arguments: object) -> int:
   """Floating-point operations of all matrix products, over all devices.
 
   A multiplication and an addition each count. `arguments` may be
@@ -18,11 +20,11 @@ def count(function, *arguments):
   return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _of(jaxpr):
+def _of(jaxpr: core.Jaxpr) -> int:
   return sum(map(_of_equation, jaxpr.eqns))
 
 
-def _of_equation(equation):
+def _of_equation(equation: core.JaxprEqn) -> int:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
@@ -40,7 +42,7 @@ def _of_equation(equation):
   return sum(inner) * params.get('length', 1) if name == 'scan' else sum(inner)
 
 
-def _jaxprs(value):
+def _jaxprs(value: object) -> list[core.Jaxpr]:
   """The jaxprs in a parameter of an equation."""
   if isinstance(value, jax.extend.core.ClosedJaxpr):
     return [value.jaxpr]

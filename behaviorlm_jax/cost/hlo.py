@@ -8,6 +8,7 @@ refused rather than counted once.
 import collections
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -58,14 +59,17 @@ class Instruction:
   name: str
   shape: str
   code: str
-  operands: tuple
+  operands: tuple[str, ...]
   rest: str  # Attributes, as text.
   text: str  # Between the operation's parentheses.
 
-  def attribute(self, name):
+  def attribute(self, name: str) -> str | None:
     """The computation that an attribute names, or None."""
     found = re.search(rf'\b{name}=%?([\w.\-]+)', self.rest)
     return found and found[1]
+
+
+Computation = dict[str, Instruction]  # By name, in their order.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +93,10 @@ class Collective:
 class Module:
   """A compiled module of one device's program."""
 
-  def __init__(self, text):
+  def __init__(self, text: str):
     self.computations, self.entry = _parse(text)
 
-  def collectives(self):
+  def collectives(self) -> list[Collective]:
     """Its Collectives, those of one kind and group together."""
     # One that runs beside other work stands in each of these fusions, perhaps
     # in a loop inside its own, always with its channel.
@@ -116,7 +120,7 @@ class Module:
       one[1] += runs
     return [Collective(*key, *value) for key, value in sorted(found.items())]
 
-  def traffic(self):
+  def traffic(self) -> float:
     """Bytes that a device moves to and from its main memory, about.
 
     Each operation, or fusion of some, reads its operands and writes its result;
@@ -130,7 +134,9 @@ class Module:
     # What arrives is written, and about as much is read to be sent.
     return own + sum(2 * one.received for one in self.collectives())
 
-  def _walk(self, name, runs, fusions=True):
+  def _walk(
+    self, name: str, runs: int, fusions: bool = True
+  ) -> Iterator[tuple[Instruction, int, Computation]]:
     """(instruction, runs, its computation) of all that is executed."""
     scope = self.computations[name]
     for instruction in scope.values():
@@ -157,7 +163,7 @@ class Module:
       if instruction.code != 'while':
         yield instruction, runs, scope
 
-  def trips(self, loop, scope):
+  def trips(self, loop: Instruction, scope: Computation) -> int:
     """How often a while loop runs that counts from zero by one."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(known[1])
@@ -169,7 +175,13 @@ class Module:
         return bound
     raise ValueError(f'the loop {loop.name} cannot be counted.')
 
-  def _constant(self, name, inside, loop, scope):
+  def _constant(
+    self,
+    name: str,
+    inside: Computation,
+    loop: Instruction | None,
+    scope: Computation | None,
+  ) -> int | None:
     """An integer of a loop's condition, which may come in with its tuple."""
     one = inside[name]
     if one.code == 'constant':
@@ -184,7 +196,7 @@ class Module:
       return None
     return self._constant(start.operands[index], scope, None, None)
 
-  def _received(self, instruction, kind, size):
+  def _received(self, instruction: Instruction, kind: str, size: int) -> float:
     """Bytes into one device in one run, by the best ring of `size`."""
     result = _bytes(_result(instruction), True)
     share = (size - 1) / size
@@ -194,7 +206,7 @@ class Module:
       return (size - 1) * result
     return share * result if kind in ('all-gather', 'all-to-all') else result
 
-  def _moved(self, instruction, scope):
+  def _moved(self, instruction: Instruction, scope: Computation) -> float:
     code = instruction.code
     if (
       code in _FREE
@@ -224,14 +236,14 @@ class Module:
       written = written and min(written, self._written(inner))
     return written + sum(sizes)
 
-  def _read(self, inner, place):
+  def _read(self, inner: Computation, place: int) -> float:
     """Bytes that a fusion takes of its operand at `place`."""
     parameter = next(
       i for i in inner.values() if i.code == 'parameter' and i.text == str(place)
     )
     return self._taken(inner, parameter)
 
-  def _taken(self, inner, one):
+  def _taken(self, inner: Computation, one: Instruction) -> float:
     total = 0
     for user in inner.values():
       if one.name not in user.operands:
@@ -255,10 +267,10 @@ class Module:
         return _bytes(one.shape, True)
     return total
 
-  def _written(self, inner):
+  def _written(self, inner: Computation) -> float:
     return self._made(inner, list(inner.values())[-1])  # The root is last.
 
-  def _made(self, inner, one):
+  def _made(self, inner: Computation, one: Instruction) -> float:
     if one.code == 'parameter' or _collective(one):  # Passed on.
       return 0
     if one.code == 'dynamic-update-slice':
@@ -272,13 +284,13 @@ class Module:
     return _bytes(one.shape, True)
 
 
-def _collective(instruction):
+def _collective(instruction: Instruction) -> str | None:
   """Which of COLLECTIVES an instruction is, or None."""
   kind = instruction.code.removesuffix('-start')
   return kind if kind in COLLECTIVES else None
 
 
-def group_size(groups):
+def group_size(groups: str) -> int:
   """How many devices of a collective talk with each other."""
   return len(members(groups)[0])
 
@@ -288,7 +300,7 @@ _OF_MESH = re.compile(rf'mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\
 _OF_IOTA = re.compile(rf'\[([\d,]+)\]<={_IOTA}$')
 
 
-def members(groups):
+def members(groups: str) -> list[list[int]]:
   """Devices of each group, by their place in the mesh: lists of ints.
 
   XLA writes them out, {{0,1},{2,3}}; as an iota, [2,2]<=[2,2]T(1,0); or by axes
@@ -311,14 +323,14 @@ def members(groups):
   raise ValueError(f'replica groups {groups!r} cannot be read.')
 
 
-def _iota(sizes, order):
+def _iota(sizes: str, order: str | None) -> np.ndarray:
   """0, 1, ... of texts such as '2,4' and '1,0': sizes and a transposition."""
   sizes = list(map(int, sizes.split(',')))
   ids = np.arange(np.prod(sizes)).reshape(sizes)
   return ids.transpose(list(map(int, order.split(',')))) if order else ids
 
 
-def _result(instruction):
+def _result(instruction: Instruction) -> str:
   """The shape of what arrives, of a tuple that holds more."""
   if instruction.code == 'recv':
     return _ARRAY.search(instruction.shape)[0]
@@ -330,7 +342,7 @@ def _result(instruction):
   return arrays[len(arrays) // 2][0] if arrays else instruction.shape
 
 
-def _bytes(shape, everywhere=False):
+def _bytes(shape: str, everywhere: bool = False) -> float:
   """Of an array or tuple; in main memory alone, unless `everywhere`."""
   total = 0
   for kind, sizes, layout in _ARRAY.findall(shape):
@@ -344,7 +356,7 @@ def _bytes(shape, everywhere=False):
   return total
 
 
-def _parse(text):
+def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
   """{computation: {name: Instruction}}, and the name of the entry."""
   computations, entry, current = {}, None, None
   for line in text.splitlines():
@@ -358,7 +370,7 @@ def _parse(text):
   return computations, entry
 
 
-def _instruction(line):
+def _instruction(line: str) -> Instruction:
   name, _, rest = line.partition(' = ')
   end = _closing(rest, 0) + 1 if rest[0] == '(' else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
@@ -375,7 +387,7 @@ def _instruction(line):
   )
 
 
-def _closing(text, begin):
+def _closing(text: str, begin: int) -> int:
   """Index of the parenthesis that closes the one at `begin`."""
   depth = 0
   for place in range(begin, len(text)):

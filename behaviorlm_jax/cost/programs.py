@@ -12,6 +12,7 @@ import numpy as np
 from behaviorlm_jax import curriculum
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import seeds
+from behaviorlm_jax import setup
 from behaviorlm_jax.cost import flops
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.evaluate import evaluation
@@ -21,17 +22,17 @@ from behaviorlm_jax.train import step as step_lib
 _PROMPTS = 200  # So many test prompts tell how long prompts are.
 
 
-def training(this, plan):
+def training(this: setup.Run, plan: plan_lib.Plan) -> jax.stages.Lowered:
   """The step of a run's first stage: jax.stages.Lowered.
 
   Args:
-    this: setup.Run, of shapes only.
-    plan: from make_plan.
+    this: of shapes only.
+    plan: from first_plan.
   """
   return _step(this, plan)[0].lower(*_arguments(this, plan))
 
 
-def training_flops(this, plan):
+def training_flops(this: setup.Run, plan: plan_lib.Plan) -> list[int]:
   """Operations of the step's products, and of those that are needed.
 
   Attention kernels hide their products from the count, so attention in blocks
@@ -52,7 +53,7 @@ def training_flops(this, plan):
   return counts
 
 
-def make_plan(this):
+def first_plan(this: setup.Run) -> plan_lib.Plan:
   """The plan of the run's first stage.
 
   Stage b's is drawn as if no sample were more difficult than others: difficulty
@@ -64,21 +65,21 @@ def make_plan(this):
   return plan_lib.take(stream, config, config.train.steps, '')
 
 
-def scoring(this):
+def scoring(this: setup.Run) -> tuple[jax.stages.Lowered, int]:
   """The pass that scores a batch of the longest prompts: Lowered, prompts."""
   return this.scorer.lower(_adapter(this), _width(this)), this.scorer.batch
 
 
-def _width(this):
+def _width(this: setup.Run) -> int:
   samples = evaluation.test_samples(this.events, this.config)[:_PROMPTS]
   return max(len(this.prompts.question(sample)) for sample in samples)
 
 
-def _step(this, plan):
+def _step(this: setup.Run, plan: plan_lib.Plan) -> tuple:
   return run_lib.trainer(this, this.config.stages[0], plan)
 
 
-def _arguments(this, plan):
+def _arguments(this: setup.Run, plan: plan_lib.Plan) -> tuple:
   """(state, params, batch) of a step, as jax.ShapeDtypeStruct."""
   _, optimizer, places = _step(this, plan)
   lora_config = this.config.lora
@@ -97,7 +98,7 @@ def _arguments(this, plan):
   return state, this.params, batch
 
 
-def _adapter(this):
+def _adapter(this: setup.Run) -> dict:
   lora_config = this.config.lora
   shapes = lora.shapes(this.base.config, lora_config.rank, lora_config.targets)
   places = this.layout.adapter(shapes)

@@ -8,12 +8,15 @@ its peak.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Self
 
 import jax
 from absl import logging
 
 from behaviorlm_jax.cost import chips
 from behaviorlm_jax.cost import hlo
+from behaviorlm_jax.train import sharding
 
 _GIB = 2**30
 
@@ -43,11 +46,19 @@ class Cost:
   flops: float | None = None
   needed: float | None = None
   traffic: float | None = None
-  collectives: tuple = ()
+  collectives: tuple[tuple[hlo.Collective, float | None], ...] = ()
   compile_seconds: float = 0
 
   @classmethod
-  def of(cls, program, layout, seconds, over, flops=None, needed=None):
+  def of(
+    cls,
+    program: jax.stages.Compiled | None,
+    layout: sharding.Layout,
+    seconds: float,
+    over: float,
+    flops: float | None = None,
+    needed: float | None = None,
+  ) -> Self:
     """From jax.stages.Compiled, or None if that was refused by `over` bytes."""
     devices = list(layout.mesh.devices.flat)
     kind = devices[0].device_kind
@@ -83,11 +94,11 @@ class Cost:
     return cls(arguments=arguments, temporaries=temporaries, peak=peak, **shared)
 
   @property
-  def fits(self):
+  def fits(self) -> bool:
     return not self.over and not (self.known and self.peak > self.known.memory)
 
   @property
-  def times(self):
+  def times(self) -> dict[str, float]:
     """{resource: seconds}, of those that are known."""
     found = {}
     if self.traffic is not None:
@@ -100,23 +111,23 @@ class Cost:
     return found
 
   @property
-  def seconds(self):
+  def seconds(self) -> float:
     return max(self.times.values())
 
   @property
-  def apart(self):
+  def apart(self) -> float:
     """Seconds if nothing overlapped."""
     return sum(self.times.values())
 
   @property
-  def binds(self):
+  def binds(self) -> str:
     return max(self.times, key=self.times.get)
 
-  def mfu(self, seconds):
+  def mfu(self, seconds: float) -> float:
     """Share of the peak that what is needed makes of so many seconds."""
     return self.needed / self.known.flops / seconds
 
-  def table(self):
+  def table(self) -> str:
     """Lines of text."""
     lines = [f'compiled in {self.compile_seconds:.1f} s']
     if self.over:
@@ -167,7 +178,7 @@ class Cost:
     return '\n'.join(lines)
 
 
-def _module(program):
+def _module(program: jax.stages.Compiled) -> hlo.Module | None:
   """hlo.Module of jax.stages.Compiled, or None.
 
   jaxlib reads back what libtpu wrote, and may be the older of the two: of
@@ -183,13 +194,15 @@ def _module(program):
     return None
 
 
-def _among(one):
+def _among(one: hlo.Collective) -> int | str:
   if one.groups:
     return hlo.group_size(one.groups)
   return 'slices' if one.kind == 'recv' else 'neighbors'
 
 
-def _seconds(one, devices, chip):
+def _seconds(
+  one: hlo.Collective, devices: Sequence[jax.Device], chip: chips.Chip
+) -> float:
   """The least seconds that a Collective's bytes take to arrive."""
   if one.kind == 'recv':
     return one.received / chip.network

@@ -2,12 +2,16 @@
 
 import itertools
 import os
+import pathlib
 import re
 import time
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 from absl import logging
 from jax.experimental import topologies
+from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import setup
@@ -29,7 +33,7 @@ _MICRO_BATCHES = (1, 2, 4, 8)  # Of a step, in a search.
 _GIB = 2**30
 
 
-def devices_of(topology, slices):
+def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
   """The devices of a TPU topology, or InputError with what is wrong."""
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # There is no TPU to ask,
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # or to share.
@@ -43,7 +47,9 @@ def devices_of(topology, slices):
     ) from error
 
 
-def prepare(config, platform='tpu'):
+def settle(
+  config: config_dict.ConfigDict, platform: str = 'tpu'
+) -> config_dict.ConfigDict:
   """The config with what only a run of it on that platform would settle."""
   config = config.copy_and_resolve_references()
   if not config.data.events:
@@ -65,7 +71,9 @@ def prepare(config, platform='tpu'):
   return config
 
 
-def compiled(lowered):
+def compiled(
+  lowered: jax.stages.Lowered,
+) -> tuple[jax.stages.Compiled | None, float, float]:
   """(jax.stages.Compiled or None, seconds, bytes that were too many)."""
   begin = time.monotonic()
   try:
@@ -77,7 +85,7 @@ def compiled(lowered):
   return program, time.monotonic() - begin, over
 
 
-def _excess(message):
+def _excess(message: str) -> float | None:
   """Bytes by which a program exceeds the memory, of XLA's refusal, or None."""
   size = r'\(([\d.]+)([KMGT])\)'
   match = re.search(f'{size} exceeds available HBM {size}', message)
@@ -88,7 +96,9 @@ def _excess(message):
   return float(needed) * units[unit] - float(there) * units[its_unit]
 
 
-def candidates(config, count):
+def alternatives(
+  config: config_dict.ConfigDict, count: int
+) -> Iterator[list[config_dict.ConfigDict]]:
   """Other meshes and remat policies: of each the configs with ever smaller
   micro-batches."""
   sizes = [n for n in range(1, count + 1) if count % n == 0]
@@ -106,11 +116,16 @@ def candidates(config, count):
       yield others
 
 
-def costs(config, devices, folder, scoring=True):
+def costs(
+  config: config_dict.ConfigDict,
+  devices: Sequence[jax.Device],
+  folder: str | pathlib.Path,
+  scoring: bool = True,
+) -> Iterator[tuple[str, roofline.Cost]]:
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
   this = setup.open_run(config, workdir_lib.make(folder), layout, shapes_only=True)
-  plan = programs.make_plan(this)
+  plan = programs.first_plan(this)
   program, seconds, over = compiled(programs.training(this, plan))
   done, needed = programs.training_flops(this, plan)
   yield 'training step', roofline.Cost.of(program, layout, seconds, over, done, needed)
@@ -123,14 +138,18 @@ def costs(config, devices, folder, scoring=True):
     )
 
 
-def search(config, devices, folder):
+def search(
+  config: config_dict.ConfigDict,
+  devices: Sequence[jax.Device],
+  folder: str | pathlib.Path,
+) -> str:
   """A Markdown table of what fits, best first, and a count of the rest.
 
   Of each mesh and remat policy stands there the largest micro-batch that fits:
   smaller ones gather the weights more often, and do the same besides.
   """
   found, refused = [], 0
-  for others in candidates(config, len(devices)):
+  for others in alternatives(config, len(devices)):
     for other in others:
       try:
         ((_, cost),) = costs(other, devices, folder, scoring=False)
@@ -158,6 +177,6 @@ def search(config, devices, folder):
   )
 
 
-def _settings(config):
+def _settings(config: config_dict.ConfigDict) -> str:
   mesh = ' x '.join(str(config.mesh[axis]) for axis in sharding.AXES)
   return f'{mesh}, {config.train.accumulate}, {config.model.remat}'

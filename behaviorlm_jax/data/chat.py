@@ -15,8 +15,11 @@ Invariants:
 """
 
 import jinja2
+from transformers import PreTrainedTokenizerFast
 
 from behaviorlm_jax.errors import InputError
+
+Messages = list[dict[str, str]]  # Of role and content.
 
 # No blank after 'Assistant:' in the generation prompt: the blank belongs to the
 # first word of the answer, as it does inside byte-pair tokens.
@@ -35,7 +38,11 @@ _PROBE = '\ue000'  # a private-use character that no template writes
 _FIXED_DAY = '{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}'
 
 
-def render(tokenizer, messages, add_generation_prompt=False) -> str:
+def render(
+  tokenizer: PreTrainedTokenizerFast,
+  messages: Messages,
+  add_generation_prompt: bool = False,
+) -> str:
   """The text of `messages`, each a dict of role and content.
 
   With `add_generation_prompt` it ends where the assistant would begin.
@@ -50,7 +57,9 @@ def render(tokenizer, messages, add_generation_prompt=False) -> str:
     ) from error
 
 
-def _apply(tokenizer, messages, **options) -> str:
+def _apply(
+  tokenizer: PreTrainedTokenizerFast, messages: Messages, **options: bool
+) -> str:
   """Like `render`; raises jinja2.TemplateError where the template refuses."""
   template = PLAIN_TEMPLATE
   if tokenizer.chat_template:
@@ -62,7 +71,7 @@ def _apply(tokenizer, messages, **options) -> str:
   )
 
 
-def _name(tokenizer) -> str:
+def _name(tokenizer: PreTrainedTokenizerFast) -> str:
   return f'chat template of the tokenizer {tokenizer.name_or_path!r}'
 
 
@@ -73,7 +82,7 @@ class Renderer:
   of a conversation, `_end` how many of its characters belong to the answer.
   """
 
-  def __init__(self, tokenizer):
+  def __init__(self, tokenizer: PreTrainedTokenizerFast):
     self._tokenizer = tokenizer
     self._name = _name(tokenizer)
     probe = [_say('user', 'Hello'), _say('assistant', _PROBE)]
@@ -87,7 +96,7 @@ class Renderer:
         'tokenizer a template that closes answers with its end token'
       )
 
-  def render(self, messages, where) -> tuple[str, list[tuple[int, int]]]:
+  def render(self, messages: Messages, where: str) -> tuple[str, list[tuple[int, int]]]:
     """The text and the [start, stop) of every answer in it, in characters."""
     turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
     messages = messages[: turns[-1] + 1]  # nothing to learn after it
@@ -104,7 +113,9 @@ class Renderer:
       )
     return text, [span for span in spans if span]
 
-  def _span(self, text, messages, i: int, where) -> tuple[int, int] | None:
+  def _span(
+    self, text: str, messages: Messages, i: int, where: str
+  ) -> tuple[int, int] | None:
     """[start, stop) of the answer of message `i` in `text`, None if moved."""
     opened = self._render(messages[:i], where, add_generation_prompt=True)
     closed = self._render(messages[: i + 1], where)
@@ -113,14 +124,14 @@ class Renderer:
     kept = kept and text.startswith(opened) and len(opened) < stop
     return (len(opened), stop) if kept else None
 
-  def _takes(self, messages) -> bool:
+  def _takes(self, messages: Messages) -> bool:
     try:
       _apply(self._tokenizer, messages)
     except jinja2.TemplateError:
       return False
     return True
 
-  def _render(self, messages, where, **options) -> str:
+  def _render(self, messages: Messages, where: str, **options: bool) -> str:
     try:
       return _apply(self._tokenizer, messages, **options)
     except jinja2.TemplateError as error:
@@ -130,7 +141,7 @@ class Renderer:
       ) from error
 
 
-def _end_of_turn(closing: str, tokenizer) -> int:
+def _end_of_turn(closing: str, tokenizer: PreTrainedTokenizerFast) -> int:
   """Length of `closing` through its first added token, else its first line."""
   added = map(str, tokenizer.added_tokens_decoder.values())
   found = [
@@ -144,7 +155,7 @@ def _end_of_turn(closing: str, tokenizer) -> int:
   return closing.find('\n') + 1 or len(closing)
 
 
-def _fold_system(messages) -> list[dict[str, str]]:
+def _fold_system(messages: Messages) -> Messages:
   """Puts the system message before the first user's: Gemma has no such role."""
   system, user, *rest = messages
   content = f'{system["content"]}\n\n{user["content"]}'

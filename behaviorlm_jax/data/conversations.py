@@ -21,6 +21,8 @@ import hashlib
 import json
 import pathlib
 import zlib
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 import transformers
@@ -50,7 +52,7 @@ class Conversation:
   answers: np.ndarray
 
 
-def digest(found) -> str:
+def tokens_digest(found: Iterable[Conversation]) -> str:
   """SHA-256 of conversations in their order, tokens and answers."""
   total = hashlib.sha256()
   for conversation in found:
@@ -59,7 +61,7 @@ def digest(found) -> str:
   return total.hexdigest()
 
 
-def read(
+def read_conversations(
   path: str | pathlib.Path,
   tokenizer: transformers.PreTrainedTokenizerFast,
   max_length: int,
@@ -93,7 +95,11 @@ def read(
   return kept
 
 
-def _encode(tokenizer, text: str, spans) -> Conversation:
+def _encode(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  text: str,
+  spans: list[tuple[int, int]],
+) -> Conversation:
   """Tokens of `text`; `spans` are [start, stop) of its answers in characters.
 
   The end of a token decides: its start is moved by tokenizers that leave blanks
@@ -109,7 +115,7 @@ def _encode(tokenizer, text: str, spans) -> Conversation:
   return Conversation(np.array(encoding['input_ids'], np.int32), answers)
 
 
-def _conversations(path: pathlib.Path):
+def _conversations(path: pathlib.Path) -> Iterator[tuple[str, chat.Messages]]:
   """Yields ('FILE line N', checked and cleaned messages)."""
   if not path.is_file():
     raise InputError(f'{path}: no such file; mend data.conversations')
@@ -125,7 +131,7 @@ def _conversations(path: pathlib.Path):
     raise InputError(f'{path} is empty; give one conversation a line')
 
 
-def _lines(path: pathlib.Path):
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   """Yields (number from 1, text) of the lines that are not blank."""
   n = 0
   opener = gzip.open if path.suffix == '.gz' else open
@@ -141,7 +147,7 @@ def _lines(path: pathlib.Path):
     ) from error
 
 
-def _messages(record, where: str) -> list[dict[str, str]]:
+def _messages(record: object, where: str) -> chat.Messages:
   messages = record.get('messages') if isinstance(record, dict) else None
   if not isinstance(messages, list):
     raise InputError(

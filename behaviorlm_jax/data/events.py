@@ -17,6 +17,7 @@ import pathlib
 import shutil
 
 import numpy as np
+from ml_collections import config_dict
 
 from behaviorlm_jax.data.log import columns
 from behaviorlm_jax.data.log import join
@@ -38,8 +39,8 @@ class Events:
   place: np.ndarray  # int32[n], index into places, -1 if none
   split: np.ndarray  # int8[n], index into SPLITS
   first: np.ndarray  # int64[n], position of the first event of the same user
-  users: columns.Names  # or any sequence of str
-  places: columns.Names
+  users: columns.MappedNames  # or any sequence of str
+  places: columns.MappedNames
   behaviors: list[Behavior]
   fingerprint: str
   known: int  # how many behaviors are candidates: all before the unseen
@@ -47,7 +48,11 @@ class Events:
 
 
 def prepare(
-  data, place, folder: pathlib.Path, seed: int, origin: dict | None = None
+  data: config_dict.ConfigDict,
+  place: str | pathlib.Path | sources.Log,
+  folder: pathlib.Path,
+  seed: int,
+  origin: dict | None = None,
 ) -> dict:
   """Reads the log at `place` into the new `folder`; returns its summary.
 
@@ -59,19 +64,19 @@ def prepare(
   clean(folder)
   try:
     log = sources.open_log(place)
-    shards.write(data, log, whole)
+    shards.write_shard(data, log, whole)
     return join.join(data, log, [whole], folder, seed, origin)
   finally:
     clean(folder)
 
 
-def clean(folder: pathlib.Path):
+def clean(folder: pathlib.Path) -> None:
   """Deletes what a run that was killed left beside `folder`."""
   for name in ('.whole', '.whole.tmp'):
     shutil.rmtree(folder.with_name(folder.name + name), ignore_errors=True)
 
 
-def open_events(folder) -> Events:
+def open_events(folder: str | pathlib.Path) -> Events:
   """Memory-maps a prepared folder, without a copy."""
   folder = pathlib.Path(folder)
   if list(folder.glob('part-*.arrow')):
@@ -85,9 +90,9 @@ def open_events(folder) -> Events:
   ]
   summary = json.loads((folder / 'summary.json').read_text('utf-8'))
   return Events(
-    **{name: columns.read(folder, name) for name in columns.DTYPES},
-    users=columns.Names(folder / 'users.arrow'),
-    places=columns.Names(folder / 'places.arrow'),
+    **{name: columns.read_column(folder, name) for name in columns.DTYPES},
+    users=columns.MappedNames(folder / 'users.arrow'),
+    places=columns.MappedNames(folder / 'places.arrow'),
     behaviors=behaviors,
     fingerprint=summary['fingerprint'],
     known=sum(item.group != 'unseen' for item in behaviors),

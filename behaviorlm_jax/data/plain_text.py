@@ -10,6 +10,7 @@ which some models have never seen a word.
 
 import numpy as np
 import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from behaviorlm_jax.errors import InputError
 
@@ -20,7 +21,7 @@ _BRACKETS = frozenset('<>[]{}|')
 class PlainText:
   """Encodes text of a log with the vocabulary of a tokenizer."""
 
-  def __init__(self, tokenizer):
+  def __init__(self, tokenizer: PreTrainedTokenizerFast):
     """`tokenizer`: a transformers tokenizer, which stays as it is."""
     backend = tokenizer.backend_tokenizer
     # The same vocabulary, not a copy; no post-processor, so nothing is added.
@@ -38,11 +39,11 @@ class PlainText:
     self._tokenizer.add_tokens([token for _, token in added])
     self._tokenizer.encode_special_tokens = True
 
-  def encode(self, text, whose):
+  def encode(self, text: str, whose: str) -> np.ndarray:
     """Token ids int32 [n] of `text`.
 
     Args:
-      text: str.
+      text: as the log has it.
       whose: what the text is of, for the error: "behavior 'Gym'".
 
     Raises:

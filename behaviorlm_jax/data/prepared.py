@@ -70,7 +70,7 @@ def prepare_shard(config, workdir):
   if folder.exists():
     _check_shard(folder, origin)
   else:
-    shards_lib.write(config.data, log, folder, (index, count), origin)
+    shards_lib.write_shard(config.data, log, folder, (index, count), origin)
     bucket.push()
   logging.info(
     '%s is prepared; once all %d are, run the same command without data.shard.',

@@ -95,7 +95,7 @@ def resolve(address: str, field: str) -> Path:
   if address.startswith(hub.PREFIX):
     return hub.fetch(address, field)
   if bucket.is_address(address):
-    return bucket.fetch(address, field, cache_dir())
+    return bucket.fetch_copy(address, field, cache_dir())
   if match := re.match(r'\w+://', address):
     raise InputError(
       f'{field}: {address!r} begins with {match[0]}, which is not supported; '

@@ -22,6 +22,10 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 from absl import logging as absl_logging
 from etils import epath
@@ -38,11 +42,13 @@ class Unreachable(Exception):
   """The bucket does not answer for now."""
 
 
-def is_address(place):
+def is_address(place: str | pathlib.Path) -> bool:
   return str(place).startswith(PREFIX)
 
 
-def open_workdir(address, cache, process, part=''):
+def open_workdir(
+  address: str, cache: pathlib.Path, process: int, part: str = ''
+) -> pathlib.Path:
   """The local folder of a work directory in a bucket, as the bucket has it.
 
   Args:
@@ -72,7 +78,7 @@ def open_workdir(address, cache, process, part=''):
   return mirror.folder
 
 
-def close_workdir():
+def close_workdir() -> None:
   """From here on this process works in a local folder, if in any."""
   global _mirror
   if _mirror:
@@ -80,21 +86,21 @@ def close_workdir():
   _mirror = None
 
 
-def push():
+def push() -> None:
   """Brings what this process wrote since the last time to the bucket, if the
   work directory lies in one."""
   if _mirror:
     _mirror.push()
 
 
-def pull():
+def pull() -> None:
   """Brings what others pushed to this process, if the work directory lies in a
   bucket."""
   if _mirror:
     _mirror.pull()
 
 
-def place(path):
+def place(path: pathlib.Path) -> pathlib.Path | epath.Path:
   """Where something that all hosts write belongs: in the bucket, if any; an
   absolute path else."""
   if not _mirror:
@@ -103,14 +109,19 @@ def place(path):
   return epath.Path(f'{_mirror.bucket.address}/{name}')
 
 
-def named(text):
+def named(text: str) -> str:
   """A text for the user, who knows the address and not the local copy."""
   if not _mirror:
     return text
   return text.replace(str(_mirror.folder), _mirror.bucket.address)
 
 
-def fetch(address, field, cache, wanted=lambda name: True):
+def fetch_copy(
+  address: str,
+  field: str,
+  cache: pathlib.Path,
+  wanted: Callable[[str], bool] = lambda name: True,
+) -> pathlib.Path:
   """A local copy, in the folder `cache`, of the file or folder at `address`.
 
   `wanted`: which files of a folder, by their name below it.
@@ -140,17 +151,17 @@ def fetch(address, field, cache, wanted=lambda name: True):
   return target
 
 
-def _copies(cache, what, kind):
+def _copies(cache: pathlib.Path, what: str, kind: str | int) -> pathlib.Path:
   digest = hashlib.sha256(what.encode()).hexdigest()[:16]
   return cache / 'buckets' / f'{digest}-{kind}'
 
 
-def _differs(path, digest):
+def _differs(path: pathlib.Path, digest: str | None) -> bool:
   """Whether there is no file of this MD5; None: the bucket does not know it."""
   return digest is None or not path.is_file() or _md5(path) != digest
 
 
-def _md5(path):
+def _md5(path: pathlib.Path) -> str:
   """As buckets give it."""
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'md5').digest()
@@ -160,7 +171,7 @@ def _md5(path):
 class Bucket:
   """Objects below one address, by the part of their name after it."""
 
-  def __init__(self, address, field):
+  def __init__(self, address: str, field: str):
     self.address, self._field = address.rstrip('/'), field
     if len(self.address) <= len(PREFIX):
       raise InputError(f'{field}: {address!r} names no bucket; give gs://BUCKET/NAME.')
@@ -186,11 +197,11 @@ class Bucket:
     )
     self._fs = gcsfs.GCSFileSystem(use_listings_cache=False)
 
-  def _full(self, name):
+  def _full(self, name: str) -> str:
     return f'{self.address}/{name}' if name else self.address
 
   @contextlib.contextmanager
-  def _explained(self):
+  def _explained(self) -> Iterator[None]:
     try:
       yield
     except self._refused as error:
@@ -209,7 +220,7 @@ class Bucket:
         'same command again.'
       ) from error
 
-  def objects(self):
+  def objects(self) -> dict[str, str | None]:
     """{name: MD5 or None}; '' is an object at the address itself.
 
     Objects that were put together in the bucket have no MD5.
@@ -229,7 +240,7 @@ class Bucket:
       or (name.startswith(root + '/') and not name.endswith('/'))
     }
 
-  def read(self, name):
+  def read(self, name: str) -> str | None:
     """The text of an object, or None if there is none."""
     with self._explained():
       try:
@@ -237,11 +248,11 @@ class Bucket:
       except FileNotFoundError:
         return None
 
-  def write(self, name, text):
+  def write(self, name: str, text: str) -> None:
     with self._explained():
       self._fs.pipe_file(self._full(name), text.encode())
 
-  def get(self, wanted):
+  def get(self, wanted: Mapping[pathlib.Path, tuple[str, str | None]]) -> None:
     """Fetches {local path: (name, MD5 or None)}; each file appears whole."""
     if not wanted:
       return
@@ -263,7 +274,7 @@ class Bucket:
         )
       temporary.replace(path)
 
-  def put(self, given):
+  def put(self, given: Mapping[pathlib.Path, str]) -> None:
     """Writes {local path: name}."""
     with self._explained():
       self._fs.put(
@@ -279,14 +290,16 @@ class Mirror:
   `writes`: whether this is the process that pushes; `part`: see open_workdir.
   """
 
-  def __init__(self, bucket, folder, writes, part=''):
+  def __init__(
+    self, bucket: Bucket, folder: pathlib.Path, writes: bool, part: str = ''
+  ):
     self.bucket, self.folder = bucket, folder
     self._writes, self._whole = writes, not part
     self._list = _CONTENTS.format(part and f'-{part}')
     self._same = {}  # {name: (what the disk says, MD5)} of what both have.
     self._lock = None
 
-  def lock(self):
+  def lock(self) -> None:
     """Refuses a copy in which another process works."""
     self.folder.parent.mkdir(parents=True, exist_ok=True)
     self._lock = os.open(
@@ -301,11 +314,11 @@ class Mirror:
         f'its copy of {self.bucket.address}; wait for it, or end it.'
       ) from error
 
-  def unlock(self):
+  def unlock(self) -> None:
     if self._lock is not None:
       os.close(self._lock)
 
-  def _files(self):
+  def _files(self) -> dict[str, tuple[int, int]]:
     """{name: what tells a change} of the local folder."""
     found = {}
     for path in self.folder.rglob('*'):
@@ -315,7 +328,7 @@ class Mirror:
         found[name] = stat.st_size, stat.st_mtime_ns
     return found
 
-  def _listed(self):
+  def _listed(self) -> set[str]:
     """Names that the lists hold; the writer's own is made, or mended."""
     found = self.bucket.objects()
     lists = fnmatch.filter(found, _CONTENTS.format('*'))
@@ -339,10 +352,10 @@ class Mirror:
       texts[self._list] = '\n'.join(mended)
     return {name for text in texts.values() for name in text.splitlines()}
 
-  def _write_list(self, names):
+  def _write_list(self, names: Iterable[str]) -> None:
     self.bucket.write(self._list, ''.join(f'{name}\n' for name in sorted(names)))
 
-  def pull(self):
+  def pull(self) -> None:
     """Makes the local folder hold what the bucket does, and nothing else."""
     listed = self._listed()
     if self._whole and (not self._writes or 'events/config.json' in listed):
@@ -368,7 +381,7 @@ class Mirror:
     files = self._files()
     self._same = {name: (files[name], digests[name]) for name in digests}
 
-  def push(self):
+  def push(self) -> None:
     """Makes the bucket hold what the local folder does.
 
     Raises:

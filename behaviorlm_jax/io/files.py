@@ -2,28 +2,33 @@
 
 import contextlib
 import json
+import pathlib
+from collections.abc import Iterator
 
+import pyarrow as pa
 from pyarrow import parquet
 
 
 @contextlib.contextmanager
-def whole(path):
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path that takes the place of `path` at the end."""
   temporary = path.with_name(path.name + '.tmp')
   yield temporary
   temporary.replace(path)
 
 
-def write_text(path, text):
+def write_text(path: pathlib.Path, text: str) -> None:
   with whole(path) as temporary:
     temporary.write_text(text, encoding='utf-8')
 
 
-def write_json(path, value):
+def write_json(path: pathlib.Path, value: object) -> None:
   write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
-def write_parquet(path, table, facts=None):
+def write_parquet(
+  path: pathlib.Path, table: pa.Table, facts: dict[str, str] | None = None
+) -> None:
   """Writes an Arrow table; `facts` {str: str} become its metadata."""
   if facts is not None:
     table = table.replace_schema_metadata(facts)

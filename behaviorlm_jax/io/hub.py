@@ -82,7 +82,7 @@ class _Wanted:
     return f'{PREFIX}{kind}{self.repo}{revision}{path}'
 
 
-def pin(address: str, field: str, earlier: Iterable[str] = ()) -> str:
+def pin_commit(address: str, field: str, earlier: Iterable[str] = ()) -> str:
   """Returns `address` with a commit as its revision.
 
   Args:

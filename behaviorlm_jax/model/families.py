@@ -60,6 +60,7 @@ _LLAMA_3 = dict(rope_theta=5e5, norm_eps=1e-5, max_length=131072)
 
 PRESETS = {
   'tiny': DecoderConfig(
+    # 256 bytes and 3 special tokens (weights._byte_tokenizer), filled up.
     vocab=384,
     layers=2,
     embed=64,
@@ -122,7 +123,7 @@ PRESETS = {
 }
 
 
-def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Our parameter -> its shape; `layers.*` begin with the layer axis."""
   queries = config.heads * config.head_dim
   keys = config.kv_heads * config.head_dim
@@ -154,7 +155,7 @@ def hf_shapes(
   One by one: a damaged file may claim a billion layers, and whoever looks for
   them stops at the first that is missing.
   """
-  for name, shape in shapes(config).items():
+  for name, shape in parameter_shapes(config).items():
     if name.startswith('layers.'):
       for layer in range(config.layers):
         yield LLAMA_NAMES[name].format(layer), shape[1:]
@@ -181,6 +182,7 @@ def from_hf(config: dict, where: str) -> DecoderConfig:
       f'key-value heads of width {head_dim}; the first must be a multiple of '
       'the second and the width even.'
     )
+  # What a file leaves out is what transformers' LlamaConfig has then.
   rope = dict(config.get('rope_scaling') or {})
   rope |= config.get('rope_parameters') or {}
   theta = rope.get('rope_theta', config.get('rope_theta')) or 1e4
@@ -214,6 +216,7 @@ def _refuse_unsupported(config: dict, where: str) -> None:
     'partial_rotary_factor': (1.0,),
     'quantization_config': (),
   }
+  # transformers 5 has partial_rotary_factor among these.
   config = config | (config.get('rope_parameters') or {})
   for key, values in supported.items():
     value = config.get(key)
@@ -228,6 +231,7 @@ def _refuse_unsupported(config: dict, where: str) -> None:
 def _size(config: dict, key: str, where: str, default: int = 0) -> int:
   value = config.get(key)
   value = default if value is None else value
+  # JSON's true is an int in Python, too.
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
     given = config.get(key)
     found = f'lacks {key}' if given is None else f'has {key}={given!r}'
@@ -236,6 +240,7 @@ def _size(config: dict, key: str, where: str, default: int = 0) -> int:
 
 
 def _scaling(rope: dict, where: str) -> RopeScaling | None:
+  # Older files say `type`.
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind == 'default':
     return None

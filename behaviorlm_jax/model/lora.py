@@ -8,6 +8,8 @@ starts at zero, so step 0 is exactly the base model.
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,12 @@ from behaviorlm_jax.io import files
 from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
 
+Adapter = dict[str, dict[str, jax.Array]]  # See the module.
 
-def shapes(config, rank, targets):
+
+def shapes(
+  config: families.DecoderConfig, rank: int, targets: Sequence[str]
+) -> dict[str, dict[str, tuple[int, ...]]]:
   """{projection: {'a': shape, 'b': shape}} for the chosen projections."""
   unknown = sorted(set(targets) - set(decoder.PROJECTIONS))
   if unknown or not targets:
@@ -29,7 +35,7 @@ def shapes(config, rank, targets):
       f'lora.targets: {unknown or "the empty list"} is not a choice of '
       f'projections; choose from {", ".join(decoder.PROJECTIONS)}.'
     )
-  kernels = families.shapes(config)
+  kernels = families.parameter_shapes(config)
   result = {}
   for name in targets:
     layers, out, into = kernels[f'layers.{name}']
@@ -37,13 +43,16 @@ def shapes(config, rank, targets):
   return result
 
 
-def init(config, rank, targets, key):
+def init(
+  config: families.DecoderConfig, rank: int, targets: Sequence[str], key: jax.Array
+) -> Adapter:
   """A fresh adapter.
 
   A is uniform in +-1/sqrt(in): PEFT's kaiming_uniform_(a=sqrt(5)) has the
   bound sqrt(6 / ((1 + 5) * in)). B is zero.
   """
   adapter = {}
+  # Sorted, so that the order of lora.targets changes no draw.
   for name, shape in sorted(shapes(config, rank, targets).items()):
     key, draw = jax.random.split(key)
     bound = shape['a'][-1] ** -0.5
@@ -52,25 +61,39 @@ def init(config, rank, targets, key):
   return adapter
 
 
-def attach(config, params, adapter, alpha, **options):
+def attach(
+  config: families.DecoderConfig,
+  params: Mapping[str, jax.Array],
+  adapter: Adapter | None,
+  alpha: float,
+  **options: object,
+) -> decoder.Decoder:
   """The decoder with base weights `params` and `adapter` (None: bare).
 
-  `options`: remat, packed and backend of decoder.Decoder.
+  `options`: fields of decoder.Execution.
   """
+  how = decoder.Execution(**options)
   if adapter is None:
-    return decoder.Decoder(config, params, **options)
+    return decoder.Decoder(config, params, how=how)
+  # One rank for all projections: _load refuses a rank_pattern.
   rank = next(iter(adapter.values()))['a'].shape[1]
   pairs = {name: (ab['a'], ab['b']) for name, ab in adapter.items()}
-  return decoder.Decoder(config, params, pairs, alpha / rank, **options)
+  return decoder.Decoder(config, params, pairs, alpha / rank, how)
 
 
-def _module(name, layer):
+def _module(name: str, layer: int) -> str:
   """PEFT's path of one projection, from the same table as the import."""
   hf = families.LLAMA_NAMES[f'layers.{name}'].format(layer)
   return 'base_model.model.' + hf.removesuffix('.weight')
 
 
-def export(folder, adapter, alpha, base, revision=None):
+def export(
+  folder: str | pathlib.Path,
+  adapter: Adapter,
+  alpha: float,
+  base: str | pathlib.Path,
+  revision: str | None = None,
+) -> None:
   """Writes `adapter` as a PEFT folder.
 
   Args:
@@ -81,6 +104,8 @@ def export(folder, adapter, alpha, base, revision=None):
     revision: of a hub name.
   """
   folder = pathlib.Path(folder)
+  # A folder is no file that a rename replaces: whole beside its place first, so
+  # that a killed run leaves no half of an adapter under its name.
   half = folder.with_name(folder.name + '.tmp')
   shutil.rmtree(half, ignore_errors=True)  # Of a run that was killed.
   half.mkdir(parents=True)
@@ -89,6 +114,7 @@ def export(folder, adapter, alpha, base, revision=None):
     for side, matrix in (('lora_A', ab['a']), ('lora_B', ab['b'])):
       for layer, one in enumerate(np.asarray(matrix, np.float32)):
         key = f'{_module(name, layer)}.{side}.weight'
+        # safetensors writes memory as it lies, without a look at strides.
         tensors[key] = np.ascontiguousarray(one)
   safetensors_numpy.save_file(
     tensors, half / 'adapter_model.safetensors', {'format': 'pt'}
@@ -110,7 +136,9 @@ def export(folder, adapter, alpha, base, revision=None):
   half.rename(folder)
 
 
-def load(folder):
+def read_adapter(
+  folder: str | pathlib.Path,
+) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
 
   Raises:
@@ -137,7 +165,7 @@ _FOREIGN = (
 )
 
 
-def _load(folder):
+def _load(folder: pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   settings = json.loads((folder / 'adapter_config.json').read_text())
   foreign = [name for name in _FOREIGN if settings.get(name)]
   if settings['peft_type'] != 'LORA' or foreign:
@@ -148,6 +176,7 @@ def _load(folder):
     sides = {}
     for short, side in (('a', 'lora_A'), ('b', 'lora_B')):
       layers, layer = [], 0
+      # Popped, so that what is left in the end is what we do not know.
       while (key := f'{_module(name, layer)}.{side}.weight') in tensors:
         layers.append(tensors.pop(key).astype(np.float32))
         layer += 1

@@ -74,8 +74,10 @@ def open_base(address: str) -> Base:
   return _folder_base(address, path)
 
 
-def read_params(base: Base, dtype, place: Place | None = None) -> dict:
-  """Reads every parameter of `families.shapes`, layers stacked.
+def read_params(
+  base: Base, dtype: np.typing.DTypeLike, place: Place | None = None
+) -> dict:
+  """Reads every parameter of `families.parameter_shapes`, layers stacked.
 
   Args:
     base: what `open_base` returned.
@@ -87,11 +89,12 @@ def read_params(base: Base, dtype, place: Place | None = None) -> dict:
   """
   dtype = np.dtype(dtype)
   place = place or _read_all
+  # It has the signature of Files.tensor, and Hugging Face's names.
   tensor = _random_tensor
   if base.folder is not None:
     tensor = safetensors_files.Files(base.folder, base.config).tensor
   result = {}
-  for name, shape in families.shapes(base.config).items():
+  for name, shape in families.parameter_shapes(base.config).items():
     read = _reader(tensor, name, shape, dtype)
     result[name] = place(name, shape, dtype, read)
   return result
@@ -104,7 +107,12 @@ def _read_all(
   return read((slice(None),) * len(shape))
 
 
-def _reader(tensor, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Read:
+def _reader(
+  tensor: Callable[[str, tuple[int, ...], Index], np.ndarray],
+  name: str,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+) -> Read:
   """`read(index)` of one parameter; `tensor` fetches Hugging Face's."""
   theirs = families.LLAMA_NAMES[name]
 
@@ -140,9 +148,11 @@ def _random_base(address: str) -> Base:
 
 def _byte_tokenizer(config: families.DecoderConfig) -> PreTrainedTokenizerFast:
   """One token per UTF-8 byte, and a ChatML template without system message."""
+  # The package returns it in no fixed order, and ids must not change.
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocab = {symbol: index for index, symbol in enumerate(alphabet)}
   tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+  # Without merges there are no words to keep apart; nor may a blank come in.
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
     add_prefix_space=False, use_regex=False
   )
@@ -154,6 +164,7 @@ def _byte_tokenizer(config: families.DecoderConfig) -> PreTrainedTokenizerFast:
     eos_token='<|im_end|>',
     pad_token='<|pad|>',
     chat_template=_CHATML,
+    # Decoding gives back what was encoded, blanks before commas included.
     clean_up_tokenization_spaces=False,
     model_max_length=config.max_length,
   )
@@ -163,6 +174,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], index: Index) -> np.ndarra
   """Normal(0, 0.02), a function of the name alone; norms are ones."""
   if 'norm' in name:
     return np.ones(shape, np.float32)[index]
+  # The whole tensor for any slice of it: a number does not depend on how
+  # parameters are divided among devices.
   generator = np.random.default_rng((0, zlib.crc32(name.encode())))
   values = generator.standard_normal(shape, np.float32) * np.float32(0.02)
   return values[index]
@@ -180,6 +193,7 @@ def _converted(path: Path) -> Path:
     return target
   logging.info('Converting %s once, into %s.', path, target)
   root.mkdir(parents=True, exist_ok=True)
+  # Inside the cache, so that the rename stays on one file system.
   with tempfile.TemporaryDirectory(dir=root, prefix='.convert-') as folder:
     gguf_import.convert(path, Path(folder) / 'model')
     try:
@@ -201,7 +215,7 @@ def _folder_base(address: str, folder: Path) -> Base:
         'layout of Hugging Face.'
       )
   where = folder / 'config.json'
-  config = families.from_hf(safetensors_files.read_json(where), str(where))
+  config = families.from_hf(safetensors_files.read_json_object(where), str(where))
   stored = safetensors_files.stored_tensors(folder, config)
   return Base(
     config,
@@ -217,7 +231,7 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerFast:
   """Reads tokenizer.json as it stands: AutoTokenizer would rebuild that of a
   Llama with a pre-tokenizer of its own."""
-  if 'model' not in safetensors_files.read_json(folder / 'tokenizer.json'):
+  if 'model' not in safetensors_files.read_json_object(folder / 'tokenizer.json'):
     raise InputError(
       f'{_FIELD}: {folder / "tokenizer.json"} describes no tokenizer; fetch it again.'
     )
@@ -241,6 +255,7 @@ def _fingerprint(folder: Path, files: set[Path]) -> str:
     if (folder / name).is_file():
       digest.update(name.encode() + (folder / name).read_bytes())
   blocks, length = 256, 1 << 16
+  # Files come as a set, whose order differs from process to process.
   for file in sorted(files):
     size = file.stat().st_size
     digest.update(f'{file.name} {size}'.encode())

@@ -9,6 +9,8 @@ renderer, and nowhere else.
 import dataclasses
 import html
 import re
+from collections.abc import Iterable
+from collections.abc import Sequence
 
 
 class Strong(str):
@@ -28,7 +30,7 @@ class Heading:
 class Text:
   """A paragraph of inline parts: str, Strong or Mono."""
 
-  def __init__(self, *parts, lead=False):
+  def __init__(self, *parts: str, lead: bool = False):
     self.parts = parts
     self.lead = lead  # the paragraph to read if only one is read
 
@@ -44,11 +46,11 @@ class Listing:
 class Table:
   """Rows of str, Mono, bool, int, float (three decimals) or None."""
 
-  head: tuple
-  rows: list
+  head: tuple[str, ...]
+  rows: list[Sequence[object]]
   caption: str = ''
 
-  def __bool__(self):
+  def __bool__(self) -> bool:
     return bool(self.rows)
 
 
@@ -66,10 +68,13 @@ class Details:
   """Blocks that a reader opens when they want them."""
 
   summary: str
-  blocks: list
+  blocks: list['Block']
 
 
-def shown(value) -> str:
+Block = Heading | Text | Listing | Table | Figure | Details
+
+
+def shown(value: object) -> str:
   """A table's value as text."""
   if value is None:
     return '-'
@@ -83,12 +88,12 @@ def shown(value) -> str:
 # --- Markdown --------------------------------------------------------------
 
 
-def markdown(blocks) -> str:
+def markdown(blocks: Iterable[Block]) -> str:
   """The blocks as one Markdown text."""
   return '\n\n'.join(_markdown(block) for block in blocks) + '\n'
 
 
-def _markdown(block) -> str:
+def _markdown(block: Block) -> str:
   match block:
     case Heading():
       # Signs at the end of a heading would be taken for its end.
@@ -115,24 +120,24 @@ def _markdown(block) -> str:
   raise AssertionError(block)
 
 
-def _table(block) -> str:
+def _table(block: Table) -> str:
   lines = [block.head, *block.rows]
   lines = ['| ' + ' | '.join(map(_cell, line)) + ' |' for line in lines]
   lines.insert(1, '| ' + ' | '.join(['---'] * len(block.head)) + ' |')
   return '\n'.join(lines)
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
   return _inline(value) if isinstance(value, Mono) else escape(shown(value))
 
 
-def _inline(part) -> str:
+def _inline(part: str) -> str:
   if isinstance(part, Strong):
     return f'**{escape(part)}**'
   return f'`{part}`' if isinstance(part, Mono) else escape(part)
 
 
-def escape(value) -> str:
+def escape(value: object) -> str:
   """Text made harmless in Markdown: one line, no markup, no column break."""
   text = re.sub(r'\s*[\r\n]\s*', ' ', str(value))
   for character in '\\`*~&[]<|':

@@ -12,11 +12,14 @@ what the best one predicted is counted again from the events.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
 from behaviorlm_jax.evaluate import baselines
 from behaviorlm_jax.evaluate import metrics
+from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.verdict import Change
 from behaviorlm_jax.report.verdict import Outcome
 from behaviorlm_jax.score import label_tree
@@ -41,7 +44,7 @@ class Arm:
   anchor: np.ndarray  # bool[Y]
   log_p: np.ndarray | None = None  # Of the true behavior, float[n].
 
-  def value(self, score, weight=None) -> float:
+  def value(self, score: str, weight: np.ndarray | None = None) -> float:
     """The score; `weight` float[n] says how often each sample counts."""
     if score == 'accuracy':
       return float(np.average(self.true == self.predicted, weights=weight))
@@ -51,12 +54,12 @@ class Arm:
       return float(np.average(self.log_p[part], weights=weight))
     return self.macro_f1(self._members(score), weight)
 
-  def macro_f1(self, members, weight=None) -> float:
+  def macro_f1(self, members: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Of the behaviors bool[Y], of which there is one at least."""
     f1 = metrics.per_behavior(self.true, self.predicted, len(self.anchor), weight)[2]
     return float(f1[members].mean())
 
-  def draws(self, score):
+  def draws(self, score: str) -> np.ndarray:
     """The score under redrawn users: float64[draws]."""
     if score == 'accuracy':
       return bootstrap_accuracy(self.true == self.predicted, self.user)
@@ -64,17 +67,17 @@ class Arm:
       self.true, self.predicted, self._members(score), self.user
     )
 
-  def counted(self, score):
+  def counted(self, score: str) -> np.ndarray:
     """Samples bool[n] without which there is no such score."""
     group = LOG_P.get(score, 'all')
     every = np.ones(len(self.true), bool)
     return every if group == 'all' else (self.anchor[self.true] == (group == 'anchor'))
 
-  def _members(self, score):
+  def _members(self, score: str) -> np.ndarray:
     return ~self.anchor if score.startswith('tail') else self.anchor
 
 
-def matched(control, own, by_tau) -> Arm:
+def matched(control: Arm, own: Arm, by_tau: np.ndarray) -> Arm:
   """`own`, a predictor, as far towards the tail as anchors stay as good.
 
   Of its first choices at ever larger tau, int64 [T, n] (adjust.first_choices),
@@ -91,7 +94,9 @@ def matched(control, own, by_tau) -> Arm:
   )[2]
 
 
-def bootstrap_accuracy(right, user, draws=1000, seed=0):
+def bootstrap_accuracy(
+  right: np.ndarray, user: np.ndarray, draws: int = 1000, seed: int = 0
+) -> np.ndarray:
   """Accuracy under redrawn users, as metrics.bootstrap_macro_f1 draws them."""
   rng = np.random.default_rng(seed)
   names, owner = np.unique(np.asarray(user), return_inverse=True)
@@ -103,7 +108,9 @@ def bootstrap_accuracy(right, user, draws=1000, seed=0):
   return result
 
 
-def paired(pairs, score, draws=1000, seed=0):
+def paired(
+  pairs: Sequence[tuple[Arm, Arm]], score: str, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, tuple[float, float] | None]:
   """What changed from one predictor to another, on average over seeds.
 
   Args:
@@ -120,7 +127,7 @@ def paired(pairs, score, draws=1000, seed=0):
   )
   owners = np.split(owner, np.cumsum(sizes)[:-1])
 
-  def means(times):
+  def means(times: np.ndarray) -> np.ndarray:
     """Before and after, float64[2], with each user counting so many times."""
     return np.mean(
       [
@@ -145,7 +152,7 @@ def paired(pairs, score, draws=1000, seed=0):
   return float(before), change, _interval(change, np.array(changes))
 
 
-def outcome(run) -> Outcome | None:
+def outcome(run: run_files.RunFiles) -> Outcome | None:
   """What the verdict needs; None where no stage predicted anything."""
   if not run.predicting or not len(run.predicting[-1].right):
     return None
@@ -178,7 +185,12 @@ def outcome(run) -> Outcome | None:
   )
 
 
-def _baseline_contrast(run, final, scores, change):
+def _baseline_contrast(
+  run: run_files.RunFiles,
+  final: run_files.Stage,
+  scores: list[str],
+  change: Callable[[str, str, Arm], Change],
+) -> dict[str, list[Change]]:
   """{heading: changes} against the best baseline of each score, or {}."""
   best = {name: run.best_baseline(*SCORES[name]) for name in scores}
   if not run.baselines or 'data' not in final.config:
@@ -193,7 +205,7 @@ def _baseline_contrast(run, final, scores, change):
   }
 
 
-def counted(run, stage, name):
+def counted(run: run_files.RunFiles, stage: run_files.Stage, name: str) -> np.ndarray:
   """A baseline's scores for the samples of a stage: float32[n, Y]."""
   return baselines.scores(
     name,
@@ -204,7 +216,9 @@ def counted(run, stage, name):
   )
 
 
-def _change(last, draws, score, name, other):
+def _change(
+  last: Arm, draws: dict[str, np.ndarray], score: str, name: str, other: Arm
+) -> Change:
   before, after = other.value(score), last.value(score)
   interval = None
   if score in draws:
@@ -212,28 +226,28 @@ def _change(last, draws, score, name, other):
   return Change(score, name, before, after, interval)
 
 
-def arm(run, stage, predicted) -> Arm:
+def arm(run: run_files.RunFiles, stage: run_files.Stage, predicted: np.ndarray) -> Arm:
   """First choices int64[n] for the samples of a stage."""
   return Arm(
     run.encode(stage.column('behavior')), predicted, stage.column('user'), run.anchor
   )
 
 
-def _predicted(run, stage):
+def _predicted(run: run_files.RunFiles, stage: run_files.Stage) -> np.ndarray:
   return run.encode(stage.column('predicted'))
 
 
-def _same_samples(stage, other):
+def _same_samples(stage: run_files.Stage, other: run_files.Stage) -> bool:
   return np.array_equal(stage.column('sample'), other.column('sample'))
 
 
-def _called(stage):
+def _called(stage: run_files.Stage) -> str:
   return {'untuned': 'the untuned model', 'one stage': 'one-stage tuning'}.get(
     stage.name, stage.name
   )
 
 
-def _interval(value, draws):
+def _interval(value: float, draws: np.ndarray | None) -> tuple[float, float] | None:
   if draws is None:
     return None
   low, high = value + np.quantile(draws - draws.mean(), [0.025, 0.975])

@@ -1,9 +1,13 @@
 """Worked examples of the report: single predictions, stage beside stage."""
 
 import collections
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
+from behaviorlm_jax.report import run_files
+from behaviorlm_jax.report.blocks import Block
 from behaviorlm_jax.report.blocks import Heading
 from behaviorlm_jax.report.blocks import Listing
 from behaviorlm_jax.report.blocks import Strong
@@ -14,7 +18,12 @@ EXAMPLES = 10
 PROMPT_LINES = 6
 
 
-def pick(groups, right, count=EXAMPLES, seed=0):
+def pick(
+  groups: Sequence[str] | np.ndarray,
+  right: np.ndarray,
+  count: int = EXAMPLES,
+  seed: int = 0,
+) -> np.ndarray:
   """Rows for worked examples: int64[<= count], a mix of group and outcome.
 
   Each of (group, right or wrong) gets a seeded order; rows are then taken
@@ -30,7 +39,9 @@ def pick(groups, right, count=EXAMPLES, seed=0):
   return np.array([i for _, _, i in turns[:count]], np.int64)
 
 
-def show(run, decode=None) -> list:
+def show(
+  run: run_files.RunFiles, decode: Callable[[list[int]], str] | None = None
+) -> list[Block]:
   """Blocks of ten predictions of the last stage, the other stages beside."""
   if not run.predicting:
     return []
@@ -43,7 +54,13 @@ def show(run, decode=None) -> list:
   ]
 
 
-def _example(run, final, number, index, decode) -> list:
+def _example(
+  run: run_files.RunFiles,
+  final: run_files.Stage,
+  number: int,
+  index: int,
+  decode: Callable[[list[int]], str] | None,
+) -> list[Block]:
   row = final.predictions.slice(index, 1).to_pylist()[0]
   outcome = 'right' if final.right[index] else 'wrong'
   where = 'in' if row['in_context'] else 'not in'

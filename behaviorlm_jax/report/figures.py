@@ -2,6 +2,8 @@
 seen. A figure whose files are missing is left out.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from behaviorlm_jax.evaluate import adjust
@@ -10,11 +12,12 @@ from behaviorlm_jax.report import compare
 from behaviorlm_jax.report import plots
 from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.blocks import Figure
+from behaviorlm_jax.report.verdict import Outcome
 
 FOLDER = 'report'
 
 
-def draw(run, outcome) -> list[Figure]:
+def draw(run: run_files.RunFiles, outcome: Outcome | None) -> list[Figure]:
   """Draws what the files allow."""
   drawn = [
     _stages(run),
@@ -28,13 +31,13 @@ def draw(run, outcome) -> list[Figure]:
   return [figure for figure in drawn if figure]
 
 
-def _path(run, name):
+def _path(run: run_files.RunFiles, name: str) -> Path:
   folder = run.workdir / FOLDER
   folder.mkdir(exist_ok=True)
   return folder / name
 
 
-def _stages(run):
+def _stages(run: run_files.RunFiles) -> Figure | None:
   if not run.scored:
     return None
   labels, series = [s.name for s in run.scored], {}
@@ -67,7 +70,7 @@ def _stages(run):
   )
 
 
-def _changes(run, outcome):
+def _changes(run: run_files.RunFiles, outcome: Outcome | None) -> Figure | None:
   panels = {
     against: [c for c in changes if c.interval]
     for against, changes in (outcome.contrasts if outcome else {}).items()
@@ -92,7 +95,7 @@ def _changes(run, outcome):
   )
 
 
-def _trade_off(run):
+def _trade_off(run: run_files.RunFiles) -> Figure | None:
   curves = {stage.name: stage.log_p('test') for stage in run.scored}
   curves = {name: log_p for name, log_p in curves.items() if log_p is not None}
   if not curves or run.anchor.all() or not run.anchor.any():
@@ -110,7 +113,7 @@ def _trade_off(run):
     name: adjust.trade_off(adjust.first_choices(log_p, run.log_prior), true, run.anchor)
     for name, log_p in curves.items()
   }
-  plots.trade_off(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
+  plots.trade_off_curves(_path(run, 'trade_off.png'), {'': curves}, adjust.TAUS)
   return Figure(
     f'{FOLDER}/trade_off.png',
     'Anchors against tail',
@@ -126,7 +129,7 @@ def _trade_off(run):
   )
 
 
-def _f1(run):
+def _f1(run: run_files.RunFiles) -> Figure | None:
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
     return None
@@ -147,8 +150,8 @@ def _f1(run):
   )
 
 
-def _difficulty(run):
-  rows = run_files.read_table(run.workdir / 'b_tuning/difficulty.parquet')
+def _difficulty(run: run_files.RunFiles) -> Figure | None:
+  rows = run_files.read_parquet(run.workdir / 'b_tuning/difficulty.parquet')
   if rows is None or not rows.num_rows:
     return None
   plots.difficulty_histogram(
@@ -168,7 +171,7 @@ def _difficulty(run):
   )
 
 
-def _targets(run):
+def _targets(run: run_files.RunFiles) -> Figure | None:
   plans = {s.name: s.folder / 'plan.parquet' for s in run.stages}
   plans = {name: plan for name, plan in plans.items() if plan.is_file()}
   if not plans:
@@ -202,7 +205,7 @@ def _targets(run):
   )
 
 
-def _loss(run):
+def _loss(run: run_files.RunFiles) -> Figure | None:
   panels = {
     stage.name: [
       [row[field] for row in stage.steps if row.get(key) is not None]

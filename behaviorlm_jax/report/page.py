@@ -9,8 +9,11 @@ but the one below.
 import base64
 import hashlib
 import itertools
+from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
+from behaviorlm_jax.report.blocks import Block
 from behaviorlm_jax.report.blocks import Details
 from behaviorlm_jax.report.blocks import Figure
 from behaviorlm_jax.report.blocks import Heading
@@ -101,7 +104,7 @@ for (const table of document.querySelectorAll('table.sorts')) {
 """
 
 
-def html(title, blocks, folder) -> str:
+def html(title: str, blocks: Iterable[Block], folder: Path) -> str:
   """The blocks as one HTML page; images are read from `folder`."""
   return '\n'.join(
     [
@@ -126,13 +129,13 @@ def html(title, blocks, folder) -> str:
   )
 
 
-def _hash(text) -> str:
+def _hash(text: str) -> str:
   """Source expression of a content policy for an inline script or style."""
   digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
   return f"'sha256-{digest}'"
 
 
-def _body(blocks, folder) -> str:
+def _body(blocks: Iterable[Block], folder: Path) -> str:
   parts = []
   for figures, group in itertools.groupby(
     blocks, lambda block: isinstance(block, Figure)
@@ -142,7 +145,7 @@ def _body(blocks, folder) -> str:
   return '\n'.join(parts)
 
 
-def _html(block, folder) -> str:
+def _html(block: Block, folder: Path) -> str:
   match block:
     case Heading(level, text):
       return f'<h{level}>{escape(text)}</h{level}>'
@@ -164,7 +167,7 @@ def _html(block, folder) -> str:
   raise AssertionError(block)
 
 
-def _figure(block, folder) -> str:
+def _figure(block: Figure, folder: Path) -> str:
   data = base64.b64encode((folder / block.path).read_bytes()).decode()
   wide = ' class="wide"' if block.wide else ''
   return (
@@ -175,7 +178,7 @@ def _figure(block, folder) -> str:
   )
 
 
-def _table(block) -> str:
+def _table(block: Table) -> str:
   numbers = [
     all(_is_number(row[i]) or row[i] is None for row in block.rows)
     for i in range(len(block.head))
@@ -203,7 +206,7 @@ def _table(block) -> str:
   )
 
 
-def _cell(value, number, first) -> str:
+def _cell(value: object, number: bool, first: bool) -> str:
   data = ''
   if value is None or _is_number(value):
     data = f' data-value="{"" if value is None else value}"'
@@ -212,15 +215,15 @@ def _cell(value, number, first) -> str:
   return f'<{tag}{_class(number)}{data}>{text}</{tag[:2]}>'
 
 
-def _class(number) -> str:
+def _class(number: bool) -> str:
   return ' class="number"' if number else ''
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _inline(part) -> str:
+def _inline(part: str) -> str:
   if isinstance(part, Strong):
     return f'<strong>{escape(part)}</strong>'
   if isinstance(part, Mono):

@@ -9,13 +9,21 @@ Behavior names are shown as they are: never read as mathematical text.
 """
 
 import itertools
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import NullFormatter
+
+from behaviorlm_jax.report.verdict import Change
 
 DPI = 150
 WIDTH = 6.4
@@ -41,7 +49,9 @@ MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
 
 
-def stage_bars(path, labels, series):
+def stage_bars(
+  path: Path, labels: Sequence[str], series: Mapping[tuple[str, str], Sequence[float]]
+) -> None:
   """Bars side by side per stage.
 
   Args:
@@ -71,7 +81,7 @@ def stage_bars(path, labels, series):
   _save(figure, path)
 
 
-def change_intervals(path, panels):
+def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None:
   """Points with 95 % intervals around zero, one panel per comparison.
 
   Args:
@@ -101,7 +111,9 @@ def change_intervals(path, panels):
   _save(figure, path)
 
 
-def trade_off(path, panels, taus):
+def trade_off_curves(
+  path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], taus: Sequence[float]
+) -> None:
   """Tail against anchor macro-F1, a curve over tau for each predictor.
 
   Args:
@@ -110,7 +122,7 @@ def trade_off(path, panels, taus):
   """
   start = taus.index(0.0)
 
-  def draw(axes, points, look):
+  def draw(axes: Axes, points: np.ndarray, look: dict[str, str]) -> Line2D:
     (line,) = axes.plot(*points.T, **look, markersize=3, linewidth=1.4)
     # Hollow: where predictors coincide all of their marks are seen.
     axes.plot(
@@ -121,7 +133,9 @@ def trade_off(path, panels, taus):
   _curves(path, panels, draw, 'anchor macro-F1 (fraction)', 'tail macro-F1 (fraction)')
 
 
-def few_shot(path, panels):
+def few_shot(
+  path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> None:
   """F1 against the number of samples learned.
 
   Args:
@@ -133,7 +147,7 @@ def few_shot(path, panels):
   )
   place = lambda n: np.log2(1 + np.array(list(n)))  # 0 has one, too.
 
-  def draw(axes, values, look):
+  def draw(axes: Axes, values: Mapping[int, float], look: dict[str, str]) -> Line2D:
     axes.set_xticks(place(shots), list(map(str, shots)))
     axes.axhline(0, linewidth=0)  # The axis begins there.
     (line,) = axes.plot(place(values), list(values.values()), **look, markersize=6)
@@ -148,14 +162,16 @@ def few_shot(path, panels):
   )
 
 
-def deciles(path, panels):
+def deciles(
+  path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> None:
   """F1 against how frequent behaviors are.
 
   Args:
     panels: {title: {predictor: {decile: F1}}}, 1 the most frequent tenth.
   """
 
-  def draw(axes, values, look):
+  def draw(axes: Axes, values: Mapping[int, float], look: dict[str, str]) -> Line2D:
     axes.set_xticks(range(1, 11))
     (line,) = axes.plot(list(values), list(values.values()), **look, markersize=6)
     return line
@@ -169,7 +185,12 @@ def deciles(path, panels):
   )
 
 
-def marks(path, panels, x, line=None):
+def marks(
+  path: Path,
+  panels: Mapping[str, Mapping[str, Sequence[float]]],
+  x: str,
+  line: float | None = None,
+) -> None:
   """A mark per seed of each predictor, one below the other.
 
   Args:
@@ -202,7 +223,13 @@ def marks(path, panels, x, line=None):
   _save(figure, path)
 
 
-def _curves(path, panels, draw, x, y):
+def _curves(
+  path: Path,
+  panels: Mapping[str, Mapping[str, object]],
+  draw: Callable[[Axes, object, dict[str, str]], Line2D],
+  x: str,
+  y: str,
+) -> None:
   """Panels in a row; a predictor looks the same in all of them.
 
   draw: (axes, values of a predictor, look) -> line.
@@ -232,7 +259,12 @@ def _curves(path, panels, draw, x, y):
   _save(figure, path)
 
 
-def f1_against_frequency(path, panels, train_count, anchor):
+def f1_against_frequency(
+  path: Path,
+  panels: Mapping[str, np.ndarray],
+  train_count: np.ndarray,
+  anchor: np.ndarray,
+) -> None:
   """One marker per behavior, one panel per stage.
 
   Args:
@@ -267,7 +299,7 @@ def f1_against_frequency(path, panels, train_count, anchor):
   _save(figure, path)
 
 
-def _decades(axes, count):
+def _decades(axes: Axes, count: np.ndarray) -> None:
   """A logarithmic x axis that shows whole decades, in plain numbers."""
   low, high = np.log10([max(count.min(), 1), max(count.max(), 10)])
   axes.set_xscale('log')
@@ -279,7 +311,9 @@ def _decades(axes, count):
   axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def difficulty_histogram(path, scores, groups, name='nll'):
+def difficulty_histogram(
+  path: Path, scores: np.ndarray, groups: np.ndarray, name: str = 'nll'
+) -> None:
   """Share of each group's candidates by difficulty.
 
   Args:
@@ -310,7 +344,9 @@ def difficulty_histogram(path, scores, groups, name='nll'):
   _save(figure, path)
 
 
-def drawn_targets(path, panels, names, anchor):
+def drawn_targets(
+  path: Path, panels: Mapping[str, np.ndarray], names: Sequence[str], anchor: np.ndarray
+) -> None:
   """Targets per behavior in the plan of each stage, most frequent first.
 
   Args:
@@ -365,7 +401,7 @@ def drawn_targets(path, panels, names, anchor):
   _save(figure, path)
 
 
-def loss_curves(path, panels):
+def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> None:
   """Training and validation loss by step, one panel per stage.
 
   Args:
@@ -402,7 +438,7 @@ def loss_curves(path, panels):
   _save(figure, path)
 
 
-def _running_mean(values):
+def _running_mean(values: np.ndarray) -> np.ndarray:
   """Mean of the last 5 % of all values at each step; fewer at the start."""
   window = max(1, len(values) // 20)
   total = np.concatenate([[0.0], np.cumsum(values)])
@@ -411,13 +447,19 @@ def _running_mean(values):
   return (total[stop] - total[start]) / (stop - start)
 
 
-def _short(name):
+def _short(name: str) -> str:
   if len(name) <= LONGEST_NAME:
     return name
   return name[: LONGEST_NAME - 1] + '…'
 
 
-def _figure(panels, height, stacked=False, width=WIDTH, sharey=True):
+def _figure(
+  panels: int,
+  height: float,
+  stacked: bool = False,
+  width: float = WIDTH,
+  sharey: bool = True,
+) -> tuple[Figure, list[Axes]]:
   """A figure with `panels` axes in a row or stacked (sharing x)."""
   figure = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasAgg(figure)
@@ -432,7 +474,7 @@ def _figure(panels, height, stacked=False, width=WIDTH, sharey=True):
   return figure, list(grid.flat)
 
 
-def _legend(figure, axes):
+def _legend(figure: Figure, axes: Axes) -> None:
   """A legend above the axes, where it cannot cover anything."""
   handles, texts = axes.get_legend_handles_labels()
   figure.legend(
@@ -445,6 +487,6 @@ def _legend(figure, axes):
   )
 
 
-def _save(figure, path):
+def _save(figure: Figure, path: Path) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=DPI)

@@ -7,6 +7,7 @@ evaluation.json where it holds them; splits, intervals and examples from
 predictions.parquet.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from behaviorlm_jax.io import files
@@ -17,6 +18,7 @@ from behaviorlm_jax.report import figures
 from behaviorlm_jax.report import page
 from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report import tables
+from behaviorlm_jax.report.blocks import Block
 from behaviorlm_jax.report.blocks import Details
 from behaviorlm_jax.report.blocks import Heading
 from behaviorlm_jax.report.blocks import Strong
@@ -24,19 +26,23 @@ from behaviorlm_jax.report.blocks import Text
 from behaviorlm_jax.report.verdict import verdict
 
 
-def write(workdir, title, decode=None) -> None:
+def write_report(
+  workdir: str | Path, title: str, decode: Callable[[list[int]], str] | None = None
+) -> None:
   """Writes report.md, report.html and the figures of report/ in `workdir`.
 
   Args:
     decode: callable, token ids to text; shows the end of example prompts.
   """
-  run = run_files.load(Path(workdir))
+  run = run_files.read_run(Path(workdir))
   content = contents(run, title, decode)
   files.write_text(run.workdir / 'report.md', blocks.markdown(content))
   files.write_text(run.workdir / 'report.html', page.html(title, content, run.workdir))
 
 
-def contents(run, title, decode=None) -> list:
+def contents(
+  run: run_files.RunFiles, title: str, decode: Callable[[list[int]], str] | None = None
+) -> list[Block]:
   """All that the report says, as blocks; draws the figures on the way."""
   outcome = compare.outcome(run)
   many = tables.behaviors(run)
@@ -59,7 +65,7 @@ def contents(run, title, decode=None) -> list:
   content = [Heading(1, title)]
   if outcome:
     content.append(Text(Strong('Verdict.'), ' ' + verdict(outcome), lead=True))
-  content.append(Text(summary(run)))
+  content.append(Text(summary_text(run)))
   for heading, body in sections.items():
     body = [block for block in body or [] if block]
     if body:
@@ -67,7 +73,7 @@ def contents(run, title, decode=None) -> list:
   return content
 
 
-def summary(run) -> str:
+def summary_text(run: run_files.RunFiles) -> str:
   anchors = int(run.anchor.sum())
   events, users = (run.summary.get(key, 0) for key in ('events', 'users'))
   text = [
@@ -85,7 +91,7 @@ def summary(run) -> str:
   return ' '.join(text + _headlines(run))
 
 
-def _headlines(run) -> list[str]:
+def _headlines(run: run_files.RunFiles) -> list[str]:
   """The three main scores, stage by stage, beside the best baseline."""
   if not run.scored:
     return []

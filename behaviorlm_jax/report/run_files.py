@@ -7,18 +7,24 @@ None.
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from behaviorlm_jax.data.events import Events
 from behaviorlm_jax.data.events import open_events
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.evaluate import metrics
 
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
+
+
+_Missing = TypeVar('_Missing')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +38,19 @@ class Stage:
   predictions: pa.Table | None
 
   @property
-  def name(self):
+  def name(self) -> str:
     names = STAGES | {'sasrec': 'SASRec'}
     return 'one stage' if self.one_stage else names[self.key]
 
   @property
-  def one_stage(self):
+  def one_stage(self) -> bool:
     """Whether stage 'one' made it, which stands in the place of stage b."""
     return self.key == 'b_tuning' and any(
       name.startswith('one_stage') for name in self.ablations
     )
 
   @property
-  def ablations(self):
+  def ablations(self) -> list[str]:
     return list(self.config.get('ablations') or [])
 
   @functools.cached_property
@@ -53,7 +59,7 @@ class Stage:
     return read_json_lines(self.folder / 'metrics.jsonl')
 
   @functools.cached_property
-  def right(self):
+  def right(self) -> np.ndarray:
     """bool[n], whether the first choice is the true behavior."""
     return self.column('behavior') == self.column('predicted')
 
@@ -62,18 +68,18 @@ class Stage:
     """What the model still knows, see evaluate.retention; may be empty."""
     return read_json(self.folder / 'retention.json', {})
 
-  def log_p(self, split):
+  def log_p(self, split: str) -> np.ndarray | None:
     """log p float[n, Y] of every behavior for the scored samples, or None."""
-    table = read_table(self.folder / 'log_probs.parquet')
+    table = read_parquet(self.folder / 'log_probs.parquet')
     if table is None:
       return None
     table = table.filter(pc.equal(table.column('split'), split))
     return np.array(table.column('log_p').to_pylist(), np.float64)
 
-  def column(self, name):
+  def column(self, name: str) -> np.ndarray:
     return np.array(self.predictions.column(name).to_pylist())
 
-  def find(self, sample) -> dict | None:
+  def find(self, sample: int) -> dict | None:
     """The prediction row of an event, or None where it was not evaluated."""
     index = pc.index(self.predictions.column('sample'), sample).as_py()
     if index < 0:
@@ -82,53 +88,53 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFiles:
   """What the work directory holds, in the form that the sections need."""
 
   workdir: Path
   summary: dict
-  behaviors: list  # the candidate list: dicts name, train_count, group
+  behaviors: list[dict]  # the candidate list: name, train_count, group
   unseen: int  # behaviors of the test split only
-  baselines: dict
-  stages: list
+  baselines: dict[str, dict]
+  stages: list[Stage]
   sasrec: Stage | None = None  # The baseline that is trained.
 
   @functools.cached_property
-  def events(self):
+  def events(self) -> Events:
     return open_events(self.workdir / 'events')
 
   @functools.cached_property
-  def ids(self):
+  def ids(self) -> dict[str, int]:
     return {row['name']: i for i, row in enumerate(self.behaviors)}
 
   @functools.cached_property
-  def anchor(self):
+  def anchor(self) -> np.ndarray:
     return np.array([b['group'] == 'anchor' for b in self.behaviors], bool)
 
   @functools.cached_property
-  def counts(self):
+  def counts(self) -> np.ndarray:
     """int64 [Y], training events of each behavior."""
     return np.array([b['train_count'] for b in self.behaviors])
 
   @functools.cached_property
-  def log_prior(self):
+  def log_prior(self) -> np.ndarray:
     """float64 [Y]: how frequent each behavior is in the training split."""
     return adjust.log_prior(self.counts)
 
   @functools.cached_property
-  def by_frequency(self):
+  def by_frequency(self) -> np.ndarray:
     """Indices of the behaviors, the most frequent in training first."""
     return np.argsort(-self.counts, kind='stable')
 
   @functools.cached_property
-  def scored(self):
+  def scored(self) -> list[Stage]:
     return [s for s in self.stages if s.evaluation]
 
   @functools.cached_property
-  def predicting(self):
+  def predicting(self) -> list[Stage]:
     return [s for s in self.stages if s.predictions is not None]
 
-  def per_behavior(self, stage):
+  def per_behavior(self, stage: Stage) -> np.ndarray:
     """Precision, recall, F1 and support of every behavior: float64[4, Y]."""
     return metrics.per_behavior(
       self.encode(stage.column('behavior')),
@@ -136,16 +142,16 @@ class Run:
       len(self.behaviors),
     )
 
-  def encode(self, names):
+  def encode(self, names: Iterable[str]) -> np.ndarray:
     return np.array([self.ids[name] for name in names], np.int64)
 
-  def best_baseline(self, group, key):
+  def best_baseline(self, group: str, key: str) -> tuple[float, str] | None:
     """(score, name) of the baseline that is best in this very score."""
     found = [(s[group][key], name) for name, s in self.baselines.items()]
     return max(found, key=lambda pair: pair[0], default=None)
 
 
-def load(workdir) -> Run:
+def read_run(workdir: Path) -> RunFiles:
   behaviors = read_json(workdir / 'events/behaviors.json', [])
   known = [row for row in behaviors if row['group'] != 'unseen']
   found = {
@@ -154,13 +160,13 @@ def load(workdir) -> Run:
       folder,
       read_json(folder / 'config.json', {}),
       read_json(folder / 'evaluation.json', None),
-      read_table(folder / 'predictions.parquet'),
+      read_parquet(folder / 'predictions.parquet'),
     )
     for key in (*STAGES, 'sasrec')
     if (folder := workdir / key).is_dir()
   }
   sasrec = found.pop('sasrec', None)
-  return Run(
+  return RunFiles(
     workdir,
     read_json(workdir / 'events/summary.json', {}),
     known,
@@ -171,7 +177,7 @@ def load(workdir) -> Run:
   )
 
 
-def plan_targets(path):
+def plan_targets(path: Path) -> np.ndarray:
   """Event positions of all targets of a plan, repeats included: int64[n]."""
   rows = pq.read_table(path, columns=['segments'])
   segments = pc.list_flatten(rows.column('segments').combine_chunks())
@@ -183,13 +189,13 @@ def plan_targets(path):
   )
 
 
-def read_json(path, missing):
+def read_json(path: Path, missing: _Missing) -> dict | list | _Missing:
   if not path.is_file():
     return missing
   return json.loads(path.read_text(encoding='utf-8'))
 
 
-def read_json_lines(path):
+def read_json_lines(path: Path) -> list[dict]:
   if not path.is_file():
     return []
   return [
@@ -197,5 +203,5 @@ def read_json_lines(path):
   ]
 
 
-def read_table(path):
+def read_parquet(path: Path) -> pa.Table | None:
   return pq.read_table(path) if path.is_file() else None

@@ -3,8 +3,10 @@
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.blocks import Mono
 from behaviorlm_jax.report.blocks import Table
+from behaviorlm_jax.report.verdict import Outcome
 
 FILES = (  # of the work directory, in the order in which they come to be
   ('events/', 'the sorted log, its behaviors, counts and rejected rows'),
@@ -27,7 +29,7 @@ FITTED = {
 }
 
 
-def data(run) -> Table:
+def data(run: run_files.RunFiles) -> Table:
   anchors = int(run.anchor.sum())
   rows = [(key.replace('_', ' '), _value(value)) for key, value in run.summary.items()]
   rows += [
@@ -43,7 +45,7 @@ def data(run) -> Table:
   return Table(('what', 'value'), rows)
 
 
-def _scored(run):
+def _scored(run: run_files.RunFiles) -> list[tuple[str, dict]]:
   """(name, evaluation) of baselines and stages that have one."""
   rows = list(run.baselines.items())
   for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
@@ -55,7 +57,7 @@ def _scored(run):
   return rows
 
 
-def results(run) -> Table:
+def results(run: run_files.RunFiles) -> Table:
   keys = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
   rows = [
     (name, *(scores['all'][key] for key in keys)) for name, scores in _scored(run)
@@ -70,7 +72,7 @@ def results(run) -> Table:
   )
 
 
-def groups(run) -> Table:
+def groups(run: run_files.RunFiles) -> Table:
   keys = ('accuracy@1', 'precision_weighted', 'f1_macro')
   names = [(group, key) for group in ('anchor', 'tail') for key in ('n', *keys)]
   rows = [
@@ -85,7 +87,7 @@ def groups(run) -> Table:
   )
 
 
-def retention(run) -> Table:
+def retention(run: run_files.RunFiles) -> Table:
   """What each stage still knows of the untuned model."""
   columns = ('perplexity', 'perplexity_ratio', 'kl_to_base')
   found = [
@@ -110,13 +112,13 @@ def retention(run) -> Table:
   )
 
 
-def _with_interval(values, name):
+def _with_interval(values: dict, name: str) -> str:
   interval = values[f'{name}_interval']
   around = f' ({interval[0]:.3f} to {interval[1]:.3f})' if interval else ''
   return f'{values[name]:.3f}{around}'
 
 
-def changes(outcome) -> Table:
+def changes(outcome: Outcome | None) -> Table:
   """Each comparison of the verdict in numbers."""
   words = {'within': 'within its uncertainty', 'unknown': 'unknown'}
   if not outcome:
@@ -153,7 +155,7 @@ def changes(outcome) -> Table:
   )
 
 
-def context(run) -> Table:
+def context(run: run_files.RunFiles) -> Table:
   """How much of each stage's skill is copying from its context."""
   head = ['stage']
   for where in ('in context', 'not in context'):
@@ -177,7 +179,7 @@ def context(run) -> Table:
   )
 
 
-def behaviors(run) -> Table:
+def behaviors(run: run_files.RunFiles) -> Table:
   """Every behavior, most frequent first."""
   stages = [(stage, run.per_behavior(stage)) for stage in run.predicting]
   if not stages:
@@ -206,7 +208,7 @@ def behaviors(run) -> Table:
   )
 
 
-def times(run) -> Table:
+def times(run: run_files.RunFiles) -> Table:
   """How fast each stage was trained; columns only for what was noted."""
   columns = {
     name: []
@@ -240,7 +242,7 @@ def times(run) -> Table:
   )
 
 
-def _speed(steps):
+def _speed(steps: list[dict]) -> tuple[float | None, ...]:
   """The values of a row of `times`; None for what no step noted."""
   noted = lambda key: [row[key] for row in steps if row.get(key) is not None]
   first, seconds, padding = map(noted, ('seconds_to_first_step', 'seconds', 'padding'))
@@ -255,7 +257,7 @@ def _speed(steps):
   )
 
 
-def _rate(steps, key):
+def _rate(steps: list[dict], key: str) -> float | None:
   """Sum of `key` per second over the steps that noted both."""
   pairs = [
     (row[key], row['seconds']) for row in steps if key in row and 'seconds' in row
@@ -266,14 +268,14 @@ def _rate(steps, key):
   return amount / seconds
 
 
-def files(run) -> Table:
+def files(run: run_files.RunFiles) -> Table:
   return Table(
     ('file', 'content'),
     [(Mono(name), what) for name, what in FILES if (run.workdir / name).exists()],
   )
 
 
-def config(run) -> Table:
+def config(run: run_files.RunFiles) -> Table:
   """One row per trained stage; the whole config is in its config.json."""
   keys = ('steps', 'batch', 'length', 'learning_rate', 'interpolation', 'loss')
   rows = []
@@ -306,7 +308,7 @@ def config(run) -> Table:
   return Table(head, rows)
 
 
-def _value(value):
+def _value(value: object) -> object:
   """Any JSON value as one cell; fractions as they were written."""
   if isinstance(value, dict):
     return ', '.join(f'{key} {_text(item)}' for key, item in value.items())
@@ -315,5 +317,5 @@ def _value(value):
   return str(value) if isinstance(value, float | bool) else value
 
 
-def _text(value):
+def _text(value: object) -> str:
   return f'{value:,}' if type(value) is int else str(_value(value))

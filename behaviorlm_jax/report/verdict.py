@@ -6,6 +6,7 @@ within its uncertainty, whatever its size.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 FEW = 50  # test samples below which a group's scores are a hint only
 FEW_USERS = 10  # below which redrawing users says little
@@ -19,14 +20,14 @@ class Change:
   other: str  # the other predictor
   before: float  # score of the other
   after: float  # score of the final stage
-  interval: tuple | None  # (low, high) of after - before; None: unknown
+  interval: tuple[float, float] | None  # (low, high) of after - before; None: unknown
 
   @property
-  def size(self):
+  def size(self) -> float:
     return self.after - self.before
 
   @property
-  def outcome(self):
+  def outcome(self) -> str:
     """'better', 'worse', 'within' its uncertainty, or 'unknown'."""
     if self.interval is None:
       return 'unknown'
@@ -39,13 +40,13 @@ class Outcome:
   """The final stage's scores and what they mean beside others."""
 
   final: str
-  scores: dict  # name: (value, interval or None)
-  samples: dict  # group: test samples, for 'all', 'anchor', 'tail'
+  scores: dict[str, tuple[float, tuple[float, float] | None]]  # name: value, interval
+  samples: dict[str, int]  # group: test samples, for 'all', 'anchor', 'tail'
   users: int
-  contrasts: dict  # what it is compared with: list of Change, not empty
+  contrasts: dict[str, list[Change]]  # what it is compared with: not empty
 
 
-def verdict(outcome) -> str:
+def verdict(outcome: Outcome) -> str:
   """Three to six sentences; empty where nothing was scored."""
   if not outcome.samples['all']:
     return ''
@@ -58,7 +59,7 @@ def verdict(outcome) -> str:
   return ' '.join(sentences + _warnings(outcome))
 
 
-def _level(outcome) -> str:
+def _level(outcome: Outcome) -> str:
   scores = _join(
     [
       f'{name} {value:.3f}' + (f' ({_range(interval)})' if interval else '')
@@ -71,7 +72,7 @@ def _level(outcome) -> str:
   )
 
 
-def _contrast(against, changes) -> str:
+def _contrast(against: str, changes: Sequence[Change]) -> str:
   same = len({change.other for change in changes}) == 1
   told = {
     outcome: [_change(c, same) for c in changes if c.outcome == outcome]
@@ -98,14 +99,14 @@ def _contrast(against, changes) -> str:
   return text + '.'
 
 
-def _change(change, same) -> str:
+def _change(change: Change, same: bool) -> str:
   text = f'{change.score} {change.size:+.3f}'
   if not same:
     text += f' against {change.other}'
   return text + (f' ({_range(change.interval)})' if change.interval else '')
 
 
-def _warnings(outcome) -> list[str]:
+def _warnings(outcome: Outcome) -> list[str]:
   """One sentence on what weakens the numbers, or none."""
   samples, text = outcome.samples, []
   few = [
@@ -127,15 +128,15 @@ def _warnings(outcome) -> list[str]:
   return ['Caution: ' + '; '.join(text) + '.'] if text else []
 
 
-def _join(parts) -> str:
+def _join(parts: list[str]) -> str:
   """'a', 'a and b', 'a, b and c'."""
   return ' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))
 
 
-def _count(number, what) -> str:
+def _count(number: int, what: str) -> str:
   return f'{number:,} {what}' + ('' if number == 1 else 's')
 
 
-def _range(interval) -> str:
+def _range(interval: tuple[float, float]) -> str:
   low, high = interval
   return f'{low:.3f} to {high:.3f}'

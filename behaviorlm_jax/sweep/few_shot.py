@@ -24,7 +24,7 @@ FROM = 50
 
 
 def names(run):
-  """Of the behaviors that were thinned in a run_files.Run, or could be."""
+  """Of the behaviors that were thinned in a run_files.RunFiles, or could be."""
   tails = [b for b in run.behaviors if b['group'] == 'tail']
   frequent = [b['name'] for b in tails if b['train_count'] >= FROM]
   return run.summary.get('thinned', frequent)
@@ -39,7 +39,7 @@ def thin(config, workdir, shots):
   shutil.rmtree(whole, ignore_errors=True)
   config = workspace.pin_addresses(config, ['data.events'], [])
   events, folder = prepared.load_events(config, whole), whole / 'events'
-  run, kept = run_files.load(whole), np.ones(len(events.user), bool)
+  run, kept = run_files.read_run(whole), np.ones(len(events.user), bool)
   behaviors = run_files.read_json(folder / 'behaviors.json', None)
   for name in names(run):
     b = run.ids[name]

@@ -63,7 +63,7 @@ class Finished:
 
   def __init__(self, job):
     """`job`: what has log, seed, name, method, folder and config of a run."""
-    run, whole = run_files.load(job.folder), job.method.shots is None
+    run, whole = run_files.read_run(job.folder), job.method.shots is None
     # What any run brings along is told of the whole log alone.
     self.evaluations = dict(run.baselines) if whole else {}
     self.retention, self.arms = {}, {}

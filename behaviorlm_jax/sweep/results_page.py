@@ -84,7 +84,7 @@ def write(folder, methods, drawn):
 def _figures(folder, rows, methods, drawn):
   content, panels = [], _curves(rows, drawn)
   if panels:
-    plots.trade_off(folder / 'trade_off.png', panels, adjust.TAUS)
+    plots.trade_off_curves(folder / 'trade_off.png', panels, adjust.TAUS)
     content.append(
       blocks.Figure(
         'trade_off.png',

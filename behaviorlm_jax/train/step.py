@@ -201,7 +201,7 @@ def attacher(base_config, config, layout, dtype, wanted=None):
   shape = (train.batch, train.length, base_config.kv_heads, base_config.head_dim)
   where = layout.sharding(('batch', None, 'kv_heads', None), shape, 'attention')
   rows = train.batch // train.accumulate // layout.row_parts
-  name = attention.choose(
+  name = attention.choose_implementation(
     wanted or config.model.attention,
     layout.device,
     base_config,

@@ -33,7 +33,7 @@ def meet(port):
         'timeout': timeout,
       }
     )
-    return pool.submit(rendezvous.meet, config)
+    return pool.submit(rendezvous.wait_for_all, config)
 
   yield come
   pool.shutdown()

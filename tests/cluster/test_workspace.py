@@ -225,7 +225,7 @@ def test_a_stop_while_duckdb_works_is_a_stop(
   def interrupt(*args):
     raise RuntimeError('Query interrupted')
 
-  monkeypatch.setattr(reader, 'read', interrupt)
+  monkeypatch.setattr(reader, 'read_rows', interrupt)
   monkeypatch.setattr(preemption, '_requested', asked)
   config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
   with pytest.raises(error):

@@ -42,7 +42,7 @@ def text(lowered):
 def open_run(make_run_config, tmp_path):
 
   def make(fields, shapes_only):
-    config = study.prepare(make_run_config({'stages': ('a',), **fields}))
+    config = study.settle(make_run_config({'stages': ('a',), **fields}))
     return setup.open_run(config, tmp_path, sharding.make_layout(config), shapes_only)
 
   return make
@@ -70,7 +70,7 @@ def test_the_step_compiled_ahead_is_the_one_that_trains(
   with pytest.raises(Caught):
     run_lib.run(config, tmp_path)
   this = open_run(fields, shapes_only=True)
-  plan = programs.make_plan(this)
+  plan = programs.first_plan(this)
   assert text(programs.training(this, plan)) == text(seen.step)
 
 
@@ -103,7 +103,7 @@ def test_products_needed_leave_out_what_is_computed_twice(open_run):
   counts = {}
   for remat in ('none', 'products', 'full'):
     this = open_run(fields | {'model.remat': remat}, shapes_only=True)
-    counts[remat] = programs.training_flops(this, programs.make_plan(this))
+    counts[remat] = programs.training_flops(this, programs.first_plan(this))
   assert counts['none'][0] == counts['none'][1]
   assert counts['none'][0] <= counts['products'][0] < counts['full'][0]
   assert len({needed for _, needed in counts.values()}) == 1
@@ -116,7 +116,7 @@ def test_a_program_that_is_too_large_is_told_by_how_much():
 
 def test_stage_b_is_planned_without_difficulty(make_run_config):
   config = make_run_config({'stages': ('b',), 'difficulty.score': 'nll'})
-  assert study.prepare(config).difficulty.score == 'random'
+  assert study.settle(config).difficulty.score == 'random'
 
 
 def test_a_topology_without_libtpu_is_one_sentence():

@@ -40,7 +40,7 @@ def said(conversation):
 
 def refused(path, tokenizer, *parts):
   with pytest.raises(InputError) as error:
-    conversations.read(path, tokenizer, 100)
+    conversations.read_conversations(path, tokenizer, 100)
   message = str(error.value)
   assert '\n' not in message
   for part in (str(path), *parts):
@@ -49,7 +49,7 @@ def refused(path, tokenizer, *parts):
 
 def test_exact_tokens_and_mask_of_two_turns(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('ab', 'cd', 'e', 'f'))
-  (read,) = conversations.read(path, make_tokenizer(), 100)
+  (read,) = conversations.read_conversations(path, make_tokenizer(), 100)
   pieces = [
     ([START, *b'user\n', *b'ab', END, *b'\n'], False),
     ([START, *b'assistant\n'], False),
@@ -69,7 +69,7 @@ def test_exact_tokens_and_mask_of_two_turns(tmp_path, make_tokenizer):
 def test_plain_format_closes_answers_with_the_eos_token(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('ab', 'cd'))
   tokenizer = make_tokenizer(None, eos_token='<eos>')
-  (read,) = conversations.read(path, tokenizer, 100)
+  (read,) = conversations.read_conversations(path, tokenizer, 100)
   asked = [*b'User: ab\nAssistant:']
   assert read.tokens.tolist() == [*asked, *b' cd', EOS, *b'\n']
   assert read.answers.tolist() == [False] * len(asked) + [True] * 4 + [False]
@@ -80,7 +80,7 @@ def test_plain_format_without_eos_closes_answers_with_the_newline(
   tmp_path, make_tokenizer
 ):
   path = write(tmp_path, talk('ab', 'cd', 'e', 'f'))
-  (read,) = conversations.read(path, make_tokenizer(None), 100)
+  (read,) = conversations.read_conversations(path, make_tokenizer(None), 100)
   text = b'User: ab\nAssistant: cd\nUser: e\nAssistant: f\n'
   assert read.tokens.tolist() == [*text]
   assert said(read) == [*b' cd\n f\n']
@@ -92,7 +92,7 @@ def test_plain_template_set_on_a_tokenizer_reads_the_same(tmp_path, make_tokeniz
   plain = make_tokenizer(
     chat.PLAIN_TEMPLATE, eos_token='<eos>', bos_token='<|im_start|>'
   )
-  (a,), (b,) = (conversations.read(path, t, 100) for t in (none, plain))
+  (a,), (b,) = (conversations.read_conversations(path, t, 100) for t in (none, plain))
   assert a.tokens.tolist() == b.tokens.tolist()
   assert a.answers.tolist() == b.answers.tolist()
   assert a.tokens[0] == START
@@ -104,21 +104,21 @@ def test_mask_is_exact_for_blanks_and_characters_of_many_bytes(
 ):
   path = write(tmp_path, talk('é 😀', '😀  né \n\n x', '東', '京'))
   tokenizer = make_tokenizer(trim_offsets=trim_offsets)
-  (read,) = conversations.read(path, tokenizer, 200)
+  (read,) = conversations.read_conversations(path, tokenizer, 200)
   first, second = '😀  né \n\n x'.encode(), '京'.encode()
   assert said(read) == [*first, END, *second, END]
 
 
 def test_end_of_turn_is_not_looked_for_inside_the_content(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'end <|im_end|> im_end'))
-  (read,) = conversations.read(path, make_tokenizer(), 100)
+  (read,) = conversations.read_conversations(path, make_tokenizer(), 100)
   assert said(read) == [*b'end ', END, *b' im_end', END]
 
 
 def test_end_text_and_blanks_around_contents_are_dropped(tmp_path, make_tokenizer):
   dirty = talk(' ab\n', 'cd <|endoftext|>\n<|endoftext|> ')
   path = write(tmp_path, dirty, talk('ab', 'cd'))
-  a, b = conversations.read(path, make_tokenizer(), 100)
+  a, b = conversations.read_conversations(path, make_tokenizer(), 100)
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -127,7 +127,7 @@ def test_empty_answers_are_skipped_and_counted_in_one_warning(
 ):
   path = write(tmp_path, talk('a', '<|endoftext|>'), talk('b', 'c'), talk('d', ' '))
   with caplog.at_level(logging.WARNING):
-    (read,) = conversations.read(path, make_tokenizer(), 100)
+    (read,) = conversations.read_conversations(path, make_tokenizer(), 100)
   assert said(read) == [*b'c', END]
   (record,) = caplog.records
   assert 'of 3 conversations 2 left out (2 with' in record.getMessage()
@@ -140,7 +140,7 @@ def test_long_ones_are_cut_and_skipped_when_no_answer_is_left(
   # 'assistant' starts at token 9 and its content at token 20.
   path = write(tmp_path, talk('a', 'bcdef'), talk('a' * 9, 'b'))
   with caplog.at_level(logging.WARNING):
-    (read,) = conversations.read(path, tokenizer, 22)
+    (read,) = conversations.read_conversations(path, tokenizer, 22)
   assert len(read.tokens) == 22
   assert said(read) == [*b'bc']
   (record,) = caplog.records
@@ -155,13 +155,15 @@ def test_nothing_left_is_refused(tmp_path, make_tokenizer):
 
 def test_a_clean_file_warns_of_nothing(tmp_path, caplog, make_tokenizer):
   with caplog.at_level(logging.WARNING):
-    conversations.read(write(tmp_path, talk('a', 'b')), make_tokenizer(), 100)
+    conversations.read_conversations(
+      write(tmp_path, talk('a', 'b')), make_tokenizer(), 100
+    )
   assert not caplog.records
 
 
 def test_what_follows_the_last_answer_is_dropped(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'b', 'c'), talk('a', 'b'))
-  a, b = conversations.read(path, make_tokenizer(), 100)
+  a, b = conversations.read_conversations(path, make_tokenizer(), 100)
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -185,11 +187,11 @@ def test_a_system_message_goes_to_the_user_where_the_template_has_none(
   )
   system = {'role': 'system', 'content': 'be brief'}
   path = write(tmp_path, [system, *talk('a', 'b')])
-  (folded,) = conversations.read(path, make_tokenizer(strict), 100)
+  (folded,) = conversations.read_conversations(path, make_tokenizer(strict), 100)
   user = [START, *b'user\nbe brief\n\na', END, *b'\n']
   assert folded.tokens.tolist()[: len(user)] == user
   assert said(folded) == [*b'b', END]
-  (kept,) = conversations.read(path, make_tokenizer(), 100)
+  (kept,) = conversations.read_conversations(path, make_tokenizer(), 100)
   assert kept.tokens.tolist()[:16] == [START, *b'system\nbe brief']
 
 
@@ -197,7 +199,9 @@ def test_gzip_and_blank_lines_read_the_same(tmp_path, make_tokenizer):
   path = write(tmp_path, talk('a', 'b'))
   packed = tmp_path / 'talks.jsonl.gz'
   packed.write_bytes(gzip.compress(b'\n' + path.read_bytes() + b'\n'))
-  (a,), (b,) = (conversations.read(p, make_tokenizer(), 100) for p in (path, packed))
+  (a,), (b,) = (
+    conversations.read_conversations(p, make_tokenizer(), 100) for p in (path, packed)
+  )
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -246,7 +250,9 @@ def test_the_default_set_is_large_varied_and_readable(caplog, make_tokenizer):
   lines = conversations.DEFAULT.read_text().splitlines()
   messages = [json.loads(line)['messages'] for line in lines]
   with caplog.at_level(logging.WARNING):
-    read = conversations.read(conversations.DEFAULT, make_tokenizer(), 4096)
+    read = conversations.read_conversations(
+      conversations.DEFAULT, make_tokenizer(), 4096
+    )
   assert len(read) == len(lines) >= 240
   assert not caplog.records
   answers = collections.Counter(m[-1]['content'] for m in messages)

@@ -183,7 +183,7 @@ def trained_llama_3(texts, template):
   """A byte-level BPE with Llama 3's split whose merges come from `texts`."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   fields = {'model': 'gpt2', 'pre': 'llama-bpe', 'tokens': alphabet, 'merges': []}
-  tokenizer = gguf_tokenizer.build(
+  tokenizer = gguf_tokenizer.build_tokenizer(
     {f'tokenizer.ggml.{key}': value for key, value in fields.items()}, 'hand'
   )
   tokenizer.train_from_iterator(

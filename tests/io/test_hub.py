@@ -191,7 +191,7 @@ def test_a_model_is_read_as_transformers_saved_it(hub, llama, address):
   base = weights.open_base(address)
   theirs = llama[0].state_dict()
   ours = weights.read_params(base, np.float32)
-  for name in families.shapes(base.config):
+  for name in families.parameter_shapes(base.config):
     names = families.LLAMA_NAMES[name]
     values = ours[name] if name.startswith('layers.') else [ours[name]]
     for layer, value in enumerate(values):
@@ -211,7 +211,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
     '@v2': SECOND,
     f'@{SECOND}': SECOND,
   }.items():
-    pinned = hub_lib.pin(MODEL + revision, 'model.address')
+    pinned = hub_lib.pin_commit(MODEL + revision, 'model.address')
     assert pinned == f'{MODEL}@{commit}'
     folder = addresses.resolve(MODEL + revision, 'model.address')
     assert folder == addresses.resolve(pinned, 'model.address')
@@ -224,7 +224,7 @@ def test_one_file_of_a_model_or_data_set(hub):
     (EVENTS, FIRST, 1),
     (EVENTS.replace('logs', 'logs@v2'), SECOND, 2),
   ):
-    pinned = hub_lib.pin(address, 'data.events')
+    pinned = hub_lib.pin_commit(address, 'data.events')
     assert pinned == f'hf://datasets/org/logs@{commit}/2024/log.csv'
     path = addresses.resolve(pinned, 'data.events')
     assert path.name == 'log.csv'
@@ -234,11 +234,14 @@ def test_one_file_of_a_model_or_data_set(hub):
 
 
 def test_a_pinned_address_in_the_cache_needs_no_hub(hub):
-  pinned = [hub_lib.pin(MODEL, 'model.address'), hub_lib.pin(EVENTS, 'data.events')]
+  pinned = [
+    hub_lib.pin_commit(MODEL, 'model.address'),
+    hub_lib.pin_commit(EVENTS, 'data.events'),
+  ]
   paths = [addresses.resolve(a, 'model.address') for a in pinned]
   hub.requests.clear()
   assert [addresses.resolve(a, 'model.address') for a in pinned] == paths
-  assert [hub_lib.pin(a, 'model.address') for a in pinned] == pinned
+  assert [hub_lib.pin_commit(a, 'model.address') for a in pinned] == pinned
   assert hub.requests == []
 
 
@@ -247,7 +250,7 @@ def test_an_offline_machine_with_a_cache_goes_on(hub, tmp_path):
   program = (
     'import sys; from behaviorlm_jax.io import hub\n'
     'for a in sys.argv[1:]:\n'
-    '  a = hub.pin(a, "model.address")\n'
+    '  a = hub.pin_commit(a, "model.address")\n'
     '  print(a, hub.fetch(a, "model.address"))'
   )
   environment = os.environ | {
@@ -297,7 +300,7 @@ def test_an_offline_machine_with_a_cache_goes_on(hub, tmp_path):
 )
 def test_a_malformed_address_is_refused(hub, refused, address):
   refused('is not of the form hf://org/name', address)
-  refused('is not of the form hf://org/name', address, call=hub_lib.pin)
+  refused('is not of the form hf://org/name', address, call=hub_lib.pin_commit)
   assert hub.requests == []
 
 
@@ -314,7 +317,7 @@ def test_a_file_is_needed_where_a_field_takes_no_folder(hub, refused):
   assert hub.requests == []
 
 
-@pytest.mark.parametrize('call', [hub_lib.fetch, hub_lib.pin])
+@pytest.mark.parametrize('call', [hub_lib.fetch, hub_lib.pin_commit])
 def test_what_the_hub_refuses_is_one_sentence(hub, refused, call):
   refused('no public model .* HF_TOKEN', 'hf://org/unknown', call=call)
   refused('no public dataset', 'hf://datasets/org/tiny/x', 'data.events', call)
@@ -337,7 +340,7 @@ def test_missing_files_are_named(hub, refused):
   refused('no model.safetensors.*hf://org/pickles/FILE.gguf', 'hf://org/pickles')
 
 
-@pytest.mark.parametrize('call', [hub_lib.fetch, hub_lib.pin])
+@pytest.mark.parametrize('call', [hub_lib.fetch, hub_lib.pin_commit])
 def test_no_network_is_one_sentence(hub, refused, call, monkeypatch):
   hub.close()
   refused(f'not be fetched from {hub.url} .ConnectError.* local path', MODEL, call=call)

@@ -39,7 +39,9 @@ def runner(name, where=None):
   """
   if name == 'auto':
     config = types.SimpleNamespace(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    name = attention.choose(name, jax.devices()[0], config, 'bfloat16', 2, LENGTH)
+    name = attention.choose_implementation(
+      name, jax.devices()[0], config, 'bfloat16', 2, LENGTH
+    )
   attend = attention.IMPLEMENTATIONS[name]
   if name == 'pallas' and jax.default_backend() != 'tpu':
     attend = functools.partial(attention.pallas, interpret=True)
@@ -171,7 +173,7 @@ def test_cudnn_lowers_to_its_causal_kernels(monkeypatch):
 
 def test_what_cudnn_is_asked_for_is_the_reference(monkeypatch):
   q, k, v, segments, _ = [x[:, : LENGTH - 1] for x in draw()]
-  expected = attention.reference(q, k, v, segments)
+  expected = attention.reference_attention(q, k, v, segments)
   ask = jax.nn.dot_product_attention
   monkeypatch.setattr(  # The same call to the implementation that runs here.
     jax.nn,
@@ -216,7 +218,7 @@ def test_splash_attention_lowers_to_its_three_kernels():
 def test_choice_by_backend_and_dtype(monkeypatch, wanted, backend, dtype, name):
   monkeypatch.setattr(attention, 'compile_error', lambda *_: None)
   device = types.SimpleNamespace(platform=backend)
-  assert attention.choose(wanted, device, CONFIG, dtype, 8, 512) == name
+  assert attention.choose_implementation(wanted, device, CONFIG, dtype, 8, 512) == name
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_an_attention_that_cannot_run_is_refused_when_asked_for(
 ):
   monkeypatch.setattr(attention, 'compile_error', lambda *_: 'too old')
   with pytest.raises(InputError) as caught:
-    attention.choose(
+    attention.choose_implementation(
       wanted, types.SimpleNamespace(platform=backend), CONFIG, dtype, 8, 512
     )
   assert str(caught.value) == (
@@ -253,7 +255,9 @@ def test_auto_trains_with_the_reference_where_the_kernel_does_not_compile(
   monkeypatch.setitem(attention._KERNEL_OF, 'cudnn', 'cpu')
   monkeypatch.setitem(attention._FASTEST, 'cpu', 'cudnn')
   with caplog.at_level(logging.INFO, logger='absl'):
-    chosen = attention.choose('auto', jax.devices('cpu')[0], CONFIG, 'bfloat16', 2, 32)
+    chosen = attention.choose_implementation(
+      'auto', jax.devices('cpu')[0], CONFIG, 'bfloat16', 2, 32
+    )
   assert chosen == 'reference'
   assert 'does not compile here (cuDNN is not detected)' in caplog.text
 

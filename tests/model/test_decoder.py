@@ -51,7 +51,7 @@ def draw(shape, seed=0):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def logits_of(config, params, tokens, remat='none'):
   """Logits float32 [B, L, V] of whole rows, each one segment."""
-  model = decoder.Decoder(config, params, remat=remat)
+  model = decoder.Decoder(config, params, how=decoder.Execution(remat=remat))
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   segments = jnp.ones_like(tokens)
   return model.logits(model.packed_hidden(tokens, positions, segments)[0])
@@ -363,7 +363,7 @@ def test_backends_differ_in_speed_alone(untied):
 
   @functools.partial(jax.jit, static_argnums=1)
   def logits(params, backend):
-    model = decoder.Decoder(config, params, backend=backend)
+    model = decoder.Decoder(config, params, how=decoder.Execution(backend=backend))
     row = tokens, jnp.arange(16)[None], jnp.ones_like(tokens)
     return model.logits(model.packed_hidden(*row)[0])
 

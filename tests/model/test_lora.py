@@ -147,7 +147,7 @@ def test_an_exported_adapter_is_read_back_exactly(tmp_path, save_llama):
   save_llama(tmp_path)
   adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'))
   lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
-  found, alpha = lora.load(tmp_path / 'adapter')
+  found, alpha = lora.read_adapter(tmp_path / 'adapter')
   assert alpha == ALPHA
   assert jax.tree.structure(found) == jax.tree.structure(adapter)
   jax.tree.map(np.testing.assert_array_equal, found, adapter)
@@ -170,7 +170,7 @@ def test_other_kinds_of_adapters_are_refused(tmp_path, save_llama, fields, says)
   path = tmp_path / 'adapter' / 'adapter_config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
   with pytest.raises(InputError, match=f'is no adapter .*{says}'):
-    lora.load(tmp_path / 'adapter')
+    lora.read_adapter(tmp_path / 'adapter')
 
 
 def test_adapter_config_says_rank_alpha_targets_and_base(tmp_path, save_llama):

@@ -20,7 +20,7 @@ def stacked(model):
   state = {k: v.float().numpy() for k, v in model.state_dict().items()}
   config = weights.families.from_hf(model.config.to_dict(), 'model')
   result = {}
-  for name in families.shapes(config):
+  for name in families.parameter_shapes(config):
     theirs = families.LLAMA_NAMES[name]
     result[name] = (
       np.stack([state[theirs.format(layer)] for layer in range(config.layers)])
@@ -124,7 +124,7 @@ def test_presets_survive_config_json(name):
   ],
 )
 def test_presets_have_the_published_number_of_parameters(name, millions):
-  shapes = families.shapes(families.PRESETS[name])
+  shapes = families.parameter_shapes(families.PRESETS[name])
   found = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
   assert round(found / 1e6, 1) == millions
 

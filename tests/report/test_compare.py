@@ -40,7 +40,7 @@ def run_of(*stages, anchors=2, count=5):
     }
     for i in range(count)
   ]
-  return run_files.Run(None, {}, behaviors, 0, {}, list(stages))
+  return run_files.RunFiles(None, {}, behaviors, 0, {}, list(stages))
 
 
 def case(seed=0, n=200, users=25):

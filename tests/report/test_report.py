@@ -256,7 +256,7 @@ def write_report(work, **options):
   """Writes the report of a Work and returns its text."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_files, 'open_events', lambda folder: work.events)
-    report.write(work.folder, 'A run', **options)
+    report.write_report(work.folder, 'A run', **options)
   return (work.folder / 'report.md').read_text(encoding='utf-8')
 
 

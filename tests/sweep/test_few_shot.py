@@ -64,7 +64,7 @@ def test_tails_keep_some_training_events_and_the_rest_stays(config, thinned, tmp
       mine = [row for row in left if row[2] == b.name]
       assert b.count == len(mine)
       assert b.train_count == sum(row[3] == 0 for row in mine)
-    run = run_files.load(folder)
+    run = run_files.read_run(folder)
     assert run.summary['events'] == sum(run.summary['splits'].values()) == len(left)
     assert sorted(few_shot.names(run)) == list(TAILS)
     assert events.fingerprint != whole.fingerprint

@@ -7,7 +7,10 @@ without a copy. Names are Arrow, one record batch for each piece.
 import collections.abc
 import contextlib
 import pathlib
+from collections.abc import Iterable
+from typing import Self
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -26,11 +29,11 @@ _HEADER = 128  # Bytes of a .npy file before its data.
 class Writer:
   """Writes columns of one length piece by piece; a context manager."""
 
-  def __init__(self, folder: pathlib.Path, names):
+  def __init__(self, folder: pathlib.Path, names: Iterable[str]):
     self._paths = {name: folder / f'{name}.npy' for name in names}
     self._size = 0
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
       self._files = {
         name: stack.enter_context(open(path, 'wb'))
@@ -41,7 +44,7 @@ class Writer:
       self._stack = stack.pop_all()
     return self
 
-  def add(self, **values):
+  def add(self, **values: np.ndarray) -> dict[str, np.ndarray]:
     """Appends an array to every column; returns them as they are written."""
     assert values.keys() == self._files.keys(), sorted(values)
     values = {
@@ -53,7 +56,7 @@ class Writer:
     self._size += size
     return values
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
     with self._stack:
       for name, file in self._files.items():
         file.seek(0)
@@ -63,25 +66,25 @@ class Writer:
         assert file.tell() == _HEADER, file.tell()
 
 
-def read(folder: pathlib.Path, name: str) -> np.ndarray:
+def read_column(folder: pathlib.Path, name: str) -> np.ndarray:
   """Maps a column; nothing of it is read before it is looked at."""
   return np.asarray(np.load(folder / f'{name}.npy', mmap_mode='r'))
 
 
-class Names(collections.abc.Sequence):
+class MappedNames(collections.abc.Sequence):
   """Mapped names, each read when it is asked for."""
 
   def __init__(self, path: pathlib.Path):
     self._column = read_table(path)['name']
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._column)
 
-  def __getitem__(self, index) -> str:
+  def __getitem__(self, index: int) -> str:
     return self._column[int(index)].as_py()
 
 
-def number_names(con, table: str, query: str):
+def number_names(con: duckdb.DuckDBPyConnection, table: str, query: str) -> None:
   """Makes `table` (id, name): distinct names of a query in code point order."""
   con.execute(
     f'CREATE TABLE {table} AS SELECT '
@@ -90,7 +93,7 @@ def number_names(con, table: str, query: str):
   )
 
 
-def write_table(path: pathlib.Path, relation):
+def write_table(path: pathlib.Path, relation: duckdb.DuckDBPyRelation) -> None:
   """Writes what a DuckDB relation yields, one batch after the other."""
   reader = relation.to_arrow_reader(_BATCH)
   with pa.ipc.new_file(str(path), reader.schema) as writer:

@@ -16,10 +16,14 @@ import heapq
 import itertools
 import json
 import pathlib
+from collections.abc import Iterator
+from collections.abc import Sequence
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax.data.log import columns
 from behaviorlm_jax.data.log import shards
@@ -42,13 +46,13 @@ class _Shard:
 
   folder: pathlib.Path
   begins: np.ndarray  # int64 [users + 1], first event of each user
-  columns: dict  # of shards.COLUMNS
+  columns: dict[str, np.ndarray]  # of shards.COLUMNS
   users: np.ndarray  # int32, ascending
   places: np.ndarray  # int32, and -1 at the end: no place
   names: np.ndarray  # int32
   splits: np.ndarray | None = None  # int8 [users], where groups are split
 
-  def split(self, rows, ends):
+  def split(self, rows: slice, ends: tuple[float, float]) -> np.ndarray:
     """int8: splits of the events of a slice."""
     user = self.columns['user'][rows]
     if self.splits is not None:
@@ -59,7 +63,12 @@ class _Shard:
 
 
 def join(
-  data, place, folders, folder: pathlib.Path, seed: int, origin: dict | None = None
+  data: config_dict.ConfigDict,
+  place: str | pathlib.Path | sources.Log,
+  folders: Sequence[pathlib.Path],
+  folder: pathlib.Path,
+  seed: int,
+  origin: dict | None = None,
 ) -> dict:
   """Makes `folder` of the shards `folders` of a log; returns its summary.
 
@@ -120,7 +129,9 @@ def join(
   return summary
 
 
-def _check_rows(facts, folders, log):
+def _check_rows(
+  facts: list[dict], folders: Sequence[pathlib.Path], log: sources.Log
+) -> None:
   """Refuses shards that are not those of one log, each once."""
   found = sum(fact['sound'] + fact['rejected'] for fact in facts)
   rows = facts[0]['rows']
@@ -132,7 +143,7 @@ def _check_rows(facts, folders, log):
     )
 
 
-def _lost(facts) -> dict:
+def _lost(facts: list[dict]) -> dict:
   """How many rows there were, and how many of them are no events."""
   reasons = collections.Counter()
   for fact in facts:
@@ -144,17 +155,19 @@ def _lost(facts) -> dict:
   } | {name: sum(fact[name] for fact in facts) for name in ('duplicates', 'repeats')}
 
 
-def _rejected(folders):
+def _rejected(folders: Sequence[pathlib.Path]) -> Iterator[tuple[int, str, str]]:
   """Yields the malformed rows (line, reason, text) of all shards, by line."""
 
-  def rows(source):
+  def rows(source: pathlib.Path) -> Iterator[tuple[int, str, str]]:
     for batch in columns.read_table(source / 'rejected.arrow').to_batches():
       yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
 
   return heapq.merge(*map(rows, folders))
 
 
-def _write_rejected(folders, path, log):
+def _write_rejected(
+  folders: Sequence[pathlib.Path], path: pathlib.Path, log: sources.Log
+) -> None:
   """Writes the malformed rows; of several files, each with its name."""
   one = len(log.files) == 1
   with open(path, 'w', encoding='utf-8', newline='') as file:
@@ -165,7 +178,9 @@ def _write_rejected(folders, path, log):
       writer.writerow([*where, reason, text])
 
 
-def _open(con, folders) -> list[_Shard]:
+def _open(
+  con: duckdb.DuckDBPyConnection, folders: Sequence[pathlib.Path]
+) -> list[_Shard]:
   """Opens the shards; leaves the tables users, places and names (id, name)."""
   numbers = {table: _number(con, table, folders) for table in _TABLES}
   parts = []
@@ -175,7 +190,7 @@ def _open(con, folders) -> list[_Shard]:
       _Shard(
         source,
         np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
-        {name: columns.read(source, name) for name in shards.COLUMNS},
+        {name: columns.read_column(source, name) for name in shards.COLUMNS},
         numbers['users'][i],
         np.append(numbers['places'][i], np.int32(-1)),
         numbers['names'][i],
@@ -184,7 +199,9 @@ def _open(con, folders) -> list[_Shard]:
   return parts
 
 
-def _number(con, table: str, folders) -> list[np.ndarray]:
+def _number(
+  con: duckdb.DuckDBPyConnection, table: str, folders: Sequence[pathlib.Path]
+) -> list[np.ndarray]:
   """Numbers in the whole log, int32, of the names of each shard."""
   views = [f'{table}_{i}' for i in range(len(folders))]
   for view, source in zip(views, folders, strict=True):
@@ -201,7 +218,7 @@ def _number(con, table: str, folders) -> list[np.ndarray]:
   ]
 
 
-def _split_groups(parts, seed: int, ends):
+def _split_groups(parts: list[_Shard], seed: int, ends: tuple[float, float]) -> None:
   """Whole groups of users to splits."""
   teams = [columns.read_table(part.folder / 'users.arrow')['group'] for part in parts]
   every = set().union(*(team.unique().to_pylist() for team in teams))
@@ -212,7 +229,7 @@ def _split_groups(parts, seed: int, ends):
     part.splits = split[coded.indices.to_numpy()]
 
 
-def _count(part, names: int, ends):
+def _count(part: _Shard, names: int, ends: tuple[float, float]) -> np.ndarray:
   """int64 [names, splits]: events of a shard."""
   counts = np.zeros((names, len(SPLITS)), np.int64)
   size = int(part.begins[-1])
@@ -224,7 +241,9 @@ def _count(part, names: int, ends):
   return counts
 
 
-def _check_training(behaviors, lost, log):
+def _check_training(
+  behaviors: list[splits.Behavior], lost: dict, log: sources.Log
+) -> None:
   """Refuses a log of which nothing can be learned."""
   events = sum(item.count for item in behaviors)
   if len(behaviors) == 1:
@@ -247,7 +266,7 @@ def _check_training(behaviors, lost, log):
     )
 
 
-def _said(lost) -> str:
+def _said(lost: dict) -> str:
   """What became of the rows that are no events, in brackets."""
   return (
     f' (of {lost["rows"]} rows {lost["rejected"]} were malformed, '
@@ -256,7 +275,9 @@ def _said(lost) -> str:
   )
 
 
-def _times(form: times.Form, span, log, given: str) -> str:
+def _times(
+  form: times.Form, span: tuple[int, int], log: sources.Log, given: str
+) -> str:
   """'ISO 8601, 2024-01-01 to 2024-03-09'; refuses a log of other years."""
   first, last = (str(np.datetime64(int(t), 's'))[:10] for t in span)
   if not given and (span[1] < times.FIRST or span[0] >= times.LAST):
@@ -272,7 +293,9 @@ def _times(form: times.Form, span, log, given: str) -> str:
 # Writing.
 
 
-def _write_events(parts, folder, ends):
+def _write_events(
+  parts: list[_Shard], folder: pathlib.Path, ends: tuple[float, float]
+) -> tuple[dict[str, str], tuple[int, int]]:
   """Writes the columns; returns {name: SHA-256} and the span of times."""
   sizes = np.zeros(sum(len(part.users) for part in parts), np.int64)
   for part in parts:
@@ -293,7 +316,13 @@ def _write_events(parts, folder, ends):
   return digests, (min(span), max(span))
 
 
-def _block(parts, begins, low: int, high: int, ends):
+def _block(
+  parts: list[_Shard],
+  begins: np.ndarray,
+  low: int,
+  high: int,
+  ends: tuple[float, float],
+) -> dict[str, np.ndarray]:
   """Columns of the events of users [low, high), each from its shard."""
   base, stop = begins[low], begins[high]
   block = {name: np.empty(stop - base, dtype) for name, dtype in columns.DTYPES.items()}
@@ -321,7 +350,7 @@ def _block(parts, begins, low: int, high: int, ends):
   return block
 
 
-def _summary(users: int, counts, behaviors) -> dict:
+def _summary(users: int, counts: np.ndarray, behaviors: list[splits.Behavior]) -> dict:
   groups = [item.group for item in behaviors]
   return {
     'events': int(counts.sum()),
@@ -337,7 +366,7 @@ def _summary(users: int, counts, behaviors) -> dict:
   }
 
 
-def _warnings(summary) -> list[str]:
+def _warnings(summary: dict) -> list[str]:
   warnings = []
   if not summary['tails']:
     warnings.append(
@@ -353,7 +382,7 @@ def _warnings(summary) -> list[str]:
   return warnings
 
 
-def _case_warnings(behaviors) -> list[str]:
+def _case_warnings(behaviors: list[splits.Behavior]) -> list[str]:
   alike = collections.defaultdict(list)
   for item in behaviors:
     alike[item.name.casefold()].append(item.name)
@@ -383,7 +412,9 @@ def _time_warnings(form: times.Form, shifted: bool) -> list[str]:
   return warnings
 
 
-def _fingerprint(digests, folder, behaviors) -> str:
+def _fingerprint(
+  digests: dict[str, str], folder: pathlib.Path, behaviors: list[splits.Behavior]
+) -> str:
   """SHA-256 of the columns, names and groups, as one JSON text.
 
   Users and places are read batch by batch: there may be millions.

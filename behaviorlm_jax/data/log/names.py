@@ -5,6 +5,8 @@ with one blank for any white space; 7.0 is 7. What spells nothing (`data.nulls`)
 is no name. Names that differ by case alone stay apart.
 """
 
+from collections.abc import Iterable
+
 _WHITE = r'[\p{Z}\t-\r\x{1C}-\x{1F}\x{85}]+'
 # Not all of Unicode's format characters: flags are spelled with some of them.
 _HIDDEN = (
@@ -16,7 +18,7 @@ _PLAIN = r'[!-~]+(?: [!-~]+)*'
 _WHOLE = r'^(-?(?:0|[1-9]\d*))\.0+$'  # not 007.0, which is a code
 
 
-def macros(nulls) -> str:
+def macros(nulls: Iterable[str]) -> str:
   """SQL that makes the macros tidy(text), clean(text) and named(tidied).
 
   `tidy` composes and trims, `clean` also takes 7.0 for 7. `named` is `clean` of

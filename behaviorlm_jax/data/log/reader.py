@@ -1,6 +1,6 @@
 """Any log -> the rows that DuckDB orders: a table in one vocabulary.
 
-`read` leaves in the connection
+`read_rows` leaves in the connection
   rows    line BIGINT (sources.Log tells file and line), who, instant BIGINT
           (microseconds by which rows are ordered), shift BIGINT (seconds from
           there to the user's clock), what, place, team, reason, text; a
@@ -17,18 +17,24 @@ the form that its first rows show; where the others disagree it is read again.
 
 import dataclasses
 import itertools
+import pathlib
 import re
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax.data.log import names
 from behaviorlm_jax.data.log import sources
 from behaviorlm_jax.data.log import text_rows
 from behaviorlm_jax.data.log import times
+from behaviorlm_jax.data.log.text_rows import Columns
 from behaviorlm_jax.data.log.text_rows import FIELDS
 from behaviorlm_jax.errors import InputError
 
@@ -77,12 +83,17 @@ class Found:
   layout: str  # 'CSV, divided by ',', UTF-8 in gzip'
 
 
-def read(con, data, log: sources.Log, shard=(0, 1)) -> Found:
+def read_rows(
+  con: duckdb.DuckDBPyConnection,
+  data: config_dict.ConfigDict,
+  log: sources.Log,
+  shard: tuple[int, int] = (0, 1),
+) -> Found:
   """Fills the table `rows` with those of a shard; a user is in one.
 
   `data`: the config's section.
   """
-  times.check(data.time_format, data.time_zone)
+  times.check_settings(data.time_format, data.time_zone)
   con.execute(_TABLES + names.macros(data.nulls))
   columns = [
     data.columns.get(field) or (field if i < _REQUIRED else None)
@@ -101,23 +112,30 @@ def read(con, data, log: sources.Log, shard=(0, 1)) -> Found:
 class _Reader:
   """What both kinds of files have in common."""
 
-  def __init__(self, con, data, log, columns, shard):
+  def __init__(
+    self,
+    con: duckdb.DuckDBPyConnection,
+    data: config_dict.ConfigDict,
+    log: sources.Log,
+    columns: Columns,
+    shard: tuple[int, int],
+  ):
     self.con, self.data, self.log, self.shard = con, data, log, shard
     self.columns = columns
     self.grouped = columns[-1] is not None
     self.where = f'{log.name} (data.columns.time = {columns[1]!r})'
     self.given = times.given(data.time_format, data.time_zone)
 
-  def choose(self, seen) -> times.Form | None:
+  def choose(self, seen: times.Seen) -> times.Form | None:
     """The form of the times seen so far; None: they leave it open."""
     word = self.data.time_format
     if not seen.shapes:
       return None
-    return times.choose(
+    return times.choose_form(
       seen, word if word in times.ORDERS else '', self.data.time_zone, self.where
     )
 
-  def settle(self, seen) -> times.Form:
+  def settle(self, seen: times.Seen) -> times.Form:
     """The form of all times; refuses what is open to the end."""
     if self.given:
       return self.given
@@ -131,18 +149,18 @@ class _Reader:
       times.refuse_open(seen, self.where)
     return form or times.Form('iso', False, True)  # No row has a time.
 
-  def absorb(self, form, source: str):
+  def absorb(self, form: times.Form, source: str) -> None:
     """Inserts the rows of a relation (line, FIELDS, reason, text)."""
     typed = form.word in times.TYPED
     tidy = _TIDY.format(moment='"time"' if typed else 'tidy("time")', source=source)
 
-    def none(field):
+    def none(field: str) -> str:
       return f"""CASE WHEN "{field}" <> '' THEN '{field} ''' || "{field}" ||
               ''' means none (data.nulls)' ELSE 'no {field}' END"""
 
     self.con.execute(
       _ABSORB.format(
-        timed=times.select(form, f'({tidy})'),
+        timed=times.select_instants(form, f'({tidy})'),
         no_user=none('user'),
         no_behavior=none('behavior'),
         longest=LONGEST_NAME,
@@ -152,7 +170,7 @@ class _Reader:
     )
 
 
-def _mine(user: str, shard) -> str:
+def _mine(user: str, shard: tuple[int, int]) -> str:
   """SQL for whether a row is in the shard, of its user as text.
 
   It stands next to the source and holds no parameters, so that of other shards'
@@ -198,7 +216,7 @@ class _Texts(_Reader):
       )
       form = settled
 
-  def _batches(self, layouts):
+  def _batches(self, layouts: dict[str, None]) -> Iterator[pa.RecordBatch]:
     """Yields Arrow batches (line, FIELDS, reason, text) of all files."""
     for i, file in enumerate(self.log.files):
       text = sources.open_text(file)
@@ -217,7 +235,9 @@ class _Texts(_Reader):
           raise
         raise InputError(f'{file} cannot be read to its end: {error}') from error
 
-  def _lines(self, text, number, layouts):
+  def _lines(
+    self, text: sources.TextFile, number: int, layouts: dict[str, None]
+  ) -> Iterator[pa.RecordBatch]:
     cut, lines = None, []
     with text.open() as file:
       more = True
@@ -232,7 +252,9 @@ class _Texts(_Reader):
           yield _batch(number, rows, self.columns)
         lines, number = lines[used:], number + used
 
-  def _cutter(self, text, lines, layouts):
+  def _cutter(
+    self, text: sources.TextFile, lines: list[str], layouts: dict[str, None]
+  ) -> tuple[int, text_rows.Cut]:
     if text.start.startswith('{'):
       layout = 'JSON lines'
       used, cut = text_rows.open_json(text.path, self.columns, lines)
@@ -243,14 +265,14 @@ class _Texts(_Reader):
     layouts[f'{layout}, {text.described}'] = None
     return used, cut
 
-  def _stream(self, text, number):
+  def _stream(self, text: sources.TextFile, number: int) -> Iterator[pa.RecordBatch]:
     with text.open() as file:
       rows = text_rows.json_stream(text.path, file, self.columns)
       while some := list(itertools.islice(rows, _LINES)):
         yield _batch(number, some, self.columns)
 
 
-def _batch(number, rows, columns) -> pa.RecordBatch:
+def _batch(number: int, rows: list[text_rows.Row], columns: Columns) -> pa.RecordBatch:
   """Rows are (offset, values of the mapped columns, reason, text)."""
   offsets, values, reasons, texts = zip(*rows, strict=True)
   mapped = iter(zip(*values, strict=True))
@@ -287,7 +309,7 @@ class _Parquet(_Reader):
     rows = sum(pq.read_metadata(path).num_rows for path in self.log.files)
     return Found(rows, self.grouped, form, 'Parquet')
 
-  def _form(self, files) -> times.Form:
+  def _form(self, files: list['_File']) -> times.Form:
     typed = {file.form for file in files}
     if len(typed) > 1:
       texts = sorted(form.text if form else 'text' for form in typed)
@@ -323,7 +345,7 @@ class _File:
   microseconds.
   """
 
-  def __init__(self, path, columns):
+  def __init__(self, path: pathlib.Path, columns: Columns):
     try:
       schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -345,7 +367,7 @@ class _File:
           self.form, text = _typed(path, column, field.type, value)
       self.texts.append(text)
 
-  def query(self, number: int, shard) -> str:
+  def query(self, number: int, shard: tuple[int, int]) -> str:
     """A query (line, FIELDS, reason, text) of a shard; lines from `number`."""
     named = ', '.join(
       f'{text} AS "{field}"' for text, field in zip(self.texts, FIELDS, strict=True)
@@ -357,10 +379,10 @@ class _File:
     )
 
 
-def _paths(schema):
+def _paths(schema: pa.Schema) -> Iterator[str]:
   """Column names, and with dots those inside of structs."""
 
-  def inside(fields, prefix):
+  def inside(fields: Iterable[pa.Field], prefix: str) -> Iterator[str]:
     for field in fields:
       yield prefix + field.name
       if pa.types.is_struct(field.type):
@@ -372,7 +394,7 @@ def _paths(schema):
   return inside(schema, '')
 
 
-def _field(schema, column):
+def _field(schema: pa.Schema, column: str) -> pa.Field | None:
   """The Arrow field of a column or of a path into structs; None: none."""
   found = schema.get_all_field_indices(column)
   if found:
@@ -388,14 +410,14 @@ def _field(schema, column):
   return field
 
 
-def _value(column: str, present) -> str:
+def _value(column: str, present: Sequence[str]) -> str:
   """SQL of a column, or of a path into structs."""
   parts = [column] if column in present else column.split('.')
   quoted = ['"' + part.replace('"', '""') + '"' for part in parts]
   return '.'.join(quoted)
 
 
-def _as_text(path, column, kind, value: str) -> str:
+def _as_text(path: pathlib.Path, column: str, kind: pa.DataType, value: str) -> str:
   """SQL of a value as text; refuses what is none."""
   if pa.types.is_dictionary(kind):
     kind = kind.value_type
@@ -420,7 +442,9 @@ def _as_text(path, column, kind, value: str) -> str:
   return f'CAST({value} AS VARCHAR)'
 
 
-def _typed(path, column, kind, value: str):
+def _typed(
+  path: pathlib.Path, column: str, kind: pa.DataType, value: str
+) -> tuple[times.Form, str]:
   """The form of a column of times, and SQL for its microseconds."""
   if pa.types.is_date(kind):
     return times.Form('date', False, False), f'epoch_us({value})'
@@ -438,7 +462,7 @@ def _typed(path, column, kind, value: str):
   return times.Form('timestamp', bool(kind.tz), True, kind.tz or ''), micros
 
 
-def _check_case(path, columns, present):
+def _check_case(path: pathlib.Path, columns: Columns, present: Sequence[str]) -> None:
   """Refuses names that DuckDB, which ignores case, would take for others."""
   for name in present:
     if name.casefold() == _ROW_NUMBER:

@@ -32,10 +32,13 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+from ml_collections import config_dict
 
 from behaviorlm_jax.data.log import columns
 from behaviorlm_jax.data.log import reader
@@ -50,7 +53,9 @@ _TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
 
 
 @contextlib.contextmanager
-def new_folder(folder: pathlib.Path):
+def new_folder(
+  folder: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, duckdb.DuckDBPyConnection]]:
   """Yields a folder that takes its place at the end, and a connection."""
   half = folder.with_name(folder.name + '.tmp')
   shutil.rmtree(half, ignore_errors=True)  # of a run that was killed
@@ -68,7 +73,13 @@ def new_folder(folder: pathlib.Path):
     shutil.rmtree(half, ignore_errors=True)
 
 
-def write(data, place, folder: pathlib.Path, shard=(0, 1), origin: dict | None = None):
+def write_shard(
+  data: config_dict.ConfigDict,
+  place: str | pathlib.Path | sources.Log,
+  folder: pathlib.Path,
+  shard: tuple[int, int] = (0, 1),
+  origin: dict | None = None,
+) -> None:
   """Reads the log at `place` into the new `folder`, the users of a shard.
 
   `place`: what sources.open_log takes; `origin` is written beside the events as
@@ -76,7 +87,7 @@ def write(data, place, folder: pathlib.Path, shard=(0, 1), origin: dict | None =
   """
   log = sources.open_log(place)
   with new_folder(folder) as (half, con):
-    found = reader.read(con, data, log, shard)
+    found = reader.read_rows(con, data, log, shard)
     facts = _reject(con, data.max_rejected, log, half, found.rows)
     for table, column in _TABLES.items():
       columns.number_names(con, table, f'SELECT {column} AS name FROM parsed')
@@ -100,7 +111,13 @@ def write(data, place, folder: pathlib.Path, shard=(0, 1), origin: dict | None =
 # Checking: what stops the run.
 
 
-def _reject(con, most: float, log, folder, rows: int) -> dict:
+def _reject(
+  con: duckdb.DuckDBPyConnection,
+  most: float,
+  log: sources.Log,
+  folder: pathlib.Path,
+  rows: int,
+) -> dict:
   """Writes rejected.arrow; refuses an empty log and too many malformed rows.
 
   `rows`: of the whole log. Those of other shards may be malformed, too, which
@@ -121,7 +138,13 @@ def _reject(con, most: float, log, folder, rows: int) -> dict:
   return {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
 
 
-def check_rejected(log, most: float, rows: int, reasons: dict[str, int], first):
+def check_rejected(
+  log: sources.Log,
+  most: float,
+  rows: int,
+  reasons: dict[str, int],
+  first: list[tuple[int, str, str]],
+) -> None:
   """Refuses too many malformed rows; `first`: a list of the first of them."""
   rejected = sum(reasons.values())
   if rejected <= most * rows and rejected < rows:
@@ -154,14 +177,14 @@ _HINTS = (
 )
 
 
-def _hint(reasons) -> str:
+def _hint(reasons: Iterable[str]) -> str:
   found = dict.fromkeys(
     hint for words, hint in _HINTS if any(words in kind for kind in reasons)
   )
   return ''.join(f', {hint}' for hint in found)
 
 
-def _check_groups(con, log):
+def _check_groups(con: duckdb.DuckDBPyConnection, log: sources.Log) -> None:
   torn = con.execute("""
       SELECT who, min(team), max(team), arg_max(line, (team, -line))
       FROM parsed GROUP BY who HAVING min(team) <> max(team)
@@ -177,7 +200,9 @@ def _check_groups(con, log):
 # Writing.
 
 
-def _write_events(con, folder, collapse: bool, grouped: bool) -> dict:
+def _write_events(
+  con: duckdb.DuckDBPyConnection, folder: pathlib.Path, collapse: bool, grouped: bool
+) -> dict:
   """Writes the columns and users.arrow; returns counts of rows."""
   # DuckDB streams only where nothing is left to fetch.
   ((users, parsed),) = con.execute(
@@ -231,7 +256,7 @@ def _write_events(con, folder, collapse: bool, grouped: bool) -> dict:
   }
 
 
-def _without_duplicates(reader):
+def _without_duplicates(reader: pa.RecordBatchReader) -> Iterator[list[np.ndarray]]:
   """Yields (user, instant, shift, behavior, place) in their order, each once.
 
   Exact duplicates are rows equal in every mapped column; the first one stays.
@@ -253,7 +278,13 @@ def _without_duplicates(reader):
     yield _first_of_equals(*held)
 
 
-def _first_of_equals(user, instant, shift, behavior, place):
+def _first_of_equals(
+  user: np.ndarray,
+  instant: np.ndarray,
+  shift: np.ndarray,
+  behavior: np.ndarray,
+  place: np.ndarray,
+) -> list[np.ndarray]:
   same = (np.diff(user) == 0) & (np.diff(instant) == 0)
   tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
   keys = place, behavior, instant, user  # One instant on any clock.

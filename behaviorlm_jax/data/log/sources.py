@@ -17,6 +17,7 @@ import lzma
 import os
 import pathlib
 import zlib
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -74,7 +75,7 @@ class Log:
     return digest.hexdigest()
 
 
-def open_log(place) -> Log:
+def open_log(place: str | pathlib.Path | Log) -> Log:
   """The Log at `place`: data.events, a path, or a Log already."""
   if isinstance(place, Log):
     return place
@@ -104,7 +105,7 @@ def open_log(place) -> Log:
   return Log(name, tuple(full or found[:1]))
 
 
-def _find(name: str):
+def _find(name: str) -> list[pathlib.Path] | None:
   """Paths of a local file, folder or glob; None: nothing of this name."""
   if '://' in name:
     return None
@@ -117,7 +118,7 @@ def _find(name: str):
   return None
 
 
-def _resolve(name: str):
+def _resolve(name: str) -> list[pathlib.Path]:
   return _parts(addresses.resolve(name, _FIELD))
 
 
@@ -138,11 +139,11 @@ def _parts(path: pathlib.Path) -> list[pathlib.Path]:
 # Bytes to text.
 
 
-def _open_plain(path):
+def _open_plain(path: pathlib.Path) -> BinaryIO:
   return open(path, 'rb')
 
 
-def _open_zstd(path):
+def _open_zstd(path: pathlib.Path) -> pa.NativeFile:
   return pa.CompressedInputStream(pa.OSFile(str(path)), 'zstd')
 
 
@@ -155,7 +156,7 @@ _COMPRESSIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class TextFile:
   """A text file: how it is compressed and encoded."""
 
   path: pathlib.Path
@@ -163,7 +164,7 @@ class Text:
   encoding: str
   start: str  # what it begins with
 
-  def open(self):
+  def open(self) -> io.TextIOWrapper:
     """A text file; bytes that are no text become surrogates."""
     opener = dict(_COMPRESSIONS.values()).get(self.compression, _open_plain)
     raw = opener(self.path)
@@ -197,7 +198,7 @@ def is_parquet(path: pathlib.Path) -> bool:
   return found
 
 
-def open_text(path: pathlib.Path) -> Text:
+def open_text(path: pathlib.Path) -> TextFile:
   """Looks at the first bytes of a text file; refuses what is none."""
   with open(path, 'rb') as file:
     head = file.read(16)
@@ -215,10 +216,10 @@ def open_text(path: pathlib.Path) -> Text:
       raise InputError(f'{path} is {what}; save the log as CSV, JSON lines or Parquet')
   encoding = _encoding(head, path)
   start = head.decode(encoding, 'replace').lstrip()
-  return Text(path, compression, encoding, start)
+  return TextFile(path, compression, encoding, start)
 
 
-def _encoding(head: bytes, path) -> str:
+def _encoding(head: bytes, path: pathlib.Path) -> str:
   if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
     raise InputError(f'{path} is UTF-32; save it as UTF-8')
   if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

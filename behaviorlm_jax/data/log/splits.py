@@ -12,6 +12,8 @@ predecessor is collapsed, and the user's history is one event shorter.
 import dataclasses
 import hashlib
 import math
+from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,7 +35,7 @@ class Behavior:
   group: str  # 'anchor', 'tail', or 'unseen': only in the test split
 
 
-def cuts(split) -> tuple[float, float]:
+def cuts(split: Iterable[float]) -> tuple[float, float]:
   """Ends of train and validation, as fractions of a history or of groups."""
   parts = tuple(split)
   if (
@@ -48,7 +50,9 @@ def cuts(split) -> tuple[float, float]:
   return parts[0], parts[0] + parts[1]
 
 
-def split_groups(groups, seed: int, ends) -> dict[str, int]:
+def split_groups(
+  groups: Iterable[str], seed: int, ends: tuple[float, float]
+) -> dict[str, int]:
   """Whole groups to splits: ranked by a seeded hash, then cut by rank.
 
   hashlib rather than `hash`, so the ranking is the same in every process.
@@ -63,7 +67,7 @@ def split_groups(groups, seed: int, ends) -> dict[str, int]:
   }
 
 
-def by_time(nth, size, ends) -> np.ndarray:
+def by_time(nth: np.ndarray, size: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
   """int8 [n]: split of the nth (from 1) of a user's `size` events.
 
   The first floor(end * size) are training events, and so on.
@@ -73,7 +77,9 @@ def by_time(nth, size, ends) -> np.ndarray:
   )
 
 
-def group_behaviors(names, counts, anchor_share: float):
+def group_behaviors(
+  names: Sequence[str], counts: np.ndarray, anchor_share: float
+) -> tuple[list[Behavior], np.ndarray]:
   """The behavior list and, for every id of a name, its place in the list.
 
   Args:

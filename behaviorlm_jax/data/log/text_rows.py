@@ -16,11 +16,22 @@ import functools
 import itertools
 import json
 import operator
+import pathlib
 import re
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import TextIO
+
+from ml_collections import config_dict
 
 from behaviorlm_jax.errors import InputError
 
 FIELDS = ('user', 'time', 'behavior', 'place', 'group')
+Columns = Sequence[str | None]  # Of the log, one for each of FIELDS; None: not mapped.
+# Offset of its first line, values of the mapped columns, reason or None, text.
+Row = tuple[int, Sequence[str | None], str | None, str]
+Cut = Callable[[list[str], bool], tuple[list[Row], int]]  # See the module.
 _RECORD_LINES = 256  # a stray quote may swallow no more lines than this
 _DELIMITERS = (',', '\t', ';', '|', '\x01')
 _TRIED = 512  # lines that choose a delimiter
@@ -36,7 +47,7 @@ _WORDS = {'tab': '\t', '\\t': '\t', 'none': None}
 _BLOCK = 1 << 20  # characters of a JSON array at a time
 
 
-def check_columns(path, columns, present):
+def check_columns(path: pathlib.Path, columns: Columns, present: Sequence[str]) -> None:
   """Refuses a mapped column that the log lacks, or has twice."""
   for field, column in zip(FIELDS, columns, strict=True):
     if column is None:
@@ -58,7 +69,9 @@ def check_columns(path, columns, present):
 # CSV.
 
 
-def open_csv(path, columns, lines, given):
+def open_csv(
+  path: pathlib.Path, columns: Columns, lines: list[str], given: config_dict.ConfigDict
+) -> tuple[int, Cut, str]:
   """Reads the header: lines used, the function that cuts the others, dialect.
 
   `given`: the section data.csv, of which '' is found from `lines`.
@@ -85,11 +98,11 @@ def open_csv(path, columns, lines, given):
   )
 
 
-def _names(header) -> list[str]:
+def _names(header: list[str]) -> list[str]:
   return [name.strip('\u200b\ufeff \t') for name in header]
 
 
-def _said(options) -> str:
+def _said(options: dict) -> str:
   shown = {'\t': 'tabs', '\x01': r'\x01'}
   delimiter = shown.get(options['delimiter'], repr(options['delimiter']))
   text = f'CSV, divided by {delimiter}'
@@ -100,7 +113,7 @@ def _said(options) -> str:
   return text
 
 
-def _dialect(columns, lines, given) -> dict:
+def _dialect(columns: Columns, lines: list[str], given: config_dict.ConfigDict) -> dict:
   """Options of csv.reader."""
   word = lambda text: _WORDS.get(text, text)
   delimiters = [word(given.delimiter)] if given.delimiter else _DELIMITERS
@@ -131,7 +144,9 @@ def _dialect(columns, lines, given) -> dict:
   return min(fitting, key=lambda options: _malformed(lines, options))
 
 
-def _options(delimiter, quote, escape, blanks) -> dict:
+def _options(
+  delimiter: str, quote: str | None, escape: str | None, blanks: bool
+) -> dict:
   options = {'delimiter': delimiter, 'strict': True}
   if quote is None:
     options['quoting'] = csv.QUOTE_NONE
@@ -144,21 +159,27 @@ def _options(delimiter, quote, escape, blanks) -> dict:
   return options
 
 
-def _header(lines, options) -> list[str]:
+def _header(lines: list[str], options: dict) -> list[str]:
   try:
     return _names(next(filter(None, csv.reader(lines, **options)), []))
   except csv.Error:
     return []
 
 
-def _malformed(lines, options) -> int:
+def _malformed(lines: list[str], options: dict) -> int:
   """How many of the rows are malformed under a dialect."""
   width = len(_header(lines, options))
   rows, _ = _cut_csv(lines, True, width, lambda fields: (), options)
   return sum(reason is not None for _, _, reason, _ in rows)
 
 
-def _cut_csv(lines, last, width, pick, options):
+def _cut_csv(
+  lines: list[str],
+  last: bool,
+  width: int,
+  pick: Callable[[list[str]], tuple[str, ...]],
+  options: dict,
+) -> tuple[list[Row], int]:
   """Cuts lines into rows; returns them and how many lines they took."""
   try:
     table = list(csv.reader(lines, **options))
@@ -188,7 +209,9 @@ def _cut_csv(lines, last, width, pick, options):
   return rows, start
 
 
-def _cut_record(lines, width, options):
+def _cut_record(
+  lines: list[str], width: int, options: dict
+) -> tuple[list[str] | None, str | None, int]:
   """The first record of `lines`: fields, why it is malformed, lines used.
 
   A record that never ends gives up its first line only: the lines that a stray
@@ -219,7 +242,9 @@ def has_object_a_line(start: str) -> bool:
   return len(lines) < 2 or any(_parse_json(line)[0] for line in lines[:-1])
 
 
-def open_json(path, columns, lines):
+def open_json(
+  path: pathlib.Path, columns: Columns, lines: list[str]
+) -> tuple[int, Cut]:
   """Like `open_csv`; columns are the keys of the first chunk's objects."""
   keys = {}
   for line in lines:
@@ -233,7 +258,7 @@ def open_json(path, columns, lines):
   )
 
 
-def json_stream(path, file, columns):
+def json_stream(path: pathlib.Path, file: TextIO, columns: Columns) -> Iterator[Row]:
   """Yields rows of an array, or of objects of many lines; offsets are counts.
 
   Columns are those of the first object.
@@ -273,7 +298,9 @@ def json_stream(path, file, columns):
     at, count = end, count + 1
 
 
-def _cut_json(lines, last, columns):
+def _cut_json(
+  lines: list[str], last: bool, columns: list[str]
+) -> tuple[list[Row], int]:
   """Like `_cut_csv`; a line is a row."""
   del last
   rows = []
@@ -290,7 +317,7 @@ def _cut_json(lines, last, columns):
   return rows, len(lines)
 
 
-def _pick(row, columns):
+def _pick(row: dict | None, columns: list[str]) -> tuple[list[str | None], str | None]:
   """The values of columns, as texts, and why they are none."""
   values, reason = [], None
   for column in columns:
@@ -304,7 +331,7 @@ def _pick(row, columns):
   return values, reason
 
 
-def _get(row, column):
+def _get(row: dict, column: str) -> object:
   """The value of a key, or of a path of keys with dots between."""
   if column in row or '.' not in column:
     return row.get(column)
@@ -313,7 +340,7 @@ def _get(row, column):
   return row
 
 
-def _paths(row, prefix=''):
+def _paths(row: dict, prefix: str = '') -> Iterator[str]:
   """Yields the keys of an object and, with dots, of those inside."""
   for key, value in row.items():
     yield prefix + key
@@ -321,7 +348,7 @@ def _paths(row, prefix=''):
       yield from _paths(value, f'{prefix}{key}.')
 
 
-def _twice(line, column) -> bool:
+def _twice(line: str, column: str) -> bool:
   """Whether the object of a line has the key at its top twice."""
   tops = []
   try:
@@ -331,7 +358,7 @@ def _twice(line, column) -> bool:
   return sum(key == column for key, _ in tops[-1]) > 1  # The last to end.
 
 
-def _parse_json(line):
+def _parse_json(line: str) -> tuple[dict | None, str | None]:
   """The object of a line and None, or None and the reason."""
   try:
     row = json.loads(line)
@@ -340,7 +367,7 @@ def _parse_json(line):
   return (row, None) if isinstance(row, dict) else (None, 'not a JSON object')
 
 
-def _as_text(value) -> str | None:
+def _as_text(value: object) -> str | None:
   if value is None or isinstance(value, str):
     return value
   if isinstance(value, float) and value.is_integer():

@@ -1,7 +1,7 @@
 """Times of a log: which form a whole column has, and SQL that reads it.
 
 A form is found from the column and never from one row: `Seen` counts the shapes
-of its times (every digit a 9), `choose` takes the form that reads most of them
+of its times (every digit a 9), `choose_form` takes the form that reads most of them
 and refuses what the column leaves open. A row of another form is malformed.
 
 Read are, by what `data.time_format` calls them:
@@ -22,6 +22,8 @@ ordered by instant and shown by a local clock, and of local clocks alone.
 import collections
 import dataclasses
 import re
+from collections.abc import Iterator
+from typing import NoReturn
 
 import duckdb
 
@@ -120,12 +122,12 @@ class Seen:
   are such shapes.
   """
 
-  def __init__(self, con):
+  def __init__(self, con: duckdb.DuckDBPyConnection):
     self._con = con
     self._shapes = {}  # shape: (number, least, greatest text)
     self.day = self.month = self.hours = 0  # times that can be nothing else
 
-  def add(self, source: str):
+  def add(self, source: str) -> None:
     """Counts the column `moment` of a query."""
     found = self._con.execute(f"""
         SELECT translate(left(moment, 48), '012345678', '999999999') AS shape,
@@ -137,7 +139,7 @@ class Seen:
     if any(re.match(r'99?[-/.]99?[-/.]9999|9999999999$', shape) for shape, *_ in found):
       self._settle(source)
 
-  def _settle(self, source: str):
+  def _settle(self, source: str) -> None:
     # 13/01/2024 can only be a day, 01/13/2024 only a month first; 2034013123
     # is an hour or, less likely, seconds since 1970.
     part = (
@@ -168,7 +170,7 @@ def given(word: str, zone: str) -> Form | None:
   return check_zone(form, 'data.time_format')
 
 
-def check(word: str, zone: str):
+def check_settings(word: str, zone: str) -> None:
   """Refuses values of data.time_format and data.time_zone that mean nothing."""
   with duckdb.connect() as con:
     if word and word not in WORDS:
@@ -195,7 +197,7 @@ def check(word: str, zone: str):
 _FIXED = r'([+-])(\d\d):?(\d\d)'
 
 
-def choose(seen: Seen, word: str, zone: str, where: str) -> Form | None:
+def choose_form(seen: Seen, word: str, zone: str, where: str) -> Form | None:
   """The form of a column; None where its order of day and month is open.
 
   Args:
@@ -254,7 +256,7 @@ def check_zone(form: Form, where: str) -> Form:
   return form
 
 
-def refuse_open(seen: Seen, where: str):
+def refuse_open(seen: Seen, where: str) -> NoReturn:
   """Says that day and month cannot be told apart."""
   raise InputError(
     f'{where}: times like {_quote(seen.shapes[0][1])} may have the day or '
@@ -267,7 +269,7 @@ def _quote(text: str) -> str:
   return repr(text if len(text) <= 40 else text[:40] + '...')
 
 
-def _readings(low: str, high: str):
+def _readings(low: str, high: str) -> Iterator[tuple[str, bool, bool]]:
   """Yields keys (name, instants, clock) of what may be read of a shape."""
   number = re.fullmatch(_NUMBER, low)
   if number:
@@ -281,7 +283,7 @@ def _readings(low: str, high: str):
         yield name, zone, clock
 
 
-def _numbers(low: str, high: str, whole: bool):
+def _numbers(low: str, high: str, whole: bool) -> Iterator[tuple[str, bool, bool]]:
   """The readings of numbers under which some lie in YEARS."""
   least, most, size = int(low), int(high), len(low)
   for name, unit in _UNITS.items():
@@ -290,7 +292,7 @@ def _numbers(low: str, high: str, whole: bool):
       yield name, True, True
   if least < LAST // _DAY + _SERIAL_ZERO and most >= FIRST // _DAY + _SERIAL_ZERO:
     yield 'serial', False, not whole
-  # Ten digits are taken for seconds, or refused: see `choose`.
+  # Ten digits are taken for seconds, or refused: see `choose_form`.
   if whole and size in (8, 12, 14) and (low[:4] <= '2100' and high[:4] >= '1990'):
     yield 'compact', False, size > 8
 
@@ -314,7 +316,7 @@ def _sql_normal(text: str) -> str:
 # SQL.
 
 
-def select(form: Form, source: str) -> str:
+def select_instants(form: Form, source: str) -> str:
   """A query: all columns of `source` and, of its `moment`, two more.
 
   instant  BIGINT, microseconds since 1970 by which rows are ordered; NULL:
@@ -344,7 +346,7 @@ def select(form: Form, source: str) -> str:
   )
 
 
-def _shown(form: Form, source: str, shift='0') -> str:
+def _shown(form: Form, source: str, shift: str = '0') -> str:
   """Adds `shift`, by the zone that is given or else by `shift`."""
   if form.zone:
     fixed = re.fullmatch(_FIXED, form.zone)

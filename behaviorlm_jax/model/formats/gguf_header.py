@@ -23,6 +23,7 @@ def check_complete(path: Path) -> None:
   with open(path, 'rb') as file:
     if file.read(4) != b'GGUF':
       raise corrupt(path, "it does not begin with 'GGUF'")
+    # Mapped: no more is read than the header's pages.
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
       try:
         needed = _end_of_tensors(_Header(data), path)
@@ -66,16 +67,20 @@ class _Header:
     self.at = 0
 
   def take(self, form: str) -> int:
+    # Little-endian. A big-endian file shows in its version, which then is none
+    # that is known.
     (value,) = struct.unpack_from('<' + form, self.data, self.at)
     self.at += struct.calcsize('<' + form)
     return value
 
   def string(self) -> bytes:
+    # Of 64 bits since version 2; version 1 is refused.
     length = self.take('Q')
     self._advance(length)
     return self.data[self.at - length : self.at]
 
   def _advance(self, length: int) -> None:
+    # A slice would come back short, without a word.
     if length > len(self.data) - self.at:
       raise struct.error(f'{length} bytes are needed at {self.at}')
     self.at += length
@@ -95,6 +100,7 @@ class _Header:
       self.string()
     elif kind == 9:
       item, count = self.take('I'), self.take('Q')
+      # At once: an array may hold a number for each token.
       if item in _SCALARS:
         self._advance(_SCALARS[item] * count)
         return
@@ -106,7 +112,7 @@ class _Header:
 
 def _end_of_tensors(header: _Header, path: Path) -> int:
   """Reads the header up to its end; returns where the last tensor ends."""
-  header.at = 4
+  header.at = 4  # Behind the letters 'GGUF'.
   version = header.take('I')
   if version not in (2, 3):
     raise corrupt(path, f'version {version}, where 2 and 3 are supported')
@@ -121,13 +127,17 @@ def _end_of_tensors(header: _Header, path: Path) -> int:
     name = header.string()
     shape = [header.take('Q') for _ in range(header.take('I'))]
     kind, offset = header.take('I'), header.take('Q')
+    # Tensors may stand in any order.
     end = max(end, offset + _n_bytes(shape, kind, name, path))
+  # Offsets count from the next multiple of the alignment after the header.
   start = math.ceil(header.at / alignment) * alignment
   return start + end
 
 
 def _n_bytes(shape: list[int], kind: int, name: bytes, path: Path) -> int:
   try:
+    # Quantised types pack blocks of numbers, with their scales, into so many
+    # bytes.
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
   except ValueError as error:
     raise unsupported(path, repr(name)[2:-1], f'type {kind}') from error

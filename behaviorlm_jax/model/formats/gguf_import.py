@@ -57,10 +57,12 @@ def convert(path: Path, folder: Path) -> None:
     raise gguf_header.corrupt(path, error) from error
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, tensors, path)
-  tokenizer = gguf_tokenizer.build(fields, path)
+  tokenizer = gguf_tokenizer.build_tokenizer(fields, path)
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / 'tokenizer.json'))
-  files.write_json(folder / 'tokenizer_config.json', gguf_tokenizer.config(fields))
+  files.write_json(
+    folder / 'tokenizer_config.json', gguf_tokenizer.tokenizer_config(fields)
+  )
   if template := fields.get('tokenizer.chat_template'):
     (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
   hf_config = families.to_hf(config) | {'dtype': 'float32'}
@@ -96,15 +98,19 @@ def _config(fields: dict, tensors: dict, path: Path) -> families.DecoderConfig:
     )
   given = {
     'model_type': 'llama',
+    # Rows of the embedding, which may be more than the tokens. GGUF's shape
+    # begins with the fastest dimension.
     'vocab_size': int(tensors['token_embd.weight'].shape[1]),
     'num_hidden_layers': get('block_count'),
     'hidden_size': get('embedding_length'),
     'intermediate_size': get('feed_forward_length'),
     'num_attention_heads': get('attention.head_count'),
     'num_key_value_heads': get('attention.head_count_kv'),
+    # May be missing: from_hf then divides hidden_size by the heads.
     'head_dim': get('attention.key_length'),
     'max_position_embeddings': get('context_length'),
     'rms_norm_eps': _decimal(get('attention.layer_norm_rms_epsilon') or 1e-6),
+    # Where a file has none llama.cpp takes 10000, too.
     'rope_theta': _decimal(get('rope.freq_base') or 1e4),
     'tie_word_embeddings': 'output.weight' not in tensors,
   }
@@ -135,6 +141,7 @@ def _rope_scaling(
   divisor; that the divisors computed from them equal the file's
   [head_dim / 2] is the proof.
   """
+  # low_freq_factor, high_freq_factor and original context of all of them.
   found = families.RopeScaling(_decimal(factors.max()), 1.0, 4.0, 8192)
   exponents = np.arange(0, config.head_dim, 2) / config.head_dim
   wavelengths = 2 * np.pi * config.rope_theta**exponents
@@ -160,6 +167,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   The inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py;
   `rows` is [heads * head_dim, in].
   """
+  # Axis 2 says which of a pair; in front of the pairs it says which half.
   pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
   return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -191,12 +199,15 @@ def _write_weights(
   """Writes a float32 safetensors file, one tensor in memory at a time."""
   sources = _sources(config, tensors, path)
   shapes = dict(families.hf_shapes(config))
+  # Offsets count from the end of the header; without gaps, in file order.
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for name, shape in shapes.items():
     start, end = end, end + 4 * math.prod(shape)
     header[name] = {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]}
   encoded = json.dumps(header).encode()
+  # Padded with blanks, so that the data begin at a multiple of 8.
   encoded += b' ' * (-len(encoded) % 8)
+  # Rotary embedding turns q and k alone: all else lies as Hugging Face has it.
   heads = {'q_proj': config.heads, 'k_proj': config.kv_heads}
   with open(target, 'wb') as out:
     out.write(struct.pack('<Q', len(encoded)) + encoded)
@@ -206,6 +217,7 @@ def _write_weights(
       if projection in heads:
         values = unpermute(values, heads[projection])
       out.write(np.ascontiguousarray(values, '<f4').data)
+    # On the disk before the folder is renamed to its place in the cache.
     out.flush()
     os.fsync(out.fileno())
 

@@ -26,7 +26,7 @@ _LLAMA_3_SPLIT = (
 )
 
 
-def build(fields: dict, path: Path) -> tokenizers.Tokenizer:
+def build_tokenizer(fields: dict, path: Path) -> tokenizers.Tokenizer:
   """Byte-level BPE; control and user-defined tokens encode as one id."""
   get = gguf_header.under(fields, 'tokenizer.ggml.').get
   if get('model') != 'gpt2' or not get('tokens') or get('merges') is None:
@@ -52,7 +52,7 @@ def build(fields: dict, path: Path) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def config(fields: dict) -> dict:
+def tokenizer_config(fields: dict) -> dict:
   """Names of the special tokens, as transformers reads them."""
   result = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -111,6 +111,7 @@ def _add_bos(tokenizer: tokenizers.Tokenizer, fields: dict, usual: bool) -> None
   """Lets every text begin with the begin token, where the model wants that."""
   bos = _special(fields, 'bos')
   wanted = fields.get('tokenizer.ggml.add_bos_token')
+  # llama.cpp, too, begins texts of Llama 3 with it where a file does not say.
   if bos is not None and (usual if wanted is None else wanted):
     tokenizer.post_processor = processors.TemplateProcessing(
       single=f'{bos} $A',

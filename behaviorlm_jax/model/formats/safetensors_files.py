@@ -47,6 +47,7 @@ class Files:
   ) -> np.ndarray:
     file = self.stored[name].file
     assert self.stored[name].shape == shape, (name, shape)
+    # Opened once: it is mapped, and slices are read out of it.
     if file not in self.open:
       try:
         self.open[file] = safetensors.safe_open(file, 'np')
@@ -69,7 +70,7 @@ def stored_tensors(folder: Path, config: families.DecoderConfig) -> dict[str, St
   return stored
 
 
-def read_json(path: Path) -> dict:
+def read_json_object(path: Path) -> dict:
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
@@ -92,7 +93,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
       f'{_FIELD}: the folder {folder} has neither {_WEIGHTS} nor {_INDEX}; '
       'give a folder with safetensors weights.'
     )
-  places = read_json(folder / _INDEX).get('weight_map')
+  places = read_json_object(folder / _INDEX).get('weight_map')
   if not isinstance(places, dict) or not all(
     isinstance(name, str) for name in places.values()
   ):
@@ -121,6 +122,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
   """Parses a safetensors header; checks that header and data fit the file."""
   size = file.stat().st_size
   with open(file, 'rb') as stream:
+    # 8 bytes say how long the JSON header is; data follow, and offsets count
+    # from there.
     prefix = stream.read(8)
     length = struct.unpack('<Q', prefix)[0] if len(prefix) == 8 else 0
     if not 0 < length <= size - 8:
@@ -144,6 +147,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
       f'file ({type(error).__name__}: {error}); fetch it again.'
     ) from error
   needed = 8 + length + end
+  # No less, and no more: the format allows no bytes behind the data.
   if needed != size:
     raise InputError(
       f'{_FIELD}: {file} is corrupt or truncated: it has {size} bytes but its '
@@ -178,6 +182,7 @@ def _check_shapes(
         f'its shape {shape} needs {needed}; fetch the file again.'
       )
   for name in stored.keys() - expected:
+    # lm_head.weight is ignored only where tied: else it was expected.
     if not name.endswith(_IGNORED):
       raise InputError(
         f'{_FIELD}: {stored[name].file} holds {name}, which is not part of a '

@@ -34,7 +34,7 @@ def write_log(tmp_path, minute, users=23):
 def prepare_in_parts(data, path, folder, count):
   sources = [folder / f'{i}-of-{count}' for i in range(count)]
   for i in reversed(range(count)):
-    shards.write(data, path, sources[i], (i, count))
+    shards.write_shard(data, path, sources[i], (i, count))
   return join.join(data, path, sources, folder / 'events', 0)
 
 
@@ -88,15 +88,15 @@ def test_every_user_is_in_one_shard(tmp_path, log_config, minute):
   path = write_log(tmp_path, minute)
   users = []
   for i in range(5):
-    shards.write(log_config(), path, tmp_path / str(i), (i, 5))
-    users += columns.Names(tmp_path / str(i) / 'users.arrow')
+    shards.write_shard(log_config(), path, tmp_path / str(i), (i, 5))
+    users += columns.MappedNames(tmp_path / str(i) / 'users.arrow')
   assert len(users) == len(set(users)) > 15
 
 
 def test_shards_that_lack_rows_are_refused(tmp_path, log_config, minute):
   data, path = log_config(), write_log(tmp_path, minute)
   for i in range(2):
-    shards.write(data, path, tmp_path / str(i), (i, 3))
+    shards.write_shard(data, path, tmp_path / str(i), (i, 3))
   with pytest.raises(InputError, match=r'hold \d+ of the 6\d\d rows'):
     join.join(data, path, [tmp_path / '0', tmp_path / '1'], tmp_path / 'x', 0)
   assert not (tmp_path / 'x').exists()
@@ -115,5 +115,5 @@ def test_malformed_rows_of_all_parts_count(tmp_path, log_config, minute):
   assert str(parts.value) == str(whole.value)
   # One that is above the share by itself is refused at once.
   with pytest.raises(InputError, match=r'line 8: .* 13 of 6\d\d rows'):
-    shards.write(log_config(max_rejected=0.001), path, tmp_path / 'x')
+    shards.write_shard(log_config(max_rejected=0.001), path, tmp_path / 'x')
   assert not list(tmp_path.glob('x*'))

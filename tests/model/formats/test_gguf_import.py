@@ -22,7 +22,7 @@ def test_weights_and_config_come_back_exactly(tmp_path, tied, write_gguf, tiny_l
   base = weights.open_base(str(tmp_path / 'm.gguf'))
   assert base.config == config
   found = weights.read_params(base, np.float32)
-  assert found.keys() == families.shapes(config).keys()
+  assert found.keys() == families.parameter_shapes(config).keys()
   for name, values in found.items():
     theirs = families.LLAMA_NAMES[name]
     expected = (
