@@ -223,10 +223,10 @@ def test_a_stop_while_duckdb_works_is_a_stop(
   machine('float32')
 
   def interrupt(*args):
+    monkeypatch.setattr(preemption, '_requested', asked)
     raise RuntimeError('Query interrupted')
 
   monkeypatch.setattr(reader, 'read_rows', interrupt)
-  monkeypatch.setattr(preemption, '_requested', asked)
   config = make_config(**{'data.events': str(log), 'data.shard': '1/2'})
   with pytest.raises(error):
     run_lib.run(config, tmp_path / 'work')
