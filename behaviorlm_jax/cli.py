@@ -1,5 +1,6 @@
 """What the commands share: logs, one sentence for what is wrong, exit codes."""
 
+import re
 import sys
 import traceback
 
@@ -14,6 +15,7 @@ from behaviorlm_jax import errors
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.errors import nearest
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.io import bucket
 
@@ -58,18 +60,102 @@ def fail(sentence):
 def parser(config):
   """flags_parser of app.run; `config`: the flag of a config file.
 
-  Turns usage texts and tracebacks for wrong flags into one sentence.
+  Turns usage texts and tracebacks for wrong flags into one sentence, and knows
+  what fields were called before.
   """
 
   def parse(argv):
+    if {'--help', '-help'} & set(argv):
+      print(f'{sys.modules["__main__"].__doc__}\n{_fields()}')
+      sys.exit(0)
+    argv = [_renamed(argument) for argument in argv]
+    sys.argv[1:] = argv[1:]  # Where a config's flags are looked for.
     try:
       rest = flags.FLAGS(argv)
-      config_lib.field_names(config.value)  # A missing file fails only here.
+      config.value.keys()  # A missing file fails only here.
       return rest
     except UNUSABLE as error:
-      fail(config_lib.explain_flag_error(argv, error))
+      fail(explain(argv, error))
 
   return parse
+
+
+def _fields() -> str:
+  """All fields of a config, as flags."""
+  return 'Any field of the config is a flag:\n' + '\n'.join(
+    f'  --config.{name}={field.default!r}\n      {field.doc}'
+    for name, field in config_lib.declared().items()
+  )
+
+
+def _renamed(argument: str) -> str:
+  """An argument with today's name of its field."""
+  match = re.match(r'(--?config\.)([^=]*)(=.*)?$', argument, re.DOTALL)
+  new = match and config_lib.RENAMED.get(match[2])
+  if not new:
+    return argument
+  logging.warning('config.%s is config.%s now.', match[2], new)
+  return f'{match[1]}{new}{match[3] or ""}'
+
+
+def explain(argv, error) -> str:
+  """One sentence for flags, or a config file, that could not be used.
+
+  ml_collections names only the last part of an unknown field, and passes on
+  whatever a config file raises; the full names stand in `argv`.
+  """
+  names = list(config_lib.declared())
+  for argument in argv[1:]:
+    match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+    if match and match[1] not in names:
+      return _explain_unknown(match[1], names)
+  text = str(error)
+  if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text, re.DOTALL):
+    return _explain_type(match[1], match[2])
+  if match := re.match(r'flag --(\w+)=None: ', text):
+    return f'--{match[1]} is missing; give both --config=FILE and --workdir=DIR.'
+  lines = [line.strip() for line in text.split('\n') if line.strip()]
+  if isinstance(error, flags.Error) and len(lines) == 1:
+    return f'{text}.'
+  files = [a for a in argv[1:] if re.match(r'--?config=|[^-].*\.py$', a)]
+  if match := re.search(r'Key "(\w+)" does not exist', text):
+    text = f'config has no field {match[1]}{_moved(match[1], names)}.'
+  else:  # The last line of a list of attempts or of a traceback.
+    text = f'{lines[-1]}.'
+  return f'{(files or ["--config"])[0]}: {text}'
+
+
+def _moved(last: str, names) -> str:
+  """What a config file, that names the last part alone, may have meant."""
+  moved = [
+    f'{old} is {new} now'
+    for old, new in config_lib.RENAMED.items()
+    if old.endswith(f'.{last}')
+  ]
+  if moved:
+    return f' here ({"; ".join(moved)})'
+  if last in ('loss', 'balanced_loss'):
+    return f' here ({_LOSSES})'
+  return nearest(last, [name.split('.')[-1] for name in names])
+
+
+_LOSSES = 'a.softmax and a.prior, b.softmax and b.prior say it now'
+
+
+def _explain_unknown(name, names):
+  inside = [n for n in names if n.startswith(f'{name}.')]
+  if inside:
+    return f'config.{name} is a section; set one of its fields, such as {inside[0]}.'
+  if name in ('train.loss', 'train.balanced_loss'):
+    return f'config has no field {name}: {_LOSSES}.'
+  return f'config has no field {name}{nearest(name, names)}.'
+
+
+def _explain_type(name, value):
+  field = config_lib.declared()[name]
+  kind = (field.kind or type(field.default)).__name__
+  example = '' if field.default is None else f', like {field.default!r}'
+  return f'{name} is {value!r}; it must be of type {kind}{example}.'
 
 
 def run(argv, work):

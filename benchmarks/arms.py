@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -21,6 +22,7 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.train import step as step_lib
+from behaviorlm_jax.train.loss import Loss
 
 CONTEXT = 8  # Events before a window's first target.
 WARMUP = 5  # Steps of linear warm-up; then the learning rate is constant.
@@ -53,7 +55,7 @@ class Shared:
   def __init__(self, inputs):
     self.layout = inputs.layout
     config = inputs.config.copy_and_resolve_references()
-    config.train.update({'steps': _ENDLESS, 'warmup': WARMUP / _ENDLESS})
+    config.train.warmup, config.a.steps = WARMUP / _ENDLESS, _ENDLESS
     self.params = inputs.params(config.model.dtype)
     self.adapter = jax.tree.map(
       np.asarray,
@@ -65,7 +67,9 @@ class Shared:
       ),
     )
     # Of endless cosine decay no run gets to see more than its flat top.
-    self.optimizer, self.schedule = step_lib.make_optimizer(config.train)
+    self.optimizer, self.schedule = step_lib.make_optimizer(
+      config_lib.stage_of(config, 'a'), config.train
+    )
     self.places = step_lib.state_shardings(
       inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer
     )
@@ -80,13 +84,12 @@ class Shared:
       plan, self.train.batch, self.train.accumulate, self.layout.row_parts
     )
     return step_lib.make_step(
-      self.attach,
+      Loss(self.attach, self.layout.row_parts, answers),
       self.optimizer,
       self.schedule,
       self.train.accumulate,
       self.places,
       self.layout,
-      answers,
     )
 
   def state(self):
@@ -201,7 +204,9 @@ class Validation:
     attach = step_lib.attacher(
       inputs.base.config, config, inputs.layout, config.model.dtype
     )
-    self.sums = step_lib.make_validation(attach, inputs.layout)
+    self.sums = step_lib.make_validation(
+      Loss(attach, inputs.layout.row_parts), inputs.layout
+    )
     self.params, self.questions = params, len(rows)
     most = max(row[0]['answers'] for row in rows)
     assemble = loader.Assembler(inputs.prompts, [], config.train.length, most)

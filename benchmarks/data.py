@@ -37,7 +37,6 @@ from absl import flags
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
-from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import seeds
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import events as events_lib
@@ -148,7 +147,7 @@ def plan(log, workdir):
   """Facts of planning both stages, and of loading stage a's batches."""
   whole = config_of(log)
   # Conversations are the same few whatever the log is.
-  whole.plan.conversation_share = whole.plan.balanced_conversation_share = 0.0
+  whole.a.conversation_share = whole.b.conversation_share = 0.0
   base = weights.open_base(whole.model.address)
   facts, plans = {}, {}
   with Meter() as meter:
@@ -159,26 +158,26 @@ def plan(log, workdir):
     evaluation.test_samples(events, whole)
     tree = label_tree.build(label_tree.shortest(prompts.labels))
   facts['open and check'] = meter.found
+  this = types.SimpleNamespace(
+    config=whole, events=events, prompts=prompts, conversations=[], tree=tree
+  )
   for stage in whole.stages:
-    config = config_lib.of_stage(whole, stage)
-    this = types.SimpleNamespace(
-      config=config, events=events, prompts=prompts, conversations=[], tree=tree
-    )
+    one = config_lib.stage_of(whole, stage)
     with Meter() as meter:
       for split in ('train', 'validation'):
-        rng = seeds.stream(config.seed, stage, split)
-        stream = curriculum.segments(this, stage, split, rng)
+        rng = seeds.stream(whole.seed, stage, split)
+        stream = curriculum.segments(this, one, split, rng)
         steps = STEPS.value if split == 'train' else 1
-        plans[stage, split] = plan_lib.take(stream, config, steps, '')
+        plans[stage, split] = plan_lib.take(stream, whole, steps, '')
     facts[f'plan {stage}'] = meter.found
   facts['hash'] = plan_lib.content_hash(plans['a', 'train'])
-  this.config = config_lib.of_stage(whole, 'a')
   return facts | {'load': load(this, plans['a', 'train'])}
 
 
 def load(this, plan):
   """{threads: facts} of nothing but loading a plan's batches."""
-  assemble, found = run_lib.assembler(this, plan), {}
+  stage, found = config_lib.stage_of(this.config, 'a'), {}
+  assemble = curriculum.lesson(this, stage, plan).assemble
   for workers in map(int, WORKERS.value):
     batches = loader.batches(plan, assemble, BATCH.value, threads=workers)
     next(batches)

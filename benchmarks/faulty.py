@@ -118,9 +118,9 @@ class Faulty:
 
       return noted
 
-    def noted_run(folder, *arguments):
-      stage.append(folder.name)
-      return run(folder, *arguments)
+    def noted_run(task, *arguments):
+      stage.append(task.folder.name)
+      return run(task, *arguments)
 
     step_lib.make_step, loop.run = make_step, noted_run
 

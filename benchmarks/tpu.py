@@ -43,7 +43,7 @@ def config_of(model, chips):
   """The config of one row of the table."""
   config = config_lib.default()
   config.stages = ('a',)
-  config.plan.content = 'anchors'  # As in docs/tpu.md.
+  config.a.content = 'anchors'  # As in docs/tpu.md.
   config.model.address = f'random://{model}'
   config.model.remat = MODELS[model]
   config.mesh.update({'data': 1, 'fsdp': chips})

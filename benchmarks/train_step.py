@@ -16,9 +16,11 @@ import numpy as np
 import peers
 from absl import flags
 
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.train import step as step_lib
+from behaviorlm_jax.train.loss import Loss
 
 PARTS = flags.DEFINE_list('parts', ['train', 'targets'], 'What is compared.')
 PROFILE = flags.DEFINE_bool('profile', False, 'Print where a step goes.')
@@ -40,23 +42,24 @@ class Ours:
     """`plan`: of all batches to come; `example`: one of them."""
     config, self.layout = inputs.config, inputs.layout
     self.params = inputs.params(config.model.dtype)
-    optimizer, schedule = step_lib.make_optimizer(config.train)
+    optimizer, schedule = step_lib.make_optimizer(
+      config_lib.stage_of(config, 'a'), config.train
+    )
     shapes = jax.tree.map(np.shape, inputs.adapter)
     places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(inputs.adapter, optimizer, places)
     attach = step_lib.attacher(
       inputs.base.config, config, self.layout, config.model.dtype
     )
+    parts, rows = self.layout.row_parts, config.train
+    answers = plan_lib.most_answers(plan, rows.batch, rows.accumulate, parts)
     step = step_lib.make_step(
-      attach,
+      Loss(attach, parts, answers),
       optimizer,
       schedule,
-      config.train.accumulate,
+      rows.accumulate,
       places,
       self.layout,
-      plan_lib.most_answers(
-        plan, config.train.batch, config.train.accumulate, self.layout.row_parts
-      ),
     )
     self.compiled = step.lower(self.state, self.params, self.put(example)).compile()
 
@@ -79,7 +82,7 @@ def check_float32(inputs, folder, batch):
   attach = step_lib.attacher(
     inputs.base.config, inputs.config, inputs.layout, 'float32'
   )
-  sums = step_lib.make_validation(attach, inputs.layout)
+  sums = step_lib.make_validation(Loss(attach, inputs.layout.row_parts), inputs.layout)
   loss, weight = sums(
     inputs.adapter,
     inputs.params('float32'),
@@ -95,7 +98,7 @@ def check_float32(inputs, folder, batch):
 
 def trainer(inputs, folder, setting):
   return peers.Trainer(
-    inputs.base.folder, folder / 'adapter', setting, inputs.config.train.learning_rate
+    inputs.base.folder, folder / 'adapter', setting, inputs.config.a.learning_rate
   )
 
 
@@ -129,7 +132,7 @@ def step_time(inputs, folder, setting, batch):
 def compare_train(inputs, folder, repeats, limits):
   """Tokens/s of both sides on the same samples; returns the ratio."""
   plan, batches = common.batches(
-    inputs, repeats + 1, inputs.config.plan.conversation_share
+    inputs, repeats + 1, inputs.config.a.conversation_share
   )
   first, timed = batches[0], batches[1:]
   check_float32(inputs, folder, first)

@@ -28,7 +28,7 @@ SHOTS = (0, 1, 2, 5, 10, 20, 50)
 # All neighbours count alike, and scores stay those of natural frequencies: on
 # validation events draws of equal frequency moved the prior further than tau
 # undoes. Of stage b's methods alone, so that the rows of others stay valid.
-_STAGE_B = {'plan': {'neighbours': 1e4}, 'train': {'balanced_loss': 'natural'}}
+_STAGE_B = {'plan': {'neighbours': 1e4}, 'b': {'prior': 'natural'}}
 
 
 def get_config(name='controls'):
@@ -48,7 +48,7 @@ def _controls(config):
     'no_balanced_stage': sweep.method(('no_balanced_stage',), seeds=3),
     'behaviorlm': sweep.method(start='no_balanced_stage', seeds=3),
     'all_behaviors_alone': sweep.method(
-      seeds=3, fields={'stages': ('a',), 'plan': {'content': 'all'}}
+      seeds=3, fields={'stages': ('a',), 'a': {'content': 'all'}}
     ),
     'all_behaviors_first': sweep.method(start='all_behaviors_alone', seeds=3),
     'one_stage': sweep.method(('one_stage',), seeds=3),
@@ -56,13 +56,13 @@ def _controls(config):
     'no_difficulty': sweep.method(('no_difficulty',), 'no_balanced_stage', seeds=3),
     # Not one_stage_balanced: windows' other events count by `neighbours`.
     'one_stage_balanced_windows': sweep.method(
-      ('one_stage',), seeds=3, fields={'plan': {'content': 'balanced'}}
+      ('one_stage',), seeds=3, fields={'a': {'content': 'balanced'}}
     ),
     'balanced_softmax': sweep.method(
-      ('one_stage',), seeds=3, fields={'train': {'loss': 'balanced'}}
+      ('one_stage',), seeds=3, fields={'a': {'prior': 'uniform'}}
     ),
     'over_vocabulary': sweep.method(
-      ('one_stage',), fields={'train': {'loss': 'answers'}}
+      ('one_stage',), fields={'a': {'softmax': 'vocabulary'}}
     ),
     'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
     'no_balance': sweep.method(('no_balance',), 'no_balanced_stage'),
@@ -131,32 +131,25 @@ def _controls(config):
 
 def _one_pass(config):
   base = config.base
-  base.plan.content = 'all'
-  base.plan.conversation_share = 0.1
+  base.a.content = 'all'
+  base.a.conversation_share = 0.1
   base.plan.per_behavior = 2
   base.plan.neighbours = 1e4  # All of them count alike.
   base.difficulty.candidates = 4
-  base.train.update(
-    {
-      'steps': 400,
-      'learning_rate': 1e-3,
-      'loss': 'answers',
-      'balanced_steps': 48,
-      'balanced_learning_rate': 5e-4,
-      'balanced_loss': 'natural',
-      'balanced_interpolation': 0.5,
-    }
+  base.a.update({'steps': 400, 'learning_rate': 1e-3, 'softmax': 'vocabulary'})
+  base.b.update(
+    {'steps': 48, 'learning_rate': 5e-4, 'prior': 'natural', 'interpolation': 0.5}
   )
   base.eval.max_samples = 500
   base.eval.validation_rows = 32
-  config.log_fields.india_time_use.train = {'steps': 505}
+  config.log_fields.india_time_use.a = {'steps': 505}
   start = 'all_behaviors_alone'
   config.methods = {
     start: sweep.method(seeds=3, fields={'stages': ('a',)}),
     'behaviorlm': sweep.method(start=start, seeds=3),
     'natural_stage': sweep.method(('no_balance', 'no_difficulty'), start, seeds=3),
     'behaviorlm_whole_way': sweep.method(
-      start=start, fields={'train': {'balanced_interpolation': 1.0}}
+      start=start, fields={'b': {'interpolation': 1.0}}
     ),
     'no_difficulty': sweep.method(('no_difficulty',), start, seeds=3),
     'sasrec': _sasrec(),
@@ -186,15 +179,15 @@ def _one_pass(config):
 def _few_shot(config):
   config.methods = {'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
-    train = {'balanced_steps': 48}
+    steps = {'steps': 48}
     config.methods[f'two_stages_{shots}_shots'] = sweep.method(
       ('no_difficulty',),
       'no_balanced_stage',
-      fields={'plan': {'per_behavior': 2}, 'train': train},
+      fields={'plan': {'per_behavior': 2}, 'b': steps},
       shots=shots,
     )
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
-      ('one_stage',), fields={'train': train}, shots=shots
+      ('one_stage',), fields={'b': steps}, shots=shots
     )
   config.order = (
     'no_balanced_stage',
@@ -220,23 +213,23 @@ def _sasrec():
 
 def _base():
   config = config_lib.default()
-  config.plan.conversation_share = 0.25
+  config.a.conversation_share = 0.25
   # As the paper has it: stage a learns anchors, stage b moves the prior.
-  config.plan.content = 'anchors'
-  config.train.balanced_loss = 'names'
-  config.train.balanced_interpolation = 1.0
+  config.a.content = 'anchors'
+  config.b.prior = 'drawn'
+  config.b.interpolation = 1.0
   config.plan.per_behavior = 1  # Of at most 3, once each in stage b's steps.
   config.plan.neighbours = 50.0
-  config.train.learning_rate = 2e-3
+  config.a.learning_rate = 2e-3
   config.difficulty.score = 'nll'
   config.difficulty.candidates = 3
   config.train.batch = 4
   config.train.length = 640
   config.train.accumulate = 2
-  config.train.steps = 48
-  config.train.balanced_steps = 24
+  config.a.steps = 48
+  config.b.steps = 24
   # 2e-4, or half of the way, hardly teaches the tail after anchors alone.
-  config.train.balanced_learning_rate = 1e-3
+  config.b.learning_rate = 1e-3
   config.checkpoint.every = 100
   config.score.batch = 2
   config.eval.max_samples = 400

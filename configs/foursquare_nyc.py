@@ -13,15 +13,15 @@ from behaviorlm_jax import config as config_lib
 
 def get_config():
   config = config_lib.default()
-  config.plan.conversation_share = 0.1
+  config.a.conversation_share = 0.1
   config.plan.per_behavior = 2
   config.difficulty.score = 'nll'  # As what the README shows was trained.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640  # Two windows of stage 2 fit a row.
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
-  config.train.steps = 400
-  config.train.balanced_steps = 48
+  config.a.steps = 400
+  config.b.steps = 48
   config.checkpoint.every = 100
   config.score.batch = 2  # Faster on CPU, as above.
   config.eval.max_samples = 500

@@ -16,15 +16,15 @@ def get_config():
   config = config_lib.default()
   config.data.columns.group = 'household'
   config.data.weekday = False
-  config.plan.conversation_share = 0.1
+  config.a.conversation_share = 0.1
   config.plan.per_behavior = 2
   config.difficulty.score = 'nll'  # As what the README shows was trained.
   config.difficulty.candidates = 4
   config.train.batch = 4
   config.train.length = 640
   config.train.accumulate = 2  # Faster on CPU: half the memory to move.
-  config.train.steps = 505
-  config.train.balanced_steps = 48
+  config.a.steps = 505
+  config.b.steps = 48
   config.checkpoint.every = 100
   config.eval.max_samples = 500
   return config

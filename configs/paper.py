@@ -14,10 +14,10 @@ from behaviorlm_jax import config as config_lib
 
 def get_config():
   config = config_lib.default()
-  config.plan.content = 'anchors'
+  config.a.content = 'anchors'
   config.plan.neighbours = 0.0
   config.difficulty.score = 'nll'
-  config.train.balanced_loss = 'names'
-  config.train.balanced_interpolation = 1.0
-  config.train.balanced_learning_rate = config.train.learning_rate
+  config.b.prior = 'drawn'
+  config.b.interpolation = 1.0
+  config.b.learning_rate = config.a.learning_rate
   return config

@@ -25,12 +25,12 @@ def get_config():
   config.plan.per_behavior = 2
   config.difficulty.score = 'nll'  # So that every part is shown.
   config.difficulty.candidates = 4
-  config.train.learning_rate = 2e-3
-  config.train.steps = 24
+  config.a.learning_rate = 2e-3
+  config.a.steps = 24
   config.train.batch = 4
   config.train.length = 256
-  config.train.balanced_steps = 8
-  config.train.balanced_learning_rate = 1e-4
+  config.b.steps = 8
+  config.b.learning_rate = 1e-4
   config.checkpoint.every = 12
   config.eval.max_samples = 150
   config.eval.validation_rows = 8

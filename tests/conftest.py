@@ -52,19 +52,19 @@ FIELDS = {
   'plan.min_context': 2,
   'plan.targets_per_row': 4,
   'plan.per_behavior': 4,
-  'plan.content': 'anchors',
+  'a.content': 'anchors',
   'plan.neighbours': 0.0,
   'difficulty.score': 'nll',
   'difficulty.candidates': 4,
   'train.length': 192,
   'train.batch': 2,
-  'train.steps': STEPS,
-  'train.balanced_steps': STEPS,
+  'a.steps': STEPS,
+  'b.steps': STEPS,
   'train.warmup': 0.1,
-  'train.learning_rate': 1e-3,
-  'train.balanced_learning_rate': 1e-3,
-  'train.balanced_interpolation': 1.0,
-  'train.balanced_loss': 'names',
+  'a.learning_rate': 1e-3,
+  'b.learning_rate': 1e-3,
+  'b.interpolation': 1.0,
+  'b.prior': 'drawn',
   'checkpoint.every': 3,
   'eval.max_samples': 60,
   'eval.validation_rows': 2,
@@ -346,7 +346,7 @@ def run_stages(make_run_config, tmp_path):
     config = make_run_config(fields)
     if only:
       config.stages = (only,)
-    run_lib.run(config_lib.ablate(config, ablations), workdir or tmp_path / 'work')
+    run_lib.run(ablations.ablate(config, ablations), workdir or tmp_path / 'work')
 
   return run
 

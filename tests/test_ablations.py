@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from behaviorlm_jax import ablations
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
 from behaviorlm_jax import run as run_lib
@@ -26,7 +27,7 @@ from behaviorlm_jax.model import lora
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
 # Enough draws to tell natural frequencies from balance.
-MORE = {'train.steps': 24, 'train.balanced_steps': 24, 'checkpoint.every': 24}
+MORE = {'a.steps': 24, 'b.steps': 24, 'checkpoint.every': 24}
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 
@@ -43,7 +44,7 @@ def ablated(copy_run, make_run_config, monkeypatch):
     workdir = copy_run(*gone, name='-'.join(names) or 'none')
     config = make_run_config(fields)
     config.stages = (only,) if only else ('a', 'b')
-    run_lib.run(config_lib.ablate(config, names), workdir)
+    run_lib.run(ablations.ablate(config, names), workdir)
     return workdir
 
   return run
@@ -98,9 +99,11 @@ def test_no_auxiliary_leaves_conversations_out(ablated):
   assert is_finished(workdir / 'a_tuning')
 
 
-@pytest.mark.parametrize('loss', ['balanced', 'answers'])
-def test_other_losses_teach_other_things(ablated, finished, read_rows, loss):
-  folder = ablated(only='a', fields={'train.loss': loss}) / 'a_tuning'
+@pytest.mark.parametrize(
+  'fields', [{'a.prior': 'uniform'}, {'a.softmax': 'vocabulary'}]
+)
+def test_other_losses_teach_other_things(ablated, finished, read_rows, fields):
+  folder = ablated(only='a', fields=fields) / 'a_tuning'
   assert is_finished(folder)
   losses = [
     [row['loss'] for row in read_rows(one / 'metrics.jsonl')[:2]]
@@ -124,7 +127,7 @@ def test_what_a_stage_draws_is_known_beforehand(
   finished, make_run_config, stage, content, budget
 ):
   """Or counted, where behaviors take turns."""
-  config = make_run_config({'plan.content': content, 'plan.budget': budget})
+  config = make_run_config({'a.content': content, 'plan.budget': budget})
   events = events_lib.open_events(finished / 'events')
   samples = samples_lib.eligible(events, 'train', config)
   counts = np.bincount(events.behavior[samples], minlength=events.known)
@@ -132,7 +135,9 @@ def test_what_a_stage_draws_is_known_beforehand(
   segment = {'targets': (3, 4, 9), 'weights': (1.0, 0.5, 1.0)}
   plan = types.SimpleNamespace(rows=[[segment], [segment]])
   found = curriculum.drawn_counts(
-    types.SimpleNamespace(config=config, events=events), stage, plan
+    types.SimpleNamespace(config=config, events=events),
+    config_lib.stage_of(config, stage),
+    plan,
   )
   if (stage, content) == ('a', 'anchors'):
     counts[~anchors] = 0
@@ -143,22 +148,22 @@ def test_what_a_stage_draws_is_known_beforehand(
   np.testing.assert_array_equal(found, counts)
 
 
-@pytest.mark.parametrize('loss', ['natural', 'balanced'])
+@pytest.mark.parametrize('prior', ['natural', 'uniform'])
 def test_stage_b_allows_for_how_often_it_draws_a_behavior(
-  ablated, make_run_config, monkeypatch, loss
+  ablated, make_run_config, monkeypatch, prior
 ):
   seen = []
-  names_of = curriculum.step_lib.names_of
+  names_of = curriculum.loss_lib.names_of
 
   def spied(tree, *counts):
     seen.append(counts)
     return names_of(tree, *counts)
 
-  monkeypatch.setattr(curriculum.step_lib, 'names_of', spied)
+  monkeypatch.setattr(curriculum.loss_lib, 'names_of', spied)
   workdir = ablated(
     'no_difficulty',
     only='b',
-    fields={'train.balanced_loss': loss, 'plan.neighbours': 3.0},
+    fields={'b.prior': prior, 'plan.neighbours': 3.0},
   )
   expected = collections.Counter()
   events = events_lib.open_events(workdir / 'events')
@@ -173,14 +178,14 @@ def test_stage_b_allows_for_how_often_it_draws_a_behavior(
   samples = samples_lib.eligible(events, 'train', make_run_config())
   kept = np.bincount(events.behavior[samples], minlength=events.known)
   np.testing.assert_array_equal(
-    trained[1], kept if loss == 'natural' else np.ones(events.known)
+    trained[1], kept if prior == 'natural' else np.ones(events.known)
   )
 
 
 def test_scores_over_the_vocabulary_are_others_than_within_names(
   run_stages, finished, tmp_path
 ):
-  run_stages({'train.loss': 'answers', 'score.softmax': 'vocabulary'}, only='a')
+  run_stages({'a.softmax': 'vocabulary', 'score.softmax': 'vocabulary'}, only='a')
   log_p = lambda workdir: parquet.read_table(workdir / 'a_tuning/predictions.parquet')[
     'log_prob'
   ].to_numpy()
@@ -270,9 +275,9 @@ def test_no_auxiliary_and_one_stage_together(ablated):
 
 def test_stage1_then_stage2_equals_one_run_of_both(script_config, finished, tmp_path):
   workdir = tmp_path / 'work'
-  run_lib.run(config_lib.ablate(script_config('stage1'), []), workdir)
+  run_lib.run(ablations.ablate(script_config('stage1'), []), workdir)
   assert not (workdir / 'b_tuning').exists()
-  run_lib.run(config_lib.ablate(script_config('stage2'), []), workdir)
+  run_lib.run(ablations.ablate(script_config('stage2'), []), workdir)
   for stage in ('a_tuning', 'b_tuning'):
     for name in (ADAPTER, 'predictions.parquet', 'config.json'):
       assert (workdir / stage / name).read_bytes() == (
@@ -288,7 +293,7 @@ def test_stage2_starts_from_stage_a_of_another_directory(
   workdir = tmp_path / 'work'
   for name in ('events', 'base'):
     shutil.copytree(finished / name, workdir / name)
-  run_lib.run(config_lib.ablate(config, []), workdir)
+  run_lib.run(ablations.ablate(config, []), workdir)
   assert not (workdir / 'a_tuning').exists()
   assert (workdir / 'b_tuning' / ADAPTER).read_bytes() == (
     finished / 'b_tuning' / ADAPTER
@@ -301,8 +306,8 @@ def test_interpolation_ends_on_the_way_between_the_stages(
 ):
   config = script_config('stage2')
   config.init_from = str(finished)
-  config.train.balanced_interpolation = share
-  run_lib.run(config_lib.ablate(config, []), tmp_path / 'work')
+  config.b.interpolation = share
+  run_lib.run(ablations.ablate(config, []), tmp_path / 'work')
   start, end, found = (
     lora.read_adapter(folder / 'adapter')[0]
     for folder in (
@@ -341,11 +346,11 @@ def test_by_default_all_is_learned_and_stage_b_is_gentler(
   unset = {
     name: default[name.split('.')[0]][name.split('.')[1]]
     for name in (
-      'plan.content',
+      'a.content',
       'plan.neighbours',
-      'train.balanced_loss',
-      'train.balanced_interpolation',
-      'train.balanced_learning_rate',
+      'b.prior',
+      'b.interpolation',
+      'b.learning_rate',
     )
   }
   run_stages(MORE | unset)
@@ -373,7 +378,7 @@ def test_from_nothing_a_share_of_what_was_learned_is_kept():
 
 def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
   monkeypatch.setattr(run_lib.report, 'write_report', lambda *_: None)
-  run_stages({'train.interpolation': 0.0}, only='a')
+  run_stages({'a.interpolation': 0.0}, only='a')
   folder = tmp_path / 'work'
   assert (folder / 'a_tuning' / ADAPTER).exists()
   shown = [

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from behaviorlm_jax import ablations
 from behaviorlm_jax import cli
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.errors import InputError
@@ -36,10 +37,10 @@ RELIED_ON = {
   'lora.rank': 3,
   'lora.alpha': 6.5,
   'lora.targets': ('q_proj', 'v_proj'),
-  'train.steps': 9,
+  'a.steps': 9,
   'train.batch': 6,
   'train.length': 700,
-  'train.learning_rate': 0.5,
+  'a.learning_rate': 0.5,
   'checkpoint.every': 5,
   'difficulty.candidates': 11,
   'plan.per_behavior': 13,
@@ -49,12 +50,12 @@ RELIED_ON = {
 }
 TOO_SMALL = {
   'lora.rank': 0,
-  'train.steps': 0,
+  'a.steps': 0,
   'train.batch': 0,
   'train.length': 15,
   'train.accumulate': 0,
   'train.workers': -1,
-  'train.learning_rate': -0.5,
+  'a.learning_rate': -0.5,
   'train.clip': -1.0,
   'train.weight_decay': -0.1,
   'checkpoint.every': 0,
@@ -77,12 +78,11 @@ NOT_A_CHOICE = {
   'model.dtype': 'float16',
   'model.remat': 'all',
   'score.dtype': 'int8',
-  'plan.content': 'anchor',
+  'a.content': 'anchor',
   'plan.budget': 'balance',
   'difficulty.score': 'nil',
-  'checkpoint.best_by': 'f1_macro',
-  'train.loss': 'name',
-  'train.balanced_loss': 'naturel',
+  'a.softmax': 'name',
+  'b.prior': 'naturel',
   'score.softmax': 'list',
 }
 
@@ -107,9 +107,9 @@ def read_flags(*arguments, name='stage1.py'):
 def explained(*arguments, name='stage1.py'):
   """The sentence for arguments that cannot be used."""
   with pytest.raises(cli.UNUSABLE) as caught:
-    config_lib.field_names(read_flags(*arguments, name=name))
+    read_flags(*arguments, name=name).keys()
   argv = ['main', f'--config={CONFIGS / name}', *arguments]
-  sentence = config_lib.explain_flag_error(argv, caught.value)
+  sentence = cli.explain(argv, caught.value)
   assert '\n' not in sentence
   return sentence
 
@@ -157,31 +157,35 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
     ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
     ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
     (
-      {'train.balanced_interpolation': 1.5},
-      ('train.balanced_interpolation is 1.5', 'from 0 to 1'),
+      {'b.interpolation': 1.5},
+      ('b.interpolation is 1.5', 'from 0 to 1'),
     ),
-    ({'plan.conversation_share': 1.0}, ('plan.conversation_share', '1.0')),
+    ({'a.conversation_share': 1.0}, ('a.conversation_share', '1.0')),
     (
-      {'plan.balanced_conversation_share': -0.1},
-      ('plan.balanced_conversation_share', '-0.1'),
+      {'b.conversation_share': -0.1},
+      ('b.conversation_share', '-0.1'),
     ),
     ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
     ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
     ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
     (
       {
-        'train.loss': 'answers',
-        'train.balanced_loss': 'natural',
+        'a.softmax': 'vocabulary',
+        'b.prior': 'natural',
         'score.softmax': 'vocabulary',
       },
-      ("train.balanced_loss is 'natural'", 'set score.softmax=names'),
+      ("b.softmax is 'names'", 'set score.softmax=names or b.softmax=vocabulary.'),
+    ),
+    (
+      {'b.softmax': 'vocabulary'},
+      ("b.prior is 'natural'", "b.softmax is 'vocabulary'", 'set b.prior=drawn'),
     ),
     (
       {'score.softmax': 'vocabulary'},
       (
-        "train.loss is 'names' and train.balanced_loss is 'natural', which",
+        "a.softmax is 'names' and b.softmax is 'names', which",
         "score.softmax is 'vocabulary'; set score.softmax=names or "
-        'train.loss=answers and train.balanced_loss=answers.',
+        'a.softmax=vocabulary and b.softmax=vocabulary.',
       ),
     ),
     (
@@ -225,24 +229,24 @@ def test_values_that_contradict_each_other_are_refused(fields, parts):
     (
       'no_auxiliary',
       ('a', 'b'),
-      {'plan.conversation_share': 0.0, 'plan.balanced_conversation_share': 0.0},
+      {'a.conversation_share': 0.0, 'b.conversation_share': 0.0},
     ),
     ('no_difficulty', ('a', 'b'), {'difficulty.score': 'random'}),
     ('no_balance', ('a', 'b'), {'plan.budget': 'natural'}),
     ('no_balanced_stage', ('a',), {}),
     ('no_anchor_stage', ('b',), {}),
-    ('anchors_first', ('a', 'b'), {'plan.content': 'anchors'}),
-    ('one_stage', ('one',), {'train.steps': 400}),
+    ('anchors_first', ('a', 'b'), {'a.content': 'anchors'}),
+    ('one_stage', ('one',), {'a.steps': 400}),
     (
       'one_stage_balanced',
       ('one',),
-      {'train.steps': 400, 'plan.content': 'balanced', 'plan.neighbours': 0.0},
+      {'a.steps': 400, 'a.content': 'balanced', 'plan.neighbours': 0.0},
     ),
   ],
 )
 def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
-  before = changed(plan__balanced_conversation_share=0.1, difficulty__score='nll')
-  after = config_lib.ablate(before, [name])
+  before = changed(b__conversation_share=0.1, difficulty__score='nll')
+  after = ablations.ablate(before, [name])
   expected = before.copy_and_resolve_references()
   expected.update_from_flattened_dict(fields)
   expected.stages, expected.ablations = stages, (name,)
@@ -260,60 +264,53 @@ def test_an_ablation_changes_its_fields_and_stages_only(name, stages, fields):
 )
 def test_an_ablation_takes_along_what_would_change_nothing_then(name, fields):
   config_lib.check(changed(**fields))
-  config_lib.check(config_lib.ablate(changed(**fields), [name]))
+  config_lib.check(ablations.ablate(changed(**fields), [name]))
 
 
 def test_stage_b_is_gentler_than_the_stage_it_starts_from():
-  """But for what it is given; read twice it is the same."""
+  """But for what it is given."""
 
-  def train(stage, **fields):
-    once = config_lib.of_stage(changed(train__learning_rate=4e-3, **fields), stage)
-    assert config_lib.of_stage(once, stage).to_dict() == once.to_dict()
-    return (
-      once.train.steps,
-      once.train.learning_rate,
-      once.train.interpolation,
-      once.train.loss,
-    )
+  def stage(name, **fields):
+    one = config_lib.stage_of(changed(a__learning_rate=4e-3, **fields), name)
+    return one.steps, one.learning_rate, one.interpolation, one.prior
 
-  assert train('a') == train('one') == (200, 4e-3, 1.0, 'names')
-  assert train('b') == (200, 2e-3, 0.5, 'natural')
-  assert train('b', ablations=('no_anchor_stage',)) == (200, 4e-3, 1.0, 'natural')
+  assert stage('a') == stage('one') == (200, 4e-3, 1.0, 'drawn')
+  assert stage('b') == (200, 2e-3, 0.5, 'natural')
+  assert stage('b', ablations=('no_anchor_stage',)) == (200, 4e-3, 1.0, 'natural')
   own = {
-    'train__balanced_steps': 7,
-    'train__balanced_learning_rate': 1e-4,
-    'train__balanced_interpolation': 0.9,
-    'train__balanced_loss': 'names',
+    'b__steps': 7,
+    'b__learning_rate': 1e-4,
+    'b__interpolation': 0.9,
+    'b__prior': 'drawn',
   }
-  assert train('b', **own) == (7, 1e-4, 0.9, 'names')
-  assert train('a', **own) == train('a')
+  assert stage('b', **own) == (7, 1e-4, 0.9, 'drawn')
+  assert stage('a', **own) == stage('a')
 
 
 def test_the_config_of_the_paper_changes_what_the_readme_says_and_no_more():
   paper = runpy.run_path(str(CONFIGS / 'paper.py'))['get_config']()
   config_lib.check(paper)
-  names = config_lib.field_names(config_lib.default())
   different = {
     name
-    for name in names
-    if config_lib._get(paper, name) != config_lib._get(config_lib.default(), name)
+    for name, field in config_lib.declared().items()
+    if config_lib.get(paper, name) != field.default
   }
   assert different == {
-    'plan.content',
+    'a.content',
     'plan.neighbours',
     'difficulty.score',
-    'train.balanced_loss',
-    'train.balanced_interpolation',
-    'train.balanced_learning_rate',
+    'b.prior',
+    'b.interpolation',
+    'b.learning_rate',
   }
-  first, second = (config_lib.of_stage(paper, stage).train for stage in 'ab')
-  for name in ('steps', 'learning_rate', 'interpolation', 'loss'):
-    assert first[name] == second[name]
+  first, second = (config_lib.stage_of(paper, stage) for stage in 'ab')
+  for name in ('steps', 'learning_rate', 'interpolation', 'softmax', 'prior'):
+    assert getattr(first, name) == getattr(second, name)
 
 
 def test_all_behaviors_first_undoes_a_config_of_anchors():
-  after = config_lib.ablate(changed(plan__content='anchors'), ['all_behaviors_first'])
-  assert after.plan.content == 'all' and after.stages == ('a', 'b')
+  after = ablations.ablate(changed(a__content='anchors'), ['all_behaviors_first'])
+  assert after.a.content == 'all' and after.stages == ('a', 'b')
 
 
 def test_every_pair_works_in_both_orders_or_is_refused_in_both():
@@ -341,16 +338,16 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
     | {frozenset(alone)}
   )
   assert len(refused) == 19
-  for pair in itertools.permutations(config_lib.ABLATIONS, 2):
+  for pair in itertools.permutations(ablations.ABLATIONS, 2):
     # Of a config in which either would change something.
     content = 'anchors' if 'all_behaviors_first' in pair else 'all'
-    config = changed(plan__content=content, difficulty__score='nll')
+    config = changed(a__content=content, difficulty__score='nll')
     if frozenset(pair) in refused:
       with pytest.raises(InputError) as caught:
-        config_lib.ablate(config, pair)
+        ablations.ablate(config, pair)
       assert all(f'--ablation={name}' in str(caught.value) for name in pair)
     else:
-      config = config_lib.ablate(config, pair)
+      config = ablations.ablate(config, pair)
       assert config.ablations == tuple(sorted(pair))
       config_lib.check(config)
 
@@ -368,19 +365,19 @@ def test_every_pair_works_in_both_orders_or_is_refused_in_both():
 )
 def test_an_ablation_of_a_stage_that_does_not_run_is_refused(stage, name):
   with pytest.raises(InputError, match=f'^--ablation={name} .* stages {stage}'):
-    config_lib.ablate(changed(stages=(stage,), difficulty__score='nll'), [name])
+    ablations.ablate(changed(stages=(stage,), difficulty__score='nll'), [name])
 
 
 @pytest.mark.parametrize(
   ('name', 'fields', 'already'),
   [
-    ('all_behaviors_first', {}, "plan.content = 'all'"),
-    ('anchors_first', {'plan__content': 'anchors'}, "plan.content = 'anchors'"),
+    ('all_behaviors_first', {}, "a.content = 'all'"),
+    ('anchors_first', {'a__content': 'anchors'}, "a.content = 'anchors'"),
     ('no_difficulty', {}, "difficulty.score = 'random' and .*"),
     (
       'no_auxiliary',
-      {'plan__conversation_share': 0.0},
-      'plan.conversation_share = 0.0 and plan.balanced_conversation_share = 0.0',
+      {'a__conversation_share': 0.0},
+      'a.conversation_share = 0.0 and b.conversation_share = 0.0',
     ),
   ],
 )
@@ -389,7 +386,7 @@ def test_an_ablation_that_changes_nothing_is_refused(name, fields, already):
     InputError,
     match=(f'^--ablation={name} changes nothing: this config has {already} already'),
   ):
-    config_lib.ablate(changed(**fields), [name])
+    ablations.ablate(changed(**fields), [name])
 
 
 def test_an_unknown_ablation_names_the_nearest():
@@ -400,17 +397,15 @@ def test_an_unknown_ablation_names_the_nearest():
       r'choose from no_auxiliary, .*one_stage_balanced\.$'
     ),
   ):
-    config_lib.ablate(config_lib.default(), ['no_dificulty'])
+    ablations.ablate(config_lib.default(), ['no_dificulty'])
 
 
 # Fields and flags.
 
 
 def test_field_names_are_dotted_and_hold_no_section():
-  names = config_lib.field_names(config_lib.default())
-  assert {'seed', 'train.steps', 'data.columns.user', 'init_from', *RELIED_ON} <= set(
-    names
-  )
+  names = list(config_lib.declared())
+  assert {'seed', 'a.steps', 'data.columns.user', 'init_from', *RELIED_ON} <= set(names)
   assert not {'train', 'data', 'data.columns'} & set(names)
   assert len(names) == len(set(names))
 
@@ -421,15 +416,15 @@ def test_fields_that_scripts_rely_on_can_be_overridden(name):
   arguments = [f'--config.{field}={value}' for field, value in RELIED_ON.items()]
   overridden = read_flags(*arguments, name=name)
   for field, value in RELIED_ON.items():
-    assert config_lib._get(config, field) != value
-    assert config_lib._get(overridden, field) == value
+    assert config_lib.get(config, field) != value
+    assert config_lib.get(overridden, field) == value
   config_lib.check(overridden)
 
 
 def test_a_config_file_cannot_invent_a_field(tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text(
-    (CONFIGS / 'stage1.py').read_text().replace('config.stages', 'config.train.stepz')
+    (CONFIGS / 'stage1.py').read_text().replace('config.stages', 'config.a.stepz')
   )
   assert explained(name=path) == (
     f'--config={path}: config has no field stepz (did you mean steps?).'
@@ -440,12 +435,12 @@ def test_a_config_file_cannot_invent_a_field(tmp_path):
   ('argument', 'sentence'),
   [
     (
-      '--config.train.stepz=3',
-      'config has no field train.stepz (did you mean train.steps?).',
+      '--config.a.stepz=3',
+      'config has no field a.stepz (did you mean a.steps?).',
     ),
     (
-      '--config.trian.steps=3',
-      'config has no field trian.steps (did you mean train.steps?).',
+      '--config.aa.steps=3',
+      'config has no field aa.steps (did you mean a.steps?).',
     ),
     (
       '--noconfig.data.weekdy',
@@ -455,19 +450,19 @@ def test_a_config_file_cannot_invent_a_field(tmp_path):
     (
       '--config.data.columns=3',
       'config.data.columns is a section; set one of '
-      'its fields, such as data.columns.behavior.',
+      'its fields, such as data.columns.user.',
     ),
     (
-      '--config.train.steps=abc',
-      "train.steps is 'abc'; it must be of type int, like 200.",
+      '--config.a.steps=abc',
+      "a.steps is 'abc'; it must be of type int, like 200.",
     ),
     (
       '--config.lora.alpha=x',
       "lora.alpha is 'x'; it must be of type float, like 32.0.",
     ),
     (
-      '--config.train.balanced_steps=x',
-      "train.balanced_steps is 'x'; it must be of type int.",
+      '--config.b.steps=x',
+      "b.steps is 'x'; it must be of type int.",
     ),
     ('--config.seed=', "seed is ''; it must be of type int, like 0."),
   ],
@@ -495,6 +490,4 @@ def test_what_is_missing_on_the_command_line_is_named():
   error = flags.IllegalFlagValueError(
     'flag --workdir=None: Flag --workdir must have a value other than None.'
   )
-  assert config_lib.explain_flag_error(['main'], error).startswith(
-    '--workdir is missing; '
-  )
+  assert cli.explain(['main'], error).startswith('--workdir is missing; ')

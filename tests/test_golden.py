@@ -32,7 +32,7 @@ SMALL = {
   'model.address': 'random://tiny',
   'model.dtype': 'float32',
   'score.dtype': 'float32',
-  'train.steps': 3,
+  'a.steps': 3,
   'train.batch': 4,
   'checkpoint.every': 3,
   'eval.max_samples': 24,

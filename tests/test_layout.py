@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'behaviorlm_jax'
 LAYERS = (
   ('errors', 'seeds'),
   ('config',),
+  ('ablations',),
   ('io',),
   ('cluster',),
   ('data', 'model'),

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import ablations
 from behaviorlm_jax import run as run_lib
 
 pytestmark = pytest.mark.usefixtures('compile_once')
@@ -38,7 +38,7 @@ def odd_run(tmp_path_factory, odd_input, make_run_config):
   logger.addHandler(handler)
   try:
     run_lib.run(
-      config_lib.ablate(make_run_config(odd_input), ['no_balanced_stage']), workdir
+      ablations.ablate(make_run_config(odd_input), ['no_balanced_stage']), workdir
     )
   finally:
     logger.removeHandler(handler)
@@ -68,9 +68,7 @@ def test_a_validation_split_without_a_behavior_or_any_is_no_obstacle(
     at = 1 + 40 * user + 8
     lines[at] = lines[at].rpartition(',')[0] + ',museum'
   path.write_text('\n'.join(lines) + '\n')
-  run_stages(
-    {'data.events': str(path), 'train.steps': 1, 'train.balanced_steps': 1, **fields}
-  )
+  run_stages({'data.events': str(path), 'a.steps': 1, 'b.steps': 1, **fields})
   work = tmp_path / 'work'
   assert (work / 'b_tuning/evaluation.json').exists()
   assert ('the validation split has no sample' in caplog.text) == warned

@@ -22,7 +22,7 @@ PLAIN = (
 )
 FIELDS = {
   'data.anchor_share': 0.07,
-  'plan.conversation_share': 0.0,
+  'a.conversation_share': 0.0,
   'retention.conversations': 0.0,
   'lora.rank': 16,
   'lora.targets': (
@@ -34,12 +34,12 @@ FIELDS = {
     'up_proj',
     'down_proj',
   ),
-  'train.steps': 100,
-  'train.balanced_steps': 100,
+  'a.steps': 100,
+  'b.steps': 100,
   'train.batch': 8,
   # At 1e-2 rounding decides what is learned.
-  'train.learning_rate': 3e-3,
-  'train.balanced_learning_rate': 3e-3,
+  'a.learning_rate': 3e-3,
+  'b.learning_rate': 3e-3,
   'plan.per_behavior': 40,
   'difficulty.score': 'nll',
   'difficulty.candidates': 80,

@@ -164,7 +164,7 @@ def test_work_directory_of_another_config(refused, copy_run):
   workdir = copy_run()
   refused(
     r'a_tuning .*train\.learning_rate \(0\.001, now 0\.5\)',
-    {'train.learning_rate': 0.5},
+    {'a.learning_rate': 0.5},
     workdir=workdir,
   )
   refused(r'seed \(0, now 1\)', {'seed': 1}, workdir=workdir)
@@ -186,7 +186,7 @@ def test_difficulty_of_another_model(refused, copy_run):
 
 
 def test_loss_that_is_not_a_number(run_stages, copy_run, read_rows, monkeypatch):
-  make_step = run_lib.step_lib.make_step
+  make_step = run_lib.trainer.step_lib.make_step
 
   def make_poisoned(*args, **options):
     step = make_step(*args, **options)
@@ -199,7 +199,7 @@ def test_loss_that_is_not_a_number(run_stages, copy_run, read_rows, monkeypatch)
 
     return poisoned
 
-  monkeypatch.setattr(run_lib.step_lib, 'make_step', make_poisoned)
+  monkeypatch.setattr(run_lib.trainer.step_lib, 'make_step', make_poisoned)
   workdir = copy_run('a_tuning', 'b_tuning')
   with pytest.raises(
     InputError,

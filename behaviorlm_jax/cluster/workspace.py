@@ -18,6 +18,7 @@ import jax
 from absl import logging
 from ml_collections import config_dict
 
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import processor
 from behaviorlm_jax.errors import InputError
@@ -26,7 +27,6 @@ from behaviorlm_jax.io import bucket
 from behaviorlm_jax.io import files
 from behaviorlm_jax.io import hub
 
-FOLDERS = {'a': 'a_tuning', 'b': 'b_tuning', 'one': 'b_tuning'}
 # What every stage of one work directory must share. model.remat and
 # model.attention may differ: they change speed and memory alone.
 SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
@@ -182,11 +182,16 @@ def check_config(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
   to share SHARED.
   """
   mine = as_dict(config)
-  ran = {FOLDERS[stage] for stage in config.stages}
+  ran = {config_lib.FOLDERS[stage] for stage in config.stages}
   for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
     theirs = read_config(workdir / folder)
     if theirs is None:
       continue
+    if folder != 'events' and 'a' not in theirs:
+      raise InputError(
+        f'{workdir / folder} was made by a version of this program whose stages had '
+        'no sections in the config; use another --workdir.'
+      )
     names = DECIDES.get(folder, SHARED)
     if folder in ran:
       names = [name for name in mine if name not in _WHERE]

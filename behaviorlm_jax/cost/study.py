@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import setup
+from behaviorlm_jax import setup as setup_lib
 from behaviorlm_jax.cluster import processor
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.cost import programs
@@ -60,7 +60,6 @@ def settle(
     config.update_from_flattened_dict(_LOG)
   if not config.stages:
     raise InputError('stages is (): this config trains nothing.')
-  config = config_lib.of_stage(config, config.stages[0])
   # What random difficulty draws has the same shapes.
   config.difficulty.score = 'random'
   if config.model.dtype == 'auto':
@@ -124,13 +123,15 @@ def costs(
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
-  this = setup.open_run(config, workdir_lib.make(folder), layout, shapes_only=True)
-  plan = programs.first_plan(this)
-  program, seconds, over = compiled(programs.training(this, plan))
-  done, needed = programs.training_flops(this, plan)
+  setup = setup_lib.open_setup(
+    config, workdir_lib.make(folder), layout, shapes_only=True
+  )
+  plan = programs.first_plan(setup)
+  program, seconds, over = compiled(programs.training(setup, plan))
+  done, needed = programs.training_flops(setup, plan)
   yield 'training step', roofline.Cost.of(program, layout, seconds, over, done, needed)
   if scoring:
-    lowered, prompts = programs.scoring(this)
+    lowered, prompts = programs.scoring(setup)
     program, seconds, over = compiled(lowered)
     yield (
       f'scoring pass of {prompts} prompts',

@@ -277,17 +277,17 @@ def files(run: run_files.RunFiles) -> Table:
 
 def config(run: run_files.RunFiles) -> Table:
   """One row per trained stage; the whole config is in its config.json."""
-  keys = ('steps', 'batch', 'length', 'learning_rate', 'interpolation', 'loss')
+  taught = ('steps', 'learning_rate', 'interpolation', 'softmax', 'prior')
   rows = []
   for stage in run.stages:
     if stage.config and stage.key != 'base':
-      train = dict(stage.config.get('train', {}))
-      if stage.key == 'b_tuning' and not stage.one_stage:
-        train |= config_lib.train_b(train, stage.ablations)
+      name = 'a' if stage.key == 'a_tuning' else 'one' if stage.one_stage else 'b'
+      own = config_lib.stage_of(stage.config, name)
       rows.append(
         (
           stage.name,
-          *(_value(train.get(key)) for key in keys),
+          *(_value(stage.config['train'][key]) for key in ('batch', 'length')),
+          *(_value(getattr(own, key)) for key in taught),
           _value(stage.config.get('seed')),
           _value(stage.ablations),
           Mono(f'{stage.key}/config.json'),
@@ -295,12 +295,13 @@ def config(run: run_files.RunFiles) -> Table:
       )
   head = (
     'stage',
-    'steps',
     'batch (rows)',
     'length (tokens)',
+    'steps',
     'learning rate',
     'interpolation',
-    'loss',
+    'softmax',
+    'prior',
     'seed',
     'ablations',
     'whole config',

@@ -17,11 +17,13 @@ import shutil
 
 from absl import logging
 
+from behaviorlm_jax import ablations
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.errors import nearest
 from behaviorlm_jax.io import bucket
 from behaviorlm_jax.sweep import choices
 from behaviorlm_jax.sweep import few_shot
@@ -80,7 +82,7 @@ def jobs(config, workdir):
     if name not in config.methods:
       raise InputError(
         f'config.order names {name!r}'
-        f'{config_lib.nearest(name, config.methods)}, which is '
+        f'{nearest(name, config.methods)}, which is '
         'not in config.methods.'
       )
   if config.base.distributed.coordinator:
@@ -119,7 +121,7 @@ def _job(config, workdir, log, seed, name):
     if chosen.start not in config.order:
       raise InputError(
         f'config.methods.{name} starts from {chosen.start!r}'
-        f'{config_lib.nearest(chosen.start, config.order)}, '
+        f'{nearest(chosen.start, config.order)}, '
         'which is not in config.order.'
       )
     if config.methods[chosen.start].start:
@@ -129,7 +131,7 @@ def _job(config, workdir, log, seed, name):
       )
     start = _job(config, workdir, log, seed, chosen.start)
     origin, run.stages, run.init_from = start.settings, ('b',), str(start.folder)
-  run = config_lib.ablate(run, chosen.ablations)
+  run = ablations.ablate(run, chosen.ablations)
   config_lib.check(run)
   return Job(log, seed, name, chosen, folder, run, origin)
 

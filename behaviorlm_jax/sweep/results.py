@@ -30,9 +30,7 @@ def settings_hash(config, origin='', shots=None) -> str:
   `origin`: the hash of the run whose stage a it starts from, if any; `shots`: of
   a thinned log.
   """
-  default = workdir_lib.as_dict(config_lib.default())
-  changed = workdir_lib.flat(workdir_lib.as_dict(config))
-  default = workdir_lib.flat(default)
+  default, changed = _as_hashed(config_lib.default()), _as_hashed(config)
   for name in ('seed', 'init_from', 'data.events'):
     del changed[name]
   different = {
@@ -44,6 +42,26 @@ def settings_hash(config, origin='', shots=None) -> str:
     json.dumps(different, sort_keys=True) + origin + f'defaults {config_lib.DEFAULTS}'
   )
   return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# What a.softmax and a.prior were together.
+_LOSSES = {
+  ('vocabulary', 'drawn'): 'answers',
+  ('names', 'drawn'): 'names',
+  ('names', 'natural'): 'natural',
+  ('names', 'uniform'): 'balanced',
+}
+
+
+def _as_hashed(config):
+  """{name: value} under the names of when committed rows were hashed."""
+  values = workdir_lib.flat(workdir_lib.as_dict(config))
+  for old, new in config_lib.RENAMED.items():
+    values[old] = values.pop(new)
+  for stage, old in (('a', 'train.loss'), ('b', 'train.balanced_loss')):
+    loss = values.pop(f'{stage}.softmax'), values.pop(f'{stage}.prior')
+    values[old] = _LOSSES[loss]
+  return values
 
 
 class Finished:

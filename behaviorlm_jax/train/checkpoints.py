@@ -1,10 +1,12 @@
 """Orbax checkpoints of one stage: adapter, optimizer, step and plan hash.
 
-All hosts write them together. Kept are the latest few, to resume from, and the
-best by the validation loss, to hand on. Only finished steps count (Orbax
+All hosts write them together. Kept are the latest few, to resume from; the last
+one is handed on. Only finished steps count (Orbax
 renames a complete folder into place, or marks it in a bucket); one that is
 damaged is skipped with a warning, and deleted.
 """
+
+import pathlib
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ _ALONE = ocp.options.MultiprocessingOptions(
 
 
 class _Manager(ocp.CheckpointManager):
-  def reached_preemption(self, step):
+  def reached_preemption(self, step: int) -> bool:
     """Never: it would ask JAX by its own count of steps, and JAX, which keeps
     one count, would forget that of cluster.preemption."""
     del step
@@ -41,42 +43,32 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
   """The `checkpoints/` folder of a stage."""
 
-  def __init__(self, folder, keep, plan_hash):
+  def __init__(self, folder: pathlib.Path, keep: int, plan_hash: str):
     self.plan_hash = plan_hash
-    policy = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(n=keep),
-        checkpoint_managers.BestN(
-          get_metric_fn=lambda m: -m['loss'],
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
-    )
     self._manager = _Manager(
       folder,
-      options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.LatestN(n=keep)
+      ),
       item_names=('state', 'facts'),
     )
 
-  def save(self, state, loss=None):
-    """Starts to write `state`; `loss`: in validation, None: not validated."""
-    metrics = None if loss is None else {'loss': float(loss)}
+  def save(self, state: dict) -> None:
+    """Starts to write `state`, also between two that are due."""
     self._manager.save(
       int(state['step']),
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         facts=ocp.args.JsonSave({'plan_hash': self.plan_hash}),
       ),
-      metrics=metrics,
       force=True,
     )
 
-  def latest_step(self):
+  def latest_step(self) -> int:
     """The last finished step, or 0."""
     return self._manager.latest_step() or 0
 
-  def restore_latest(self, state, first):
+  def restore_latest(self, state: dict, first: int) -> dict:
     """`state`, or the newest readable checkpoint in its shape and place.
 
     Host 0 reads each by itself first: a host that cannot read its part would
@@ -152,21 +144,12 @@ class Checkpoints:
       )
     return restored['state']
 
-  def best_step(self, by_loss):
-    """The step whose loss is lowest (last of equals), or the last one."""
-    self.wait()
-    metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-    losses = {step: m['loss'] for step, m in metrics.items() if m}
-    if by_loss and losses:
-      return min(losses, key=lambda step: (losses[step], -step))
-    return self._manager.latest_step()
-
-  def restore_adapter(self, step, state):
+  def restore_adapter(self, step: int, state: dict) -> dict:
     """The adapter of a finished step."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     return self._restore(step, abstract)['adapter']
 
-  def wait(self):
+  def wait(self) -> None:
     """Returns when everything that was saved is on disk.
 
     Raises what kept this host from writing its part of it, as `save` does of
@@ -174,6 +157,6 @@ class Checkpoints:
     """
     self._manager.wait_until_finished()
 
-  def close(self):
+  def close(self) -> None:
     self.wait()
     self._manager.close()

@@ -6,9 +6,13 @@ resumed run drops the rows after its checkpoint: each step stands there once. Of
 several hosts the first one writes them.
 """
 
+import dataclasses
 import json
 import math
+import pathlib
 import time
+from collections.abc import Callable
+from collections.abc import Iterator
 
 import tensorboardX
 import tqdm
@@ -19,12 +23,13 @@ from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import bucket
 from behaviorlm_jax.io import files
+from behaviorlm_jax.train import checkpoints as checkpoints_lib
 
 
 class MetricsFile:
   """metrics.jsonl and TensorBoard, cut back to the step resumed from."""
 
-  def __init__(self, folder, step):
+  def __init__(self, folder: pathlib.Path, step: int):
     path = folder / 'metrics.jsonl'
     kept = []
     if path.exists():
@@ -38,19 +43,19 @@ class MetricsFile:
       str(folder / 'tensorboard'), purge_step=step + 1
     )
 
-  def write(self, row):
+  def write(self, row: dict) -> None:
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     for name, value in row.items():
       if name != 'step':
         self._board.add_scalar(name, value, row['step'])
 
-  def flush(self):
+  def flush(self) -> None:
     """What was written is on disk, and nothing is on its way there."""
     self._file.flush()
     self._board.flush()
 
-  def close(self):
+  def close(self) -> None:
     self._file.close()
     self._board.close()
 
@@ -66,11 +71,11 @@ class _Clock:
     self._begin = time.monotonic()
     self._then = None
 
-  def reset(self):
+  def reset(self) -> None:
     """The time until now counts for no step."""
     self._then = time.monotonic()
 
-  def rates(self, row):
+  def rates(self, row: dict) -> dict:
     then, now = self._then, time.monotonic()
     self._then = now
     if then is None:
@@ -83,16 +88,31 @@ class _Clock:
     }
 
 
-def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
-  """Trains to config.train.steps and returns the state.
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a stage's loop has to do."""
+
+  folder: pathlib.Path  # of the stage
+  steps: int
+  every: int  # steps between checkpoints
+  learning_rate: float  # for what is said of a loss that is not finite
+
+
+def run(
+  task: Task,
+  state: dict,
+  advance: Callable[[dict, dict], tuple[dict, dict]],
+  batches: Iterator[dict],
+  checkpoints: checkpoints_lib.Checkpoints,
+  validate: Callable[[dict], dict],
+) -> dict:
+  """Trains to the last step and returns the state.
 
   Args:
-    folder: of the stage.
-    config: the whole config.
+    task: what to do.
     state: as restored; its 'step' says where to go on.
-    step_fn: step.make_step's function.
-    params: frozen base weights.
-    batches: iterator of global batches on the devices, from that step on.
+    advance: (state, batch) -> (state, metrics), step.make_step's with the base.
+    batches: global batches on the devices, from that step on.
     checkpoints: Checkpoints of the stage.
     validate: adapter -> {'val_loss': float}, or {}.
 
@@ -100,7 +120,7 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
     InputError: the loss is not finite; the last checkpoint stays.
     preemption.Preempted: after saving, when SIGTERM came.
   """
-  steps, done = config.train.steps, int(state['step'])
+  folder, steps, done = task.folder, task.steps, int(state['step'])
   metrics_file = MetricsFile(folder, done) if processes.is_primary() else None
   clock = _Clock()
   bar = tqdm.tqdm(
@@ -130,35 +150,34 @@ def run(folder, config, state, step_fn, params, batches, checkpoints, validate):
         raise InputError(
           f'{folder.name}: {name} of step {step} is {row[name]}; the '
           f'checkpoint of step {checkpoints.latest_step()} stays. Use another'
-          ' --workdir and a lower train.learning_rate, or '
-          'train.balanced_learning_rate in stage b (it is '
-          f'{config.train.learning_rate}).'
+          ' --workdir and a lower learning_rate of the stage (it is '
+          f'{task.learning_rate}).'
         )
     if metrics_file:
       metrics_file.write(row)
     bar.set_postfix_str(_postfix(row), refresh=False)
     bar.update()
-    return row
 
-  def save(state, loss=None):
+  def save(state):
     if metrics_file:
-      metrics_file.flush()
+      metrics_file.flush()  # Rows first: each step of a checkpoint stands there.
       bucket.push()
-    checkpoints.save(state, loss)
+    checkpoints.save(state)
 
   pending = None
   try:
     for step in range(done + 1, steps + 1):
-      state, metrics = step_fn(state, params, next(batches))
+      # Dispatched, not done: what is read of it is the step before's.
+      state, metrics = advance(state, next(batches))
       if pending:
         note(*pending)
       pending = (step, metrics)
       stop = preemption.requested()
-      if step % config.checkpoint.every == 0 or step == steps:
+      if step % task.every == 0 or step == steps:
         adapter = state['adapter']
-        row = note(step, metrics, lambda adapter=adapter: validate(adapter))
+        note(step, metrics, lambda adapter=adapter: validate(adapter))
         pending = None
-        save(state, row.get('val_loss'))
+        save(state)
       elif stop:
         note(*pending)
         pending = None

@@ -1,103 +1,36 @@
 """The jitted LoRA update and the validation loss.
 
-The loss is a weighted sum over answer tokens divided by the global sum of
-weights, so micro-batches and devices cannot change the gradient. Hidden states
-are gathered at answer positions before the output head: logits exist for
-answers alone, never [B, L, V]. Only the adapter is differentiated, and
-optimizer state exists for it alone.
-
-The answer tokens of behaviors may be taught within the list of names (train.loss).
+The loss of a batch is divided by the global sum of its weights, so
+micro-batches and devices cannot change the gradient. Only the adapter is
+differentiated, and optimizer state exists for it alone.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from ml_collections import config_dict
 
+from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.model import attention
+from behaviorlm_jax.model import families
 from behaviorlm_jax.model import lora
+from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train.loss import Loss
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Names:
-  """What may follow each node of the tree of names (score.label_tree).
-
-  Attributes:
-    tokens: int32 [nodes, F]; -1 is none.
-    bonus: float32 [nodes, F], added to the logits of these tokens.
-  """
-
-  tokens: np.ndarray
-  bonus: np.ndarray
-
-  def losses(self, logits, tokens, nodes):
-    """Negative log-likelihoods float32 [...] of tokens int32 [...].
-
-    Of a token at a node int32 [...] the softmax runs over what may follow that,
-    logits [..., V] with their bonus; at node -1 over the vocabulary.
-    """
-    options = jnp.asarray(self.tokens)[nodes]
-    chosen = jnp.take_along_axis(logits, jnp.maximum(options, 0), axis=-1)
-    chosen = chosen + jnp.asarray(self.bonus)[nodes]
-    own = jnp.sum(jnp.where(options == tokens[..., None], chosen, 0), axis=-1)
-    chosen = jnp.where(options >= 0, chosen, -jnp.inf)
-    within = jax.nn.logsumexp(chosen, axis=-1) - own
-    return jnp.where(nodes >= 0, within, _over_vocabulary(logits, tokens))
-
-
-# Of kept's share, what a name that is never drawn is given: next to nothing,
-# but with a logarithm.
-_NEVER = 1e-3
-
-
-def names_of(tree, drawn=None, kept=None):
-  """The Names of a label_tree.Tree.
-
-  Teaching moves scores towards how often each name is drawn, in `drawn`, float
-  [Y] of any sum. The bonus of a token, log drawn - log kept of the names below
-  it, moves the softmax there instead, and the logits alone are left those of
-  names that come as often as in `kept`, positive float [Y]: the logit-adjusted
-  loss of Menon et al. (Long-tail learning via logit adjustment, ICLR 2021) for
-  the prior drawn / kept, and with equal ones in `kept` the balanced softmax of
-  Ren et al. (Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS
-  2020). Both at every node: where drawn / kept differs among the names below a
-  token, their sums are used, whatever the context says of which it will be.
-  Without `drawn` there is no bonus.
-  """
-  bonus = np.zeros(len(tree.edge_tokens))
-  if drawn is not None:
-    kept = np.asarray(kept, np.float64) / np.sum(kept)
-    drawn = np.maximum(np.asarray(drawn) / np.sum(drawn), _NEVER * kept)
-    bonus = np.log(_below(tree, drawn)) - np.log(_below(tree, kept))
-  pick = lambda values, none: np.append(values, none)[tree.node_edges]
-  return Names(
-    pick(tree.edge_tokens, -1).astype(np.int32), pick(bonus, 0).astype(np.float32)
-  )
-
-
-def _below(tree, values):
-  """Sums float64 [E] of the names' values [Y] below each edge."""
-  below = np.zeros(len(tree.edge_tokens))
-  for name, value in enumerate(values):
-    below[tree.path(name)] += value
-  return below
-
-
-def _over_vocabulary(logits, tokens):
-  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-
-
-def make_optimizer(train):
+def make_optimizer(
+  stage: config_lib.Stage, train: config_dict.ConfigDict
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW with linear warm-up, cosine decay to zero and clipping."""
-  warmup = max(1, round(train.warmup * train.steps))
+  warmup = max(1, round(train.warmup * stage.steps))
   schedule = optax.warmup_cosine_decay_schedule(
-    train.learning_rate / warmup,
-    train.learning_rate,
+    stage.learning_rate / warmup,  # The first update is one, too.
+    stage.learning_rate,
     warmup,
-    max(train.steps, warmup + 1),
+    max(stage.steps, warmup + 1),
   )
   adam = optax.adamw(schedule, weight_decay=train.weight_decay)
   if train.clip:
@@ -105,77 +38,21 @@ def make_optimizer(train):
   return adam, schedule
 
 
-def loss_sums(model, batch, groups=1, answers=None, names=None):
-  """Weighted negative log-likelihood of the answer tokens, and the weights.
-
-  It is that over the vocabulary, or within `names`.
-
-  Args:
-    model: decoder.Decoder.
-    batch: see data.loader.
-    groups: G, of rows as they lie on devices; each keeps its own answers.
-    answers: N, the most of some weight that a group has (plan.most_answers).
-      Rows differ in how many they have, and the head runs on G x N of them.
-      None: on all B x A.
-    names: Names, or None.
-
-  Returns:
-    Two float32 scalars, sums and not means.
-  """
-  hidden, _ = model.packed_hidden(
-    batch['tokens'], batch['positions'], batch['segments']
-  )
-  where, tokens, nodes, weights = _chosen(batch, groups, answers)
-  logits = model.logits(_at(hidden, where))
-  losses = (
-    names.losses(logits, tokens, nodes) if names else _over_vocabulary(logits, tokens)
-  )
-  return jnp.sum(losses * weights), jnp.sum(weights)
-
-
-def _chosen(batch, groups, most):
-  """Positions, tokens, nodes and weights [G, N] of answers of some weight."""
-  most = most or batch['answer_weights'].size // groups
-  split = lambda x: x.reshape(groups, -1, *x.shape[1:])
-  compact = functools.partial(_compact, length=batch['tokens'].shape[1], most=most)
-  names = ('positions', 'tokens', 'nodes', 'weights')
-  return jax.vmap(compact)(*(split(batch[f'answer_{name}']) for name in names))
-
-
-def _at(hidden, where):
-  """Hidden states [G, N, D] of [B, L, D], at `where` [G, N] of _chosen."""
-  hidden = hidden.reshape(len(where), -1, hidden.shape[-1])
-  return jnp.take_along_axis(hidden, where[..., None], axis=1)
-
-
-def _compact(where, tokens, nodes, weights, length, most):
-  """Those of some weight of a group's answers [rows, A], as [most] each.
-
-  `where` becomes positions in all rows of the group, one after the other.
-  """
-  where = where + length * jnp.arange(len(where))[:, None]
-  (chosen,) = jnp.nonzero(weights.ravel(), size=most, fill_value=weights.size)
-  pick = lambda x: x.ravel().at[chosen].get(mode='fill', fill_value=0)
-  return pick(where), pick(tokens), pick(nodes), pick(weights)
-
-
 def gradient(
-  adapter, params, batch, attach, accumulate, groups=1, answers=None, names=None
-):
+  loss: Loss, adapter: dict, params: dict, batch: dict, accumulate: int = 1
+) -> tuple[jax.Array, dict, jax.Array]:
   """Loss (mean over the batch's weights), its gradient and the weight sum.
 
-  `answers` and `names`: see loss_sums, of a micro-batch.
+  `accumulate`: how many micro-batches the batch is divided into.
   """
-
-  def sums(adapter, part):
-    return loss_sums(attach(params, adapter), part, groups, answers, names)
-
+  sums = lambda adapter, part: loss.sums(adapter, params, part)
   if accumulate == 1:
-    (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, batch)
+    (total, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, batch)
   else:
-    loss, weight, grads = _accumulated(sums, adapter, batch, accumulate)
+    total, weight, grads = _accumulated(sums, adapter, batch, accumulate)
+  # Once, at the end: micro-batches of other weights would count alike.
   grads = jax.tree.map(lambda g: g / weight, grads)
-  return loss / weight, grads, weight
+  return total / weight, grads, weight
 
 
 def _accumulated(sums, adapter, batch, parts):
@@ -191,7 +68,13 @@ def _accumulated(sums, adapter, batch, parts):
   return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
 
 
-def attacher(base_config, config, layout, dtype, wanted=None):
+def attacher(
+  base_config: families.DecoderConfig,
+  config: config_dict.ConfigDict,
+  layout: sharding.Layout,
+  dtype: str,
+  wanted: str | None = None,
+) -> Callable:
   """attach(params, adapter) -> Decoder, as fast as the layout's devices allow.
 
   `dtype`: of the params to come; attention kernels serve only some. `wanted`:
@@ -225,7 +108,9 @@ def attacher(base_config, config, layout, dtype, wanted=None):
   return attach
 
 
-def state_shardings(layout, shapes, optimizer):
+def state_shardings(
+  layout: sharding.Layout, shapes: dict, optimizer: optax.GradientTransformation
+) -> dict:
   """Shardings of {'adapter', 'optimizer', 'step'}; moments lie as weights."""
   where = layout.adapter(shapes)
   abstract = jax.tree.map(
@@ -244,7 +129,9 @@ def state_shardings(layout, shapes, optimizer):
   return {'adapter': where, 'optimizer': moments, 'step': everywhere}
 
 
-def init_state(adapter, optimizer, shardings):
+def init_state(
+  adapter: dict, optimizer: optax.GradientTransformation, shardings: dict
+) -> dict:
   """Fresh training state around `adapter`, placed by `shardings`."""
 
   def init(adapter):
@@ -258,7 +145,9 @@ def init_state(adapter, optimizer, shardings):
   return jax.jit(init, out_shardings=shardings)(adapter)
 
 
-def abstract_state(shapes, optimizer, shardings):
+def abstract_state(
+  shapes: dict, optimizer: optax.GradientTransformation, shardings: dict
+) -> dict:
   """What init_state returns, as jax.ShapeDtypeStruct with shardings."""
   adapter = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
@@ -278,26 +167,17 @@ def abstract_state(shapes, optimizer, shardings):
 
 
 def make_step(
-  attach,
-  optimizer,
-  schedule,
-  accumulate,
-  shardings,
-  layout,
-  answers=None,
-  names=None,
-):
-  """jitted (state, params, batch) -> (state, metrics); state is donated.
-
-  `answers`: the most in a device's rows of a micro-batch; it and `names`: see
-  loss_sums.
-  """
-  groups = layout.row_parts
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  accumulate: int,
+  shardings: dict,
+  layout: sharding.Layout,
+) -> Callable:
+  """jitted (state, params, batch) -> (state, metrics); state is donated."""
 
   def step(state, params, batch):
-    loss, grads, weight = gradient(
-      state['adapter'], params, batch, attach, accumulate, groups, answers, names
-    )
+    mean, grads, weight = gradient(loss, state['adapter'], params, batch, accumulate)
     updates, moments = optimizer.update(grads, state['optimizer'], state['adapter'])
     new = {
       'adapter': optax.apply_updates(state['adapter'], updates),
@@ -305,7 +185,7 @@ def make_step(
       'step': state['step'] + 1,
     }
     metrics = {
-      'loss': loss,
+      'loss': mean,
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': schedule(state['step']),
       'answer_weight': weight,
@@ -323,11 +203,6 @@ def make_step(
   )
 
 
-def make_validation(attach, layout, answers=None, names=None):
+def make_validation(loss: Loss, layout: sharding.Layout) -> Callable:
   """jitted (adapter, params, batch) -> (loss sum, weight sum)."""
-  groups = layout.row_parts
-
-  def sums(adapter, params, batch):
-    return loss_sums(attach(params, adapter), batch, groups, answers, names)
-
-  return jax.jit(sums, out_shardings=layout.replicated)
+  return jax.jit(loss.sums, out_shardings=layout.replicated)

@@ -71,9 +71,7 @@ def test_one_table_of_difficulty_gives_one_plan(run_two, finished, copy_run):
 def test_sigterm_stops_all_at_one_step_which_is_saved(start_two, copy_run, read_rows):
   workdir = copy_run('a_tuning', 'b_tuning')
   # A checkpoint at every step: Orbax must not take the signal for itself.
-  process = start_two(
-    workdir, '--config.train.steps=400', '--config.checkpoint.every=1'
-  )
+  process = start_two(workdir, '--config.a.steps=400', '--config.checkpoint.every=1')
   folder = workdir / 'a_tuning'
   metrics = folder / 'metrics.jsonl'
   deadline = time.monotonic() + 200
@@ -143,8 +141,8 @@ exec {sys.executable} "$@"
   'mine, field',
   [
     (
-      '--config.train.learning_rate=0.5',
-      r'config.train.learning_rate: 0.\d+ '
+      '--config.a.learning_rate=0.5',
+      r'config.a.learning_rate: 0.\d+ '
       r'and 0.\d+',
     ),
     ('--workdir={other}', 'what they read in .*hosts.txt .--workdir must be '),

@@ -14,6 +14,7 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.train import loop
 from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train import trainer
 
 REFUSAL = (
   'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on '
@@ -43,7 +44,7 @@ def open_run(make_run_config, tmp_path):
 
   def make(fields, shapes_only):
     config = study.settle(make_run_config({'stages': ('a',), **fields}))
-    return setup.open_run(config, tmp_path, sharding.make_layout(config), shapes_only)
+    return setup.open_setup(config, tmp_path, sharding.make_layout(config), shapes_only)
 
   return make
 
@@ -52,7 +53,7 @@ def open_run(make_run_config, tmp_path):
   'fields',
   [
     {},
-    {'train.batch': 4, 'train.accumulate': 2, 'train.loss': 'natural'},
+    {'train.batch': 4, 'train.accumulate': 2, 'a.prior': 'natural'},
     {'model.remat': 'full'},
   ],
 )
@@ -61,10 +62,17 @@ def test_the_step_compiled_ahead_is_the_one_that_trains(
 ):
   seen = types.SimpleNamespace()
 
-  def caught(folder, config, state, step_fn, params, batches, *_):
-    seen.step = step_fn.lower(state, params, next(batches))
+  make = trainer.Trainer.step
+
+  def noted(self, lesson):
+    seen.make, seen.params = make(self, lesson), self.model.params
+    return seen.make
+
+  def caught(task, state, advance, batches, *_):
+    seen.step = seen.make.lower(state, seen.params, next(batches))
     raise Caught
 
+  monkeypatch.setattr(trainer.Trainer, 'step', noted)
   monkeypatch.setattr(loop, 'run', caught)
   config = make_run_config({'stages': ('a',), **fields})
   with pytest.raises(Caught):
@@ -82,8 +90,10 @@ def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
     for sample in evaluation.test_samples(this.events, this.config)
   ]
   longest = sorted(prompts, key=len)[-this.scorer.batch :]
-  adapter = run_lib.first_adapter(this, 'a')
-  real = this.scorer._score.lower(adapter, this.params, *this.scorer._pad(longest))
+  adapter = setup.first_adapter(this, 'a')
+  real = this.scorer._score.lower(
+    adapter, this.model.params, *this.scorer._pad(longest)
+  )
   lowered, batch = programs.scoring(ahead)
   assert batch == this.scorer.batch
   assert text(lowered) == text(real)
@@ -94,7 +104,7 @@ def test_no_weight_is_read(open_run, monkeypatch):
   this = open_run(
     {'model.address': 'random://llama-3.1-70b', 'train.length': 1024}, shapes_only=True
   )
-  size = sum(x.size for x in jax.tree.leaves(this.params))
+  size = sum(x.size for x in jax.tree.leaves(this.model.params))
   assert round(size / 1e9, 1) == 70.6
 
 

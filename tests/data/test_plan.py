@@ -139,7 +139,7 @@ def user_tiles(windows, positions, rng):
     {'train__length': 150},
     {'plan__targets_per_row': 1},
     {'plan__targets_per_row': 5},
-    {'plan__window': 10, 'plan__min_context': 1, 'plan__content': 'all'},
+    {'plan__window': 10, 'plan__min_context': 1, 'a__content': 'all'},
   ],
 )
 @pytest.mark.parametrize('block', [1, 1000])

@@ -60,7 +60,7 @@ def make_plan(tokenizer):
         windows, subset, rates, rng, subset_lib.neighbour_weights(log, config)
       )
     stream = plan_lib.mix(stream, make_talks(), 0.2, rng)
-    return plan_lib.take(stream, config, config.train.steps, made_from)
+    return plan_lib.take(stream, config, config.a.steps, made_from)
 
   return make
 

@@ -160,15 +160,17 @@ class Work:
     self.json(
       f'{stage}/config.json',
       {
-        'train': {
+        'train': {'batch': 8, 'length': 512},
+        'a': {
           'steps': 60,
-          'batch': 8,
-          'length': 512,
           'learning_rate': 0.002,
           'interpolation': 1.0,
-          'loss': 'names',
-          'balanced_loss': 'natural',
+          'content': 'all',
+          'conversation_share': 0.2,
+          'softmax': 'names',
+          'prior': 'drawn',
         },
+        'b': {'softmax': 'names', 'prior': 'natural', 'conversation_share': 0.0},
         'seed': 11,
         'data': {'history': 9},
         'ablations': list(ablations),

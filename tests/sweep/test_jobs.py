@@ -29,8 +29,8 @@ from behaviorlm_jax.sweep import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT = {
-  'train.steps': 2,
-  'train.balanced_steps': 2,
+  'a.steps': 2,
+  'b.steps': 2,
   'checkpoint.every': 2,
   'eval.max_samples': 20,
   'eval.validation_samples': 20,
@@ -121,9 +121,9 @@ def test_settings_name_what_differs_from_the_defaults_but_for_seed_and_paths(
   plain = results.settings_hash(config)
   config.seed, config.data.events, config.init_from = 3, 'a.csv', 'runs/x'
   assert results.settings_hash(config) == plain
-  config.train.steps += 1
+  config.a.steps += 1
   assert results.settings_hash(config) != plain
-  config.train.steps -= 1
+  config.a.steps -= 1
   monkeypatch.setattr(config_lib, 'DEFAULTS', config_lib.DEFAULTS + 1)
   assert results.settings_hash(config) != plain
 

@@ -23,6 +23,7 @@ from behaviorlm_jax.model import lora
 from behaviorlm_jax.model import weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
+from behaviorlm_jax.train import loss as loss_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
@@ -98,9 +99,8 @@ def train(sizes, whole, order):
   devices; if `whole`, scores, too.
   `order`: of the devices in the mesh, or None."""
   config = config_lib.default()
-  config.train.update(
-    {'batch': ROWS, 'steps': STEPS, 'learning_rate': 1e-2, 'accumulate': PARTS}
-  )
+  config.train.update({'batch': ROWS, 'accumulate': PARTS})
+  config.a.update({'steps': STEPS, 'learning_rate': 1e-2})
   config.mesh.update(sizes)
   base = weights.open_base('random://tiny')
   devices = jax.devices()
@@ -113,7 +113,9 @@ def train(sizes, whole, order):
   adapter = jax.device_get(
     lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
   )
-  optimizer, schedule = step_lib.make_optimizer(config.train)
+  optimizer, schedule = step_lib.make_optimizer(
+    config_lib.stage_of(config, 'a'), config.train
+  )
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(layout, shapes, optimizer)
   attach = step_lib.attacher(base.config, config, layout, 'float32')
@@ -121,16 +123,9 @@ def train(sizes, whole, order):
   plan = make_plan(batch)
   batch = layout.put_rows({name: x[own] for name, x in batch.items()}, ROWS)
   state, losses = step_lib.init_state(adapter, optimizer, places), []
-  run = step_lib.make_step(
-    attach,
-    optimizer,
-    schedule,
-    PARTS,
-    places,
-    layout,
-    plan_lib.most_answers(plan, ROWS, PARTS, layout.row_parts),
-    step_lib.names_of(TREE),
-  )
+  answers = plan_lib.most_answers(plan, ROWS, PARTS, layout.row_parts)
+  loss = loss_lib.Loss(attach, layout.row_parts, answers, loss_lib.names_of(TREE))
+  run = step_lib.make_step(loss, optimizer, schedule, PARTS, places, layout)
   compiled = run.lower(state, params, batch).compile()
   for _ in range(STEPS):
     state, metrics = compiled(state, params, batch)

@@ -1,6 +1,8 @@
 """The step: its loss and gradient by torch, its update, its independence of
 micro-batches and packing (test_sharding has devices)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import transformers
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.score import label_tree
+from behaviorlm_jax.train import loss as loss_lib
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train import step as step_lib
 
@@ -29,13 +32,24 @@ ROWS = (
 
 
 def make_config(**fields):
+  """`fields`: of the train section, or of stage a."""
   config = config_lib.default()
-  config.train.update(fields)
+  for name, value in fields.items():
+    config['train' if name in config.train else 'a'][name] = value
   return config
 
 
+def make_optimizer(config):
+  return step_lib.make_optimizer(config_lib.stage_of(config, 'a'), config.train)
+
+
 # One function and one `attach`, so that the tests share compilations.
-gradient = jax.jit(step_lib.gradient, static_argnums=(3, 4, 5, 6, 7))
+_gradient = jax.jit(step_lib.gradient, static_argnums=(0, 4))
+_losses = functools.cache(loss_lib.Loss)
+
+
+def gradient(adapter, params, batch, attach, accumulate, *options):
+  return _gradient(_losses(attach, *options), adapter, params, batch, accumulate)
 
 
 @pytest.fixture(scope='module')
@@ -222,7 +236,7 @@ def test_names_are_taught_within_their_list(
   model = peft.PeftModel.from_pretrained(base, tmp_path)
   with torch.no_grad():
     expected = torch_names_loss(model, batch, tree, bonus).item()
-  names = step_lib.names_of(tree, drawn, KEPT)
+  names = loss_lib.names_of(tree, drawn, KEPT)
   loss, _, _ = gradient(adapter, params, batch, attach, accumulate, 1, most, names)
   assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -230,7 +244,7 @@ def test_names_are_taught_within_their_list(
 def test_the_balanced_loss_is_that_of_the_balanced_softmax():
   """log n_y + s(y) against all of them (Ren et al., eq. 3)."""
   flat = label_tree.build([[y] for y in range(len(COUNTS))])  # Every name a token.
-  names = step_lib.names_of(flat, COUNTS, np.ones(len(COUNTS)))
+  names = loss_lib.names_of(flat, COUNTS, np.ones(len(COUNTS)))
   scores = np.random.default_rng(0).normal(0, 3, len(COUNTS))
   found = [names.losses(scores, np.int32(y), 0) for y in range(len(COUNTS))]
   joint = np.log(COUNTS) + scores
@@ -242,8 +256,8 @@ def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
   """Where the loss of what is drawn has no gradient, p(y) is kept's share."""
   tree = label_tree.build(NAMES)
   nodes, drawn = 1 + len(tree.tokens), np.array(COUNTS) / sum(COUNTS)
-  names = step_lib.names_of(tree, COUNTS, kept)
-  plain = step_lib.names_of(tree)
+  names = loss_lib.names_of(tree, COUNTS, kept)
+  plain = loss_lib.names_of(tree)
 
   def loss_of(names, name, logits):
     path = tree.path(name)
@@ -273,12 +287,12 @@ class Trainer:
     config = make_config(**fields)
     train, self.layout = config.train, sharding.make_layout(config)
     self.params = params
-    optimizer, schedule = step_lib.make_optimizer(train)
+    optimizer, schedule = make_optimizer(config)
     shapes = jax.tree.map(np.shape, adapter)
     places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(adapter, optimizer, places)
     self.run = step_lib.make_step(
-      attach,
+      loss_lib.Loss(attach),
       optimizer,
       schedule,
       train.accumulate,
@@ -325,14 +339,14 @@ def test_metrics_say_what_the_step_saw(params, adapter, attach, make_batch):
 def test_update_equals_that_of_torch_adamw(clip):
   """Linear warm-up from rate / warmup, cosine to zero, clipping, decay."""
   steps, warmup, rate = 5, 2, 0.03
-  optimizer, _ = step_lib.make_optimizer(
+  optimizer, _ = make_optimizer(
     make_config(
       steps=steps,
       warmup=warmup / steps,
       learning_rate=rate,
       weight_decay=0.1,
       clip=clip,
-    ).train
+    )
   )
   generator = np.random.default_rng(0)
   ours = {name: generator.normal(size=(4, 3)).astype('f4') for name in 'ab'}
