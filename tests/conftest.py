@@ -346,7 +346,7 @@ def run_stages(make_run_config, tmp_path):
     config = make_run_config(fields)
     if only:
       config.stages = (only,)
-    run_lib.run(ablations.ablate(config, ablations), workdir or tmp_path / 'work')
+    run_lib.run(ablations_lib.ablate(config, ablations), workdir or tmp_path / 'work')
 
   return run
 

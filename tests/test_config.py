@@ -4,6 +4,8 @@ import itertools
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -491,3 +493,58 @@ def test_what_is_missing_on_the_command_line_is_named():
     'flag --workdir=None: Flag --workdir must have a value other than None.'
   )
   assert cli.explain(['main'], error).startswith('--workdir is missing; ')
+
+
+@pytest.mark.parametrize(('old', 'new'), config_lib.RENAMED.items())
+def test_fields_are_known_by_their_old_names_on_the_command_line(old, new):
+  assert cli._renamed(f'--config.{old}=3') == f'--config.{new}=3'
+  assert new in config_lib.declared() and old not in config_lib.declared()
+  assert cli._renamed('--config.train.batch=3') == '--config.train.batch=3'
+
+
+def test_a_command_takes_an_old_name():
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'behaviorlm_jax.main',
+      f'--config={CONFIGS / "stage1.py"}',
+      '--config.train.steps=0',
+      '--workdir=/nowhere/at/all',
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=CONFIGS.parent,
+  )
+  assert done.returncode == 2
+  assert 'config.train.steps is config.a.steps now' in done.stderr
+  assert done.stderr.splitlines()[-1] == 'error: a.steps is 0; it must be at least 1.'
+
+
+def test_old_names_in_a_config_file_are_explained(tmp_path):
+  path = tmp_path / 'mine.py'
+  for old, new in (('train.steps', 'a.steps'), ('train.loss', 'a.softmax and a.prior')):
+    path.write_text(
+      'from behaviorlm_jax import config\n'
+      'def get_config():\n'
+      '  mine = config.default()\n'
+      f'  mine.{old} = 3\n'
+      '  return mine\n'
+    )
+    assert new in explained(name=path)
+  assert explained('--config.train.loss=names').endswith(
+    'no field train.loss: a.softmax and a.prior, b.softmax and b.prior say it now.'
+  )
+
+
+def test_the_page_of_settings_is_that_of_the_declarations():
+  """python -m behaviorlm_jax.config > docs/config.md"""
+  assert (CONFIGS.parent / 'docs/config.md').read_text() == config_lib.page()
+
+
+def test_every_field_is_declared_with_what_it_means():
+  config = config_lib.default()
+  for name, field in config_lib.declared().items():
+    assert field.doc.endswith(('.', ',', 'one)')), name
+    assert config_lib.get(config, name) == field.default

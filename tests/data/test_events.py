@@ -280,7 +280,7 @@ def test_a_missing_file_is_refused(tmp_path, log_config):
     ('', 'no behavior'),
     ('  ', 'no behavior'),
     ('NaN', "behavior 'NaN' means none (data.nulls)"),
-    ('x' * 257, 'behavior of 257 characters, not 256'),
+    ('x' * 257, 'behavior of 257 characters (at most 256)'),
   ],
 )
 def test_a_row_without_a_usable_behavior_is_malformed(

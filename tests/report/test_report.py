@@ -321,8 +321,8 @@ def test_whole_run_shows_every_section_and_plot(done):
   assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
   assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
   for row in (
-    'A-Tuning | 60 | 8 | 512 | 0.002 | 1.0 | names',
-    'B-Tuning | 60 | 8 | 512 | 0.001 | 0.5 | natural',
+    'A-Tuning | 8 | 512 | 60 | 0.002 | 1.0 | names | drawn',
+    'B-Tuning | 8 | 512 | 60 | 0.001 | 0.5 | names | natural',
   ):
     assert f'| {row} | 11 | none |' in text
 

@@ -457,7 +457,7 @@ def test_choices_of_other_settings_or_events_are_left_out(at_hand, other, monkey
   config, here = at_hand('seed0/stage_a', 'seed0/first')
   assert ('first', 'one', 'accuracy') in differences(config, here)
   if other == 'settings':
-    config.methods.one.fields = {'train': {'learning_rate': 1e-5}}
+    config.methods.one.fields = {'a': {'learning_rate': 1e-5}}
   else:
     digest = choices.digest
     monkeypatch.setattr(
@@ -569,6 +569,14 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
   assert len(set(config.contrasts)) == len(config.contrasts)
   assert all(method != control for method, control in config.contrasts)
   assert set(config.order) == set(config.methods)
+
+
+def test_committed_rows_of_one_pass_are_known_by_the_hashes_of_its_jobs(tmp_path):
+  """Renamed fields would orphan them: they would all be run again."""
+  rows = rows_lib.read(ROOT / 'docs/results/one_pass').of('results.csv')
+  known = {(row['data'], row['method'], row['seed'], row['settings']) for row in rows}
+  found = [(*job.key, job.settings) for job in jobs.jobs(shipped('one_pass'), tmp_path)]
+  assert len(known & set(found)) >= 12
 
 
 def test_the_main_controls_have_three_seeds(tmp_path):
