@@ -144,9 +144,9 @@ def score_difficulty(this, adapter, folder, pools):
     scored = measure.score(this, adapter, samples, f'{folder.name}: difficulty')
     values = difficulty.compute(name, scored.scores, this.events.behavior[samples])
     processes.on_primary(
-      difficulty.write, path, this.events, samples, values, made_from
+      difficulty.write_difficulty, path, this.events, samples, values, made_from
     )
-  return difficulty.read(path, made_from)
+  return difficulty.read_difficulty(path, made_from)
 
 
 def names(this, stage, plan):
