@@ -115,8 +115,8 @@ def read_choices(
     name: dataclasses.replace(  # Of `like` what is the same for all predictors.
       like,
       predicted=np.array(row['predicted'], np.int64),
-      log_p=row['log_p']  # Or None, as it is.
-      and np.array(row['log_p']),
+      # None stays None: there is no log p of what is adjusted.
+      log_p=row['log_p'] and np.array(row['log_p']),
     )
     for name, row in rows.items()
   }

@@ -104,7 +104,7 @@ def write_folder(folder: pathlib.Path, rows: Rows) -> None:
     columns = [*_columns(name)[0], *_columns(name)[1]]
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writeheader()
-    for key in sorted(found):  # They are committed: a difference shows what is new.
+    for key in sorted(found):  # In git, a new run then shows as its own lines.
       writer.writerow({column: _short(found[key][column]) for column in columns})
     files.write_text(folder / name, text.getvalue())
 

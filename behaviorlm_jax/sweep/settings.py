@@ -26,7 +26,7 @@ def method(
   ablations: Iterable[str] = (),
   start: str = '',
   seeds: int = 1,
-  fields: Mapping[str, Mapping[str, object]] | None = None,
+  fields: Mapping[str, object] | None = None,
   shots: int | None = None,
 ) -> config_dict.ConfigDict:
   """One method of a sweep.
@@ -35,7 +35,7 @@ def method(
     ablations: names.
     start: method whose stage a it starts from; '': it runs its own.
     seeds: 1 runs seed 0 alone, 3 also 1 and 2.
-    fields: {section: {field: value}} to change.
+    fields: {section: {field: value}} to change, or {field: value}.
     shots: training events that frequent tail behaviors keep (sweep.few_shot);
       None: all.
   """
