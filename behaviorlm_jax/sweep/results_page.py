@@ -157,6 +157,7 @@ def _figures(
         'Marks of the ratio of perplexities per method.',
       )
     )
+  # Seconds of steps, the first of COST; its targets are in the table alone.
   panels = _marks(rows, methods, rows_lib.COST[0])
   if panels:
     plots.marks(
@@ -200,6 +201,8 @@ def _tables(
     if row['data'] == log and column in columns:
       values.setdefault(row['method'], {}).setdefault(column, {})[row['seed']] = row
   seeds = {name: frozenset().union(*found.values()) for name, found in values.items()}
+  # Most seeds first. A method with more seeds than a table shows stands in it with
+  # those alone: so all of its rows are of the same test events.
   return [
     _table(
       {
@@ -305,6 +308,7 @@ def _over_seeds(parts: Sequence[rows_lib.Row], column: str) -> float:
   return float(
     np.average(
       [row[column] for row in parts],
+      # As if each of its seeds had a row of its own.
       weights=[len(row['seeds'].split()) for row in parts],
     )
   )

@@ -81,7 +81,7 @@ class MappedNames(collections.abc.Sequence):
     return len(self._column)
 
   def __getitem__(self, index: int) -> str:
-    return self._column[int(index)].as_py()  # numpy's integers are no index to Arrow.
+    return self._column[int(index)].as_py()
 
 
 def number_names(con: duckdb.DuckDBPyConnection, table: str, query: str) -> None:

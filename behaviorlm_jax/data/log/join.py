@@ -78,7 +78,7 @@ def join(
   log, ends = sources.open_log(place), splits.cuts(data.split)
   facts = [json.loads((one / 'shard.json').read_text('utf-8')) for one in folders]
   _check_rows(facts, folders, log)
-  # Only now: a shard may have many malformed rows that are few in the whole log.
+  # Of all shards together: each has looked at its own malformed rows alone.
   lost = _lost(facts)
   shards.check_rejected(
     log,
