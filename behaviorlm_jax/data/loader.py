@@ -75,8 +75,8 @@ class Assembler:
       arrays['segments'][begin:end] = number
       arrays['positions'][begin:end] = np.arange(len(tokens))
       answers = slice(filled, filled + len(where))
-      # The state before a token predicts it. A header stands before any answer,
-      # so that is never a state of the segment before.
+      # The state before a token predicts it. No segment begins with an answer, so
+      # that is never a state of the segment before.
       arrays['answer_positions'][answers] = begin + where - 1
       arrays['answer_tokens'][answers] = tokens[where]
       arrays['answer_nodes'][answers] = nodes

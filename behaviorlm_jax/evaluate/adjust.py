@@ -29,7 +29,7 @@ NAMES = ('adjusted', 'mixed', 'mixed_adjusted')
 
 def log_prior(counts: np.ndarray | Sequence[int]) -> np.ndarray:
   """log pi float64 [Y] of training counts int [Y], one added to each."""
-  # Training shows none of the behaviors that the validation split brings.
+  # One added: behaviors of the validation split alone have no training event.
   counts = np.asarray(counts, np.float64) + 1
   return np.log(counts / counts.sum())
 

@@ -129,7 +129,7 @@ class Seen:
 
   def add(self, source: str) -> None:
     """Counts the column `moment` of a query."""
-    # 48 characters: longer than any form; texts of other length stay few shapes.
+    # 48 characters: longer than any form, and long texts are no shape each.
     # The least and greatest text of a shape stand for all of it.
     found = self._con.execute(f"""
         SELECT translate(left(moment, 48), '012345678', '999999999') AS shape,
