@@ -173,9 +173,9 @@ def _score_difficulty(setup, adapter, samples):
     scored = measure.score(setup, adapter, samples, f'{folder.name}: difficulty')
     values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
     processes.on_primary(
-      difficulty.write, path, setup.events, samples, values, made_from
+      difficulty.write_difficulty, path, setup.events, samples, values, made_from
     )
-  return difficulty.read(path, made_from)
+  return difficulty.read_difficulty(path, made_from)
 
 
 # What is taught of them.

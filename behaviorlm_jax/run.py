@@ -74,7 +74,7 @@ def prepare_shard(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -
   """Prepares data.shard's part of the log; SIGTERM stops it at once."""
   try:
     with preemption.at_once():
-      prepared.prepare_shard(config, workdir)
+      prepared.prepare_part(config, workdir)
   except RuntimeError:  # What DuckDB makes of a stop while it works.
     preemption.check()
     raise

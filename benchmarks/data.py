@@ -124,7 +124,7 @@ def prepare(log, workdir):
   for i in range(SHARDS.value):
     config.data.shard = f'{i}/{SHARDS.value}'
     with Meter() as meter:
-      prepared.prepare_shard(config, workdir)
+      prepared.prepare_part(config, workdir)
     if not i:
       facts[f'shard 0 of {SHARDS.value}'] = meter.found
   config.data.shard = ''

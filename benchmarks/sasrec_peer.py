@@ -160,9 +160,9 @@ def main(argv):
   found = {'ours': [], 'peer': []}
   for seed in map(int, flags.FLAGS.seeds):
     config.seed = seed
-    model = ours.fit(events, config)
+    model = ours.fit_model(events, config)
     found['ours'].append(
-      _scores(ours.log_probs(model, events, ends, config), events, ends)
+      _scores(ours.predict_log_p(model, events, ends, config), events, ends)
     )
     found['peer'].append(scores(train(events, config, seed), events, ends, config))
     for side, values in found.items():

@@ -32,7 +32,7 @@ _STAGE_B = {'plan': {'neighbours': 1e4}, 'b': {'prior': 'natural'}}
 
 
 def get_config(name='controls'):
-  config = sweep.default()
+  config = sweep.empty()
   config.base = _base()
   config.logs = dict.fromkeys(('foursquare_nyc', 'india_time_use'), '')
   config.log_fields = {

@@ -32,6 +32,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
+from behaviorlm_jax import ablations as ablations_lib
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.errors import InputError

@@ -36,6 +36,8 @@ def install() -> None:
 
   def note(signum: int, frame: types.FrameType | None) -> None:
     del signum, frame
+    # It runs between any two instructions, so it only notes, but where `at_once`
+    # says that nothing is at stake.
     global _requested
     again, _requested = _requested, True
     if _at_once and not again:  # A second one must not end what cleans up.
@@ -57,6 +59,7 @@ def requested() -> bool:
   """Whether to stop; all hosts call this equally often."""
   global _requested, _calls
   if processes.several() and not _requested:
+    # The number names the call: hosts agree on one that none has passed yet.
     _calls += 1
     _requested = multihost_utils.reached_preemption_sync_point(_calls)
   return _requested

@@ -76,6 +76,7 @@ def start(settings: config_dict.ConfigDict) -> None:
   """Joins the other hosts that were met; before anything touches a device."""
   if not settings.coordinator or jax.distributed.is_initialized():
     return
+  # What CPUs of several processes talk by; other devices ignore it.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   waits = {
     'initialization_timeout': settings.timeout,
@@ -155,7 +156,7 @@ def on_primary(work: Callable[..., _Value], *arguments: object) -> _Value | None
   try:
     if is_primary():
       result = work(*arguments)
-      bucket.push()
+      bucket.push()  # Before the others go on: they pull what it wrote.
     done = True
   finally:
     # The others wait here, also for a host whose work has failed.
@@ -189,6 +190,7 @@ def assert_same(facts: dict[str, str]) -> None:
   if not several():
     return
   texts = _texts(json.dumps([socket.gethostname(), facts]))
+  # All compare the same texts in the same order: each raises the same, or nothing.
   (name, mine), *others = map(json.loads, texts)
   for number, (other, theirs) in enumerate(others, start=1):
     for what in (*mine, *theirs):
@@ -204,6 +206,7 @@ def _texts(text: str) -> list[str]:
   """The text of every host, in their order."""
   encoded = np.frombuffer(text.encode(), np.uint8)
   sizes = _gather(np.int32(len(encoded)))
+  # A gather takes arrays of one shape alone, so sizes go ahead.
   padded = np.zeros(sizes.max(), np.uint8)
   padded[: len(encoded)] = encoded
   rows = multihost_utils.process_allgather(padded)
@@ -231,6 +234,7 @@ def leave(code: int) -> NoReturn:
   """
   if several() and is_primary():
     time.sleep(_SAYING)
+  # os._exit runs no handlers, JAX's least of all, and flushes nothing either.
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

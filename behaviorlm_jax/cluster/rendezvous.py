@@ -66,6 +66,7 @@ def _receive(port: int, settings: config_dict.ConfigDict, until: float) -> None:
         problem = _missing(missing, settings)
         break
       stack.enter_context(guest)
+      # Five seconds: who connects and says nothing must not hold up the others.
       said = _line(guest, min(until, time.monotonic() + 5)).split()
       if (
         len(said) != 3
@@ -84,6 +85,7 @@ def _receive(port: int, settings: config_dict.ConfigDict, until: float) -> None:
           'distributed.processes.'
         )
       missing.discard(number)
+    # Sockets stay open until all are there, and every guest hears the same.
     for guest in guests:
       with contextlib.suppress(OSError):  # It is gone; JAX will miss it.
         guest.sendall(f'{_HELLO} {problem}\n'.encode())
@@ -96,14 +98,14 @@ def _report(
 ) -> None:
   """Of the others: goes to process 0, which says when all are there."""
   hello = f'{_HELLO} {settings.process} {settings.processes}\n'
-  awaited = 'process 0'
+  awaited = 'process 0'  # Whom to name if the time runs out.
   while True:
     try:
       with socket.create_connection(address, timeout=5) as guest:
         guest.sendall(hello.encode())
         awaited = 'the others'
         reply = _line(guest, until + 5)  # If it gives up, it says why.
-    except OSError:
+    except OSError:  # It does not listen yet, or no longer.
       reply = ''
     if reply.startswith(_HELLO):
       break
@@ -113,13 +115,14 @@ def _report(
         f'(distributed.timeout) for {awaited} at {settings.coordinator}; see '
         'the log of process 0, or correct distributed.coordinator.'
       )
-    time.sleep(0.2)
+    time.sleep(0.2)  # It may start later than this process.
   if problem := reply.removeprefix(_HELLO).strip():
     raise InputError(problem)
 
 
 def _accept(server: socket.socket, until: float) -> socket.socket | None:
   """The next guest's socket, or None when the time is over."""
+  # Not 0, which would mean not to wait at all, and raise something else.
   server.settimeout(max(until - time.monotonic(), 0.01))
   try:
     return server.accept()[0]

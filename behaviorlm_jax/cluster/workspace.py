@@ -74,6 +74,7 @@ class HasFingerprint(Protocol):
 def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
   """The config as plain JSON values, without what a call may vary."""
   values = json.loads(config.to_json_best_effort())
+  # Which stages, and which shard, is said anew in every call on one directory.
   del values['stages'], values['data']['shard']
   return values
 
@@ -119,7 +120,7 @@ def make(workdir: str | pathlib.Path, part: str = '') -> pathlib.Path:
   if bucket.is_address(workdir):
     process = jax.process_index() if processes.several() else 0
     return bucket.open_workdir(workdir, addresses.cache_dir(), process, part)
-  bucket.close_workdir()
+  bucket.close_workdir()  # Of an earlier run of this process.
   workdir = pathlib.Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,7 @@ def pin(
     if config.init_from:  # The stage that this run goes on from.
       origin = stage_a_adapter(config, workdir).parent
       earlier.append(read_config(origin) or {})
+    # What began as float32 goes on so, also on a machine with faster bfloat16.
     found = [old for past in earlier if (old := get(past, 'model.dtype'))]
     fastest = processor.fastest_dtype(jax.default_backend())
     config.model.dtype = found[0] if found else fastest
@@ -194,6 +196,7 @@ def check_config(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
       )
     names = DECIDES.get(folder, SHARED)
     if folder in ran:
+      # A stage goes on from its checkpoint: nothing may differ but where it runs.
       names = [name for name in mine if name not in _WHERE]
     found = [
       difference
@@ -222,6 +225,7 @@ def check_hosts(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
     }
   )
   path = workdir / 'hosts.txt'
+  # A time, so that a file of an earlier run is not taken for this one's.
   began = datetime.datetime.now(datetime.UTC).isoformat()
   processes.on_primary(
     files.write_text, path, f'{jax.process_count()} processes, from {began}\n'
@@ -251,6 +255,7 @@ def _program() -> str:
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).parents[1]
   for path in sorted([*root.rglob('*.py'), *root.rglob('*.jsonl')]):
+    # Names, too: contents that change places are another program.
     digest.update(f'{path.relative_to(root)}\0'.encode() + path.read_bytes())
   return digest.hexdigest()
 
@@ -280,6 +285,7 @@ def check_fingerprints(
   """Refuses folders that belong to other events or another base model."""
   for folder in ('base', 'a_tuning', 'b_tuning'):
     theirs = read_config(workdir / folder)
+    # Of a folder that is not there, or an older version's: nothing to compare.
     found = (theirs or {}).get('fingerprints', prints)
     for name, mine in prints.items():
       if found[name] != mine:

@@ -27,6 +27,7 @@ def _of(jaxpr: core.Jaxpr) -> int:
 def _of_equation(equation: core.JaxprEqn) -> int:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
+    # Each number of the result is a sum over the contracted axes.
     (contracted, _), _ = params['dimension_numbers']
     left = equation.invars[0].aval.shape
     return (
@@ -36,6 +37,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     )
   if name == 'while':
     raise ValueError('how often a while loop runs is not known beforehand.')
+  # pjit, remat, custom_vjp: what holds a jaxpr runs it once, but for cond and scan.
   inner = [_of(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
   if name == 'cond':
     return max(inner)

@@ -28,7 +28,8 @@ _WIDTH = {
   'f64': 8,
   's4': 0.5,
   'u4': 0.5,
-}
+}  # Bytes of an element; what is not here (tokens, opaque) has none.
+# Type, sizes, layout: bf16[8,128]{1,0:T(8,128)S(1)}, S(1) another memory.
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _HEAD = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _NAMES = re.compile(r'%([\w.\-]+)')
@@ -168,6 +169,7 @@ class Module:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(known[1])
     condition = self.computations[loop.attribute('condition')]
+    # i < n is the whole condition of what scan and fori_loop make.
     compare = next((i for i in condition.values() if i.code == 'compare'), None)
     if compare and 'direction=LT' in compare.rest:
       bound = self._constant(compare.operands[1], condition, loop, scope)
@@ -191,6 +193,7 @@ class Module:
     if one.code != 'get-tuple-element' or loop is None:
       return None
     index = int(re.search(r'index=(\d+)', one.rest)[1])
+    # The bound comes in from outside: there it must be a constant in a tuple.
     start = scope[loop.operands[0]]
     if start.code != 'tuple':
       return None
@@ -199,9 +202,9 @@ class Module:
   def _received(self, instruction: Instruction, kind: str, size: int) -> float:
     """Bytes into one device in one run, by the best ring of `size`."""
     result = _bytes(_result(instruction), True)
-    share = (size - 1) / size
+    share = (size - 1) / size  # A device has its own part already.
     if kind == 'all-reduce':
-      return 2 * share * result
+      return 2 * share * result  # A reduce-scatter, then an all-gather.
     if kind == 'reduce-scatter':  # The result is one part.
       return (size - 1) * result
     return share * result if kind in ('all-gather', 'all-to-all') else result
@@ -221,15 +224,18 @@ class Module:
     if code == 'slice-start':
       slices = _ARRAY.search(instruction.shape[_closing(instruction.shape, 1) :])
       return _bytes(slices[0], True) + _bytes(slices[0])
+    # Of what is sliced no more is read than comes out; a broadcast reads little.
     if code in ('dynamic-slice', 'gather', 'slice', 'broadcast'):
       return written if code == 'broadcast' else 2 * written
     if code == 'dynamic-update-slice':
+      # In place: the update is read and written, the rest stays where it is.
       return 2 * _bytes(scope[instruction.operands[1]].shape)
     sizes = [
       _bytes(scope[name].shape) for name in instruction.operands if name in scope
     ]
     if code == 'fusion':
       inner = self.computations[instruction.attribute('calls')]
+      # A fusion may slice what it is given, or update a part of it.
       sizes = [
         size and min(size, self._read(inner, place)) for place, size in enumerate(sizes)
       ]
@@ -250,7 +256,7 @@ class Module:
         continue
       if user.code == 'dynamic-slice' and user.operands[0] == one.name:
         total += _bytes(user.shape, True)
-      elif user.code == 'bitcast':
+      elif user.code == 'bitcast':  # The same bytes under another name.
         total += self._taken(inner, user)
       elif user.code == 'fusion':
         called = self.computations[user.attribute('calls')]
@@ -264,7 +270,7 @@ class Module:
         or user.code == 'tuple'
         or _collective(user)
       ):
-        return _bytes(one.shape, True)
+        return _bytes(one.shape, True)  # Used whole: no more than that is read.
     return total
 
   def _written(self, inner: Computation) -> float:
@@ -339,6 +345,7 @@ def _result(instruction: Instruction) -> str:
   arrays = [
     m for m in _ARRAY.finditer(instruction.shape) if m[1] not in ('u32', 's32') or m[2]
   ]
+  # Of (operands, results) the first of the second half.
   return arrays[len(arrays) // 2][0] if arrays else instruction.shape
 
 
@@ -346,7 +353,7 @@ def _bytes(shape: str, everywhere: bool = False) -> float:
   """Of an array or tuple; in main memory alone, unless `everywhere`."""
   total = 0
   for kind, sizes, layout in _ARRAY.findall(shape):
-    elsewhere = re.search(r'S\([1-9]', layout)
+    elsewhere = re.search(r'S\([1-9]', layout)  # S(0), main memory, is not written.
     if kind not in _WIDTH or (elsewhere and not everywhere):
       continue
     size = _WIDTH[kind]
@@ -360,6 +367,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
   """{computation: {name: Instruction}}, and the name of the entry."""
   computations, entry, current = {}, None, None
   for line in text.splitlines():
+    # Computations begin at the margin, their instructions are indented.
     if line[:1] not in ('', ' ', '}') and (match := _HEAD.match(line)):
       current = computations[match[1]] = {}
       if line.startswith('ENTRY'):
@@ -372,6 +380,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
 
 def _instruction(line: str) -> Instruction:
   name, _, rest = line.partition(' = ')
+  # A tuple's shape holds blanks, an array's does not.
   end = _closing(rest, 0) + 1 if rest[0] == '(' else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
   begin = rest.index('(')

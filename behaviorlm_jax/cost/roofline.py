@@ -62,12 +62,14 @@ class Cost:
     """From jax.stages.Compiled, or None if that was refused by `over` bytes."""
     devices = list(layout.mesh.devices.flat)
     kind = devices[0].device_kind
+    # Of a CPU or GPU only the bytes are told: no datasheet, no roofline.
     chip, count = chips.CHIPS.get(kind), len(devices)
     shared = dict(
       chip=chip.name if chip else kind,
       known=chip,
       over=over,
       compile_seconds=seconds,
+      # They are those of all devices; XLA's program is that of one.
       flops=flops and flops / count,
       needed=needed and needed / count,
     )
@@ -88,7 +90,7 @@ class Cost:
       arguments
       + temporaries
       + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
+      - memory.alias_size_in_bytes  # Outputs in donated arguments' place.
       + memory.generated_code_size_in_bytes
     )
     return cls(arguments=arguments, temporaries=temporaries, peak=peak, **shared)
@@ -102,6 +104,7 @@ class Cost:
     """{resource: seconds}, of those that are known."""
     found = {}
     if self.traffic is not None:
+      # Each resource as if nothing else happened, so their largest is a floor.
       found = {
         'memory': self.traffic / self.known.bandwidth,
         'interconnect': sum(time for _, time in self.collectives),
@@ -205,8 +208,9 @@ def _seconds(
 ) -> float:
   """The least seconds that a Collective's bytes take to arrive."""
   if one.kind == 'recv':
-    return one.received / chip.network
+    return one.received / chip.network  # Between slices no link leads.
   if not one.groups:  # A ring's two directions.
     return one.received / (2 * chip.link)
+  # One group stands for all: a mesh divides evenly, and they are alike.
   group = [devices[i] for i in hlo.members(one.groups)[0]]
   return one.received / (chip.link * chips.links(chip, group))

@@ -14,10 +14,14 @@ Invariants:
     that rewrite history (they drop its reasoning, say) leave it as context.
 """
 
+from typing import TYPE_CHECKING
+
 import jinja2
-from transformers import PreTrainedTokenizerFast
 
 from behaviorlm_jax.errors import InputError
+
+if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
+  from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, str]]  # Of role and content.
 
@@ -39,7 +43,7 @@ _FIXED_DAY = '{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}'
 
 
 def render(
-  tokenizer: PreTrainedTokenizerFast,
+  tokenizer: 'PreTrainedTokenizerFast',
   messages: Messages,
   add_generation_prompt: bool = False,
 ) -> str:
@@ -58,7 +62,7 @@ def render(
 
 
 def _apply(
-  tokenizer: PreTrainedTokenizerFast, messages: Messages, **options: bool
+  tokenizer: 'PreTrainedTokenizerFast', messages: Messages, **options: bool
 ) -> str:
   """Like `render`; raises jinja2.TemplateError where the template refuses."""
   template = PLAIN_TEMPLATE
@@ -71,7 +75,7 @@ def _apply(
   )
 
 
-def _name(tokenizer: PreTrainedTokenizerFast) -> str:
+def _name(tokenizer: 'PreTrainedTokenizerFast') -> str:
   return f'chat template of the tokenizer {tokenizer.name_or_path!r}'
 
 
@@ -82,9 +86,10 @@ class Renderer:
   of a conversation, `_end` how many of its characters belong to the answer.
   """
 
-  def __init__(self, tokenizer: PreTrainedTokenizerFast):
+  def __init__(self, tokenizer: 'PreTrainedTokenizerFast'):
     self._tokenizer = tokenizer
     self._name = _name(tokenizer)
+    # What stands behind the probe is what this template closes an answer with.
     probe = [_say('user', 'Hello'), _say('assistant', _PROBE)]
     whole = self._render(probe, 'a question and an answer')
     _, found, self._closing = whole.rpartition(_PROBE)
@@ -102,9 +107,10 @@ class Renderer:
     messages = messages[: turns[-1] + 1]  # nothing to learn after it
     if messages[0]['role'] == 'system' and not self._takes(messages):
       messages = _fold_system(messages)
-      turns = [i - 1 for i in turns]
+      turns = [i - 1 for i in turns]  # One message less stands before them.
     text = self._render(messages, where)
     spans = [self._span(text, messages, i, where) for i in turns]
+    # Earlier ones may be None: templates rewrite history. The last one may not.
     if spans[-1] is None:
       raise InputError(
         f'{where}: the {self._name} does not write the generation prompt and '
@@ -119,8 +125,11 @@ class Renderer:
     """[start, stop) of the answer of message `i` in `text`, None if moved."""
     opened = self._render(messages[:i], where, add_generation_prompt=True)
     closed = self._render(messages[: i + 1], where)
+    # Counted from the end: the content itself may be trimmed or rewritten.
     stop = len(closed) - len(self._closing) + self._end
     kept = closed.endswith(self._closing) and text.startswith(closed[:stop])
+    # An answer begins where generation would: else the model learns from another
+    # context than it will be asked in.
     kept = kept and text.startswith(opened) and len(opened) < stop
     return (len(opened), stop) if kept else None
 
@@ -141,7 +150,7 @@ class Renderer:
       ) from error
 
 
-def _end_of_turn(closing: str, tokenizer: PreTrainedTokenizerFast) -> int:
+def _end_of_turn(closing: str, tokenizer: 'PreTrainedTokenizerFast') -> int:
   """Length of `closing` through its first added token, else its first line."""
   added = map(str, tokenizer.added_tokens_decoder.values())
   found = [
@@ -152,7 +161,7 @@ def _end_of_turn(closing: str, tokenizer: PreTrainedTokenizerFast) -> int:
   if found:
     start, length = min(found)
     return start - length
-  return closing.find('\n') + 1 or len(closing)
+  return closing.find('\n') + 1 or len(closing)  # Not found is -1: all of it.
 
 
 def _fold_system(messages: Messages) -> Messages:

@@ -23,13 +23,16 @@ import pathlib
 import zlib
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import transformers
 from absl import logging
 
 from behaviorlm_jax.data import chat
 from behaviorlm_jax.errors import InputError
+
+if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
+  from transformers import PreTrainedTokenizerFast
 
 DEFAULT = pathlib.Path(__file__).with_name('conversations.jsonl')
 
@@ -56,6 +59,7 @@ def tokens_digest(found: Iterable[Conversation]) -> str:
   """SHA-256 of conversations in their order, tokens and answers."""
   total = hashlib.sha256()
   for conversation in found:
+    # Its length first, so that no two lists give the same bytes.
     total.update(len(conversation.tokens).to_bytes(4, 'little'))
     total.update(conversation.tokens.tobytes() + conversation.answers.tobytes())
   return total.hexdigest()
@@ -63,7 +67,7 @@ def tokens_digest(found: Iterable[Conversation]) -> str:
 
 def read_conversations(
   path: str | pathlib.Path,
-  tokenizer: transformers.PreTrainedTokenizerFast,
+  tokenizer: 'PreTrainedTokenizerFast',
   max_length: int,
 ) -> list[Conversation]:
   """Reads a .jsonl or .jsonl.gz of `messages`, in the order of the file.
@@ -82,6 +86,7 @@ def read_conversations(
   cut = [Conversation(c.tokens[:max_length], c.answers[:max_length]) for c in encoded]
   kept = [c for c in cut if c.answers.any()]
   late = len(cut) - len(kept)
+  # Of those that are kept: one without an answer left is counted as late.
   shortened = sum(len(c.tokens) > max_length for c in encoded) - late
   counts = (
     f'{path}: of {len(encoded) + empty} conversations {empty + late} left out '
@@ -96,18 +101,18 @@ def read_conversations(
 
 
 def _encode(
-  tokenizer: transformers.PreTrainedTokenizerFast,
+  tokenizer: 'PreTrainedTokenizerFast',
   text: str,
   spans: list[tuple[int, int]],
 ) -> Conversation:
-  """Tokens of `text`; `spans` are [start, stop) of its answers in characters.
-
-  The end of a token decides: its start is moved by tokenizers that leave blanks
-  out of the offsets.
-  """
+  """Tokens of `text`; `spans` are [start, stop) of its answers in characters."""
+  # Not verbose: it would warn of texts that are longer than the model's context,
+  # which are cut later.
   encoding = tokenizer(
     text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
   )
+  # The end of a token decides: its start is moved by tokenizers that leave blanks
+  # out of the offsets.
   ends = np.array([end for _, end in encoding['offset_mapping']], np.int64)
   answers = np.zeros(len(ends), bool)
   for start, stop in spans:
@@ -136,7 +141,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   n = 0
   opener = gzip.open if path.suffix == '.gz' else open
   try:
-    with opener(path, 'rt', encoding='utf-8-sig') as file:
+    with opener(path, 'rt', encoding='utf-8-sig') as file:  # With a mark or not.
       for n, line in enumerate(file, start=1):
         if line.strip():
           yield n, line

@@ -59,12 +59,13 @@ def prepare(
   `origin` is written beside the events as config.json.
   """
   folder = pathlib.Path(folder)
-  splits.cuts(data.split)
+  splits.cuts(data.split)  # Refused now, not after the log is read.
   whole = folder.with_name(folder.name + '.whole')
   clean(folder)
   try:
     log = sources.open_log(place)
     shards.write_shard(data, log, whole)
+    # A log prepared at once is one shard, joined: there is no second way.
     return join.join(data, log, [whole], folder, seed, origin)
   finally:
     clean(folder)

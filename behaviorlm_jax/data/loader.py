@@ -13,16 +13,42 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   samples: int32 [B], targets of the row
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
+
 import grain
 import numpy as np
 
 from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data.conversations import Conversation
+
+Row = list[dict]  # Of a plan: its segments.
+Arrays = dict[str, np.ndarray]
+
+
+class NameTree(Protocol):
+  """What is asked of a score.label_tree.Tree, whose room builds on this one."""
+
+  edge_nodes: np.ndarray
+
+  def path(self, answer: int) -> np.ndarray: ...
+
+  def choices(self, answer: int) -> np.ndarray: ...
 
 
 class Assembler:
   """Turns a plan's row into arrays."""
 
-  def __init__(self, prompts, conversations, length, answers, tree=None):
+  def __init__(
+    self,
+    prompts: prompts_lib.Prompts,
+    conversations: Sequence[Conversation],
+    length: int,
+    answers: int,
+    tree: NameTree | None = None,
+  ):
     """`tree`: label_tree.Tree of what is taught of each name; None: all of it."""
     self.prompts = prompts
     self.conversations = conversations
@@ -30,7 +56,7 @@ class Assembler:
     self.answers = answers
     self.tree = tree
 
-  def __call__(self, row):
+  def __call__(self, row: Row) -> Arrays:
     arrays = {
       'tokens': np.zeros(self.length, np.int32),
       'segments': np.zeros(self.length, np.int32),
@@ -42,13 +68,15 @@ class Assembler:
       'samples': np.int32(sum(len(s['targets']) for s in row)),
     }
     begin = filled = 0
-    for number, segment in enumerate(row, start=1):
+    for number, segment in enumerate(row, start=1):  # 0 is padding.
       tokens, where, nodes, weights = self._segment(segment)
       end = begin + len(tokens)
       arrays['tokens'][begin:end] = tokens
       arrays['segments'][begin:end] = number
       arrays['positions'][begin:end] = np.arange(len(tokens))
       answers = slice(filled, filled + len(where))
+      # The state before a token predicts it. No segment begins with an answer, so
+      # that is never a state of the segment before.
       arrays['answer_positions'][answers] = begin + where - 1
       arrays['answer_tokens'][answers] = tokens[where]
       arrays['answer_nodes'][answers] = nodes
@@ -56,7 +84,9 @@ class Assembler:
       begin, filled = end, filled + len(where)
     return arrays
 
-  def _segment(self, segment):
+  def _segment(
+    self, segment: dict
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray | int, np.ndarray]:
     """Tokens, the indices of its answer tokens, their nodes and weights."""
     if segment['kind'] == plan_lib.CONVERSATION:
       conversation = self.conversations[segment['start']]
@@ -81,18 +111,25 @@ class Assembler:
 class _HostRows:
   """Random access to one host's rows, step after step."""
 
-  def __init__(self, rows, batch, own):
+  def __init__(self, rows: Sequence[Row], batch: int, own: Sequence[int]):
     self._rows, self._batch, self._own = rows, batch, own
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._rows) // self._batch * len(self._own)
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: int) -> Row:
     step, row = divmod(int(index), len(self._own))
     return self._rows[step * self._batch + self._own[row]]
 
 
-def batches(plan, assemble, batch, step=0, own=None, threads=1):
+def batches(
+  plan: plan_lib.Plan,
+  assemble: Callable[[Row], Arrays],
+  batch: int,
+  step: int = 0,
+  own: Sequence[int] | None = None,
+  threads: int = 1,
+) -> grain.DatasetIterator:
   """An iterator over this host's batches, from `step` (0 is the first) on.
 
   `own`: the rows of a batch that this host reads, in that order; None: all. The
@@ -104,5 +141,6 @@ def batches(plan, assemble, batch, step=0, own=None, threads=1):
   dataset = dataset.batch(len(own), drop_remainder=True)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterator = iter(dataset.to_iter_dataset(options))
+  # Random access, so a run that goes on reads nothing of the steps before.
   grain.experimental.set_next_index(iterator, step)
   return iterator

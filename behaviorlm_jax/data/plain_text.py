@@ -8,11 +8,15 @@ tokens that are ordinary text stay: runs of blanks and single letters, without
 which some models have never seen a word.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from behaviorlm_jax.errors import InputError
+
+if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
+  from transformers import PreTrainedTokenizerFast
 
 # Control tokens that are not called special are told from text by these.
 _BRACKETS = frozenset('<>[]{}|')
@@ -21,7 +25,7 @@ _BRACKETS = frozenset('<>[]{}|')
 class PlainText:
   """Encodes text of a log with the vocabulary of a tokenizer."""
 
-  def __init__(self, tokenizer: PreTrainedTokenizerFast):
+  def __init__(self, tokenizer: 'PreTrainedTokenizerFast'):
     """`tokenizer`: a transformers tokenizer, which stays as it is."""
     backend = tokenizer.backend_tokenizer
     # The same vocabulary, not a copy; no post-processor, so nothing is added.
@@ -37,7 +41,7 @@ class PlainText:
         token.special = True
         self._controls[number] = token.content
     self._tokenizer.add_tokens([token for _, token in added])
-    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.encode_special_tokens = True  # As text: see the module.
 
   def encode(self, text: str, whose: str) -> np.ndarray:
     """Token ids int32 [n] of `text`.

@@ -1,9 +1,11 @@
 """The events/ of a work directory: prepared once, by one process or in shards."""
 
+import pathlib
 import re
 
 import duckdb
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import processes
@@ -16,19 +18,21 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import bucket
 
 
-def load_events(config, workdir):
+def load_events(
+  config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> events_lib.Events:
   """The event table of this work directory, prepared at the first call."""
   processes.on_primary(_prepare_events, config, workdir / 'events')
   return events_lib.open_events(workdir / 'events')
 
 
-def _prepare_events(config, folder):
+def _prepare_events(config: config_dict.ConfigDict, folder: pathlib.Path) -> None:
   log = sources.open_log(config.data.events)
   origin = workspace.as_dict(config) | {'log_sha256': log.sha256()}
-  events_lib.clean(folder)
+  events_lib.clean(folder)  # Of a run that was killed.
   if not folder.exists():
     shards = folder.with_name(bucket.SHARDS)
-    if shards.exists():
+    if shards.exists():  # Others have done the heavy part.
       complete = _complete(shards, origin)
       join.join(config.data, log, complete, folder, config.seed, origin)
       logging.info(
@@ -40,6 +44,8 @@ def _prepare_events(config, folder):
     else:
       events_lib.prepare(config.data, log, folder, config.seed, origin)
     return
+  # That the config fits, workspace.check_config has said; the address may still
+  # hold another file than it did.
   theirs = workspace.read_config(folder)
   if theirs is None:
     raise InputError(
@@ -51,18 +57,19 @@ def _prepare_events(config, folder):
     )
 
 
-def prepare_shard(config, workdir):
+def prepare_part(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
   """Prepares data.shard's part of the users, for `load_events` to join."""
   index, count = config_lib.shard(config)
   name = f'{index}-of-{count}'
   workdir = workspace.make(workdir, name)
+  # In the bucket itself: this part's copy of it holds its own files alone.
   if bucket.place(workdir / 'events/config.json').exists():
     logging.info('%s is prepared; no shard is needed.', workdir / 'events')
     return
   config = workspace.pin_addresses(config, ['data.events'], [])
   folder = workdir / bucket.SHARDS / name
   log = sources.open_log(config.data.events)
-  # DuckDB's hash decides which users are in a shard.
+  # DuckDB's hash decides which users are in a shard, and may change with it.
   origin = workspace.as_dict(config) | {
     'log_sha256': log.sha256(),
     'duckdb': duckdb.__version__,
@@ -79,7 +86,7 @@ def prepare_shard(config, workdir):
   )
 
 
-def _complete(root, origin):
+def _complete(root: pathlib.Path, origin: dict) -> list[pathlib.Path]:
   """The folders of all shards in `root`; refuses missing and foreign ones."""
   matches = [re.fullmatch(r'(\d+)-of-(\d+)', p.name) for p in root.iterdir()]
   found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
@@ -104,8 +111,10 @@ def _complete(root, origin):
       f'--config.data.shard={missing[0]}/{count} for each, or delete the '
       'folder to prepare the log here.'
     )
+  # In the order of their numbers; any other would give the same events.
   folders = [found[count, i] for i in range(count)]
-  # Those who joined need not have hashed.
+  # Who joins hashes nothing, so its own DuckDB may be another: all shards need
+  # that of the first.
   origin = origin | {
     'duckdb': workspace.get(workspace.read_config(folders[0]) or {}, 'duckdb')
   }
@@ -114,7 +123,7 @@ def _complete(root, origin):
   return folders
 
 
-def _check_shard(folder, origin):
+def _check_shard(folder: pathlib.Path, origin: dict) -> None:
   """Refuses a shard of another log or config; the log may have moved."""
   theirs = workspace.read_config(folder) or {}
   names = ('log_sha256', 'duckdb', *workspace.DECIDES['events'])

@@ -19,33 +19,42 @@ a test holds them to that.
 """
 
 import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax.data import chat
+from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plain_text
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 
+if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
+  from transformers import PreTrainedTokenizerFast
+
 WEEKDAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
 DAY = 86_400
+# Stands for the instruction while a template renders: no template writes a bell.
 _MARK = '\x07content\x07'
 
 
-def time_text(seconds, weekday, clock=True):
-  """'Tue 14:14' of local seconds since 1970-01-01, which was a Thursday.
+def time_text(seconds: int, weekday: bool, clock: bool = True) -> str:
+  """'Tue 14:14' of local seconds since 1970-01-01.
 
   `weekday`, `clock`: whether either part is shown; without both it is ''.
   """
   minute = int(seconds) % DAY // 60
+  # 1970-01-01 was a Thursday, WEEKDAYS[3].
   parts = [WEEKDAYS[(int(seconds) // DAY + 3) % 7]] if weekday else []
   if clock:
     parts.append(f'{minute // 60:02d}:{minute % 60:02d}')
   return ' '.join(parts)
 
 
-def answer_text(name):
+def answer_text(name: str) -> str:
   """What stands after the time (and place): ' Coffee Shop\\n'."""
   return f' {name}\n'
 
@@ -53,7 +62,12 @@ def answer_text(name):
 class Prompts:
   """Token ids of questions and windows over one event table."""
 
-  def __init__(self, events, tokenizer, data):
+  def __init__(
+    self,
+    events: events_lib.Events,
+    tokenizer: 'PreTrainedTokenizerFast',
+    data: config_dict.ConfigDict,
+  ):
     """`data`: the config's section; `tokenizer`: a transformers tokenizer."""
     self.events = events
     self.tokenizer = tokenizer
@@ -69,7 +83,7 @@ class Prompts:
     # In one go: a template may end in a blank that belongs to the next word.
     self.header = self.encode(self._header())
 
-  def encode(self, text):
+  def encode(self, text: str) -> np.ndarray:
     """Token ids int32 [n] of `text`, with nothing added.
 
     Not for text of a log: control tokens in it count.
@@ -77,11 +91,11 @@ class Prompts:
     ids = self.tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(ids, np.int32)
 
-  def answer(self, name):
+  def answer(self, name: str) -> np.ndarray:
     """Answer tokens int32 [n] of a behavior's name."""
     return self._log_text.encode(answer_text(name), f'behavior {name!r}')
 
-  def _header(self):
+  def _header(self) -> str:
     """Text of what stands before the log."""
     text = chat.render(
       self.tokenizer, [{'role': 'user', 'content': _MARK}], add_generation_prompt=True
@@ -93,25 +107,27 @@ class Prompts:
         'model.address: the chat template does not show a '
         'user message exactly once; give it another template.'
       )
+    # Now, when no template can trim or rewrite it.
     return text.replace(_MARK, self.data.instruction.strip())
 
   @functools.cached_property
-  def labels(self):
+  def labels(self) -> list[np.ndarray]:
     """Answer tokens of every candidate behavior, by id."""
     return self.names[: self.events.known]
 
-  def _time(self, code):
+  def _time(self, code: int) -> np.ndarray:
     if code not in self._times:  # At most 10,080: the minutes of a week.
       self._times[code] = self.encode(
         time_text(code * 60, self.data.weekday, self.events.clock)
       )
     return self._times[code]
 
-  def _time_code(self, positions):
+  def _time_code(self, positions: int | slice | np.ndarray) -> np.ndarray:
     """Minutes since the week's start: what a line shows of the time."""
+    # The weeks begin with 1970, so a code is itself a time for `time_text`.
     return self.events.time[positions] // 60 % (7 * DAY // 60)
 
-  def _place(self, place):
+  def _place(self, place: int) -> np.ndarray:
     if place < 0:
       return np.zeros(0, np.int32)
     if place not in self._places:
@@ -119,18 +135,18 @@ class Prompts:
       self._places[place] = self._log_text.encode(f' ({name})', f'place {name!r}')
     return self._places[place]
 
-  def cut_line(self, position):
+  def cut_line(self, position: int) -> list[np.ndarray]:
     """Pieces of the line of `position` up to where the answer starts."""
     return [
       self._time(int(self._time_code(position))),
       self._place(int(self.events.place[position])),
     ]
 
-  def question_start(self, position):
+  def question_start(self, position: int) -> int:
     """First event that the question about `position` shows."""
     return max(int(self.events.first[position]), int(position) - self.data.history)
 
-  def check_lengths(self, most, train_length):
+  def check_lengths(self, most: int, train_length: int) -> None:
     """Refuses questions, or rows, of more positions than the model knows."""
     if train_length > most:
       raise InputError(
@@ -138,10 +154,13 @@ class Prompts:
         f'model.address has {most} positions; lower it.'
       )
     longest = 0
+    # Of every event, sample or not. Spans hold whole users, so a question begins
+    # in the span of its event.
     for span in samples_lib.spans(self.events):
       ends = self.line_ends(span.start, span.stop)
       positions = np.arange(span.start, span.stop)
       starts = np.maximum(self.events.first[span], positions - self.data.history)
+      # To the end of the answer, which scoring appends to the question.
       lines = ends[1:] - ends[starts - span.start]
       longest = max(longest, lines.max())
     longest += len(self.header)
@@ -152,7 +171,7 @@ class Prompts:
         'positions; lower it.'
       )
 
-  def question(self, position):
+  def question(self, position: int) -> np.ndarray:
     """Tokens int32 [n] that ask for the behavior of `position`."""
     start = self.question_start(position)
     pieces = [self.header]
@@ -160,7 +179,7 @@ class Prompts:
       pieces += [*self.cut_line(i), self.names[self.events.behavior[i]]]
     return np.concatenate([*pieces, *self.cut_line(position)])
 
-  def window(self, start, stop):
+  def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of events [start, stop) and where each answer lies in them.
 
     Returns:
@@ -178,8 +197,10 @@ class Prompts:
       pieces += [*cut, name]
     return np.concatenate(pieces), np.asarray(spans)
 
-  def line_ends(self, start, stop):
+  def line_ends(self, start: int, stop: int) -> np.ndarray:
     """int64 [stop - start + 1]: tokens from `start` on before each event."""
+    # Lengths alone, by id: a plan asks for more windows than it takes, and most
+    # lines it never sees as tokens.
     span = slice(start, stop)
     codes, places = self._time_code(span), self.events.place[span]
     lengths = (
@@ -190,25 +211,29 @@ class Prompts:
     return np.concatenate([[0], np.cumsum(lengths)])
 
   @functools.cached_property
-  def _time_lengths(self):
+  def _time_lengths(self) -> np.ndarray:
+    """int64 [minutes of a week]; -1: not known yet."""
     return np.full(7 * DAY // 60, -1)
 
   @functools.cached_property
-  def _place_lengths(self):
+  def _place_lengths(self) -> np.ndarray:
+    """int64 [places + 1]; -1: not known yet."""
     # No place, -1, is the last one.
     return np.append(np.full(len(self.events.places), -1), 0)
 
   @functools.cached_property
-  def answer_lengths(self):
+  def answer_lengths(self) -> np.ndarray:
     """int64 [behaviors]: tokens of each behavior's answer."""
     return np.array([len(name) for name in self.names])
 
-  def window_length(self, start, stop):
+  def window_length(self, start: int, stop: int) -> int:
     """Number of tokens of `window(start, stop)`."""
     return int(self.line_ends(start, stop)[-1]) + len(self.header)
 
 
-def _known(lengths, ids, tokens):
+def _known(
+  lengths: np.ndarray, ids: np.ndarray, tokens: Callable[[int], np.ndarray]
+) -> np.ndarray:
   """Lengths of ids; those that are -1 so far are first found by `tokens`."""
   found = lengths[ids]
   if found.min(initial=0) < 0:

@@ -36,7 +36,7 @@ def budgets(events, config):
 
 def counts(events, config):
   """n_c int64 [known], training samples of each behavior."""
-  found = samples_lib.counts(events, 'train', config)
+  found = samples_lib.behavior_counts(events, 'train', config)
   samples_lib.require(np.flatnonzero(found), 'stage b')
   return found
 

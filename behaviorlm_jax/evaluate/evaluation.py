@@ -7,11 +7,15 @@ fitted on top of a predictor is fitted on samples of the validation split.
 """
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pyarrow as pa
+from ml_collections import config_dict
 
 from behaviorlm_jax import seeds
+from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
@@ -27,20 +31,25 @@ class Scored:
 
   samples: np.ndarray  # Positions int64 [n].
   scores: np.ndarray  # s(y), float [n, Y].
-  questions: list  # Token ids of each prompt.
+  questions: list[np.ndarray]  # Token ids of each prompt.
 
 
-def draw_samples(events, split, most, config):
+def draw_samples(
+  events: events_lib.Events, split: str, most: int, config: config_dict.ConfigDict
+) -> np.ndarray:
   """Positions int64 of at most `most` samples (0: all), sorted."""
-  size = int(samples_lib.counts(events, split, config).sum())
+  size = int(samples_lib.behavior_counts(events, split, config).sum())
   if not most or size <= most:
     return samples_lib.eligible(events, split, config)
   rng = seeds.stream(config.seed, 'evaluation', split)
+  # Ranks, which a pass finds: not every log's samples fit in memory.
   ranks = np.sort(rng.choice(size, most, replace=False))
   return samples_lib.of_split(events, split, config).at(ranks)
 
 
-def test_samples(events, config):
+def test_samples(
+  events: events_lib.Events, config: config_dict.ConfigDict
+) -> np.ndarray:
   """The evaluated samples; refuses a log that has none."""
   samples = draw_samples(events, 'test', config.eval.max_samples, config)
   if not len(samples):
@@ -52,14 +61,22 @@ def test_samples(events, config):
   return samples
 
 
-def summarize(events, samples, scores):
-  """metrics.evaluate of scores [n, Y]."""
-  return metrics.evaluate(
+def summarize(
+  events: events_lib.Events, samples: np.ndarray, scores: np.ndarray
+) -> dict[str, dict[str, int | float]]:
+  """metrics.by_group of scores [n, Y]."""
+  return metrics.by_group(
     events.behavior[samples], label_tree.best(scores), samples_lib.anchor_mask(events)
   )
 
 
-def write(folder, prompts, test, validation, config):
+def write_arm(
+  folder: pathlib.Path,
+  prompts: prompts_lib.Prompts,
+  test: Scored,
+  validation: Scored | None,
+  config: config_dict.ConfigDict,
+) -> None:
   """Writes what one arm predicted, and how good that is.
 
   Args:
@@ -82,6 +99,7 @@ def write(folder, prompts, test, validation, config):
       }
       first = [events.behaviors[b].name for b in label_tree.best(scores, 1)[:, 0]]
       table = table.append_column(name, pa.array(first))
+    # All of log p: reports and sweeps draw curves over tau from it.
     files.write_parquet(
       folder / 'log_probs.parquet',
       pa.concat_tables(
@@ -93,8 +111,14 @@ def write(folder, prompts, test, validation, config):
   files.write_json(folder / 'evaluation.json', summary)
 
 
-def fitted(events, test, validation, config):
+def fitted(
+  events: events_lib.Events,
+  test: Scored,
+  validation: Scored,
+  config: config_dict.ConfigDict,
+) -> dict[str, tuple[dict[str, float], np.ndarray]]:
   """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
+  # markov: of the count models the one whose scores are log-probabilities.
   counted = [
     baselines.scores('markov', events, part.samples, config.data.history, config.seed)
     for part in (validation, test)
@@ -113,7 +137,7 @@ def fitted(events, test, validation, config):
   }
 
 
-def _log_probs(split, scored):
+def _log_probs(split: str, scored: Scored) -> pa.Table:
   log_p = label_tree.log_softmax(scored.scores)
   return pa.table(
     {
@@ -124,7 +148,12 @@ def _log_probs(split, scored):
   )
 
 
-def _predictions(prompts, samples, questions, scores):
+def _predictions(
+  prompts: prompts_lib.Prompts,
+  samples: np.ndarray,
+  questions: list[np.ndarray],
+  scores: np.ndarray,
+) -> pa.Table:
   events = prompts.events
   true = events.behavior[samples]
   log_probs = label_tree.log_softmax(scores)
@@ -149,14 +178,20 @@ def _predictions(prompts, samples, questions, scores):
   )
 
 
-def in_context(prompts, position):
+def in_context(prompts: prompts_lib.Prompts, position: int) -> bool:
   """Whether the true behavior stands in its question's context."""
   behavior = prompts.events.behavior
+  # What the question shows; the log may know more of the user's past.
   past = behavior[prompts.question_start(position) : position]
   return bool((past == behavior[position]).any())
 
 
-def write_baselines(path, events, samples, config):
+def write_baselines(
+  path: pathlib.Path,
+  events: events_lib.Events,
+  samples: np.ndarray,
+  config: config_dict.ConfigDict,
+) -> None:
   """Writes the metrics of every free baseline on the same samples."""
   result = {
     name: summarize(
@@ -169,12 +204,12 @@ def write_baselines(path, events, samples, config):
   files.write_json(path, result)
 
 
-def write_labels(path, prompts):
-  """labels.json: name, group and answer tokens of every behavior, by id."""
+def write_labels(path: pathlib.Path, prompts: prompts_lib.Prompts) -> None:
+  """labels.json: name, group and answer tokens of every candidate, by id."""
   events = prompts.events
   files.write_json(
     path,
-    [
+    [  # Unseen behaviors, the last of the list, have no label.
       {'name': b.name, 'group': b.group, 'tokens': tokens.tolist()}
       for b, tokens in zip(events.behaviors, prompts.labels, strict=False)
     ],

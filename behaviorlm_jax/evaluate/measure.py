@@ -43,14 +43,14 @@ def evaluate_sasrec(setup, samples):
       bar.update(done)
       preemption.check()
 
-    model = sasrec.fit(events, config, progress)
+    model = sasrec.fit_model(events, config, progress)
   validation = evaluation.draw_samples(
     events, 'validation', config.eval.validation_samples, config
   )
   scored = [
     evaluation.Scored(
       positions,
-      sasrec.log_probs(model, events, positions, config),
+      sasrec.predict_log_p(model, events, positions, config),
       [setup.prompts.question(p) for p in positions],
     )
     for positions in (samples, validation)
@@ -58,7 +58,7 @@ def evaluate_sasrec(setup, samples):
   ]
   fitted = scored[1] if config.eval.fit and len(validation) else None
   processes.on_primary(
-    evaluation.write, folder, setup.prompts, scored[0], fitted, config
+    evaluation.write_arm, folder, setup.prompts, scored[0], fitted, config
   )
 
 
@@ -77,7 +77,7 @@ def evaluate(setup, folder, adapter, samples):
     if len(drawn):
       validation = score(setup, adapter, drawn, f'{folder.name}: validation')
   processes.on_primary(
-    evaluation.write, folder, setup.prompts, test, validation, config
+    evaluation.write_arm, folder, setup.prompts, test, validation, config
   )
 
 

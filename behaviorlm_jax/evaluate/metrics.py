@@ -8,12 +8,18 @@ Accuracy, NDCG and n count the samples whose true behavior is in the group.
 A division by zero is 0. Everything is a fraction, computed in float64.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 GROUPS = ('all', 'anchor', 'tail')
 
 
-def evaluate(true, ranked, anchor) -> dict:
+def by_group(
+  true: np.ndarray | Sequence[int],
+  ranked: np.ndarray | Sequence[Sequence[int]],
+  anchor: np.ndarray | Sequence[bool],
+) -> dict[str, dict[str, int | float]]:
   """Scores of ranked predictions for all, anchor and tail behaviors.
 
   Args:
@@ -27,18 +33,21 @@ def evaluate(true, ranked, anchor) -> dict:
   true = np.asarray(true, np.int64)
   anchor = np.asarray(anchor, bool)
   ranked = np.asarray(ranked, np.int64)
+  # Of no samples at all a caller has no second dimension to give.
   assert (ranked.ndim == 2 and len(ranked) == len(true)) or not len(true)
   top = ranked[:, 0] if len(true) else true
   table = per_behavior(true, top, len(anchor))
   rank = _rank(true, ranked)
   members = {'all': np.ones_like(anchor), 'anchor': anchor, 'tail': ~anchor}
-  return {
+  return {  # The ranks are of the samples whose true behavior is a member.
     group: _group_scores(table, members[group], rank[members[group][true]])
     for group in GROUPS
   }
 
 
-def per_behavior(true, predicted, count, weight=None):
+def per_behavior(
+  true: np.ndarray, predicted: np.ndarray, count: int, weight: np.ndarray | None = None
+) -> np.ndarray:
   """Precision, recall, F1 and support of every behavior.
 
   Args:
@@ -53,6 +62,8 @@ def per_behavior(true, predicted, count, weight=None):
   assert true.size == 0 or max(true.max(), predicted.max()) < count
   weight = np.ones(len(true)) if weight is None else np.asarray(weight)
   support = np.bincount(true, weight, count)
+  # Of all samples, whatever their group: who is mistaken for a tail behavior
+  # lowers its precision.
   claimed = np.bincount(predicted, weight, count)
   hits = np.bincount(true, weight * (true == predicted), count)
   # F1 = 2 hits / (support + claimed) equals 2PR / (P + R), also at zero.
@@ -66,12 +77,18 @@ def per_behavior(true, predicted, count, weight=None):
   )
 
 
-def bootstrap_macro_f1(true, predicted, members, user, draws=1000, seed=0):
+def bootstrap_macro_f1(
+  true: np.ndarray,
+  predicted: np.ndarray,
+  members: np.ndarray,
+  user: np.ndarray,
+  draws: int = 1000,
+  seed: int = 0,
+) -> np.ndarray:
   """Macro-F1 of a group under redrawn users: float64[draws].
 
-  Whole users are drawn with replacement, because the events of one user are
-  not independent. Calls with the same users and seed share their draws, so
-  the difference of two results is a paired one.
+  Calls with the same users and seed share their draws, so the difference of two
+  results is a paired one.
 
   Args:
     true, predicted: int[n] ids.
@@ -84,19 +101,21 @@ def bootstrap_macro_f1(true, predicted, members, user, draws=1000, seed=0):
   if not len(names) or not members.any():
     return result
   for draw in range(draws):
+    # Whole users, with replacement: the events of one are not independent.
     times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+    # Samples are weighted by how often their user came, not copied.
     f1 = per_behavior(true, predicted, len(members), times[owner])[2]
     result[draw] = f1[members].mean()
   return result
 
 
-def _divide(numerator, denominator):
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
   return np.divide(
     numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0
   )
 
 
-def _rank(true, ranked):
+def _rank(true: np.ndarray, ranked: np.ndarray) -> np.ndarray:
   """Rank of the true behavior from 1; infinity where it is not listed."""
   if not len(true):
     return np.zeros(0)
@@ -104,7 +123,7 @@ def _rank(true, ranked):
   return np.where(found.any(1), found.argmax(1) + 1.0, np.inf)
 
 
-def _group_scores(table, members, rank) -> dict:
+def _group_scores(table: np.ndarray, members: np.ndarray, rank: np.ndarray) -> dict:
   """One group's row: `table` float[4, Y], `rank` of the group's samples."""
   scores = {'n': len(rank)}
   *measures, support = table[:, members]
@@ -114,6 +133,7 @@ def _group_scores(table, members, rank) -> dict:
     weighted = value @ support / total if total else 0.0
     scores[f'{name}_weighted'] = float(weighted)
   for name, value in zip(names, measures, strict=True):
+    # Over the whole list: which rare behaviors a draw of samples shows is chance.
     scores[f'{name}_macro'] = float(value.mean()) if len(value) else 0.0
   for k in (1, 3, 5):
     scores[f'accuracy@{k}'] = _mean(rank <= k)
@@ -123,5 +143,5 @@ def _group_scores(table, members, rank) -> dict:
   return scores
 
 
-def _mean(values) -> float:
+def _mean(values: np.ndarray) -> float:
   return float(np.mean(values)) if len(values) else 0.0

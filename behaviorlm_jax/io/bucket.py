@@ -71,7 +71,7 @@ def open_workdir(
     writes=bool(part) or process == 0,
     part=part,
   )
-  mirror.lock()
+  mirror.lock()  # Before it is changed: another process may work in it.
   mirror.pull()
   absl_logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
   _mirror = mirror
@@ -195,6 +195,7 @@ class Bucket:
     self._passing = lambda error: (
       gcsfs.retry.is_retriable(error) or isinstance(error, exceptions.TransportError)
     )
+    # What other hosts have written since must be seen.
     self._fs = gcsfs.GCSFileSystem(use_listings_cache=False)
 
   def _full(self, name: str) -> str:
@@ -229,6 +230,7 @@ class Bucket:
       try:
         found = self._fs.find(self.address, detail=True)
       except FileNotFoundError:
+        # Nothing there, or no such bucket? This raises of the second.
         self._fs.ls(self.address[len(PREFIX) :].split('/')[0])
         return {}
     root = self.address[len(PREFIX) :]
@@ -268,6 +270,7 @@ class Bucket:
     for path, temporary in beside.items():
       name, digest = wanted[path]
       if digest is not None and _md5(temporary) != digest:
+        # Cut off on the way, or written anew since it was listed.
         raise Unreachable(
           f'{self._field}: {self._full(name)} arrived with another MD5 than '
           f'{digest}; run the same command again'
@@ -280,7 +283,7 @@ class Bucket:
       self._fs.put(
         [str(path) for path in given],
         [self._full(name) for name in given.values()],
-        consistency='md5',
+        consistency='md5',  # What arrives there is compared, too.
       )
 
 
@@ -302,6 +305,7 @@ class Mirror:
   def lock(self) -> None:
     """Refuses a copy in which another process works."""
     self.folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: inside of it `pull` would delete the file.
     self._lock = os.open(
       self.folder.with_name(self.folder.name + '.lock'), os.O_CREAT | os.O_RDWR
     )
@@ -325,6 +329,7 @@ class Mirror:
       if path.is_file():
         stat = path.stat()
         name = path.relative_to(self.folder).as_posix()
+        # Digests of all at every push would read gigabytes.
         found[name] = stat.st_size, stat.st_mtime_ns
     return found
 
@@ -358,6 +363,7 @@ class Mirror:
   def pull(self) -> None:
     """Makes the local folder hold what the bucket does, and nothing else."""
     listed = self._listed()
+    # Shards are for process 0 to join, and for nobody once they are joined.
     if self._whole and (not self._writes or 'events/config.json' in listed):
       listed = {name for name in listed if not name.startswith(f'{SHARDS}/')}
     # Of after the lists, so that it has what they name.
@@ -366,6 +372,7 @@ class Mirror:
     files = self._files()
     for name in files.keys() - digests.keys():
       (self.folder / name).unlink()
+    # From the inside out, so that a folder of empty ones goes, too.
     for folder, _, _ in os.walk(self.folder, topdown=False):
       with contextlib.suppress(OSError):  # Of those that hold something.
         os.rmdir(folder)
@@ -401,6 +408,7 @@ class Mirror:
     }
     if not changed:
       return
+    # Objects first, then the list that names them: see the module.
     self.bucket.put({self.folder / name: name for name in changed})
     self._write_list(
       name for name in files if not (self._whole and name.startswith(f'{SHARDS}/'))

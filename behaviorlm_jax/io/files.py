@@ -12,9 +12,10 @@ from pyarrow import parquet
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path that takes the place of `path` at the end."""
+  # In the same folder: a rename is atomic only inside of one file system.
   temporary = path.with_name(path.name + '.tmp')
   yield temporary
-  temporary.replace(path)
+  temporary.replace(path)  # Not reached by a failure: the old file stays.
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -99,7 +99,7 @@ def pin_commit(address: str, field: str, earlier: Iterable[str] = ()) -> str:
         if dataclasses.replace(pinned, revision=None) == wanted:
           return other
   elif _COMMIT.fullmatch(wanted.revision):
-    return address
+    return address  # Pinned already: no network is needed.
   with _one_sentence(wanted, field):
     commit = (
       huggingface_hub.HfApi()

@@ -87,10 +87,10 @@ def matched(control: Arm, own: Arm, by_tau: np.ndarray) -> Arm:
   """
   arms = [dataclasses.replace(own, predicted=best, log_p=None) for best in by_tau]
   anchors = [arm.value('anchor macro-F1') for arm in arms]
-  goal = min(control.value('anchor macro-F1'), max(anchors))
+  goal = min(control.value('anchor macro-F1'), max(anchors))  # One arm reaches it.
   return max(
     zip(anchors, range(len(arms)), arms, strict=True),
-    key=lambda found: (found[0] >= goal, found[1]),
+    key=lambda found: (found[0] >= goal, found[1]),  # Of those, the largest tau.
   )[2]
 
 
@@ -98,12 +98,15 @@ def bootstrap_accuracy(
   right: np.ndarray, user: np.ndarray, draws: int = 1000, seed: int = 0
 ) -> np.ndarray:
   """Accuracy under redrawn users, as metrics.bootstrap_macro_f1 draws them."""
+  # The same calls of the same generator, so that both scores of a draw are of the
+  # same users.
   rng = np.random.default_rng(seed)
   names, owner = np.unique(np.asarray(user), return_inverse=True)
   hits, count = np.bincount(owner, right), np.bincount(owner)
   result = np.zeros(draws)
   for draw in range(draws):
     drawn = rng.integers(len(names), size=len(names))
+    # Of samples, not of users' means: a user with many of them weighs as many.
     result[draw] = hits[drawn].sum() / count[drawn].sum()
   return result
 
@@ -123,7 +126,9 @@ def paired(
   """
   sizes = [len(before.user) for before, _ in pairs]
   names, owner = np.unique(
-    np.concatenate([before.user for before, _ in pairs]), return_inverse=True
+    # Over all pairs: a user who is in several comes as often in each of them.
+    np.concatenate([before.user for before, _ in pairs]),
+    return_inverse=True,
   )
   owners = np.split(owner, np.cumsum(sizes)[:-1])
 
@@ -146,7 +151,7 @@ def paired(
     if all(
       times[owner][one.counted(score)].any()
       for (one, _), owner in zip(pairs, owners, strict=True)
-    ):  # No pair stays empty.
+    ):  # No pair stays empty: the mean of nothing is no number.
       changes.append(np.diff(means(times))[0])
   change = float(after - before)
   return float(before), change, _interval(change, np.array(changes))
@@ -193,6 +198,7 @@ def _baseline_contrast(
 ) -> dict[str, list[Change]]:
   """{heading: changes} against the best baseline of each score, or {}."""
   best = {name: run.best_baseline(*SCORES[name]) for name in scores}
+  # Their choices are counted again, for which history and seed are needed.
   if not run.baselines or 'data' not in final.config:
     return {}
   names = {name for _, name in best.values()}
@@ -222,6 +228,7 @@ def _change(
   before, after = other.value(score), last.value(score)
   interval = None
   if score in draws:
+    # Draw by draw: both were redrawn with the same users, see the module.
     interval = _interval(after - before, draws[score] - other.draws(score))
   return Change(score, name, before, after, interval)
 
@@ -250,5 +257,7 @@ def _called(stage: run_files.Stage) -> str:
 def _interval(value: float, draws: np.ndarray | None) -> tuple[float, float] | None:
   if draws is None:
     return None
+  # Moved to average to the value: redrawn users lack rare behaviors, see the
+  # module. Its width is kept.
   low, high = value + np.quantile(draws - draws.mean(), [0.025, 0.975])
   return float(low), float(high)

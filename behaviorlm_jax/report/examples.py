@@ -33,6 +33,7 @@ def pick(
   kinds = collections.defaultdict(list)
   for i in order:
     kinds[str(groups[i]), bool(right[i])].append(i)
+  # All first ones, then all second ones: the turn is what is sorted by first.
   turns = sorted(
     (turn, kind, i) for kind, members in kinds.items() for turn, i in enumerate(members)
   )

@@ -33,7 +33,7 @@ def draw(run: run_files.RunFiles, outcome: Outcome | None) -> list[Figure]:
 
 def _path(run: run_files.RunFiles, name: str) -> Path:
   folder = run.workdir / FOLDER
-  folder.mkdir(exist_ok=True)
+  folder.mkdir(exist_ok=True)  # Only for a figure: an empty one is not left.
   return folder / name
 
 
@@ -98,6 +98,7 @@ def _changes(run: run_files.RunFiles, outcome: Outcome | None) -> Figure | None:
 def _trade_off(run: run_files.RunFiles) -> Figure | None:
   curves = {stage.name: stage.log_p('test') for stage in run.scored}
   curves = {name: log_p for name, log_p in curves.items() if log_p is not None}
+  # Without both groups there is nothing to trade.
   if not curves or run.anchor.all() or not run.anchor.any():
     return None
   stage = run.predicting[-1]
@@ -130,6 +131,7 @@ def _trade_off(run: run_files.RunFiles) -> Figure | None:
 
 
 def _f1(run: run_files.RunFiles) -> Figure | None:
+  # The untuned model's alone, if nothing was trained.
   stages = [s for s in run.predicting if s.key != 'base'] or run.predicting
   if not stages:
     return None
@@ -176,7 +178,7 @@ def _targets(run: run_files.RunFiles) -> Figure | None:
   plans = {name: plan for name, plan in plans.items() if plan.is_file()}
   if not plans:
     return None
-  order = run.by_frequency
+  order = run.by_frequency  # Anchors then lie left of all tail behaviors.
   panels = {}
   for stage, plan in plans.items():
     drawn = np.bincount(

@@ -6,6 +6,7 @@ import re
 import tempfile
 
 import numpy as np
+from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import events as events_lib
@@ -35,7 +36,7 @@ _NOBODY = frozenset(
 _NUMBER = r'[+-]?\d+(?:[.,]\d+)?'
 
 
-def look(config):
+def look(config: config_dict.ConfigDict) -> None:
   """Prints what the log of a config holds; refuses it as a run would."""
   config_lib.check(config)
   with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +54,7 @@ def look(config):
     evaluation.test_samples(events, config)  # Refuses a log without any.
 
 
-def _rows(summary) -> list[str]:
+def _rows(summary: dict) -> list[str]:
   dropped = summary['duplicates'] + summary['repeats']
   lines = [
     f'layout     {summary["layout"]}',
@@ -70,7 +71,7 @@ def _rows(summary) -> list[str]:
   ]
 
 
-def _users(events) -> list[str]:
+def _users(events: events_lib.Events) -> list[str]:
   sizes = np.bincount(events.user, minlength=len(events.users))
   sizes = sizes[sizes > 0]
   low, middle, high = np.percentile(sizes, (10, 50, 90))
@@ -81,7 +82,7 @@ def _users(events) -> list[str]:
   ]
 
 
-def _behaviors(events, summary) -> list[str]:
+def _behaviors(events: events_lib.Events, summary: dict) -> list[str]:
   listed = list(enumerate(events.behaviors))
   if len(listed) > 2 * _LISTED:
     listed = [*listed[:_LISTED], None, *listed[-_LISTED:]]
@@ -99,12 +100,13 @@ def _behaviors(events, summary) -> list[str]:
   return lines
 
 
-def _hours(events, clock: bool) -> list[str]:
+def _hours(events: events_lib.Events, clock: bool) -> list[str]:
   """A bar for each hour of the day; of a log without a clock, each weekday."""
   if clock:
     counts = np.bincount(events.time % DAY // 3600, minlength=24)
     names = [f'{hour:02d}:00' for hour in range(24)]
   else:
+    # Day 0 was a Thursday, WEEKDAYS[3].
     counts = np.bincount((events.time // DAY + 3) % 7, minlength=7)
     names = WEEKDAYS
   return ['events by ' + ('hour of the day' if clock else 'weekday')] + [
@@ -113,7 +115,7 @@ def _hours(events, clock: bool) -> list[str]:
   ]
 
 
-def _odd(events, summary) -> list[str]:
+def _odd(events: events_lib.Events, summary: dict) -> list[str]:
   found = list(summary['warnings'])
   names = [item.name for item in events.behaviors]
   numbers = [name for name in names if re.fullmatch(_NUMBER, name)]

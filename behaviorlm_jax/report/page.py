@@ -131,12 +131,14 @@ def html(title: str, blocks: Iterable[Block], folder: Path) -> str:
 
 def _hash(text: str) -> str:
   """Source expression of a content policy for an inline script or style."""
+  # Of exactly what stands between the tags; one blank more and it is not run.
   digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
   return f"'sha256-{digest}'"
 
 
 def _body(blocks: Iterable[Block], folder: Path) -> str:
   parts = []
+  # Figures that follow each other share a grid, side by side.
   for figures, group in itertools.groupby(
     blocks, lambda block: isinstance(block, Figure)
   ):
@@ -209,6 +211,7 @@ def _table(block: Table) -> str:
 def _cell(value: object, number: bool, first: bool) -> str:
   data = ''
   if value is None or _is_number(value):
+    # The script sorts by these: what is shown is rounded, or has commas.
     data = f' data-value="{"" if value is None else value}"'
   tag = 'th scope="row"' if first else 'td'
   text = _inline(value) if isinstance(value, Mono) else escape(shown(value))
@@ -220,6 +223,7 @@ def _class(number: bool) -> str:
 
 
 def _is_number(value: object) -> bool:
+  # To Python a bool is an int; here it is a sign.
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 

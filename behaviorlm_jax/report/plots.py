@@ -61,6 +61,7 @@ def stage_bars(
   figure, (axes,) = _figure(1, height=4)
   width = 0.8 / len(series)
   for index, ((group, text), values) in enumerate(series.items()):
+    # Bars of one stage stand side by side around its tick.
     x = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
     bars = axes.bar(
       x,
@@ -105,7 +106,7 @@ def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None
       )
     axes.axvline(0, color='#444444', linewidth=0.9, linestyle=':')
     axes.set_yticks(range(len(changes)), [c.score for c in changes])
-    axes.set_ylim(len(changes) - 0.4, -0.6)
+    axes.set_ylim(len(changes) - 0.4, -0.6)  # Turned round: the first on top.
     axes.set_title(f'against {against}', fontsize=10, loc='left')
   stack[-1].set_xlabel('change of the score (fraction), 95 % interval')
   _save(figure, path)
@@ -145,7 +146,8 @@ def few_shot(
   shots = sorted(
     {n for lines in panels.values() for values in lines.values() for n in values}
   )
-  place = lambda n: np.log2(1 + np.array(list(n)))  # 0 has one, too.
+  # Doublings are about equal steps; a logarithm alone has no place for 0.
+  place = lambda n: np.log2(1 + np.array(list(n)))
 
   def draw(axes: Axes, values: Mapping[int, float], look: dict[str, str]) -> Line2D:
     axes.set_xticks(place(shots), list(map(str, shots)))
@@ -198,6 +200,7 @@ def marks(
     x: what they are.
     line: value at which a line is drawn; None: the axis begins at 0.
   """
+  # Turned round: y grows upwards, and the first belongs on top.
   names = list(dict.fromkeys(itertools.chain(*panels.values())))[::-1]
   figure, row = _figure(len(panels), height=1.4 + 0.3 * len(names), width=WIDE)
   for axes, (title, found) in zip(row, panels.items(), strict=True):
@@ -238,6 +241,7 @@ def _curves(
     len(panels), height=4.4, width=WIDTH if len(panels) == 1 else WIDE, sharey=False
   )
   names = list(dict.fromkeys(itertools.chain(*panels.values())))
+  # Two of more predictors than there are looks share one; the legend has both.
   looks = dict(zip(names, itertools.cycle(PREDICTORS), strict=False))
   lines = {}
   for axes, (title, curves) in zip(row, panels.items(), strict=True):
@@ -273,7 +277,7 @@ def f1_against_frequency(
     anchor: bool[Y].
   """
   figure, row = _figure(len(panels), height=3.9)
-  count = np.maximum(np.asarray(train_count, float), 0.5)
+  count = np.maximum(np.asarray(train_count, float), 0.5)  # 0 has no logarithm.
   for axes, (name, f1) in zip(row, panels.items(), strict=True):
     means = []
     for group, members in (('anchor', anchor), ('tail', ~anchor)):
@@ -291,7 +295,7 @@ def f1_against_frequency(
       )
       means.append(f'{group} {f1[members].mean():.3f}')
     _decades(axes, count)
-    axes.set_ylim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.04)  # Marks at 0 and 1 are seen whole.
     axes.set_title(f'{name}\nmean: ' + ', '.join(means), fontsize=10)
     axes.set_xlabel('training events (log scale)')
   row[0].set_ylabel('F1 of the behavior (fraction)')
@@ -324,11 +328,12 @@ def difficulty_histogram(
   figure, (axes,) = _figure(1, height=3.9)
   finite = np.isfinite(scores)
   scores, groups = np.asarray(scores)[finite], np.asarray(groups)[finite]
-  edges = np.histogram_bin_edges(scores, 30)
+  edges = np.histogram_bin_edges(scores, 30)  # The same for both groups.
   for group, style in (('anchor', '-'), ('tail', '--')):
     values = scores[groups == group]
     if not len(values):
       continue
+    # Shares and not counts: there may be far fewer of one group.
     share = np.histogram(values, edges)[0] / len(values)
     axes.stairs(
       share,
@@ -441,6 +446,7 @@ def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> 
 def _running_mean(values: np.ndarray) -> np.ndarray:
   """Mean of the last 5 % of all values at each step; fewer at the start."""
   window = max(1, len(values) // 20)
+  # A window's sum is the difference of two running sums.
   total = np.concatenate([[0.0], np.cumsum(values)])
   stop = np.arange(1, len(values) + 1)
   start = np.maximum(stop - window, 0)

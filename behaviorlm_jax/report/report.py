@@ -46,6 +46,7 @@ def contents(
   """All that the report says, as blocks; draws the figures on the way."""
   outcome = compare.outcome(run)
   many = tables.behaviors(run)
+  # In the order of a reader's questions: what came out, then of what and how.
   sections = {
     'Results': [
       tables.results(run),

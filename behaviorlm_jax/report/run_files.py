@@ -73,6 +73,7 @@ class Stage:
     table = read_parquet(self.folder / 'log_probs.parquet')
     if table is None:
       return None
+    # Validation samples stand in the same file, of which tau was fitted.
     table = table.filter(pc.equal(table.column('split'), split))
     return np.array(table.column('log_p').to_pylist(), np.float64)
 
@@ -82,7 +83,7 @@ class Stage:
   def find(self, sample: int) -> dict | None:
     """The prediction row of an event, or None where it was not evaluated."""
     index = pc.index(self.predictions.column('sample'), sample).as_py()
-    if index < 0:
+    if index < 0:  # Arrow's word for: not there.
       return None
     return self.predictions.slice(index, 1).to_pylist()[0]
 
@@ -153,6 +154,7 @@ class RunFiles:
 
 def read_run(workdir: Path) -> RunFiles:
   behaviors = read_json(workdir / 'events/behaviors.json', [])
+  # Unseen ones are the last of the list, so ids stay those of the events.
   known = [row for row in behaviors if row['group'] != 'unseen']
   found = {
     key: Stage(
@@ -173,7 +175,7 @@ def read_run(workdir: Path) -> RunFiles:
     len(behaviors) - len(known),
     read_json(workdir / 'baselines.json', {}),
     list(found.values()),
-    sasrec if sasrec and sasrec.evaluation else None,
+    sasrec if sasrec and sasrec.evaluation else None,  # It may still be in training.
   )
 
 
@@ -181,6 +183,7 @@ def plan_targets(path: Path) -> np.ndarray:
   """Event positions of all targets of a plan, repeats included: int64[n]."""
   rows = pq.read_table(path, columns=['segments'])
   segments = pc.list_flatten(rows.column('segments').combine_chunks())
+  # Conversations have no targets, and their start is no event.
   windows = segments.filter(pc.equal(segments.field('kind'), 'window'))
   return (
     pc.list_flatten(windows.field('targets'))

@@ -58,6 +58,7 @@ def _scored(run: run_files.RunFiles) -> list[tuple[str, dict]]:
 
 
 def results(run: run_files.RunFiles) -> Table:
+  # The names of evaluate.metrics: what is shown can be found in evaluation.json.
   keys = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
   rows = [
     (name, *(scores['all'][key] for key in keys)) for name, scores in _scored(run)
@@ -102,7 +103,7 @@ def retention(run: run_files.RunFiles) -> Table:
     for name, values in found
   ]
   head = [column.replace('_', ' ') for column in columns]
-  n = found[-1][1]['n']
+  n = found[-1][1]['n']  # The same conversations for every stage.
   return Table(
     ('stage', *head),
     rows,
@@ -161,12 +162,14 @@ def context(run: run_files.RunFiles) -> Table:
   for where in ('in context', 'not in context'):
     head += [f'{where}: {what}' for what in ('n', 'accuracy@1', 'mean log p')]
   rows = []
+  # Not the baselines: of these scores alone are kept, no predictions.
   for stage in run.predicting:
     inside, log_prob = stage.column('in_context'), stage.column('log_prob')
     row = [stage.name]
     for mask in (inside, ~inside):
       row += [int(mask.sum())]
       row += [
+        # The mean of nothing is shown as missing, not as 0.
         float(values[mask].mean()) if mask.any() else None
         for values in (stage.right, log_prob)
       ]
@@ -222,6 +225,7 @@ def times(run: run_files.RunFiles) -> Table:
     )
   }
   trained = [stage for stage in run.stages if stage.steps]
+  # A step notes what it can tell; a column that none has filled is left out.
   for stage in trained:
     for column, value in zip(columns.values(), _speed(stage.steps), strict=True):
       column.append(value)
@@ -250,6 +254,7 @@ def _speed(steps: list[dict]) -> tuple[float | None, ...]:
   return (
     len(steps),
     first[0] if first else None,
+    # Not the mean: a step that waited for the disk would move it.
     float(np.median(seconds)) if seconds else None,
     None if tokens is None else round(tokens),
     targets,
@@ -264,6 +269,7 @@ def _rate(steps: list[dict], key: str) -> float | None:
   ]
   if not pairs:
     return None
+  # Sum over sum: a mean of rates would count short steps as much as long ones.
   amount, seconds = map(sum, zip(*pairs, strict=True))
   return amount / seconds
 
@@ -319,4 +325,5 @@ def _value(value: object) -> object:
 
 
 def _text(value: object) -> str:
+  # Not isinstance: True is an int.
   return f'{value:,}' if type(value) is int else str(_value(value))

@@ -32,6 +32,7 @@ class Change:
     if self.interval is None:
       return 'unknown'
     low, high = self.interval
+    # Strictly: an interval that ends at 0 leaves it open.
     return 'better' if low > 0 else 'worse' if high < 0 else 'within'
 
 
@@ -73,6 +74,7 @@ def _level(outcome: Outcome) -> str:
 
 
 def _contrast(against: str, changes: Sequence[Change]) -> str:
+  # Else each change names its own: every score has another best baseline.
   same = len({change.other for change in changes}) == 1
   told = {
     outcome: [_change(c, same) for c in changes if c.outcome == outcome]
@@ -84,6 +86,7 @@ def _contrast(against: str, changes: Sequence[Change]) -> str:
     if told[outcome]
   ]
   if told['unknown']:
+    # A single user: no intervals, so nothing can be called better.
     return f'Against {against} it differs by {_join(told["unknown"])}.'
   if all(c.size == 0 and c.interval == (0, 0) for c in changes):
     names = _join([change.score for change in changes])

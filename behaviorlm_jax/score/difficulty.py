@@ -12,16 +12,19 @@ and the candidates that made it, a finished one is reused, and one of another
 origin is refused.
 """
 
+import pathlib
+
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 from behaviorlm_jax.score import label_tree
 
 
-def compute(name, scores, true):
+def compute(name: str, scores: np.ndarray, true: np.ndarray) -> np.ndarray:
   """The difficulty `name` of samples: float64 [n].
 
   Args:
@@ -36,40 +39,49 @@ def compute(name, scores, true):
     case 'nll':
       return loss
     case 'error':
-      return -np.expm1(-loss)
+      return -np.expm1(-loss)  # 1 - p, with the digits of a p near 1, too.
   raise AssertionError(name)
 
 
-def nll(scores, true):
+def nll(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
   """-log p(true | prompt) [n] over the list, of s [n, Y]; in nats."""
   rows = np.arange(len(true))
   return -label_tree.log_softmax(scores)[rows, true]
 
 
-def _margin(scores, true):
+def _margin(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
   rows = np.arange(len(true))
-  rivals = np.array(scores, np.float64)
+  rivals = np.array(scores, np.float64)  # A copy: the caller's stay as they are.
   rivals[rows, true] = -np.inf
   best = rivals.max(axis=1)
   # A list of one behavior has no rival, and no sample is hard.
   return np.where(np.isfinite(best), best - np.asarray(scores)[rows, true], 0.0)
 
 
-def write(path, events, positions, difficulty, made_from):
+def write_difficulty(
+  path: pathlib.Path,
+  events: events_lib.Events,
+  positions: np.ndarray,
+  difficulty: np.ndarray,
+  made_from: str,
+) -> None:
   """Writes the table: sample, behavior, group, score."""
+  # Name and group are for readers and the report; `read_difficulty` needs neither.
   behaviors = [events.behaviors[b] for b in events.behavior[positions]]
   table = pa.table(
     {
       'sample': pa.array(positions, pa.int64()),
       'behavior': [b.name for b in behaviors],
       'group': [b.group for b in behaviors],
+      # The model's scores are float32: further digits would say nothing.
       'score': pa.array(difficulty, pa.float32()),
     }
   )
+  # Inside the file, so that table and origin cannot come apart.
   files.write_parquet(path, table, {'made_from': made_from})
 
 
-def read(path, made_from):
+def read_difficulty(path: pathlib.Path, made_from: str) -> dict[int, float]:
   """{sample: score} of a finished table.
 
   Raises:

@@ -22,6 +22,8 @@ nothing and says nothing, so names end where they differ from all others
 import collections
 import dataclasses
 import functools
+from collections.abc import Iterable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ import numpy as np
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import attention
+from behaviorlm_jax.model import decoder
 
 TOP = 5  # Best answers that are told.
 
@@ -50,21 +53,21 @@ class Tree:
   paths: np.ndarray  # int32 [Y, T], edges of each answer; E: none.
 
   @functools.cached_property
-  def node_edges(self):
+  def node_edges(self) -> np.ndarray:
     """int32 [1 + N, F], edges of each node; E: none."""
     edges = [[] for _ in range(len(self.tokens) + 1)]
     for edge, node in enumerate(self.edge_nodes.tolist()):
       edges[node].append(edge)
     most = max(map(len, edges))
-    none = len(self.edge_nodes)
+    none = len(self.edge_nodes)  # One past the last edge.
     return np.array([[*mine, *[none] * (most - len(mine))] for mine in edges], np.int32)
 
-  def path(self, answer):
+  def path(self, answer: int) -> np.ndarray:
     """Edges int32 [n] of an answer."""
     path = self.paths[answer]
     return path[path < len(self.edge_nodes)]
 
-  def choices(self, answer):
+  def choices(self, answer: int) -> np.ndarray:
     """Positions int64 [n] of an answer's tokens that have an alternative.
 
     All, where none has: there is one answer alone.
@@ -74,11 +77,12 @@ class Tree:
     return found if len(found) else np.arange(len(path))
 
   @functools.cached_property
-  def _fan_out(self):
+  def _fan_out(self) -> np.ndarray:
+    """int64 [1 + N], how many edges leave each node."""
     return np.bincount(self.edge_nodes)
 
   @functools.cached_property
-  def ancestors(self):
+  def ancestors(self) -> np.ndarray:
     """bool [N, N]: [i, j] says that node j + 1 is i + 1 or above it."""
     ancestors = np.eye(len(self.tokens), dtype=bool)
     for node, child in zip(self.edge_nodes, self.edge_children, strict=True):
@@ -87,19 +91,22 @@ class Tree:
     return ancestors
 
 
-def build(answers):
+def build(answers: Iterable[Sequence[int]]) -> Tree:
   """The Tree of a list of token sequences.
 
   Raises:
     InputError: two answers are equal, or one is the beginning of another.
   """
-  nodes, edges = {(): 0}, {}
+  nodes, edges = {(): 0}, {}  # {beginning of an answer: its number}.
+  # Sorted, answers of one beginning lie together: a node's descendants follow it
+  # at once, which `_attention` needs.
   for answer in sorted(map(tuple, answers)):
     for i in range(len(answer)):
-      if i:
+      if i:  # The root is there.
         nodes.setdefault(answer[:i], len(nodes))
       edges.setdefault(answer[: i + 1], len(edges))
   whole = set(map(tuple, answers))
+  # An answer that is an inner node goes on as another one and ends at no leaf.
   if len(whole) < len(answers) or whole & set(nodes):
     raise InputError(
       'data.events: two behavior names have the same tokens, or '
@@ -115,31 +122,51 @@ def build(answers):
     np.array([len(p) for p in inner], np.int32),
     np.array([nodes[p[:-1]] for p in edges], np.int32),
     np.array([p[-1] for p in edges], np.int32),
-    np.array([nodes.get(p, 0) for p in edges], np.int32),
+    np.array([nodes.get(p, 0) for p in edges], np.int32),  # No edge leads to 0.
     paths,
   )
 
 
-def shortest(answers):
+def shortest(answers: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
   """The answers as tuples, each cut behind its first token of its own."""
   answers = list(map(tuple, answers))
-  count = collections.Counter(
+  count = collections.Counter(  # Of answers that begin like this.
     answer[:i] for answer in answers for i in range(1, len(answer) + 1)
   )
+  # There is one in what `build` takes: no answer is another, or its beginning.
   own = lambda answer: next(
     i for i in range(1, len(answer) + 1) if count[answer[:i]] == 1
   )
   return [answer[: own(answer)] for answer in answers]
 
 
-def tree_scores(model, tree, last, cache, lengths, softmax):
-  """Log-probabilities float32 [B, Y] of a tree's answers after prompts."""
+def tree_scores(
+  model: decoder.Decoder,
+  tree: Tree,
+  last: jax.Array,
+  cache: decoder.Cache,
+  lengths: jax.Array,
+  softmax: str,
+) -> jax.Array:
+  """Log-probabilities float32 [B, Y] of a tree's answers after prompts.
+
+  Args:
+    model: that has run the prompts.
+    tree: of the answers.
+    last: [B, D], hidden state of each prompt's last token.
+    cache: keys and values of the prompts.
+    lengths: int32 [B], tokens of the prompts.
+    softmax: score.softmax.
+  """
   batch, width = last.shape[0], cache[0].shape[2]
   nodes = len(tree.tokens)
-  hidden = last[:, None]
+  hidden = last[:, None]  # Of node 0.
   if nodes:
     tokens = jnp.broadcast_to(jnp.asarray(tree.tokens), (batch, nodes))
+    # A child of the root, of depth 1, comes right after the prompt's last token,
+    # whose position is the prompt's length less one.
     positions = lengths[:, None] + tree.depths - 1
+    # The cache is as wide as the longest prompt; a shorter one ends in padding.
     prompt = jnp.arange(width) < lengths[:, None]
     below, _ = model(tokens, positions, _attention(tree, prompt), memory=cache)
     hidden = jnp.concatenate([hidden, below], axis=1)
@@ -149,29 +176,31 @@ def tree_scores(model, tree, last, cache, lengths, softmax):
   return edges[:, tree.paths].sum(axis=-1)
 
 
-def _within_names(model, tree, hidden):
+def _within_names(model: decoder.Decoder, tree: Tree, hidden: jax.Array) -> jax.Array:
   """hidden [B, 1 + N, D] to log p float32 [B, E], over each node's edges."""
   nodes, count = tree.edge_nodes, hidden.shape[1]
 
-  def score(hidden):
+  def score(hidden: jax.Array) -> jax.Array:
     logits = model.logits_of(hidden[nodes], jnp.asarray(tree.edge_tokens))
+    # A softmax per node; without its largest logit exp could overflow.
     logits -= jax.ops.segment_max(logits, nodes, count)[nodes]
     return logits - jnp.log(jax.ops.segment_sum(jnp.exp(logits), nodes, count))[nodes]
 
   return jax.lax.map(score, hidden)  # A prompt at a time: E x D products.
 
 
-def _over_vocabulary(model, tree, hidden):
-  """hidden [B, 1 + N, D] to log p float32 [B, E], over the vocabulary.
-
-  Some rows at a time: logits of [rows, V] that leave a CPU's cache take twice
-  as long.
-  """
+def _over_vocabulary(
+  model: decoder.Decoder, tree: Tree, hidden: jax.Array
+) -> jax.Array:
+  """hidden [B, 1 + N, D] to log p float32 [B, E], over the vocabulary."""
   batch, nodes, width = hidden.shape
+  # Some rows at a time: logits of [rows, V] that leave a CPU's cache take twice
+  # as long.
   rows = 64 if model.on_cpu else 512
+  # Edge E, which is none, has token -1.
   children = np.append(tree.edge_tokens, -1)[tree.node_edges]
   blocks = -(-batch * nodes // rows)
-  more = blocks * rows - batch * nodes
+  more = blocks * rows - batch * nodes  # So that the last block is full.
   hidden = jnp.pad(hidden.reshape(-1, width), ((0, more), (0, 0)))
   children = np.pad(np.tile(children, (batch, 1)), ((0, more), (0, 0)))
   found = jax.lax.map(
@@ -179,11 +208,14 @@ def _over_vocabulary(model, tree, hidden):
     (hidden.reshape(blocks, rows, -1), children.reshape(blocks, rows, -1)),
   )
   found = found.reshape(blocks * rows, -1)[: batch * nodes]
+  # Where each edge stands in [1 + N, F]: once, and E, none, sorts behind them all.
   edges = np.argsort(tree.node_edges, axis=None)[: len(tree.edge_nodes)]
   return found.reshape(batch, -1)[:, edges]
 
 
-def log_probs(model, hidden, tokens):
+def log_probs(
+  model: decoder.Decoder, hidden: jax.Array, tokens: jax.Array
+) -> jax.Array:
   """log p float32 [..., F] of tokens [..., F] after hidden states [..., D].
 
   Token -1 is none; what is said of it means nothing.
@@ -196,16 +228,21 @@ def log_probs(model, hidden, tokens):
 _BLOCK = 128  # Nodes whose attention is computed at a time.
 
 
-def _attention(tree, prompt):
-  """`attend` of a tree's nodes, to prompts bool [B, P] and their ancestors.
+def _attention(tree: Tree, prompt: jax.Array) -> decoder.Attend:
+  """`attend` of a tree's nodes, to prompts bool [B, P] and their ancestors."""
 
-  A node follows its ancestors closely, so a block of nodes needs few others.
-  """
-
-  def attend(q, k, v, prompt_k, prompt_v):
+  def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prompt_k: jax.Array,
+    prompt_v: jax.Array,
+  ) -> jax.Array:
     q, blocks = attention.scaled(q), []
     for begin in range(0, len(tree.tokens), _BLOCK):
       block = tree.ancestors[begin : begin + _BLOCK]
+      # From the first ancestor of any of them to their last. A node follows its
+      # ancestors closely, so that is little more than the block.
       seen = slice(int(block.any(axis=0).argmax()), begin + len(block))
       keys = jnp.concatenate([prompt_k, k[:, seen]], axis=1)
       values = jnp.concatenate([prompt_v, v[:, seen]], axis=1)
@@ -226,13 +263,13 @@ def _attention(tree, prompt):
   return attend
 
 
-def log_softmax(scores):
+def log_softmax(scores: np.ndarray) -> np.ndarray:
   """log p(y | x) over the closed list, of s [n, Y]."""
-  scores = np.asarray(scores, np.float64)
+  scores = np.asarray(scores, np.float64)  # Whose sum adds no error of its own.
   top = scores.max(axis=1, keepdims=True)
   return scores - top - np.log(np.exp(scores - top).sum(axis=1, keepdims=True))
 
 
-def best(scores, k=TOP):
+def best(scores: np.ndarray, k: int = TOP) -> np.ndarray:
   """Ids int64 [n, min(k, Y)] by falling score; equals by id."""
   return np.argsort(-scores, axis=1, kind='stable')[:, :k]

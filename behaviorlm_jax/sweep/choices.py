@@ -11,6 +11,9 @@ says whether its test events are the same.
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +21,14 @@ from pyarrow import parquet
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
+from behaviorlm_jax.report import compare
+
+if TYPE_CHECKING:  # These import this module.
+  from behaviorlm_jax.sweep import jobs
+  from behaviorlm_jax.sweep import results
 
 FOLDER = 'choices'  # In the folder of the rows.
+Choices = tuple[dict[str, compare.Arm], dict[str, np.ndarray]]  # See `read_choices`.
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
   [
@@ -31,7 +40,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def digest(names, anchor, samples, true):
+def digest(
+  names: Sequence[str], anchor: np.ndarray, samples: np.ndarray, true: np.ndarray
+) -> str:
   """Of what test events are: hex digits.
 
   Args:
@@ -40,13 +51,16 @@ def digest(names, anchor, samples, true):
     samples: positions int64 [n].
     true: ids int64 [n].
   """
+  # No name holds a line end (data.log.names), so the joined text is unambiguous.
   found = hashlib.sha256('\n'.join(names).encode())
   for array in (anchor, samples, true):
     found.update(np.ascontiguousarray(array).tobytes())
   return found.hexdigest()
 
 
-def write(folder, job, found):
+def write_choices(
+  folder: pathlib.Path, job: 'jobs.Job', found: 'results.Finished'
+) -> None:
   """Keeps the choices of a run's own predictors (results.Finished)."""
   rows = [
     {
@@ -55,7 +69,7 @@ def write(folder, job, found):
       'log_p': _list(found.arms[name].log_p),
       'by_tau': _list(found.by_tau.get(name)),
     }
-    for name in sorted(found.own)
+    for name in sorted(found.own)  # A set: the same file every time.
   ]
   path = _path(folder, job)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +80,9 @@ def write(folder, job, found):
   )
 
 
-def read(folder, job, at_hand):
+def read_choices(
+  folder: pathlib.Path, job: 'jobs.Job', at_hand: Mapping[str, compare.Arm]
+) -> Choices:
   """({name: compare.Arm}, {name: ids int64 [T, n]}) of a run elsewhere.
 
   The second has first choices at each tau. Both are empty where nothing was
@@ -96,9 +112,10 @@ def read(folder, job, at_hand):
     return {}, {}
   rows = {row['predictor']: row for row in table.to_pylist()}
   arms = {
-    name: dataclasses.replace(
+    name: dataclasses.replace(  # Of `like` what is the same for all predictors.
       like,
       predicted=np.array(row['predicted'], np.int64),
+      # None stays None: there is no log p of what is adjusted.
       log_p=row['log_p'] and np.array(row['log_p']),
     )
     for name, row in rows.items()
@@ -110,9 +127,9 @@ def read(folder, job, at_hand):
   }
 
 
-def _list(array):
+def _list(array: np.ndarray | None) -> list | None:
   return None if array is None else array.tolist()
 
 
-def _path(folder, job):
+def _path(folder: pathlib.Path, job: 'jobs.Job') -> pathlib.Path:
   return pathlib.Path(folder, FOLDER, job.log, f'seed{job.seed}', f'{job.name}.parquet')

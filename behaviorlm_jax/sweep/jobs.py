@@ -14,8 +14,10 @@ and seed that it has a run of.
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax import ablations
 from behaviorlm_jax import config as config_lib
@@ -48,21 +50,22 @@ class Job:
   log: str
   seed: int
   name: str  # Of the method.
-  method: object
+  method: config_dict.ConfigDict
   folder: pathlib.Path
-  config: object  # Of the run, ablations applied.
+  config: config_dict.ConfigDict  # Of the run, ablations applied.
   origin: str  # Settings of the run whose stage a it starts from, or ''.
 
   @property
-  def key(self):
+  def key(self) -> tuple[str, str, int]:
     return self.log, self.name, self.seed
 
   @property
-  def settings(self):
+  def settings(self) -> str:
     return results.settings_hash(self.config, self.origin, self.method.shots)
 
   @property
-  def finished(self):
+  def finished(self) -> bool:
+    # Of what runs last: the folders before it may be there and this one not.
     stages, last = tuple(self.config.stages), 'b_tuning'
     if stages == ('a',):
       last = 'a_tuning'
@@ -76,7 +79,7 @@ class Job:
     )
 
 
-def jobs(config, workdir):
+def jobs(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> list[Job]:
   """All runs: seed by seed, in each the methods in `config.order`."""
   for name in config.order:
     if name not in config.methods:
@@ -99,6 +102,7 @@ def jobs(config, workdir):
       'run; give --config.logs.NAME=FILE for one of '
       f'{", ".join(config.logs) or "none"}.'
     )
+  # Seeds outermost: a sweep that is stopped early has all methods to compare.
   return [
     _job(config, workdir, log, seed, name)
     for seed in range(seeds)
@@ -108,10 +112,17 @@ def jobs(config, workdir):
   ]
 
 
-def _job(config, workdir, log, seed, name):
+def _job(
+  config: config_dict.ConfigDict,
+  workdir: str | pathlib.Path,
+  log: str,
+  seed: int,
+  name: str,
+) -> Job:
   chosen = config.methods[name]
   run = config.base.copy_and_resolve_references()
   run.seed, run.data.events = seed, config.logs[log]
+  # A method's last, so that it may change what is set for a log.
   for changes in (config.log_fields.get(log, {}), chosen.fields):
     run.update(changes)
   shots = '' if chosen.shots is None else f'_{chosen.shots}_shots'
@@ -136,7 +147,7 @@ def _job(config, workdir, log, seed, name):
   return Job(log, seed, name, chosen, folder, run, origin)
 
 
-def run_all(config, workdir):
+def run_all(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
   """Runs what is neither finished nor committed; writes all rows."""
   if bucket.is_address(workdir):
     raise InputError(
@@ -147,12 +158,13 @@ def run_all(config, workdir):
   workdir = workdir_lib.make(workdir)
   known = {
     (row['data'], row['method'], row['seed'], row['settings'])
-    for row in rows_lib.read(committed).of('results.csv')
+    for row in rows_lib.read_folder(committed).of('results.csv')
   }
   todo = [
     job for job in every if not job.finished and (*job.key, job.settings) not in known
   ]
-  # A method whose stage a another one starts from is run for it again.
+  # A method whose stage a another one starts from is run for it again, rows or
+  # not: these say nothing of its adapter.
   starts = {(job.log, job.seed, job.method.start) for job in todo}
   todo += [
     job
@@ -162,32 +174,39 @@ def run_all(config, workdir):
   for number, job in enumerate(sorted(todo, key=every.index), start=1):
     logging.info('sweep: run %d of %d, %s.', number, len(todo), job.folder)
     run_job(job)
+    # After each, not at the end: who is killed leaves what is known by then.
     collect(config, every, workdir)
     preemption.check()
-  collect(config, every, workdir)
+  collect(config, every, workdir)  # Also where nothing was left to run.
 
 
-def run_job(job):
+def run_job(job: Job) -> None:
   """Runs one job, beginning with what its siblings have."""
   job.folder.mkdir(parents=True, exist_ok=True)
   if not set(job.method.fields) & set(_FIXED):
     for name, last in _SHARED:
       _take(job.folder, name, last)
+  # A sibling of as many shots may have brought them along.
   if job.method.shots is not None and not (job.folder / 'events').exists():
     few_shot.thin(job.config, job.folder, job.method.shots)
   run_lib.run(job.config, job.folder)
   for stage in ('a_tuning', 'b_tuning'):  # Adapters stay.
     shutil.rmtree(job.folder / stage / 'checkpoints', ignore_errors=True)
+  # Last: with it a run counts as finished.
   (job.folder / 'settings.txt').write_text(job.settings)
 
 
-def _take(folder, name, last):
-  """Copies a finished file or folder of a sibling."""
+def _take(folder: pathlib.Path, name: str, last: str) -> None:
+  """Copies a finished file or folder of a sibling.
+
+  `last`: what is written last in a folder of this name; '': it is a file.
+  """
   if (folder / name).exists():
     return
   for sibling in sorted(folder.parent.iterdir()):
     if (sibling / name / last).exists() and sibling != folder:
       if last:
+        # Beside it and then renamed: half a copy would pass for a whole one.
         copy = folder / f'{name}.tmp'
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(sibling / name, copy)
@@ -197,17 +216,20 @@ def _take(folder, name, last):
       return
 
 
-def collect(config, every, workdir):
+def collect(
+  config: config_dict.ConfigDict, every: Sequence[Job], workdir: pathlib.Path
+) -> None:
   """Writes the rows of all finished runs, and committed ones, in `workdir`."""
   committed = pathlib.Path(config.results)
-  rows = rows_lib.read(committed)
+  rows = rows_lib.read_folder(committed)
+  # Committed ones first: those of runs that are finished here replace them.
   if (committed / choices.FOLDER).is_dir():
     shutil.copytree(
       committed / choices.FOLDER, workdir / choices.FOLDER, dirs_exist_ok=True
     )
-  results.collect(every, config.contrasts, rows, workdir)
-  rows_lib.write(workdir, rows)
+  results.add_rows(every, config.contrasts, rows, workdir)
+  rows_lib.write_folder(workdir, rows)
 
 
-def report(config, workdir):
-  results_page.write(pathlib.Path(workdir), config.order, config.drawn)
+def report(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
+  results_page.write_page(pathlib.Path(workdir), config.order, config.drawn)

@@ -4,9 +4,15 @@ differences of predictors over all of them."""
 import dataclasses
 import hashlib
 import json
+import pathlib
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import workspace as workdir_lib
@@ -19,20 +25,28 @@ from behaviorlm_jax.sweep import choices
 from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 
+if TYPE_CHECKING:  # It imports this module.
+  from behaviorlm_jax.sweep import jobs as jobs_lib
+
 METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro', 'ndcg@5')
 # Ends the name of a method at the anchor macro-F1 of its control.
 _MATCHED = '_matched'
 
 
-def settings_hash(config, origin='', shots=None) -> str:
+def settings_hash(
+  config: config_dict.ConfigDict, origin: str = '', shots: int | None = None
+) -> str:
   """8 hex digits of what a config changes, but for seed and local paths.
 
   `origin`: the hash of the run whose stage a it starts from, if any; `shots`: of
   a thinned log.
   """
   default, changed = _as_hashed(config_lib.default()), _as_hashed(config)
+  # Rows tell seeds and logs apart themselves; where another stage a lies says
+  # less of it than `origin`.
   for name in ('seed', 'init_from', 'data.events'):
     del changed[name]
+  # Not the whole config: a field that is new leaves the rows of old runs valid.
   different = {
     name: value for name, value in changed.items() if value != default.get(name)
   }
@@ -79,7 +93,7 @@ class Finished:
     few_targets: {name: value} of rows_lib.FEW_TARGETS.
   """
 
-  def __init__(self, job):
+  def __init__(self, job: 'jobs_lib.Job'):
     """`job`: what has log, seed, name, method, folder and config of a run."""
     run, whole = run_files.read_run(job.folder), job.method.shots is None
     # What any run brings along is told of the whole log alone.
@@ -90,7 +104,9 @@ class Finished:
     self.deciles = dict(
       zip(rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True)
     )
-    self.few_shot = np.isin([b['name'] for b in run.behaviors], few_shot.names(run))
+    self.few_shot = np.isin(
+      [b['name'] for b in run.behaviors], few_shot.thinned_names(run)
+    )
     last = run.scored[-1]
     self.true = run.encode(last.column('behavior'))
     self.digest = choices.digest(run.ids, run.anchor, last.column('sample'), self.true)
@@ -116,7 +132,13 @@ class Finished:
       ):
         self.arms[name] = compare.arm(run, last, label_tree.best(scores, 1)[:, 0])
 
-  def _add(self, run, stage, name, counted):
+  def _add(
+    self,
+    run: run_files.RunFiles,
+    stage: run_files.Stage,
+    name: str,
+    counted: np.ndarray,
+  ) -> set[str]:
     """A stage's predictor and those fitted on top of it; returns all names."""
     fitted = stage.evaluation.get('fitted', {})
     self.retention[name] = stage.retention
@@ -127,6 +149,8 @@ class Finished:
     }
     for called, column in columns.items():
       self.arms[called] = compare.arm(run, stage, run.encode(stage.column(column)))
+    # The predictor's own log p alone stands in its predictions; `mixed` follows
+    # from it below, and what is adjusted is no distribution.
     self.arms[name] = dataclasses.replace(
       self.arms[name], log_p=stage.column('log_prob')
     )
@@ -136,7 +160,7 @@ class Finished:
       mixed, weights = f'{name}_mixed', fitted['mixed']
       self._curve(
         mixed,
-        adjust.mix(log_p, counted, weights['a'], weights['b']),
+        adjust.mix_log_p(log_p, counted, weights['a'], weights['b']),
         run.log_prior,
       )
       self.arms[mixed] = dataclasses.replace(
@@ -144,22 +168,21 @@ class Finished:
       )
     return set(columns)
 
-  def _curve(self, name, log_p, prior):
+  def _curve(self, name: str, log_p: np.ndarray, prior: np.ndarray) -> None:
     self.log_p[name] = log_p
     self.by_tau[name] = adjust.first_choices(log_p, prior)
 
 
-def _few_targets(run, stage, few_shot):
+def _few_targets(
+  run: run_files.RunFiles, stage: run_files.Stage, few_shot: np.ndarray
+) -> float:
   """Targets that a stage's plan has of each of these behaviors, the mean."""
   targets = run_files.plan_targets(stage.folder / 'plan.parquet')
   return few_shot[run.events.behavior[targets]].sum() / few_shot.sum()
 
 
-def _cost(job, stage):
-  """What the training of a stage, and of the one it began with, took.
-
-  Steps that wait for a compilation are not timed and count as the mean step.
-  """
+def _cost(job: 'jobs_lib.Job', stage: run_files.Stage) -> dict[str, float]:
+  """What the training of a stage, and of the one it began with, took."""
   if stage.key == 'base':
     return {}
   folders = [stage.folder]
@@ -173,21 +196,28 @@ def _cost(job, stage):
   }
 
 
-def _seconds(steps):
+def _seconds(steps: Sequence[Mapping]) -> float:
+  # Steps that wait for a compilation are not timed and count as the mean step.
   timed = [row['seconds'] for row in steps if 'seconds' in row]
   return len(steps) * float(np.mean(timed)) if timed else 0.0
 
 
-def _method(job, stage):
+def _method(job: 'jobs_lib.Job', stage: run_files.Stage) -> str | None:
   """What a stage's predictor is called in the tables, or None: left out."""
   if stage.key == 'base':
     return 'untuned' if job.method.shots is None else None
+  # On the way to stage b it is no method: another job may stop there.
   if stage.key == 'a_tuning' and tuple(job.config.stages) != ('a',):
     return None
   return job.name
 
 
-def collect(jobs, contrasts, rows, folder):
+def add_rows(
+  jobs: Sequence['jobs_lib.Job'],
+  contrasts: Iterable[tuple[str, str]],
+  rows: rows_lib.Rows,
+  folder: pathlib.Path,
+) -> None:
   """Adds the rows of finished runs to `rows`.
 
   Args:
@@ -201,51 +231,61 @@ def collect(jobs, contrasts, rows, folder):
   """
   arms, curves, settings, at_hand = {}, {}, {}, {}
 
-  def add(job, names, found_arms, by_tau):
+  def add(
+    job: 'jobs_lib.Job',
+    names: Iterable[str],
+    found_arms: Mapping[str, compare.Arm],
+    by_tau: Mapping[str, np.ndarray],
+  ) -> None:
     for name, arm in found_arms.items():
       arms.setdefault((job.log, name), {})[job.seed] = arm
     for name, chosen in by_tau.items():
       curves.setdefault((job.log, name), {})[job.seed] = chosen
     settings.update({(job.log, name): job.settings for name in names})
 
+  # Finished ones first: what others chose is read by their test events.
   for job in jobs:
     if job.finished:
       found = Finished(job)
       _add_scores(job, found, rows)
       add(job, found.own, found.arms, found.by_tau)
-      choices.write(folder, job, found)
+      choices.write_choices(folder, job, found)
+      # Any predictor will do: samples, users and anchors are the same for all.
       at_hand[found.digest] = next(iter(found.arms.values()))
   for job in jobs:
     if not job.finished:
-      kept, by_tau = choices.read(folder, job, at_hand)
+      kept, by_tau = choices.read_choices(folder, job, at_hand)
       add(job, kept, kept, by_tau)
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
       before, after = (arms.get((log, name), {}) for name in (control, method))
       name = method.removesuffix(_MATCHED)
-      if name != method:
+      if name != method:  # Anchors as good as the control's, seed by seed.
         own = arms.get((log, name), {})
         after = {
           seed: compare.matched(before[seed], own[seed], by_tau)
           for seed, by_tau in curves.get((log, name), {}).items()
           if seed in before
         }
-      _contrast(
-        log,
-        method,
-        control,
-        before,
-        after,
-        '/'.join(settings.get((log, found), '') for found in (name, control)),
-        rows,
-      )
+      used = '/'.join(settings.get((log, found), '') for found in (name, control))
+      _contrast(_Difference(log, method, control, used), before, after, rows)
 
 
-def _add_scores(job, found, rows):
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+  """What names the rows of a difference."""
+
+  log: str
+  method: str
+  control: str
+  settings: str  # Of both.
+
+
+def _add_scores(job: 'jobs_lib.Job', found: Finished, rows: rows_lib.Rows) -> None:
   """Adds what one run says by itself."""
   run = {'data': job.log, 'seed': job.seed, 'settings': job.settings}
 
-  def add(method, group, metric, value, n):
+  def add(method: str, group: str, metric: str, value: float, n: int) -> None:
     rows.add(
       'results.csv', **run, method=method, group=group, metric=metric, value=value, n=n
     )
@@ -263,7 +303,7 @@ def _add_scores(job, found, rows):
       add(name, 'training', metric, value, 1)
   for name, arm in found.arms.items():
     for group, members in found.deciles.items():
-      if len(members):
+      if len(members):  # Fewer than ten behaviors leave some tenths empty.
         add(
           name,
           group,
@@ -302,8 +342,13 @@ def _add_scores(job, found, rows):
       )
 
 
-def _contrast(log, method, control, before, after, settings, rows):
-  """Adds the differences of {seed: Arm}; `settings`: the row's."""
+def _contrast(
+  what: _Difference,
+  before: Mapping[int, compare.Arm],
+  after: Mapping[int, compare.Arm],
+  rows: rows_lib.Rows,
+) -> None:
+  """Adds the differences of {seed: Arm}."""
   seeds = sorted(set(after) & set(before))
   pairs = [(before[seed], after[seed]) for seed in seeds]
   if not pairs:
@@ -315,9 +360,9 @@ def _contrast(log, method, control, before, after, settings, rows):
     ):
       logging.warning(
         '%s and %s were evaluated on different events of %s: no difference is shown.',
-        method,
-        control,
-        log,
+        what.method,
+        what.control,
+        what.log,
       )
       return
   for score in (*compare.SCORES, *compare.LOG_P):
@@ -326,7 +371,10 @@ def _contrast(log, method, control, before, after, settings, rows):
       for one, other in pairs
     ):
       continue
-    known = rows.seeds_of(log, method, control, score, settings=settings)
+    known = rows.seeds_of(
+      what.log, what.method, what.control, score, settings=what.settings
+    )
+    # A committed row over these seeds and more says more than these alone.
     if any(found > set(seeds) for found in known.values()):
       continue
     for key, found in known.items():
@@ -336,9 +384,9 @@ def _contrast(log, method, control, before, after, settings, rows):
     low, high = interval or (None, None)
     rows.add(
       'differences.csv',
-      data=log,
-      method=method,
-      control=control,
+      data=what.log,
+      method=what.method,
+      control=what.control,
       metric=score,
       seeds=' '.join(map(str, seeds)),
       n=sum(len(arm.true) for arm, _ in pairs),
@@ -346,5 +394,5 @@ def _contrast(log, method, control, before, after, settings, rows):
       change=change,
       low=low,
       high=high,
-      settings=settings,
+      settings=what.settings,
     )

@@ -1,6 +1,11 @@
 """The page of many runs: tables.md and its figures, from nothing but rows."""
 
+import pathlib
 import re
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from collections.abc import Set
 
 import numpy as np
 
@@ -19,17 +24,20 @@ SCORES = (
   ('tail', 'f1_macro'),
   ('all', 'nll'),
 )  # Of the main table.
+Column = tuple[str, str]  # (group, metric)
 
 
-def write(folder, methods, drawn):
+def write_page(
+  folder: pathlib.Path, methods: Sequence[str], drawn: Sequence[str]
+) -> None:
   """Writes tables.md and its figures of the rows in a folder.
 
   Args:
-    folder: pathlib.Path.
+    folder: of the rows.
     methods: names in the order of the tables; others follow.
     drawn: names of those that have a curve in the figure.
   """
-  rows = rows_lib.read(folder)
+  rows = rows_lib.read_folder(folder)
   if not rows.of('results.csv'):
     raise InputError(
       f'{folder} has no results.csv with rows; give the folder of a sweep.'
@@ -81,7 +89,13 @@ def write(folder, methods, drawn):
   files.write_text(folder / 'tables.md', blocks.markdown(content))
 
 
-def _figures(folder, rows, methods, drawn):
+def _figures(
+  folder: pathlib.Path,
+  rows: rows_lib.Rows,
+  methods: Sequence[str],
+  drawn: Sequence[str],
+) -> list[blocks.Block]:
+  """Draws what the rows allow."""
   content, panels = [], _curves(rows, drawn)
   if panels:
     plots.trade_off_curves(folder / 'trade_off.png', panels, adjust.TAUS)
@@ -143,6 +157,7 @@ def _figures(folder, rows, methods, drawn):
         'Marks of the ratio of perplexities per method.',
       )
     )
+  # Seconds of steps, the first of COST; its targets are in the table alone.
   panels = _marks(rows, methods, rows_lib.COST[0])
   if panels:
     plots.marks(
@@ -168,7 +183,13 @@ def _figures(folder, rows, methods, drawn):
   return content
 
 
-def _tables(rows, log, methods, columns, caption):
+def _tables(
+  rows: rows_lib.Rows,
+  log: str,
+  methods: Sequence[str],
+  columns: Sequence[Column],
+  caption: str,
+) -> list[blocks.Table]:
   """Tables with a row per method that has one of these (group, metric) columns.
 
   One for each set of seeds that a method has, of all methods that have them:
@@ -180,6 +201,8 @@ def _tables(rows, log, methods, columns, caption):
     if row['data'] == log and column in columns:
       values.setdefault(row['method'], {}).setdefault(column, {})[row['seed']] = row
   seeds = {name: frozenset().union(*found.values()) for name, found in values.items()}
+  # Most seeds first. A method with more seeds than a table shows stands in it with
+  # those alone: so all of its rows are of the same test events.
   return [
     _table(
       {
@@ -195,7 +218,12 @@ def _tables(rows, log, methods, columns, caption):
   ]
 
 
-def _table(values, seeds, columns, caption):
+def _table(
+  values: Mapping[str, Mapping[Column, Mapping[int, rows_lib.Row]]],
+  seeds: Set[int],
+  columns: Sequence[Column],
+  caption: str,
+) -> blocks.Table:
   """`values`: {method: {column: {seed: row}}}, of which `seeds` are shown."""
   shown = []
   for name, found in values.items():
@@ -207,7 +235,7 @@ def _table(values, seeds, columns, caption):
       }
       for column in columns
     ]
-    first = next(filter(None, found))
+    first = next(filter(None, found))  # A method here has one column at least.
     shown.append(
       (
         name,
@@ -219,7 +247,7 @@ def _table(values, seeds, columns, caption):
   return blocks.Table(('method', 'n', *head), shown, f'{_named(seeds)}: {caption}')
 
 
-def _cell(part, seeds):
+def _cell(part: Mapping[int, rows_lib.Row], seeds: Set[int]) -> str | None:
   """Mean and spread of {seed: row}; says so if it is not of all `seeds`."""
   if not part:
     return None
@@ -227,28 +255,30 @@ def _cell(part, seeds):
   return text if len(part) == len(seeds) else f'{text} ({_named(part).lower()})'
 
 
-def _named(seeds):
+def _named(seeds: Set[int] | Mapping[int, object]) -> str:
   return ('Seed ' if len(seeds) == 1 else 'Seeds ') + ', '.join(map(str, sorted(seeds)))
 
 
-def _spread(values):
+def _spread(values: Sequence[float]) -> str:
   if len(values) == 1:
     return f'{values[0]:.3f}'
+  # Of a sample: the seeds stand for all that might have been taken.
   return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'
 
 
-def _place(name, methods):
+def _place(name: str, methods: Sequence[str]) -> tuple[int, str]:
   """Sorts a method's variants behind it."""
   found = [
     i
     for i, method in enumerate(methods)
     if name == method or name.startswith(f'{method}_')
   ]
+  # Where one method's name begins with another's, a variant is of the longer one.
   longest = max(found, key=lambda i: len(methods[i]), default=len(methods))
   return longest, name
 
 
-def _differences(rows, log):
+def _differences(rows: rows_lib.Rows, log: str) -> blocks.Table:
   found = {}
   for row in rows.of('differences.csv'):
     if row['data'] == log:
@@ -273,24 +303,27 @@ def _differences(rows, log):
   )
 
 
-def _over_seeds(parts, column):
+def _over_seeds(parts: Sequence[rows_lib.Row], column: str) -> float:
   """The mean over seeds; a row may be that of several."""
   return float(
     np.average(
       [row[column] for row in parts],
+      # As if each of its seeds had a row of its own.
       weights=[len(row['seeds'].split()) for row in parts],
     )
   )
 
 
-def _one_difference(row):
+def _one_difference(row: rows_lib.Row) -> str:
   text = f'{row["seeds"].replace(" ", ", ")}: {row["change"]:+.3f}'
   if row['low'] is None:  # A single user.
     return text
   return f'{text} ({row["low"]:+.3f} to {row["high"]:+.3f})'
 
 
-def _curves(rows, drawn):
+def _curves(
+  rows: rows_lib.Rows, drawn: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
   """{log: {method: float [T, 2]}}, means over the seeds."""
   return {
     log: {
@@ -306,7 +339,9 @@ def _curves(rows, drawn):
   }
 
 
-def _deciles(rows, drawn):
+def _deciles(
+  rows: rows_lib.Rows, drawn: Sequence[str]
+) -> dict[str, dict[str, dict[int, float]]]:
   """{log: {method: {decile: mean F1}}}."""
   lines = _lines(
     [row for row in rows.of('results.csv') if row['group'] in rows_lib.DECILES],
@@ -323,11 +358,13 @@ def _deciles(rows, drawn):
   }
 
 
-def _lines(rows, drawn, x, y):
-  """{log: {method: {x: [y of each seed]}}}, of the seeds that all lines have.
-
-  Other seeds have other test events.
-  """
+def _lines(
+  rows: Sequence[rows_lib.Row],
+  drawn: Sequence[str],
+  x: Callable[[rows_lib.Row], float],
+  y: Callable[[rows_lib.Row], object],
+) -> dict[str, dict[str, dict[float, list]]]:
+  """{log: {method: {x: [y of each seed]}}}, of the seeds that all lines have."""
   found = {}
   for row in rows:
     if row['method'] in drawn:
@@ -336,6 +373,7 @@ def _lines(rows, drawn, x, y):
       ).append(row)
   lines = {}
   for log, seeds in sorted(found.items()):
+    # Other seeds have other test events, and lines are to be compared.
     common = set.intersection(*map(set, seeds.values()))
     if common:
       lines[log] = {name: {} for name in drawn if name in seeds}
@@ -345,7 +383,9 @@ def _lines(rows, drawn, x, y):
   return lines
 
 
-def _marks(rows, methods, column):
+def _marks(
+  rows: rows_lib.Rows, methods: Sequence[str], column: Column
+) -> dict[str, dict[str, list[float]]]:
   """{log: {method: values of a (group, metric), a seed each}}."""
   found = {}
   for row in rows.of('results.csv'):
@@ -360,10 +400,11 @@ def _marks(rows, methods, column):
   }
 
 
-def _shots(rows):
+def _shots(rows: rows_lib.Rows) -> dict[str, dict[str, dict[int, float]]]:
   """{log: {method: {shots: mean F1}}} of methods called NAME_N_shots."""
   found = {}
   for row in rows.of('results.csv'):
+    # What follows names a variant, such as _adjusted, with a line of its own.
     match = re.fullmatch(r'(.+)_(\d+)_shots(.*)', row['method'])
     if match and (row['group'], row['metric']) == rows_lib.FEW_SHOT:
       lines = found.setdefault(row['data'], {}).setdefault(match[1] + match[3], {})

@@ -15,6 +15,7 @@ anchor macro-F1 of its control (compare.matched), and `seeds` says which: `0 1`.
 import csv
 import dataclasses
 import io
+import pathlib
 
 from behaviorlm_jax.io import files
 
@@ -31,6 +32,7 @@ DECILES = {f'decile_{i}': i for i in range(1, 11)}
 # how many targets of each were taught, on average.
 FEW_SHOT = 'few_shot', 'f1_macro'
 FEW_TARGETS = 'few_shot', 'targets'
+Row = dict[str, str | int | float | None]
 # Columns of each file; those before `:` name a row.
 _FILES = {
   'results.csv': 'data method seed group metric : value n settings',
@@ -51,31 +53,33 @@ _NUMBERS = {
 class Rows:
   """The rows of the three files, by what names them."""
 
-  tables: dict  # {file: {key: row}}
+  tables: dict[str, dict[tuple, Row]]  # {file: {key: row}}
 
-  def add(self, name, **row):
+  def add(self, name: str, **row: str | int | float | None) -> None:
+    # A row of the same key is replaced: newer results stand for older ones.
     key = tuple(row[column] for column in _columns(name)[0])
     self.tables[name][key] = row
 
-  def of(self, name):
+  def of(self, name: str) -> list[Row]:
     return list(self.tables[name].values())
 
-  def seeds_of(self, *difference, settings):
+  def seeds_of(self, *difference: str, settings: str) -> dict[tuple, set[int]]:
     """{key: its seeds, or none where its settings are others}; `difference`:
     log, method, control and metric."""
     return {
       key: {int(seed) for seed in row['seeds'].split() if row['settings'] == settings}
       for key, row in self.tables['differences.csv'].items()
-      if key[:-1] == difference
+      if key[:-1] == difference  # But for the seeds.
     }
 
 
-def _columns(name):
+def _columns(name: str) -> tuple[list[str], list[str]]:
+  """Those that name a row, and the others."""
   key, values = _FILES[name].split(':')
   return key.split(), values.split()
 
 
-def read(folder) -> Rows:
+def read_folder(folder: pathlib.Path) -> Rows:
   """The rows that stand in a folder; none where a file is missing."""
   rows = Rows({name: {} for name in _FILES})
   for name in _FILES:
@@ -93,16 +97,18 @@ def read(folder) -> Rows:
   return rows
 
 
-def write(folder, rows):
+def write_folder(folder: pathlib.Path, rows: Rows) -> None:
+  """Writes the three files."""
   for name in _FILES:
     text, found = io.StringIO(), rows.tables[name]
     columns = [*_columns(name)[0], *_columns(name)[1]]
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writeheader()
-    for key in sorted(found):
+    for key in sorted(found):  # In git, a new run then shows as its own lines.
       writer.writerow({column: _short(found[key][column]) for column in columns})
     files.write_text(folder / name, text.getvalue())
 
 
-def _short(value):
+def _short(value: str | int | float | None) -> str | int | None:
+  # Further digits differ from machine to machine.
   return f'{value:.6g}' if isinstance(value, float) else value

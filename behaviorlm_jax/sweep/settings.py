@@ -1,11 +1,14 @@
 """The settings of a sweep, for config files; sweep.jobs runs them."""
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+
 from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 
 
-def default():
+def empty() -> config_dict.ConfigDict:
   """An empty sweep; a config file fills it."""
   config = config_dict.ConfigDict()
   config.base = config_lib.default()  # Of every run.
@@ -19,14 +22,20 @@ def default():
   return config
 
 
-def method(ablations=(), start='', seeds=1, fields=None, shots=None):
+def method(
+  ablations: Iterable[str] = (),
+  start: str = '',
+  seeds: int = 1,
+  fields: Mapping[str, object] | None = None,
+  shots: int | None = None,
+) -> config_dict.ConfigDict:
   """One method of a sweep.
 
   Args:
     ablations: names.
     start: method whose stage a it starts from; '': it runs its own.
     seeds: 1 runs seed 0 alone, 3 also 1 and 2.
-    fields: {section: {field: value}} to change.
+    fields: {section: {field: value}} to change, or {field: value}.
     shots: training events that frequent tail behaviors keep (sweep.few_shot);
       None: all.
   """

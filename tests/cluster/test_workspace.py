@@ -106,7 +106,7 @@ def shards(tmp_path, make_config, machine, log):
     for part in parts:
       config = make_config(**{'data.events': str(log), 'data.shard': part} | fields)
       config_lib.check(config)
-      prepared.prepare_shard(config, workdir)
+      prepared.prepare_part(config, workdir)
     return workdir
 
   return prepare

@@ -59,7 +59,7 @@ def test_blocks_hold_whole_users_and_change_nothing(table, config, monkeypatch, 
   for b, pool in pools.items():
     assert found[b].tolist() == (pool[::2].tolist() if b != 5 else [])
   np.testing.assert_array_equal(
-    samples_lib.counts(table, 'train', config),
+    samples_lib.behavior_counts(table, 'train', config),
     np.bincount(table.behavior[every], minlength=table.known),
   )
 

@@ -90,7 +90,7 @@ def test_the_mix_has_the_least_loss_and_lies_between(make_predictions):
   grid = itertools.product(adjust.WEIGHTS[::3], adjust.WEIGHTS[::3])
   assert loss(a, b) <= min(loss(*pair) for pair in grid) + 1e-9
   assert loss(a, b) < min(loss(1, 0), loss(0, 1))
-  np.testing.assert_allclose(np.exp(adjust.mix(log_p, counted, a, b)).sum(1), 1)
+  np.testing.assert_allclose(np.exp(adjust.mix_log_p(log_p, counted, a, b)).sum(1), 1)
 
 
 def test_a_useless_count_model_gets_no_weight(make_predictions):

@@ -148,10 +148,10 @@ def test_markov_learns_a_cycle_that_counts_cannot_see():
 
 def test_fit_draws_by_seed_and_needs_no_validation_events():
   events = make_events(6)
-  assert baselines.fit(events, 3) == baselines.fit(events, 3)
-  assert baselines.fit(events) in baselines.GRID
+  assert baselines.fit_weights(events, 3) == baselines.fit_weights(events, 3)
+  assert baselines.fit_weights(events) in baselines.GRID
   events.split = np.where(events.split == 1, 0, events.split)
-  assert baselines.fit(events) == baselines.DEFAULT_WEIGHTS
+  assert baselines.fit_weights(events) == baselines.DEFAULT_WEIGHTS
 
 
 @pytest.mark.parametrize('name', baselines.NAMES)

@@ -35,7 +35,7 @@ def random_case(seed, behaviors=12, n=300):
 @pytest.mark.parametrize('seed', range(3))
 def test_scores_equal_scikit_learn(seed):
   true, ranked, anchor = random_case(seed)
-  result = metrics.evaluate(true, ranked, anchor)
+  result = metrics.by_group(true, ranked, anchor)
   for group, labels in (
     ('all', np.arange(12)),
     ('anchor', np.arange(4)),
@@ -56,7 +56,7 @@ def test_accuracy_and_ndcg_equal_scikit_learn(k):
   true, ranked, anchor = random_case(7)
   score = np.zeros((len(true), 12))
   np.put_along_axis(score, ranked, np.arange(5, 0, -1.0)[None], 1)
-  result = metrics.evaluate(true, ranked, anchor)
+  result = metrics.by_group(true, ranked, anchor)
   for group, rows in (
     ('all', true >= 0),
     ('anchor', anchor[true]),
@@ -74,7 +74,7 @@ def test_accuracy_and_ndcg_equal_scikit_learn(k):
 
 def test_precision_of_a_tail_behavior_pays_for_mistaken_anchors():
   # Behavior 1 is the tail: right once, and claimed for two anchor samples.
-  result = metrics.evaluate([0, 0, 0, 1], [[0], [1], [1], [1]], [True, False])
+  result = metrics.by_group([0, 0, 0, 1], [[0], [1], [1], [1]], [True, False])
   assert result['tail']['n'] == 1
   assert result['tail']['accuracy@1'] == 1.0
   assert result['tail']['precision_macro'] == pytest.approx(1 / 3)
@@ -82,14 +82,14 @@ def test_precision_of_a_tail_behavior_pays_for_mistaken_anchors():
 
 
 def test_macro_averages_over_behaviors_that_never_occur():
-  result = metrics.evaluate([0, 0], [[0], [0]], [True, False, False, False])
+  result = metrics.by_group([0, 0], [[0], [0]], [True, False, False, False])
   assert result['all']['f1_macro'] == 0.25
   assert result['all']['f1_weighted'] == 1.0
 
 
 def test_ndcg_and_accuracy_follow_the_rank():
   ranked = [[0, 1, 2, 3, 4]] * 6
-  result = metrics.evaluate(range(6), ranked, [True] * 6)['all']
+  result = metrics.by_group(range(6), ranked, [True] * 6)['all']
   gain = [1 / math.log2(rank + 1) for rank in range(1, 6)]
   assert result['accuracy@1'] == pytest.approx(1 / 6)
   assert result['accuracy@3'] == pytest.approx(3 / 6)
@@ -99,20 +99,20 @@ def test_ndcg_and_accuracy_follow_the_rank():
 
 
 def test_weighted_recall_over_all_is_accuracy():
-  result = metrics.evaluate(*random_case(3))['all']
+  result = metrics.by_group(*random_case(3))['all']
   assert result['recall_weighted'] == pytest.approx(result['accuracy@1'])
 
 
 def test_empty_group_and_empty_input_are_zeros():
-  result = metrics.evaluate([0, 1], [[0, 1], [1, 0]], [True, True])
+  result = metrics.by_group([0, 1], [[0, 1], [1, 0]], [True, True])
   assert list(result) == ['all', 'anchor', 'tail']
   assert result['tail'] == dict.fromkeys(KEYS, 0)
-  empty = metrics.evaluate([], np.zeros((0, 5), int), [True, False])
+  empty = metrics.by_group([], np.zeros((0, 5), int), [True, False])
   assert all(empty[group] == dict.fromkeys(KEYS, 0) for group in empty)
 
 
 def test_result_is_plain_json_with_the_documented_keys():
-  result = metrics.evaluate(*random_case(1))
+  result = metrics.by_group(*random_case(1))
   assert json.loads(json.dumps(result)) == result
   for scores in result.values():
     assert list(scores) == KEYS
@@ -126,7 +126,7 @@ def test_bootstrap_is_seeded_and_covers_the_point_estimate():
   draws = metrics.bootstrap_macro_f1(true, ranked[:, 0], anchor, user)
   again = metrics.bootstrap_macro_f1(true, ranked[:, 0], anchor, user)
   np.testing.assert_array_equal(draws, again)
-  point = metrics.evaluate(true, ranked, anchor)['anchor']['f1_macro']
+  point = metrics.by_group(true, ranked, anchor)['anchor']['f1_macro']
   low, high = np.quantile(draws, [0.025, 0.975])
   assert low < point < high
 

@@ -178,7 +178,7 @@ def test_the_loss_is_cross_entropy_over_targets_alone():
 def test_scores_are_those_of_the_last_place():
   config, events = make_config(), make_events()
   model, samples = make_model(config), np.array([39, 77, 118])
-  found = sasrec.log_probs(model, events, samples, config)
+  found = sasrec.predict_log_p(model, events, samples, config)
   logits = np.asarray(model(sasrec.windows(events, samples, config)))[:, -1]
   np.testing.assert_allclose(found, label_tree.log_softmax(logits), atol=1e-5)
 
@@ -188,9 +188,9 @@ def test_it_learns_what_two_events_decide_and_markov_cannot():
   events = make_events(users=60, follow=follow)
   config = make_config(steps=400, batch=32, learning_rate=5e-3)
   samples = np.flatnonzero(events.split == 2)
-  model = sasrec.fit(events, config)
+  model = sasrec.fit_model(events, config)
   hits = lambda scores: np.mean(scores.argmax(1) == events.behavior[samples])
-  assert hits(sasrec.log_probs(model, events, samples, config)) > 0.9
+  assert hits(sasrec.predict_log_p(model, events, samples, config)) > 0.9
   assert hits(baselines.scores('markov', events, samples)) < 0.6
 
 
@@ -198,14 +198,16 @@ def test_only_the_training_split_teaches_and_a_seed_repeats():
   config, events, other = make_config(), make_events(), make_events()
   late = other.split == 2
   other.behavior[late] = (other.behavior[late] + 1) % other.known
-  one, two = (sasrec.fit(e, config) for e in (events, other))
+  one, two = (sasrec.fit_model(e, config) for e in (events, other))
   samples = np.flatnonzero(events.split == 1)
   first, second = (
-    sasrec.log_probs(model, events, samples, config) for model in (one, two)
+    sasrec.predict_log_p(model, events, samples, config) for model in (one, two)
   )
   np.testing.assert_array_equal(first, second)
   config.seed = 1
-  third = sasrec.log_probs(sasrec.fit(events, config), events, samples, config)
+  third = sasrec.predict_log_p(
+    sasrec.fit_model(events, config), events, samples, config
+  )
   assert np.abs(first - third).max() > 1e-3
 
 
@@ -242,6 +244,6 @@ def test_the_best_in_validation_is_kept(monkeypatch, losses, best):
 
   monkeypatch.setattr(sasrec, '_validation', validate)
   untrained = sasrec.SasRec(config.sasrec, 5, nnx.Rngs(config.seed))
-  model = sasrec.fit(make_events(), config)
+  model = sasrec.fit_model(make_events(), config)
   want = weights(untrained) if best is None else seen[best]
   np.testing.assert_array_equal(weights(model), want)

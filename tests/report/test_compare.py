@@ -51,7 +51,7 @@ def case(seed=0, n=200, users=25):
 def test_points_are_those_of_the_metrics():
   true, guess, user = case()
   outcome = compare.outcome(run_of(stage('a_tuning', true, guess, user)))
-  want = metrics.evaluate(true, guess[:, None], np.arange(5) < 2)
+  want = metrics.by_group(true, guess[:, None], np.arange(5) < 2)
   for name, (group, key) in compare.SCORES.items():
     value, (low, high) = outcome.scores[name]
     np.testing.assert_allclose(value, want[group][key])

@@ -117,7 +117,7 @@ class Work:
     self.json(
       'baselines.json',
       {
-        name: metrics.evaluate(
+        name: metrics.by_group(
           self.true,
           label_tree.best(
             baselines.scores(name, self.events, self.samples, history=9, seed=11)
@@ -131,7 +131,7 @@ class Work:
   def add_predictions(self, stage, skill):
     ranked, n = self.ranked(skill), len(self.true)
     self.json(
-      f'{stage}/evaluation.json', metrics.evaluate(self.true, ranked, self.anchor)
+      f'{stage}/evaluation.json', metrics.by_group(self.true, ranked, self.anchor)
     )
     names = np.array(self.names)
     start = datetime.datetime(2012, 4, 3, 18, 5)

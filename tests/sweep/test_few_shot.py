@@ -66,7 +66,7 @@ def test_tails_keep_some_training_events_and_the_rest_stays(config, thinned, tmp
       assert b.train_count == sum(row[3] == 0 for row in mine)
     run = run_files.read_run(folder)
     assert run.summary['events'] == sum(run.summary['splits'].values()) == len(left)
-    assert sorted(few_shot.names(run)) == list(TAILS)
+    assert sorted(few_shot.thinned_names(run)) == list(TAILS)
     assert events.fingerprint != whole.fingerprint
     assert [path.name for path in folder.iterdir()] == ['events']
 

@@ -42,7 +42,7 @@ def make_sweep(make_run_config):
   """A sweep of a log named `walks`; its committed rows lie in `committed`."""
 
   def make(committed, order=('stage_a', 'first', 'drawn', 'one', 'sasrec'), **fields):
-    config = settings.default()
+    config = settings.empty()
     config.base = make_run_config(SHORT | fields)
     config.logs = {'walks': config.base.data.events, 'other': ''}
     config.methods = {
@@ -341,7 +341,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have(swept):
 def test_a_difference_replaces_those_over_some_of_its_seeds(
   swept, make_sweep, tmp_path, known, settings, kept
 ):
-  rows = rows_lib.read(tmp_path)
+  rows = rows_lib.read_folder(tmp_path)
   finished = [
     job
     for job in jobs.jobs(make_sweep(tmp_path), swept)
@@ -361,7 +361,7 @@ def test_a_difference_replaces_those_over_some_of_its_seeds(
     high=None,
     settings=f'{finished[0].settings}/{settings}',
   )
-  results.collect(finished, (('first', 'markov'),), rows, tmp_path)
+  results.add_rows(finished, (('first', 'markov'),), rows, tmp_path)
   assert (
     sorted(
       found['seeds']
@@ -540,8 +540,8 @@ def test_a_folder_without_rows_is_refused(tmp_path, make_sweep):
 
 
 def test_rows_survive_being_written_and_read(swept, tmp_path):
-  rows = rows_lib.read(swept)
-  rows_lib.write(tmp_path, rows)
+  rows = rows_lib.read_folder(swept)
+  rows_lib.write_folder(tmp_path, rows)
   for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
     assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
 

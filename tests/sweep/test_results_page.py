@@ -7,7 +7,7 @@ from behaviorlm_jax.sweep import rows as rows_lib
 
 
 def test_the_report_has_the_mean_of_differences_over_all_seeds(tmp_path):
-  rows = rows_lib.read(tmp_path)
+  rows = rows_lib.read_folder(tmp_path)
   for seeds, change, low, high in (
     ('0', 0.3, 0.1, 0.5),
     ('1 2', 0.0, -1, 1),
@@ -36,7 +36,7 @@ def test_the_report_has_the_mean_of_differences_over_all_seeds(tmp_path):
 
 
 def test_a_mean_of_fewer_seeds_than_its_table_has_names_them(tmp_path):
-  rows = rows_lib.read(tmp_path)
+  rows = rows_lib.read_folder(tmp_path)
   for seed, metric, value in (
     (0, 'accuracy@1', 0.2),
     (1, 'accuracy@1', 0.4),
@@ -66,7 +66,7 @@ def test_a_mean_of_fewer_seeds_than_its_table_has_names_them(tmp_path):
 
 
 def test_lines_of_a_figure_are_means_over_the_seeds_that_all_have(tmp_path):
-  rows = rows_lib.read(tmp_path)
+  rows = rows_lib.read_folder(tmp_path)
   for name, seed, tail in (
     ('a', 0, 0.2),
     ('a', 1, 0.6),
@@ -93,7 +93,7 @@ def test_lines_of_a_figure_are_means_over_the_seeds_that_all_have(tmp_path):
 
 
 def test_few_shot_rows_become_a_curve(tmp_path):
-  rows = rows_lib.read(tmp_path)
+  rows = rows_lib.read_folder(tmp_path)
   for name, shots, value in (('b', 5, 0.1), ('b', 50, 0.3), ('one', 5, 0.2)):
     rows.add(
       'results.csv',
@@ -127,11 +127,11 @@ def test_few_shot_rows_become_a_curve(tmp_path):
     value=7.25,
     settings='',
   )
-  rows_lib.write(tmp_path, rows)
-  assert results_page._shots(rows_lib.read(tmp_path)) == {
+  rows_lib.write_folder(tmp_path, rows)
+  assert results_page._shots(rows_lib.read_folder(tmp_path)) == {
     'log': {'b': {5: 0.1, 50: 0.3}, 'one': {5: 0.2}}
   }
-  results_page.write(tmp_path, ('b', 'one'), ())
+  results_page.write_page(tmp_path, ('b', 'one'), ())
   assert (tmp_path / 'few_shot.png').read_bytes().startswith(b'\x89PNG')
   assert not (tmp_path / 'trade_off.png').exists()  # No curve is asked for.
   assert '| b_5_shots | 9 | 0.100 | 7.250 |' in (tmp_path / 'tables.md').read_text()

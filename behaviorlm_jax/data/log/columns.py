@@ -50,16 +50,16 @@ class Writer:
     values = {
       name: np.ascontiguousarray(value, DTYPES[name]) for name, value in values.items()
     }
-    (size,) = {len(value) for value in values.values()}
+    (size,) = {len(value) for value in values.values()}  # One length, or it fails.
     for name, value in values.items():
       self._files[name].write(value)
     self._size += size
     return values
 
   def __exit__(self, *error: object) -> None:
-    with self._stack:
+    with self._stack:  # Closes the files, whatever happens here.
       for name, file in self._files.items():
-        file.seek(0)
+        file.seek(0)  # Over the zeros that `__enter__` left.
         np.lib.format.write_array_header_1_0(
           file, {'descr': DTYPES[name], 'fortran_order': False, 'shape': (self._size,)}
         )
@@ -86,6 +86,8 @@ class MappedNames(collections.abc.Sequence):
 
 def number_names(con: duckdb.DuckDBPyConnection, table: str, query: str) -> None:
   """Makes `table` (id, name): distinct names of a query in code point order."""
+  # DuckDB orders VARCHAR by bytes, which in UTF-8 is the order of code points: the
+  # same numbers on every machine.
   con.execute(
     f'CREATE TABLE {table} AS SELECT '
     '(row_number() OVER (ORDER BY name) - 1)::INT AS id, name '

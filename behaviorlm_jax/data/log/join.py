@@ -78,13 +78,14 @@ def join(
   log, ends = sources.open_log(place), splits.cuts(data.split)
   facts = [json.loads((one / 'shard.json').read_text('utf-8')) for one in folders]
   _check_rows(facts, folders, log)
+  # Of all shards together: each has looked at its own malformed rows alone.
   lost = _lost(facts)
   shards.check_rejected(
     log,
     data.max_rejected,
     facts[0]['rows'],
     lost['reasons'],
-    list(itertools.islice(_rejected(folders), 1)),
+    list(itertools.islice(_rejected(folders), 1)),  # The first line of all.
   )
   with shards.new_folder(folder) as (half, con):
     parts = _open(con, folders)
@@ -96,7 +97,7 @@ def join(
     counts = sum(_count(part, len(names), ends) for part in parts)
     behaviors, order = splits.group_behaviors(names, counts, data.anchor_share)
     _check_training(behaviors, lost, log)
-    for part in parts:
+    for part in parts:  # From the order of code points to that of the list.
       part.names = order[part.names]
     for table in ('users', 'places'):
       columns.write_table(
@@ -119,6 +120,7 @@ def join(
       *_case_warnings(behaviors),
       *_time_warnings(form, any(fact['shifted'] for fact in facts)),
     ]
+    # Of what was written, not of how: one process or many shards make the same.
     summary['fingerprint'] = _fingerprint(digests, half, behaviors)
     files.write_json(half / 'summary.json', summary)
     if origin is not None:
@@ -133,6 +135,7 @@ def _check_rows(
   facts: list[dict], folders: Sequence[pathlib.Path], log: sources.Log
 ) -> None:
   """Refuses shards that are not those of one log, each once."""
+  # Each row is in one shard, and every shard has counted the rows of all.
   found = sum(fact['sound'] + fact['rejected'] for fact in facts)
   rows = facts[0]['rows']
   if found != rows or any(fact['form'] != facts[0]['form'] for fact in facts):
@@ -162,6 +165,7 @@ def _rejected(folders: Sequence[pathlib.Path]) -> Iterator[tuple[int, str, str]]
     for batch in columns.read_table(source / 'rejected.arrow').to_batches():
       yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
 
+  # Each shard's are by line already, so nothing has to be held and sorted.
   return heapq.merge(*map(rows, folders))
 
 
@@ -192,7 +196,7 @@ def _open(
         np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
         {name: columns.read_column(source, name) for name in shards.COLUMNS},
         numbers['users'][i],
-        np.append(numbers['places'][i], np.int32(-1)),
+        np.append(numbers['places'][i], np.int32(-1)),  # So index -1 stays -1.
         numbers['names'][i],
       )
     )
@@ -206,6 +210,7 @@ def _number(
   views = [f'{table}_{i}' for i in range(len(folders))]
   for view, source in zip(views, folders, strict=True):
     names = columns.read_table(source / f'{table}.arrow').select(['name'])
+    # DuckDB keeps no order through a join: `place` brings it back.
     con.register(view, names.append_column('place', pa.array(np.arange(len(names)))))
   columns.number_names(
     con, table, ' UNION ALL '.join(f'SELECT name FROM {view}' for view in views)
@@ -305,11 +310,12 @@ def _write_events(
   low, span = 0, []
   with columns.Writer(folder, columns.DTYPES) as writer:
     while low < len(sizes):
+      # The last user whose events still end inside, or one who alone has more.
       full = np.searchsorted(begins, begins[low] + _BLOCK, 'right') - 1
       high = max(low + 1, int(full))
       written = writer.add(**_block(parts, begins, low, high, ends))
       for name, digest in hashes.items():
-        digest.update(written[name])
+        digest.update(written[name])  # As written: DTYPES are little-endian.
       span += [written['time'].min(), written['time'].max()]
       low = high
   digests = {name: digest.hexdigest() for name, digest in hashes.items()}
@@ -337,6 +343,7 @@ def _block(
     )
     user = part.users[local]
     first = begins[user]
+    # Its user's first place, and how many events of that user come before it.
     at = first - base + np.arange(rows.start, rows.stop) - part.begins[local]
     for name, value in {
       'user': user,
@@ -425,6 +432,7 @@ def _fingerprint(
     before = '['
     for batch in columns.read_table(folder / f'{table}.arrow').to_batches():
       if len(batch):
+        # As one list would be written, whatever the size of batches.
         names = json.dumps(batch['name'].to_pylist())
         digest.update(f'{before}{names[1:-1]}'.encode())
         before = ', '

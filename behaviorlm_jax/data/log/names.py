@@ -28,6 +28,7 @@ def macros(nulls: Iterable[str]) -> str:
     "'" + null.strip().lower().replace("'", "''") + "'" for null in nulls
   )
   # White space first: tabs and line ends are control characters, too.
+  # Cheap looks before expensive replacements: `_PLAIN`, ends_with and contains.
   return rf"""
       CREATE OR REPLACE MACRO tidy(text) AS
         CASE WHEN regexp_full_match(text, '{_PLAIN}') THEN text

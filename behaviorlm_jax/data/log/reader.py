@@ -99,6 +99,7 @@ def read_rows(
     data.columns.get(field) or (field if i < _REQUIRED else None)
     for i, field in enumerate(FIELDS)
   ]
+  # By what they begin with, not by their names.
   kinds = {sources.is_parquet(file) for file in log.files}
   if len(kinds) > 1:
     raise InputError(
@@ -151,7 +152,7 @@ class _Reader:
 
   def absorb(self, form: times.Form, source: str) -> None:
     """Inserts the rows of a relation (line, FIELDS, reason, text)."""
-    typed = form.word in times.TYPED
+    typed = form.word in times.TYPED  # Then "time" is a number already.
     tidy = _TIDY.format(moment='"time"' if typed else 'tidy("time")', source=source)
 
     def none(field: str) -> str:
@@ -174,10 +175,11 @@ def _mine(user: str, shard: tuple[int, int]) -> str:
   """SQL for whether a row is in the shard, of its user as text.
 
   It stands next to the source and holds no parameters, so that of other shards'
-  rows only the user is read. DuckDB's hash may change with its version, but is
-  ten times as fast as MD5: whoever joins shards compares versions.
+  rows only the user is read.
   """
   index, count = shard
+  # DuckDB's hash may change with its version, but is ten times as fast as MD5:
+  # whoever joins shards compares versions. Of the clean name, which is the user's.
   return (
     'true' if count == 1 else (f"hash(coalesce(clean({user}), '')) % {count} = {index}")
   )
@@ -190,11 +192,12 @@ class _Texts(_Reader):
   """CSV and JSON files."""
 
   def read(self) -> Found:
-    form = self.given
+    form = self.given  # None: that of the first chunks, until all are seen.
     mine = _mine('"user"', self.shard)
     source = f'(FROM chunk WHERE {mine})'
     while True:
       seen, rows, layouts, again = times.Seen(self.con), 0, {}, False
+      # One transaction a pass: DuckDB commits an insert to disk each time else.
       self.con.execute('BEGIN; DELETE FROM rows')
       chunks = self._batches(layouts)
       while batches := list(itertools.islice(chunks, _CHUNKS)):
@@ -205,7 +208,7 @@ class _Texts(_Reader):
           form = form or self.choose(seen)
         if form:
           self.absorb(form, source)
-        else:
+        else:  # Day or month first? A later chunk may tell; these rows wait.
           again = True
       self.con.execute('COMMIT')
       settled = self.settle(seen)
@@ -220,7 +223,7 @@ class _Texts(_Reader):
     """Yields Arrow batches (line, FIELDS, reason, text) of all files."""
     for i, file in enumerate(self.log.files):
       text = sources.open_text(file)
-      first = self.log.first_line(i) + 1
+      first = self.log.first_line(i) + 1  # People count lines from 1.
       if text.start.startswith(('[', '{')) and (
         not text_rows.has_object_a_line(text.start)
       ):
@@ -250,6 +253,7 @@ class _Texts(_Reader):
         rows, used = cut(lines, not more)
         if rows:
           yield _batch(number, rows, self.columns)
+        # What a record that goes on has begun with stays for the next chunk.
         lines, number = lines[used:], number + used
 
   def _cutter(
@@ -275,7 +279,7 @@ class _Texts(_Reader):
 def _batch(number: int, rows: list[text_rows.Row], columns: Columns) -> pa.RecordBatch:
   """Rows are (offset, values of the mapped columns, reason, text)."""
   offsets, values, reasons, texts = zip(*rows, strict=True)
-  mapped = iter(zip(*values, strict=True))
+  mapped = iter(zip(*values, strict=True))  # Columns, for those fields that have one.
   arrays = {'line': pa.array(np.asarray(offsets, np.int64) + number)}
   for field, column in zip(FIELDS, columns, strict=True):
     arrays[field] = (
@@ -306,6 +310,7 @@ class _Parquet(_Reader):
       raise InputError(
         f'{self.log.name} cannot be read to its end: {reason}'
       ) from error
+    # From the footers: of other shards' rows no one has counted any.
     rows = sum(pq.read_metadata(path).num_rows for path in self.log.files)
     return Found(rows, self.grouped, form, 'Parquet')
 
@@ -432,7 +437,7 @@ def _as_text(path: pathlib.Path, column: str, kind: pa.DataType, value: str) -> 
     or pa.types.is_fixed_size_binary(kind)
   ):
     # Texts of writers that leave out the UTF-8 mark.
-    return f'TRY(decode({value}))'
+    return f'TRY(decode({value}))'  # NULL where it is no UTF-8.
   if pa.types.is_floating(kind):  # In full: not 1.7e+18.
     return (
       f'CASE WHEN abs({value}) < 9e18 AND {value} = floor({value}) THEN '
@@ -453,7 +458,8 @@ def _typed(
       f'{path}: the column {column!r} (data.columns.time) holds '
       f'{kind}, which is no date'
     )
-  # Nanoseconds are cut, not rounded into the next second.
+  # Nanoseconds are cut, not rounded into the next second. With a zone DuckDB reads
+  # them as microseconds already.
   micros = (
     f'epoch_ns({value}) // 1000'
     if kind.unit == 'ns' and not kind.tz

@@ -68,8 +68,8 @@ def new_folder(
     ) as con:
       yield half, con
     shutil.rmtree(spill)
-    half.rename(folder)
-  finally:
+    half.rename(folder)  # Last: who sees the folder sees all of it.
+  finally:  # Of a failure nothing is left; after the rename there is nothing.
     shutil.rmtree(half, ignore_errors=True)
 
 
@@ -147,6 +147,7 @@ def check_rejected(
 ) -> None:
   """Refuses too many malformed rows; `first`: a list of the first of them."""
   rejected = sum(reasons.values())
+  # Where all are malformed nothing is left, whatever max_rejected allows.
   if rejected <= most * rows and rejected < rows:
     return
   line, reason, _ = first[0]
@@ -220,11 +221,13 @@ def _write_events(
     for user, instant, shift, behavior, place in _without_duplicates(reader):
       single += len(user)
       shifted |= bool(shift.any())
+      # `last` is the event before the batch: repeats may straddle two.
       kept = np.ones(len(user), bool)
       if collapse:  # Of immediate repeats the first one stays.
         kept[1:] = (np.diff(user) != 0) | (np.diff(behavior) != 0)
         kept[0] = (user[0], behavior[0]) != last
         last = user[-1], behavior[-1]
+      # A batch holds whole runs of users, the first and last perhaps in part.
       sizes[user[0] : user[-1] + 1] += np.bincount(
         user[kept] - user[0], minlength=user[-1] - user[0] + 1
       )
@@ -260,9 +263,9 @@ def _without_duplicates(reader: pa.RecordBatchReader) -> Iterator[list[np.ndarra
   """Yields (user, instant, shift, behavior, place) in their order, each once.
 
   Exact duplicates are rows equal in every mapped column; the first one stays.
-  They are looked for here, among the few rows of one user and instant, because
-  DuckDB would have to group all rows before it sorts them.
   """
+  # Looked for here, among the few rows of one user and instant, because DuckDB
+  # would have to group all rows before it sorts them.
   held = [np.zeros(0, np.int64)] * 5  # Rows of an instant that may go on.
   for batch in reader:
     rows = [
@@ -270,7 +273,7 @@ def _without_duplicates(reader: pa.RecordBatchReader) -> Iterator[list[np.ndarra
     ]
     user, instant = rows[:2]
     others = np.flatnonzero((user != user[-1:]) | (instant != instant[-1:]))
-    cut = others[-1] + 1 if len(others) else 0
+    cut = others[-1] + 1 if len(others) else 0  # Behind it is the last instant.
     held = [column[cut:] for column in rows]
     if cut:
       yield _first_of_equals(*(column[:cut] for column in rows))
@@ -286,6 +289,7 @@ def _first_of_equals(
   place: np.ndarray,
 ) -> list[np.ndarray]:
   same = (np.diff(user) == 0) & (np.diff(instant) == 0)
+  # Either one of two neighbors: most rows are alone at their instant.
   tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
   keys = place, behavior, instant, user  # One instant on any clock.
   # Stable: equal rows keep their order.

@@ -70,6 +70,7 @@ class Log:
     if len(self.files) == 1:
       return addresses.sha256(self.files[0])
     digest = hashlib.sha256()
+    # Names without folders: the log may have been moved as a whole.
     for file in self.files:
       digest.update(f'{file.name}\0{addresses.sha256(file)}\n'.encode())
     return digest.hexdigest()
@@ -93,6 +94,7 @@ def open_log(place: str | pathlib.Path | Log) -> Log:
       if part.strip()
       for path in _find(part.strip()) or _resolve(part.strip())
     ]
+  # Writers such as Spark leave empty parts, which have no header to read.
   full = [path for path in found if path.stat().st_size]
   twice = [path for i, path in enumerate(full) if path in full[:i]]
   if twice:
@@ -102,7 +104,7 @@ def open_log(place: str | pathlib.Path | Log) -> Log:
       f'{_FIELD}: {name!r} holds no files (names that begin '
       'with . or _ do not count); give a log'
     )
-  return Log(name, tuple(full or found[:1]))
+  return Log(name, tuple(full or found[:1]))  # An empty one is refused by name.
 
 
 def _find(name: str) -> list[pathlib.Path] | None:
@@ -110,7 +112,7 @@ def _find(name: str) -> list[pathlib.Path] | None:
   if '://' in name:
     return None
   path = pathlib.Path(name).expanduser()
-  if path.exists():
+  if path.exists():  # Before it is a glob or a list: names may hold [, * or commas.
     return _parts(path)
   if any(c in name for c in '*?['):
     matches = sorted(glob.glob(str(path), recursive=True))
@@ -168,10 +170,12 @@ class TextFile:
     """A text file; bytes that are no text become surrogates."""
     opener = dict(_COMPRESSIONS.values()).get(self.compression, _open_plain)
     raw = opener(self.path)
+    # Surrogates and not an error: one bad byte is one malformed row.
     # UTF-16 has no escapes, and lets lone surrogates pass.
     errors = (
       'surrogatepass' if self.encoding.startswith('utf-16') else 'surrogateescape'
     )
+    # newline='': line ends inside of quotes stay what they are, as csv needs.
     return io.TextIOWrapper(raw, self.encoding, errors, newline='')
 
   @property
@@ -228,6 +232,7 @@ def _encoding(head: bytes, path: pathlib.Path) -> str:
   for encoding, zeros in (('utf-16-le', head[1:400:2]), ('utf-16-be', head[:400:2])):
     if len(zeros) > 1 and zeros.count(0) > 0.9 * len(zeros):
       return encoding
+  # Text in UTF-8 has no zeros but for a damaged row or two.
   if head.count(0) > 0.01 * len(head):
     raise InputError(f'{path} is no text; save the log as CSV, JSON lines or Parquet')
   return 'utf-8-sig'

@@ -53,15 +53,15 @@ def cuts(split: Iterable[float]) -> tuple[float, float]:
 def split_groups(
   groups: Iterable[str], seed: int, ends: tuple[float, float]
 ) -> dict[str, int]:
-  """Whole groups to splits: ranked by a seeded hash, then cut by rank.
-
-  hashlib rather than `hash`, so the ranking is the same in every process.
-  """
+  """Whole groups to splits: ranked by a seeded hash, then cut by rank."""
+  # hashlib rather than `hash`, so the ranking is the same in every process; by rank
+  # and not by the hash's value, so that few groups are cut at the right shares, too.
   ranked = sorted(
     groups,
     key=lambda group: (hashlib.sha256(f'{seed}:{group}'.encode()).digest(), group),
   )
   sizes = [math.floor(end * len(ranked) + _ROUNDING) for end in ends]
+  # How many cuts lie before it: 0, 1 or 2, an index into SPLITS.
   return {
     group: sum(rank >= size for size in sizes) for rank, group in enumerate(ranked)
   }
@@ -101,7 +101,7 @@ def group_behaviors(
   for i in order:
     train, validation, _ = counts[i]
     place[i] = len(behaviors)
-    share = train / total if total else 0.0
+    share = train / total if total else 0.0  # `join` refuses a log without any.
     group = (
       'unseen'
       if train + validation == 0

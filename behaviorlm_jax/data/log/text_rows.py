@@ -132,13 +132,15 @@ def _dialect(columns: Columns, lines: list[str], given: config_dict.ConfigDict) 
       header = _header(lines[:_TRIED], options)
       fits = sum(column in header for column in columns if column is not None)
       found.append((fits, len(header), options))
-  # Of equals the first one: commas and double quotes.
+  # The most mapped columns, then the most columns at all: a header that a wrong
+  # delimiter cuts has few. Of equals the first one: commas and double quotes.
   best = max(found, key=lambda item: item[:2])
   fitting = [
     options
     for fits, _, options in found
     if fits == best[0] and (options['delimiter'] == best[2]['delimiter'])
   ]
+  # A header rarely tells how rows are quoted; the rows do.
   if len(fitting) == 1 or not _malformed(lines, fitting[0]):
     return fitting[0]
   return min(fitting, key=lambda options: _malformed(lines, options))
@@ -147,6 +149,7 @@ def _dialect(columns: Columns, lines: list[str], given: config_dict.ConfigDict) 
 def _options(
   delimiter: str, quote: str | None, escape: str | None, blanks: bool
 ) -> dict:
+  # Strict: a quote in the wrong place is an error, and not part of a field.
   options = {'delimiter': delimiter, 'strict': True}
   if quote is None:
     options['quoting'] = csv.QUOTE_NONE
@@ -185,6 +188,7 @@ def _cut_csv(
     table = list(csv.reader(lines, **options))
   except csv.Error:
     table = []
+  # The fast way: a line is a row, so a row's number follows from its place.
   if (
     len(table) == len(lines)
     and set(map(len, table)) == {width}
@@ -212,15 +216,12 @@ def _cut_csv(
 def _cut_record(
   lines: list[str], width: int, options: dict
 ) -> tuple[list[str] | None, str | None, int]:
-  """The first record of `lines`: fields, why it is malformed, lines used.
-
-  A record that never ends gives up its first line only: the lines that a stray
-  quote swallowed are tried again.
-  """
+  """The first record of `lines`: fields, why it is malformed, lines used."""
   reader = csv.reader(lines, **options)
   try:
     fields = next(reader)
   except csv.Error as error:
+    # One line: those that a stray quote has swallowed are tried again.
     return None, f'broken row: {error}', 1
   reason = None
   if len(fields) != width:
@@ -264,6 +265,8 @@ def json_stream(path: pathlib.Path, file: TextIO, columns: Columns) -> Iterator[
   Columns are those of the first object.
   """
   used = [column for column in columns if column is not None]
+  # The file may be larger than memory: a block at a time, of which what is used is
+  # dropped.
   decoder, buffer, at, count, more = json.JSONDecoder(), '', 0, 0, True
   while True:
     at = re.compile(r'[\s,\[]*' if not count else r'[\s,]*').match(buffer, at).end()
@@ -271,7 +274,7 @@ def json_stream(path: pathlib.Path, file: TextIO, columns: Columns) -> Iterator[
       found = None
     else:
       try:
-        found = decoder.raw_decode(buffer, at)
+        found = decoder.raw_decode(buffer, at)  # Breaks off, or is broken: both fail.
       except (ValueError, RecursionError) as error:
         found, fault = None, error
         if not more:
@@ -333,7 +336,7 @@ def _pick(row: dict | None, columns: list[str]) -> tuple[list[str | None], str |
 
 def _get(row: dict, column: str) -> object:
   """The value of a key, or of a path of keys with dots between."""
-  if column in row or '.' not in column:
+  if column in row or '.' not in column:  # A key may itself have dots.
     return row.get(column)
   for key in column.split('.'):
     row = row.get(key) if isinstance(row, dict) else None
@@ -350,7 +353,7 @@ def _paths(row: dict, prefix: str = '') -> Iterator[str]:
 
 def _twice(line: str, column: str) -> bool:
   """Whether the object of a line has the key at its top twice."""
-  tops = []
+  tops = []  # The pairs of every object of the line, inner ones first.
   try:
     json.loads(line, object_pairs_hook=lambda pairs: tops.append(pairs))
   except (ValueError, RecursionError):

@@ -129,6 +129,8 @@ class Seen:
 
   def add(self, source: str) -> None:
     """Counts the column `moment` of a query."""
+    # 48 characters: longer than any form, and long texts are no shape each.
+    # The least and greatest text of a shape stand for all of it.
     found = self._con.execute(f"""
         SELECT translate(left(moment, 48), '012345678', '999999999') AS shape,
                count(*), min(moment), max(moment)
@@ -136,6 +138,7 @@ class Seen:
     for shape, n, low, high in found:
       before = self._shapes.get(shape, (0, low, high))
       self._shapes[shape] = (before[0] + n, min(before[1], low), max(before[2], high))
+    # One more scan of the batch, only for shapes that leave something open.
     if any(re.match(r'99?[-/.]99?[-/.]9999|9999999999$', shape) for shape, *_ in found):
       self._settle(source)
 
@@ -206,6 +209,7 @@ def choose_form(seen: Seen, word: str, zone: str, where: str) -> Form | None:
     zone: data.time_zone.
     where: names the column in a refusal.
   """
+  # Every reading of a shape has its rows' votes, also where several would do.
   votes = collections.Counter()
   for n, low, high in seen.shapes:
     for key in _readings(low, high):
@@ -227,6 +231,7 @@ def choose_form(seen: Seen, word: str, zone: str, where: str) -> Form | None:
   (name, instants, clock), most = max(
     votes.items(), key=lambda item: (item[1], item[0])
   )
+  # Ten digits: 2024013108 is an hour, and the seconds of some day in 2034.
   if name == 'epoch_s' and seen.hours >= most / 2:
     raise InputError(
       f'{where}: times like {seen.shapes[0][1]} may be seconds since 1970 or '
@@ -279,7 +284,7 @@ def _readings(low: str, high: str) -> Iterator[tuple[str, bool, bool]]:
   for name, date in _DATES.items():
     if match := re.fullmatch(f'{date}{_CLOCK}?{_ZONE}?', text):
       clock, zone = match[4] is not None, match[9] is not None
-      if clock or not zone:
+      if clock or not zone:  # A date with an offset is no instant.
         yield name, zone, clock
 
 
@@ -287,7 +292,7 @@ def _numbers(low: str, high: str, whole: bool) -> Iterator[tuple[str, bool, bool
   """The readings of numbers under which some lie in YEARS."""
   least, most, size = int(low), int(high), len(low)
   for name, unit in _UNITS.items():
-    scale = 1e6 / unit
+    scale = 1e6 / unit  # Units in a second.
     if least < LAST * scale and most >= FIRST * scale:
       yield name, True, True
   if least < LAST // _DAY + _SERIAL_ZERO and most >= FIRST // _DAY + _SERIAL_ZERO:
@@ -299,6 +304,7 @@ def _numbers(low: str, high: str, whole: bool) -> Iterator[tuple[str, bool, bool
 
 def _normal(text: str) -> str:
   """20240131T081500 -> 2024-01-31T08:15:00; `_sql_normal` in Python."""
+  # Both have to change together: shapes are judged here, rows are read there.
   if not re.match(_COMPACT, text):
     return text
   text = re.sub(_COMPACT, r'\1-\2-\3\4', text)
@@ -349,6 +355,7 @@ def select_instants(form: Form, source: str) -> str:
 def _shown(form: Form, source: str, shift: str = '0') -> str:
   """Adds `shift`, by the zone that is given or else by `shift`."""
   if form.zone:
+    # An offset is the same in summer and winter; a name's is that of each instant.
     fixed = re.fullmatch(_FIXED, form.zone)
     if fixed:
       sign, hours, minutes = fixed.groups()
@@ -371,6 +378,7 @@ def _select_text(form: Form, source: str) -> str:
   year, month, day = {'iso': 'abc', 'day_first': 'cba', 'month_first': 'cab'}[form.word]
   written = f"p.{year} || '-' || p.{month} || '-' || p.{day}"
   if form.clock:
+    # 12 AM is 0, 12 PM is 12; 13 PM is no time, so NULL.
     hour = """CASE WHEN p.half = '' THEN TRY_CAST(p.h AS INT)
         WHEN TRY_CAST(p.h AS INT) BETWEEN 1 AND 12 THEN TRY_CAST(p.h AS INT)
           % 12 + CASE WHEN p.half IN ('p', 'P') THEN 12 ELSE 0 END END"""
@@ -409,6 +417,7 @@ def _select_text(form: Form, source: str) -> str:
 
 def _offset(text: str) -> str:
   """Seconds of 'Z', 'UTC', '+05:30', '-0800' or '+01'; NULL: out of bounds."""
+  # 1080 minutes, 18 hours, are more than any zone has, and what Java allows.
   pattern = r'([+-])(\d\d):?(\d\d)?$'
   part = lambda i: f"regexp_extract({text}, '{pattern}', {i})"
   minutes = (
@@ -421,6 +430,7 @@ def _offset(text: str) -> str:
 
 
 def _select_pattern(form: Form, source: str) -> str:
+  # try_strptime: a row of another form is NULL, and malformed, not the end.
   word = form.word.replace("'", "''")
   parsed = lambda text: f"epoch_us(try_strptime({text}, '{word}'))"
   if not form.instants:
