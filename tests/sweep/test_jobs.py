@@ -573,7 +573,7 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
 
 def test_committed_rows_of_one_pass_are_known_by_the_hashes_of_its_jobs(tmp_path):
   """Renamed fields would orphan them: they would all be run again."""
-  rows = rows_lib.read(ROOT / 'docs/results/one_pass').of('results.csv')
+  rows = rows_lib.read_folder(ROOT / 'docs/results/one_pass').of('results.csv')
   known = {(row['data'], row['method'], row['seed'], row['settings']) for row in rows}
   found = [(*job.key, job.settings) for job in jobs.jobs(shipped('one_pass'), tmp_path)]
   assert len(known & set(found)) >= 12
