@@ -50,7 +50,9 @@ _CLASHES = {
 }
 
 
-def ablate(config, names: Iterable[str]) -> config_dict.ConfigDict:
+def ablate(
+  config: config_dict.ConfigDict, names: Iterable[str]
+) -> config_dict.ConfigDict:
   """Returns a copy of `config` with the named ablations applied."""
   config = config.copy_and_resolve_references()
   names = sorted({*names, *config.ablations})
@@ -69,7 +71,7 @@ def ablate(config, names: Iterable[str]) -> config_dict.ConfigDict:
   for name in names:
     fields = ABLATIONS[name]
     if fields and all(
-      config_lib.get(config, f) == value for f, value in fields.items()
+      config_lib.value_of(config, f) == value for f, value in fields.items()
     ):
       already = ' and '.join(f'{f} = {value!r}' for f, value in fields.items())
       raise InputError(

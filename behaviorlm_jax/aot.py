@@ -36,8 +36,8 @@ _SEARCH = flags.DEFINE_bool(
 flags.mark_flag_as_required('config')
 
 
-def main(argv):
-  cli.run(argv, _main)
+def main(argv: list[str]) -> None:
+  cli.run_command(argv, _main)
 
 
 def _main():

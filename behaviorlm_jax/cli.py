@@ -3,6 +3,8 @@
 import re
 import sys
 import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 import duckdb
 import jax
@@ -52,19 +54,19 @@ def _with_addresses(record):
   return True
 
 
-def fail(sentence):
+def fail(sentence: str) -> NoReturn:
   print(f'error: {sentence}', file=sys.stderr)
   sys.exit(2)
 
 
-def parser(config):
+def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
   """flags_parser of app.run; `config`: the flag of a config file.
 
   Turns usage texts and tracebacks for wrong flags into one sentence, and knows
   what fields were called before.
   """
 
-  def parse(argv):
+  def parse(argv: list[str]) -> list[str]:
     if {'--help', '-help'} & set(argv):
       print(f'{sys.modules["__main__"].__doc__}\n{_fields()}')
       sys.exit(0)
@@ -98,7 +100,7 @@ def _renamed(argument: str) -> str:
   return f'{match[1]}{new}{match[3] or ""}'
 
 
-def explain(argv, error) -> str:
+def explain(argv: list[str], error: Exception) -> str:
   """One sentence for flags, or a config file, that could not be used.
 
   ml_collections names only the last part of an unknown field, and passes on
@@ -158,7 +160,7 @@ def _explain_type(name, value):
   return f'{name} is {value!r}; it must be of type {kind}{example}.'
 
 
-def run(argv, work):
+def run_command(argv: list[str], work: Callable[[], None]) -> None:
   """Calls `work()`; wrong input and SIGTERM end the process with its codes."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_readable_log)

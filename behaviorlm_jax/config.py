@@ -11,6 +11,7 @@ prints all fields as a page.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from ml_collections import config_dict
 
@@ -348,7 +349,7 @@ def _build(fields):
   return section
 
 
-def declared(fields=FIELDS, prefix='') -> dict[str, Field]:
+def declared(fields: dict = FIELDS, prefix: str = '') -> dict[str, Field]:
   """{dotted name: Field} of all fields, in their order."""
   found = {}
   for name, field in fields.items():
@@ -359,7 +360,7 @@ def declared(fields=FIELDS, prefix='') -> dict[str, Field]:
   return found
 
 
-def get(config, name: str):
+def value_of(config: config_dict.ConfigDict, name: str) -> object:
   """The value of a dotted name."""
   for part in name.split('.'):
     config = config[part]
@@ -390,7 +391,7 @@ class Stage:
     return FOLDERS[self.name]
 
 
-def stage_of(config, name: str) -> Stage:
+def stage_of(config: Mapping, name: str) -> Stage:
   """The Stage 'a', 'b' or 'one' of a config, or of its plain dict."""
   a, values = config['a'], dict(config['a'])
   if name == 'b':
@@ -409,7 +410,7 @@ def stage_of(config, name: str) -> Stage:
 # Checks.
 
 
-def shard(config) -> tuple[int, int] | None:
+def shard(config: config_dict.ConfigDict) -> tuple[int, int] | None:
   """(index, count) of data.shard, or None."""
   text = config.data.shard
   if not text:
@@ -429,10 +430,10 @@ def shard(config) -> tuple[int, int] | None:
   return int(match[1]), int(match[2])
 
 
-def check(config) -> None:
+def check(config: config_dict.ConfigDict) -> None:
   """Raises InputError for the first field that cannot work."""
   for name, field in declared().items():
-    value = get(config, name)
+    value = value_of(config, name)
     if value is not None:
       _check_value(name, value, field)
   _check_together(config)
@@ -473,7 +474,7 @@ def _check_together(config):
     ('train.batch', 'train.accumulate', 'the batch must be a multiple of it'),
     ('sasrec.width', 'sasrec.heads', 'the width must be a multiple of it'),
   ):
-    x, y = get(config, one), get(config, other)
+    x, y = value_of(config, one), value_of(config, other)
     if {
       'plan.window': x <= y,
       'data.history': x < y,
@@ -486,7 +487,7 @@ def _check_together(config):
 def _check_changes(config):
   """Refuses settings that would change nothing."""
   for name, other, values in _ONLY_WITH:
-    value, found = get(config, other), get(config, name)
+    value, found = value_of(config, other), value_of(config, name)
     plain = declared()[name].default
     if value not in values and found != plain:
       raise InputError(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
+from behaviorlm_jax import measure
 from behaviorlm_jax import seeds
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace
@@ -24,7 +25,6 @@ from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data import subset as subset_lib
 from behaviorlm_jax.data.plan import Plan
-from behaviorlm_jax.evaluate import measure
 from behaviorlm_jax.score import difficulty
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.setup import Setup

@@ -17,8 +17,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')
 flags.mark_flags_as_required(['config'])
 
 
-def main(argv):
-  cli.run(argv, lambda: overview.look(_CONFIG.value))
+def main(argv: list[str]) -> None:
+  cli.run_command(argv, lambda: overview.look(_CONFIG.value))
 
 
 if __name__ == '__main__':

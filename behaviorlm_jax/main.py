@@ -16,8 +16,8 @@ _ABLATIONS = flags.DEFINE_multi_string(
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
-def main(argv):
-  cli.run(
+def main(argv: list[str]) -> None:
+  cli.run_command(
     argv,
     lambda: run_lib.run(
       ablations.ablate(_CONFIG.value, _ABLATIONS.value), _WORKDIR.value

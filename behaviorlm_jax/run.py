@@ -18,13 +18,13 @@ from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
+from behaviorlm_jax import measure
 from behaviorlm_jax import setup as setup_lib
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.evaluate import evaluation
-from behaviorlm_jax.evaluate import measure
 from behaviorlm_jax.io import bucket
 from behaviorlm_jax.io import hub
 from behaviorlm_jax.model import lora

@@ -15,7 +15,7 @@ from behaviorlm_jax.cluster import preemption
 def work():
   print('ready', flush=True)
   {wait}
-app.run(lambda argv: cli.run(argv, work))
+app.run(lambda argv: cli.run_command(argv, work))
 """
 # Between two steps, where a stop is looked for; and inside of what is stopped
 # at once and cleans up.

@@ -295,7 +295,7 @@ def test_the_config_of_the_paper_changes_what_the_readme_says_and_no_more():
   different = {
     name
     for name, field in config_lib.declared().items()
-    if config_lib.get(paper, name) != field.default
+    if config_lib.value_of(paper, name) != field.default
   }
   assert different == {
     'a.content',
@@ -418,8 +418,8 @@ def test_fields_that_scripts_rely_on_can_be_overridden(name):
   arguments = [f'--config.{field}={value}' for field, value in RELIED_ON.items()]
   overridden = read_flags(*arguments, name=name)
   for field, value in RELIED_ON.items():
-    assert config_lib.get(config, field) != value
-    assert config_lib.get(overridden, field) == value
+    assert config_lib.value_of(config, field) != value
+    assert config_lib.value_of(overridden, field) == value
   config_lib.check(overridden)
 
 
@@ -547,4 +547,4 @@ def test_every_field_is_declared_with_what_it_means():
   config = config_lib.default()
   for name, field in config_lib.declared().items():
     assert field.doc.endswith(('.', ',', 'one)')), name
-    assert config_lib.get(config, name) == field.default
+    assert config_lib.value_of(config, name) == field.default

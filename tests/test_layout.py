@@ -16,6 +16,7 @@ LAYERS = (
   ('evaluate',),
   ('report',),
   ('setup',),
+  ('measure',),
   ('curriculum',),
   ('run',),
   ('sweep', 'cost'),

@@ -15,7 +15,6 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
 
 from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Protocol
 
 import grain
 import numpy as np
@@ -28,16 +27,6 @@ Row = list[dict]  # Of a plan: its segments.
 Arrays = dict[str, np.ndarray]
 
 
-class NameTree(Protocol):
-  """What is asked of a score.label_tree.Tree, whose room builds on this one."""
-
-  edge_nodes: np.ndarray
-
-  def path(self, answer: int) -> np.ndarray: ...
-
-  def choices(self, answer: int) -> np.ndarray: ...
-
-
 class Assembler:
   """Turns a plan's row into arrays."""
 
@@ -47,7 +36,7 @@ class Assembler:
     conversations: Sequence[Conversation],
     length: int,
     answers: int,
-    tree: NameTree | None = None,
+    tree: plan_lib.NameTree | None = None,
   ):
     """`tree`: label_tree.Tree of what is taught of each name; None: all of it."""
     self.prompts = prompts

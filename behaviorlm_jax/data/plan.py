@@ -19,13 +19,20 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+from ml_collections import config_dict
 from pyarrow import parquet
 
 from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.data.conversations import Conversation
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 
@@ -41,6 +48,18 @@ _SEGMENT = pa.struct(
     ('answers', pa.int32()),  # Answer tokens.
   ]
 )
+
+
+class NameTree(Protocol):
+  """What is asked of a score.label_tree.Tree, whose room builds on this one."""
+
+  edge_nodes: np.ndarray
+  edge_tokens: np.ndarray
+  node_edges: np.ndarray
+
+  def path(self, answer: int) -> np.ndarray: ...
+
+  def choices(self, answer: int) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Plan:
   made_from: str  # Fingerprint of everything that decided the plan.
 
 
-def check_lengths(prompts, config):
+def check_lengths(prompts: prompts_lib.Prompts, config: config_dict.ConfigDict) -> None:
   """Refuses a train.length that cannot hold every sample with its context."""
   events, context = prompts.events, config.plan.min_context
   worst, longest = None, 0
@@ -92,7 +111,12 @@ def check_lengths(prompts, config):
 class Windows:
   """Makes window segments that fit a row, from targets and their context."""
 
-  def __init__(self, prompts, config, tree=None):
+  def __init__(
+    self,
+    prompts: prompts_lib.Prompts,
+    config: config_dict.ConfigDict,
+    tree: NameTree | None = None,
+  ):
     """`tree`: see loader.Assembler."""
     self.prompts = prompts
     self.events = prompts.events
@@ -106,7 +130,9 @@ class Windows:
     self.history = config.data.history
     self.rules = [samples_lib.rule(split, config) for split in events_lib.SPLITS]
 
-  def make(self, start, targets, weights):
+  def make(
+    self, start: int, targets: Sequence[int], weights: Sequence[float]
+  ) -> Segment:
     """A segment of events from `start` to the last target.
 
     Context that does not fit is cut from the front down to min_context, then
@@ -143,7 +169,7 @@ class Windows:
       int(answers),
     )
 
-  def tiles(self, positions, rng):
+  def tiles(self, positions: np.ndarray, rng: np.random.Generator) -> Iterator[Segment]:
     """Cuts users' samples into windows that hold each exactly once.
 
     Args:
@@ -185,12 +211,12 @@ class Windows:
     order = np.argsort(begins)
     return positions[begins[order]], sizes[order].astype(np.int32)
 
-  def first_event(self, target):
+  def first_event(self, target: int) -> int:
     """Where the windows of `tiles` that begin with these targets start."""
     context = max(self.plan.min_context, self.plan.window - self.plan.targets_per_row)
     return np.maximum(self.events.first[target], target - min(context, self.history))
 
-  def draw(self, position, weight_of=None):
+  def draw(self, position: int, weight_of: np.ndarray | None = None) -> Segment:
     """A window that ends with a drawn sample; `weight_of` adds neighbours."""
     size = min(self.history, self.plan.window - 1)
     start = max(self.events.first[position], position - size)
@@ -205,7 +231,9 @@ class Windows:
     return self.make(start, targets, weights)
 
 
-def tile(windows, samples, rng):
+def tile(
+  windows: Windows, samples: samples_lib.Samples, rng: np.random.Generator
+) -> Iterator[Segment]:
   """Endless windows over `samples`; every epoch is a new tiling, shuffled.
 
   Of an epoch only where its windows begin is kept: a plan takes some of them.
@@ -227,7 +255,13 @@ def tile(windows, samples, rng):
       )
 
 
-def spread(windows, samples, rates, rng, weight_of=None):
+def spread(
+  windows: Windows,
+  samples: dict[int, np.ndarray],
+  rates: dict[int, float],
+  rng: np.random.Generator,
+  weight_of: np.ndarray | None = None,
+) -> Iterator[Segment]:
   """Endless windows that end with samples, each behavior evenly spread.
 
   A behavior of rate m comes m times an epoch, the j-th time at (j + u) / m of
@@ -256,7 +290,12 @@ def _reshuffled(items, rng):
     yield from items[rng.permutation(len(items))]
 
 
-def mix(stream, conversations, share, rng):
+def mix(
+  stream: Iterator[Segment],
+  conversations: Sequence[Conversation],
+  share: float,
+  rng: np.random.Generator,
+) -> Iterator[Segment]:
   """Adds conversations as `share` of the answer tokens of every prefix."""
   if not share:
     yield from stream
@@ -279,7 +318,7 @@ def mix(stream, conversations, share, rng):
 _OPEN_ROWS = 64  # Fills 95 % of rows of check-ins; one open row filled 79 %.
 
 
-def pack(stream, rows, length):
+def pack(stream: Iterator[Segment], rows: int, length: int) -> list[list[dict]]:
   """Fills `rows` rows of at most `length` tokens from an endless stream.
 
   Best fit among the rows begun last: a segment joins the fullest one that has
@@ -304,7 +343,9 @@ def pack(stream, rows, length):
     used[row] += segment.length
 
 
-def take(stream, config, steps, made_from):
+def take(
+  stream: Iterator[Segment], config: config_dict.ConfigDict, steps: int, made_from: str
+) -> Plan:
   """The plan of `steps` steps from an endless stream of segments."""
   rows = pack(stream, steps * config.train.batch, config.train.length)
   most = max(sum(s.answers for s in row) for row in rows)
@@ -318,7 +359,7 @@ def _rounded(count):
   return -(-int(count) // 16) * 16
 
 
-def most_answers(plan, batch, accumulate, groups):
+def most_answers(plan: Plan, batch: int, accumulate: int, groups: int) -> int:
   """Answer tokens of the fullest group of rows, rounded up.
 
   A step's rows go to micro-batches in turn (row i to i % accumulate), those of
@@ -330,7 +371,7 @@ def most_answers(plan, batch, accumulate, groups):
   return _rounded(parts.max())
 
 
-def taught(plan, events):
+def taught(plan: Plan, events: events_lib.Events) -> np.ndarray:
   """Weights of each behavior's targets in a plan, summed: float64 [known]."""
   targets, weights = [], []
   for segment in itertools.chain.from_iterable(plan.rows):
@@ -340,7 +381,7 @@ def taught(plan, events):
   return np.bincount(behaviors, weights, events.known)
 
 
-def summary(plan, length):
+def summary(plan: Plan, length: int) -> str:
   """One line on what the plan teaches, and how full its rows are."""
   segments = list(itertools.chain.from_iterable(plan.rows))
   targets = [t for segment in segments for t in segment['targets']]
@@ -352,7 +393,7 @@ def summary(plan, length):
   )
 
 
-def save(path, plan, batch):
+def save(path: pathlib.Path, plan: Plan, batch: int) -> None:
   """Writes a plan; columns step, row and segments."""
   index = np.arange(len(plan.rows))
   table = pa.table(
@@ -370,7 +411,7 @@ def save(path, plan, batch):
   files.write_parquet(path, table, facts)
 
 
-def content_hash(plan):
+def content_hash(plan: Plan) -> str:
   """SHA-256 of the rows, the same on every machine."""
   digest = hashlib.sha256(plan.made_from.encode())
   for segment in itertools.chain.from_iterable(plan.rows):
@@ -378,7 +419,7 @@ def content_hash(plan):
   return digest.hexdigest()
 
 
-def load(path, made_from):
+def load(path: pathlib.Path, made_from: str) -> Plan:
   """Reads a plan, refusing one that other inputs made."""
   table = parquet.read_table(path)
   facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}

@@ -9,13 +9,15 @@ are one pool (key NATURAL), of which the difficulty alone decides.
 """
 
 import numpy as np
+from ml_collections import config_dict
 
+from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
 
 NATURAL = -1  # Key of the pool of all behaviors.
 
 
-def budgets(events, config):
+def budgets(events: events_lib.Events, config: config_dict.ConfigDict) -> np.ndarray:
   """m_c int64 [known]: samples that stage b draws of each behavior.
 
   With n_c training samples of a behavior, plan.budget makes m_c
@@ -34,14 +36,16 @@ def budgets(events, config):
   return np.where(n > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
 
 
-def counts(events, config):
+def counts(events: events_lib.Events, config: config_dict.ConfigDict) -> np.ndarray:
   """n_c int64 [known], training samples of each behavior."""
   found = samples_lib.behavior_counts(events, 'train', config)
   samples_lib.require(np.flatnonzero(found), 'stage b')
   return found
 
 
-def candidates(events, config, rng):
+def candidates(
+  events: events_lib.Events, config: config_dict.ConfigDict, rng: np.random.Generator
+) -> dict[int, np.ndarray]:
   """{behavior: positions} that may be drawn; rng: numpy Generator.
 
   At most difficulty.candidates of a behavior, but as many as its budget wants.
@@ -60,7 +64,13 @@ def candidates(events, config, rng):
   return samples.at_of_behaviors(draws)
 
 
-def choose(pools, scores, events, config, rng):
+def choose(
+  pools: dict[int, np.ndarray],
+  scores: dict[int, float] | None,
+  events: events_lib.Events,
+  config: config_dict.ConfigDict,
+  rng: np.random.Generator,
+) -> dict[int, np.ndarray]:
   """Draws {behavior: positions}, as many of each behavior as its budget says.
 
   The weight of a candidate is max(0, difficulty) ** plan.gamma. A behavior with
@@ -85,7 +95,9 @@ def choose(pools, scores, events, config, rng):
   return subset
 
 
-def weighted_draw(positions, weights, size, rng):
+def weighted_draw(
+  positions: np.ndarray, weights: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
   """`size` of `positions` with probability by weight, without replacement.
 
   Efraimidis and Spirakis (2006): the largest keys u ** (1 / w), here as
@@ -98,7 +110,9 @@ def weighted_draw(positions, weights, size, rng):
   return np.concatenate([np.tile(positions, whole), chosen])
 
 
-def neighbour_weights(events, config):
+def neighbour_weights(
+  events: events_lib.Events, config: config_dict.ConfigDict
+) -> np.ndarray:
   """float [known]: min(1, plan.neighbours m_c / n_c).
 
   So neighbours keep the proportions of the budgets m_c, whatever their

@@ -22,7 +22,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def _main(argv):
   work = jobs.report if _REPORT.value else jobs.run_all
-  cli.run(argv, lambda: work(_CONFIG.value, _WORKDIR.value))
+  cli.run_command(argv, lambda: work(_CONFIG.value, _WORKDIR.value))
 
 
 def _parse(argv):

@@ -132,7 +132,7 @@ def run(
     disable=not processes.is_primary(),
   )
 
-  def note(step, metrics, validate=None):
+  def note(step: int, metrics: dict, validate: Callable | None = None) -> None:
     row = {'step': step, **{k: float(v) for k, v in metrics.items()}}
     row |= clock.rates(row)
     if 'seconds_to_first_step' in row:
@@ -158,7 +158,7 @@ def run(
     bar.set_postfix_str(_postfix(row), refresh=False)
     bar.update()
 
-  def save(state):
+  def save(state: dict) -> None:
     if metrics_file:
       metrics_file.flush()  # Rows first: each step of a checkpoint stands there.
       bucket.push()

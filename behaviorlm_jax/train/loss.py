@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from behaviorlm_jax.data.plan import NameTree
 from behaviorlm_jax.model import decoder
 
 
@@ -53,7 +54,7 @@ _NEVER = 1e-3
 
 
 def names_of(
-  tree, drawn: np.ndarray | None = None, kept: np.ndarray | None = None
+  tree: NameTree, drawn: np.ndarray | None = None, kept: np.ndarray | None = None
 ) -> Names:
   """The Names of a label_tree.Tree.
 

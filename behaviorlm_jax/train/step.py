@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.model import attention
+from behaviorlm_jax.model import decoder
 from behaviorlm_jax.model import families
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.train import sharding
@@ -59,7 +60,7 @@ def _accumulated(sums, adapter, batch, parts):
   # Row i goes to part i % parts, so every device keeps its own rows.
   split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-  def add(totals, part):
+  def add(totals: tuple, part: dict) -> tuple[tuple, None]:
     (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, part)
     return jax.tree.map(jnp.add, totals, (loss, weight, grads)), None
 
@@ -102,7 +103,7 @@ def attacher(
     constrain=layout.constrain,
   )
 
-  def attach(params, adapter):
+  def attach(params: dict, adapter: dict) -> decoder.Decoder:
     return lora.attach(base_config, params, adapter, config.lora.alpha, **options)
 
   return attach
@@ -134,7 +135,7 @@ def init_state(
 ) -> dict:
   """Fresh training state around `adapter`, placed by `shardings`."""
 
-  def init(adapter):
+  def init(adapter: dict) -> dict:
     return {
       'adapter': adapter,
       'optimizer': optimizer.init(adapter),
@@ -176,7 +177,7 @@ def make_step(
 ) -> Callable:
   """jitted (state, params, batch) -> (state, metrics); state is donated."""
 
-  def step(state, params, batch):
+  def step(state: dict, params: dict, batch: dict) -> tuple[dict, dict]:
     mean, grads, weight = gradient(loss, state['adapter'], params, batch, accumulate)
     updates, moments = optimizer.update(grads, state['optimizer'], state['adapter'])
     new = {

@@ -16,10 +16,10 @@ import sklearn.metrics
 from pyarrow import parquet
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax import measure
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.evaluate import measure
 from behaviorlm_jax.sweep import choices
 from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import jobs

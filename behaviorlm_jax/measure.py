@@ -1,9 +1,12 @@
 """What is measured of the untuned model, the baselines and each stage.
 
 Scores of samples, retention, predictions: what stands in the work directory
-already is not measured again. `setup` is a setup.Setup.
+already is not measured again.
 """
 
+import pathlib
+
+import numpy as np
 import tqdm
 
 from behaviorlm_jax.cluster import preemption
@@ -12,9 +15,10 @@ from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import sasrec
 from behaviorlm_jax.io import files
+from behaviorlm_jax.setup import Setup
 
 
-def evaluate_base(setup):
+def evaluate_base(setup: Setup) -> None:
   """The untuned model and the free baselines, once per work directory."""
   folder = setup.workdir / 'base'
   if not processes.exists(folder / 'config.json'):
@@ -30,7 +34,7 @@ def evaluate_base(setup):
     evaluate_sasrec(setup, samples)
 
 
-def evaluate_sasrec(setup, samples):
+def evaluate_sasrec(setup: Setup, samples: np.ndarray) -> None:
   """Trains and evaluates the baseline, once per work directory."""
   config, events = setup.config, setup.events
   folder = setup.workdir / 'sasrec'
@@ -39,7 +43,7 @@ def evaluate_sasrec(setup, samples):
   processes.on_primary(workdir_lib.claim, folder, config, setup.fingerprints)
   with tqdm.tqdm(total=config.sasrec.steps, desc='sasrec', unit='step') as bar:
 
-    def progress(done):
+    def progress(done: int) -> None:
       bar.update(done)
       preemption.check()
 
@@ -62,7 +66,9 @@ def evaluate_sasrec(setup, samples):
   )
 
 
-def evaluate(setup, folder, adapter, samples):
+def evaluate(
+  setup: Setup, folder: pathlib.Path, adapter: dict | None, samples: np.ndarray
+) -> None:
   """Writes predictions and evaluation of one arm, unless they stand there."""
   if processes.exists(folder / 'evaluation.json'):
     return
@@ -81,14 +87,14 @@ def evaluate(setup, folder, adapter, samples):
   )
 
 
-def measure_retention(setup, folder, adapter):
+def measure_retention(setup: Setup, folder: pathlib.Path, adapter: dict | None) -> None:
   """Writes retention.json, if there is anything to measure it on."""
   path, rows = folder / 'retention.json', setup.retention.rows(adapter)
   if processes.exists(path) or not rows:
     return
   with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
 
-    def progress(done):
+    def progress(done: int) -> None:
       bar.update(done)
       preemption.check()
 
@@ -97,12 +103,14 @@ def measure_retention(setup, folder, adapter):
     )
 
 
-def score(setup, adapter, samples, what):
+def score(
+  setup: Setup, adapter: dict | None, samples: np.ndarray, what: str
+) -> evaluation.Scored:
   """What scorer.Scorer says of samples: evaluation.Scored."""
   questions = [setup.prompts.question(p) for p in samples]
   with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
 
-    def progress(done):
+    def progress(done: int) -> None:
       bar.update(done)
       preemption.check()
 
