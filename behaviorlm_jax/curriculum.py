@@ -205,19 +205,23 @@ def validation(setup: Setup, stage: Stage) -> Lesson | None:
 
 def tree_of(setup: Setup, stage: Stage) -> label_tree.Tree | None:
   """The names within which a stage teaches, or None: over the vocabulary."""
-  return setup.tree if stage.softmax == 'names' else None
+  if stage.softmax == 'vocabulary':
+    return None
+  # Where anchors alone are taught, every one of them would push the tail down.
+  return setup.anchor_tree if stage.content == 'anchors' else setup.tree
 
 
 def _names(setup, stage, plan):
   """The names of the loss, and the prior that it corrects."""
-  if stage.softmax == 'vocabulary':
-    return None
-  if stage.prior == 'drawn':
-    return loss_lib.names_of(setup.tree)
+  tree = tree_of(setup, stage)
+  if tree is None or stage.prior == 'drawn':
+    return tree and loss_lib.names_of(tree)
   kept = np.ones(setup.events.known)
   if stage.prior == 'natural':
     kept = np.maximum(subset_lib.counts(setup.events, setup.config), 1)
-  return loss_lib.names_of(setup.tree, drawn_counts(setup, stage, plan), kept)
+  inside = slice(len(tree.paths))
+  drawn = drawn_counts(setup, stage, plan)
+  return loss_lib.names_of(tree, drawn[inside], kept[inside])
 
 
 def drawn_counts(setup: Setup, stage: Stage, plan: Plan) -> np.ndarray:

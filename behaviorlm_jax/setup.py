@@ -16,6 +16,7 @@ from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
@@ -50,6 +51,12 @@ class Setup:
   def tree(self) -> label_tree.Tree:
     """The names within which softmax=names teaches."""
     return label_tree.build(label_tree.shortest(self.prompts.labels))
+
+  @functools.cached_property
+  def anchor_tree(self) -> label_tree.Tree:
+    """The anchors alone, which are the first behaviors."""
+    anchors = int(samples_lib.anchor_mask(self.events).sum())
+    return label_tree.build(label_tree.shortest(self.prompts.labels[:anchors]))
 
   @property
   def fingerprints(self) -> dict[str, str]:
@@ -106,6 +113,13 @@ def _prompts(config, workdir, base):
   plan_lib.check_lengths(prompts, config)
   prompts.check_lengths(base.config.max_length, config.train.length)
   evaluation.test_samples(events, config)  # Refuses a log without any.
+  anchors = int(samples_lib.anchor_mask(events).sum())
+  alone = config.a.content == 'anchors' and config.a.softmax == 'names'
+  if 'a' in config.stages and alone and anchors == 1:
+    raise InputError(
+      'a.content is anchors, but the log has one anchor alone, which has nothing to '
+      'be told from; lower data.anchor_share or set a.content=all.'
+    )
   return prompts
 
 

@@ -20,9 +20,12 @@ from behaviorlm_jax import ablations
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
 from behaviorlm_jax import run as run_lib
+from behaviorlm_jax import setup
 from behaviorlm_jax.data import events as events_lib
+from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.model import lora
+from behaviorlm_jax.train import sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
@@ -118,6 +121,7 @@ def test_other_losses_teach_other_things(ablated, finished, read_rows, fields):
     ('a', 'anchors', 'balanced'),
     ('a', 'all', 'balanced'),
     ('one', 'all', 'balanced'),
+    ('one', 'anchors', 'balanced'),
     ('one', 'balanced', 'natural'),
     ('b', 'all', 'natural'),
     ('b', 'anchors', 'tempered'),
@@ -146,6 +150,36 @@ def test_what_a_stage_draws_is_known_beforehand(
     for target, weight in zip(segment['targets'], segment['weights'], strict=True):
       counts[events.behavior[target]] += 2 * weight
   np.testing.assert_array_equal(found, counts)
+
+
+@pytest.mark.parametrize(
+  ('content', 'softmax', 'group'),
+  [
+    ('anchors', 'names', 'anchor'),
+    ('all', 'names', 'known'),
+    ('anchors', 'vocabulary', None),
+  ],
+)
+def test_anchors_taught_alone_compete_with_anchors_alone(
+  make_run_config, tmp_path, content, softmax, group
+):
+  config = make_run_config({'a.content': content, 'a.softmax': softmax})
+  found = setup.open_setup(config, tmp_path, sharding.make_layout(config))
+  stage = config_lib.stage_of(config, 'a')
+  tree = curriculum.tree_of(found, stage)
+  stream = curriculum.segments(found, stage, 'train', np.random.default_rng(0))
+  plan = plan_lib.take(stream, config, 4, '')
+  lesson = curriculum.lesson(found, stage, plan)
+  if group is None:
+    assert tree is None and lesson.names is None
+    return
+  groups = [b.group for b in found.events.behaviors[: found.events.known]]
+  size = groups.count('anchor') if group == 'anchor' else len(groups)
+  assert len(tree.paths) == size
+  first = {int(label[0]) for label in found.prompts.labels[:size]}
+  assert set(lesson.names.tokens[0].tolist()) - {-1} == first
+  row = lesson.assemble(plan.rows[0])
+  assert (row['answer_nodes'] >= 0).any()
 
 
 @pytest.mark.parametrize('prior', ['natural', 'uniform'])

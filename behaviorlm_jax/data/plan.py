@@ -56,6 +56,7 @@ class NameTree(Protocol):
   edge_nodes: np.ndarray
   edge_tokens: np.ndarray
   node_edges: np.ndarray
+  paths: np.ndarray
 
   def path(self, answer: int) -> np.ndarray: ...
 
@@ -122,9 +123,10 @@ class Windows:
     self.events = prompts.events
     self.answer_lengths = prompts.answer_lengths[: self.events.known]
     if tree:
-      self.answer_lengths = np.array(
-        [len(tree.choices(b)) for b in range(self.events.known)]
-      )
+      # Names that it leaves out are never targets.
+      inside = range(len(tree.paths))
+      self.answer_lengths = self.answer_lengths.copy()
+      self.answer_lengths[inside] = [len(tree.choices(b)) for b in inside]
     self.plan = config.plan
     self.length = config.train.length
     self.history = config.data.history

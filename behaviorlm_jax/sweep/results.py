@@ -75,6 +75,8 @@ def _as_hashed(config):
   for stage, old in (('a', 'train.loss'), ('b', 'train.balanced_loss')):
     loss = values.pop(f'{stage}.softmax'), values.pop(f'{stage}.prior')
     values[old] = _LOSSES[loss]
+  if values['plan.content'] == 'anchors' and values['train.loss'] != 'answers':
+    values['plan.content'] = 'anchors among anchors'  # Once, among all names.
   return values
 
 
