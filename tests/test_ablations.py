@@ -32,7 +32,7 @@ ADAPTER = 'adapter/adapter_model.safetensors'
 # Enough draws to tell natural frequencies from balance.
 MORE = {'a.steps': 24, 'b.steps': 24, 'checkpoint.every': 24}
 
-pytestmark = pytest.mark.usefixtures('compile_once')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compile_once')]
 
 
 @pytest.fixture

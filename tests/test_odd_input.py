@@ -11,7 +11,7 @@ import pytest
 from behaviorlm_jax import ablations
 from behaviorlm_jax import run as run_lib
 
-pytestmark = pytest.mark.usefixtures('compile_once')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compile_once')]
 
 
 @pytest.fixture(scope='module')

@@ -15,6 +15,8 @@ from safetensors import numpy as safetensors_numpy
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 
+pytestmark = pytest.mark.slow
+
 # What always follows what, and what comes how often where nothing does.
 PLAIN = (
   {'airport': 'hotel'},
@@ -110,7 +112,6 @@ def of(folder):
   )
 
 
-@pytest.mark.slow
 def test_b_tuning_finds_what_a_tuning_alone_does_not(tuned):
   first, second = tuned('plain', PLAIN)
   _, before = of(first / 'a_tuning')

@@ -99,7 +99,6 @@ def saved(folder):
   )
 
 
-@pytest.mark.slow
 def test_sigkill_in_each_stage_changes_nothing(
   run_until, run_command, assert_same, steps, copy_run
 ):
@@ -119,7 +118,6 @@ def test_sigkill_in_each_stage_changes_nothing(
   assert_same(workdir)
 
 
-@pytest.mark.slow
 def test_sigterm_anywhere_saves_and_changes_nothing(
   run_until, run_command, assert_same, read_rows, steps, finished, copy_run
 ):
@@ -232,6 +230,8 @@ def test_a_disk_that_fails_costs_no_checkpoint(
 FULL = """
 import errno, os, runpy, time
 from behaviorlm_jax.train import loop
+
+pytestmark = pytest.mark.slow
 write = loop.MetricsFile.write
 def full(self, row):
   if row['step'] < 5:
@@ -244,7 +244,6 @@ runpy.run_module('behaviorlm_jax.main', run_name='__main__', alter_sys=True)
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
   run_command, copy_run, assert_same
 ):

@@ -10,6 +10,9 @@ from pyarrow import parquet
 sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
 
 import generated_log
+import pytest
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'data.py'
 

@@ -10,6 +10,8 @@ sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
 
 import faults
 
+pytestmark = pytest.mark.slow
+
 
 def numbers():
   """One fault of a single process, one of two, one that goes on with fewer."""
@@ -25,7 +27,6 @@ def numbers():
   ]
 
 
-@pytest.mark.slow
 def test_three_faults_end_as_if_nothing_was(tmp_path):
   done = subprocess.run(
     [

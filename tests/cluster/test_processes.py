@@ -31,7 +31,6 @@ def of_two(run_two, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes(of_two, assert_same_numbers):
   assert_same_numbers(of_two)
   assert (of_two / 'hosts.txt').read_text().startswith('2 processes')
@@ -39,7 +38,6 @@ def test_two_processes_make_what_one_makes(of_two, assert_same_numbers):
   assert not list(of_two.rglob('*.tmp'))
 
 
-@pytest.mark.slow
 def test_four_devices_make_what_one_makes(run_command, tmp_path, assert_same_numbers):
   done = run_command(
     tmp_path / 'work',
@@ -50,7 +48,6 @@ def test_four_devices_make_what_one_makes(run_command, tmp_path, assert_same_num
   assert_same_numbers(tmp_path / 'work')
 
 
-@pytest.mark.slow
 def test_one_table_of_difficulty_gives_one_plan(run_two, finished, copy_run):
   workdir = copy_run(
     'b_tuning/plan.parquet',
@@ -67,7 +64,6 @@ def test_one_table_of_difficulty_gives_one_plan(run_two, finished, copy_run):
   assert facts[0] == facts[1]  # Its hash, too.
 
 
-@pytest.mark.slow
 def test_sigterm_stops_all_at_one_step_which_is_saved(start_two, copy_run, read_rows):
   workdir = copy_run('a_tuning', 'b_tuning')
   # A checkpoint at every step: Orbax must not take the signal for itself.
@@ -97,7 +93,6 @@ def test_sigterm_stops_all_at_one_step_which_is_saved(start_two, copy_run, read_
   )
 
 
-@pytest.mark.slow
 def test_wrong_input_ends_both_with_its_sentence(run_two, tmp_path):
   code, err = run_two(tmp_path / 'work', '--config.data.events=none.csv')
   assert code == 2
@@ -106,7 +101,6 @@ def test_wrong_input_ends_both_with_its_sentence(run_two, tmp_path):
   assert lines[1:] == ['[1] error: process 0 failed; its log says at what.']
 
 
-@pytest.mark.slow
 def test_processes_with_other_devices_are_refused(start_two, tmp_path):
   python = own_flags(tmp_path, environment='JAX_NUM_CPU_DEVICES=2')
   process = start_two(tmp_path / 'work', environment={'PYTHON': python})
@@ -136,7 +130,6 @@ exec {sys.executable} "$@"
   return str(python)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'mine, field',
   [
@@ -163,6 +156,8 @@ import json, sys
 import jax
 from behaviorlm_jax import config
 from behaviorlm_jax.cluster import processes
+
+pytestmark = pytest.mark.slow
 settings = config.default().distributed
 settings.update({'coordinator': 'auto', 'timeout': 60})
 processes.meet(settings)
@@ -187,7 +182,6 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.slow
 def test_auto_takes_what_slurm_says_and_processes_go_together(command_environment):
   """As srun sets it; the port follows from the number of the job."""
   started = []
@@ -233,7 +227,6 @@ def test_auto_takes_what_slurm_says_and_processes_go_together(command_environmen
   )
 
 
-@pytest.mark.slow
 def test_auto_without_any_cluster_is_refused(run_command, tmp_path):
   done = run_command(tmp_path / 'work', {'distributed.coordinator': 'auto'})
   assert done.returncode == 2

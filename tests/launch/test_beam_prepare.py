@@ -12,6 +12,8 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import prepared
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -27,6 +27,8 @@ from behaviorlm_jax.sweep import results
 from behaviorlm_jax.sweep import rows as rows_lib
 from behaviorlm_jax.sweep import settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT = {
   'a.steps': 2,

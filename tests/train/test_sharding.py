@@ -17,6 +17,8 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import sharding
 
+pytestmark = pytest.mark.slow
+
 WORKER = pathlib.Path(__file__).with_name('devices_worker.py')
 ROWS, LENGTH, PARTS, RANK = 16, 16, 2, 4  # Of the worker.
 
@@ -98,7 +100,6 @@ def check_sent(sizes, result):
       assert np.prod(shape) <= 128 * RANK, (kind, shape)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'devices, meshes',
   [(2, [mesh(data=2), mesh(fsdp=2), mesh(tensor=2)]), (4, [mesh(data=2, fsdp=2)])],
@@ -112,7 +113,6 @@ def test_devices_change_no_loss(devices, meshes, alone):
     check_sent(sizes, result)
 
 
-@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_losses_and_scores(alone):
   meshes = [mesh(data=8), mesh(fsdp=8), mesh(2, 2, 2)]
   found = finish(start(8, {'meshes': meshes, 'whole': True}))
@@ -125,7 +125,6 @@ def test_one_and_eight_devices_give_the_same_losses_and_scores(alone):
     check_sent(sizes, result)
 
 
-@pytest.mark.slow
 def test_two_processes_with_two_devices_each_give_the_same_losses(alone):
   """Rows are divided among processes, not always side by side, or every process
   has all of them."""
