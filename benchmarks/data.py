@@ -28,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 
 import common
 import generated_log
@@ -38,6 +37,7 @@ from absl import flags
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
 from behaviorlm_jax import seeds
+from behaviorlm_jax import setup
 from behaviorlm_jax.cluster import workspace as workdir_lib
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader
@@ -46,7 +46,6 @@ from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import weights
-from behaviorlm_jax.score import label_tree
 
 SIZES = flags.DEFINE_list('sizes', ['1', '10'], 'Millions of events.')
 FOLDER = flags.DEFINE_string('folder', '', 'Where logs stay, to be used again.')
@@ -109,8 +108,10 @@ def _memory(name):
 def config_of(log):
   config = config_lib.default()
   config.data.events = str(log)
-  config.plan.update(content='anchors', neighbours=0.0)  # As in docs/data.md.
-  config.train.update(steps=STEPS.value, batch=BATCH.value, length=LENGTH.value)
+  # As in docs/benchmarks.md.
+  config.a.content, config.plan.neighbours = 'anchors', 0.0
+  config.a.steps = STEPS.value
+  config.train.update(batch=BATCH.value, length=LENGTH.value)
   if MODEL.value:
     config.model.address = MODEL.value
   return config
@@ -156,11 +157,10 @@ def plan(log, workdir):
     plan_lib.check_lengths(prompts, whole)
     prompts.check_lengths(1 << 20, whole.train.length)
     evaluation.test_samples(events, whole)
-    tree = label_tree.build(label_tree.shortest(prompts.labels))
+    # No model: plans need none.
+    this = setup.Setup(whole, workdir, base, prompts, [], None, None, None)
+    assert this.tree  # Built here, and not with the first plan.
   facts['open and check'] = meter.found
-  this = types.SimpleNamespace(
-    config=whole, events=events, prompts=prompts, conversations=[], tree=tree
-  )
   for stage in whole.stages:
     one = config_lib.stage_of(whole, stage)
     with Meter() as meter:

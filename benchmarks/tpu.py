@@ -47,7 +47,8 @@ def config_of(model, chips):
   config.model.address = f'random://{model}'
   config.model.remat = MODELS[model]
   config.mesh.update({'data': 1, 'fsdp': chips})
-  config.train.update({'batch': 4 * chips, 'accumulate': 4, 'length': 2048, 'steps': 2})
+  config.train.update({'batch': 4 * chips, 'accumulate': 4, 'length': 2048})
+  config.a.steps = 2
   return study.settle(config)
 
 

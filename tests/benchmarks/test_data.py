@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from pyarrow import parquet
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
 
 import generated_log
-import pytest
 
 pytestmark = pytest.mark.slow
 

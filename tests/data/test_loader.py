@@ -41,7 +41,7 @@ def prompts(make_events, make_tokenizer):
 def plan(prompts):
   """A plan with packed windows and conversations."""
   config = config_lib.default()
-  config.train.update(batch=BATCH, steps=STEPS, length=160)
+  config.train.update(batch=BATCH, length=160)
   config.plan.update(window=8, targets_per_row=3)
   rng = np.random.default_rng(0)
   windows = plan_lib.Windows(prompts, config)
