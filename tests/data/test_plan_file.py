@@ -19,6 +19,7 @@ from behaviorlm_jax.model import weights
 def make_config(**fields):
   config = config_lib.default()
   config.data.instruction = 'Go on.'
+  config.a.steps = 5
   config.train.update(batch=4, length=300)
   config.update_from_flattened_dict(
     {name.replace('__', '.'): value for name, value in fields.items()}
