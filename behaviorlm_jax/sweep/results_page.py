@@ -96,91 +96,72 @@ def _figures(
   drawn: Sequence[str],
 ) -> list[blocks.Block]:
   """Draws what the rows allow."""
-  content, panels = [], _curves(rows, drawn)
-  if panels:
-    plots.trade_off_curves(folder / 'trade_off.png', panels, adjust.TAUS)
-    content.append(
-      blocks.Figure(
-        'trade_off.png',
-        'Anchors against tail',
-        'Each curve raises or lowers rare names, tau from '
-        f'{adjust.TAUS[0]} to {adjust.TAUS[-1]}, on average over the seeds '
-        'that all have; the large mark is the predictor as it is. Further up '
-        'and right is better at every balance.',
-        'Curves of tail against anchor macro-F1.',
-      )
-    )
-  panels = _shots(rows)
-  if panels:
-    plots.few_shot(folder / 'few_shot.png', panels)
-    content.append(
-      blocks.Figure(
-        'few_shot.png',
-        'Learning from few samples',
-        'Mean F1 of the tail behaviors with '
-        f'{few_shot.FROM} training events or more, by how many '
-        'samples of each there were to learn from; on average over the seeds.',
-        'Lines of F1 against the number of samples.',
-      )
-    )
-  panels = _deciles(rows, drawn)
-  if panels:
-    plots.deciles(folder / 'deciles.png', panels)
-    content.append(
-      blocks.Figure(
-        'deciles.png',
-        'F1 by frequency',
-        'Mean F1 of each tenth of the behaviors, ordered by their training '
-        'events; on average over the seeds that all have.',
-        'Lines of F1 per decile.',
-      )
-    )
-  panels = _marks(rows, methods, rows_lib.RETENTION[0])
-  panels = {
+  retention = {  # That of the untuned model is 1.
     log: others
-    for log, found in panels.items()
+    for log, found in _marks(rows, methods, rows_lib.RETENTION[0]).items()
     if (others := {name: found[name] for name in found if name != 'untuned'})
-  }  # That is 1.
-  if panels:
-    plots.marks(
-      folder / 'retention.png',
-      panels,
-      'perplexity, over that of the untuned model',
-      line=1,
-    )
-    content.append(
-      blocks.Figure(
-        'retention.png',
-        'Conversations held out of training',
-        'Perplexity of each model over that of the untuned one, a mark per '
-        'seed; right of 1 it has lost something.',
-        'Marks of the ratio of perplexities per method.',
-      )
-    )
+  }
   # Seconds of steps, the first of COST; its targets are in the table alone.
-  panels = _marks(rows, methods, rows_lib.COST[0])
-  if panels:
-    plots.marks(
-      folder / 'cost.png',
-      {
-        log: {
-          name: [seconds / 60 for seconds in values] for name, values in found.items()
-        }
-        for log, found in panels.items()
-      },
-      'minutes',
-    )
-    content.append(
-      blocks.Figure(
-        'cost.png',
-        'Minutes of training',
-        'Of the steps of both stages, a mark per seed: neither compilation '
-        'nor scoring. Whatever ran beside them or on another machine shows '
-        'here, too.',
-        'Marks of the minutes of training per method.',
-      )
-    )
+  minutes = {
+    log: {name: [seconds / 60 for seconds in found[name]] for name in found}
+    for log, found in _marks(rows, methods, rows_lib.COST[0]).items()
+  }
+  ratio = 'perplexity, over that of the untuned model'
+  drawings = (
+    (
+      _curves(rows, drawn),
+      lambda path, panels: plots.trade_off_curves(path, panels, adjust.TAUS),
+      _TRADE_OFF,
+    ),
+    (_shots(rows), plots.few_shot, _FEW_SHOT),
+    (_deciles(rows, drawn), plots.deciles, _DECILES),
+    (retention, lambda path, panels: plots.marks(path, panels, ratio, 1), _RETENTION),
+    (minutes, lambda path, panels: plots.marks(path, panels, 'minutes'), _COST),
+  )
+  content = []
+  for panels, draw, figure in drawings:
+    if panels:
+      draw(folder / figure.path, panels)
+      content.append(figure)
   return content
+
+
+_TRADE_OFF = blocks.Figure(
+  'trade_off.png',
+  'Anchors against tail',
+  f'Each curve raises or lowers rare names, tau from {adjust.TAUS[0]} to '
+  f'{adjust.TAUS[-1]}, on average over the seeds that all have; the large mark is the '
+  'predictor as it is. Further up and right is better at every balance.',
+  'Curves of tail against anchor macro-F1.',
+)
+_FEW_SHOT = blocks.Figure(
+  'few_shot.png',
+  'Learning from few samples',
+  f'Mean F1 of the tail behaviors with {few_shot.FROM} training events or more, by how '
+  'many samples of each there were to learn from; on average over the seeds.',
+  'Lines of F1 against the number of samples.',
+)
+_DECILES = blocks.Figure(
+  'deciles.png',
+  'F1 by frequency',
+  'Mean F1 of each tenth of the behaviors, ordered by their training events; on '
+  'average over the seeds that all have.',
+  'Lines of F1 per decile.',
+)
+_RETENTION = blocks.Figure(
+  'retention.png',
+  'Conversations held out of training',
+  'Perplexity of each model over that of the untuned one, a mark per seed; right of 1 '
+  'it has lost something.',
+  'Marks of the ratio of perplexities per method.',
+)
+_COST = blocks.Figure(
+  'cost.png',
+  'Minutes of training',
+  'Of the steps of both stages, a mark per seed: neither compilation nor scoring. '
+  'Whatever ran beside them or on another machine shows here, too.',
+  'Marks of the minutes of training per method.',
+)
 
 
 def _tables(

@@ -99,14 +99,8 @@ def join(
     _check_training(behaviors, lost, log)
     for part in parts:  # From the order of code points to that of the list.
       part.names = order[part.names]
-    for table in ('users', 'places'):
-      columns.write_table(
-        half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
-      )
+    _write_names(con, half, behaviors)
     digests, span = _write_events(parts, half, ends)
-    files.write_json(
-      half / 'behaviors.json', [dataclasses.asdict(item) for item in behaviors]
-    )
     _write_rejected(folders, half / 'rejected.csv', log)
     summary = lost | _summary(sum(len(part.users) for part in parts), counts, behaviors)
     form = times.Form(**facts[0]['form'])
@@ -129,6 +123,17 @@ def join(
   for warning in summary['warnings']:
     logging.warning('%s', warning)
   return summary
+
+
+def _write_names(con, half, behaviors):
+  """users.arrow, places.arrow and behaviors.json, each in the order of ids."""
+  for table in ('users', 'places'):
+    columns.write_table(
+      half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
+    )
+  files.write_json(
+    half / 'behaviors.json', [dataclasses.asdict(item) for item in behaviors]
+  )
 
 
 def _check_rows(
