@@ -163,7 +163,7 @@ def test_mended_fields_run_in_the_same_work_directory(
 def test_work_directory_of_another_config(refused, copy_run):
   workdir = copy_run()
   refused(
-    r'a_tuning .*train\.learning_rate \(0\.001, now 0\.5\)',
+    r'a_tuning .*a\.learning_rate \(0\.001, now 0\.5\)',
     {'a.learning_rate': 0.5},
     workdir=workdir,
   )
