@@ -68,9 +68,9 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
 
   def parse(argv: list[str]) -> list[str]:
     if {'--help', '-help'} & set(argv):
-      print(f'{sys.modules["__main__"].__doc__}\n{_fields()}')
+      print(sys.modules['__main__'].__doc__, flags.FLAGS.main_module_help(), _fields())
       sys.exit(0)
-    argv = [_renamed(argument) for argument in argv]
+    argv = [renamed(argument) for argument in argv]
     sys.argv[1:] = argv[1:]  # Where a config's flags are looked for.
     try:
       rest = flags.FLAGS(argv)
@@ -85,14 +85,15 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
 def _fields() -> str:
   """All fields of a config, as flags."""
   return 'Any field of the config is a flag:\n' + '\n'.join(
-    f'  --config.{name}={field.default!r}\n      {field.doc}'
+    f'  --config.{name}={"(unset)" if field.default is None else repr(field.default)}'
+    f'\n      {field.doc}'
     for name, field in config_lib.declared().items()
   )
 
 
-def _renamed(argument: str) -> str:
+def renamed(argument: str) -> str:
   """An argument with today's name of its field."""
-  match = re.match(r'(--?config\.)([^=]*)(=.*)?$', argument, re.DOTALL)
+  match = re.match(r'(--?config\.(?:base\.)?)([^=]*)(=.*)?$', argument, re.DOTALL)
   new = match and config_lib.RENAMED.get(match[2])
   if not new:
     return argument
@@ -115,7 +116,8 @@ def explain(argv: list[str], error: Exception) -> str:
   if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text, re.DOTALL):
     return _explain_type(match[1], match[2])
   if match := re.match(r'flag --(\w+)=None: ', text):
-    return f'--{match[1]} is missing; give both --config=FILE and --workdir=DIR.'
+    both = ' and --workdir=DIR' if 'workdir' in flags.FLAGS else ''
+    return f'--{match[1]} is missing; give --config=FILE{both}.'
   lines = [line.strip() for line in text.split('\n') if line.strip()]
   if isinstance(error, flags.Error) and len(lines) == 1:
     return f'{text}.'

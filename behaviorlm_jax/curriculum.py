@@ -19,6 +19,7 @@ from behaviorlm_jax import measure
 from behaviorlm_jax import seeds
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.config import FOLDERS
 from behaviorlm_jax.config import Stage
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
@@ -36,7 +37,7 @@ def make_plan(setup: Setup, stage: Stage, folder: pathlib.Path, adapter: dict) -
   """The stage's plan; read if it stands there already."""
   config, path = setup.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
-  made_from = fingerprint(setup, stage.name, adapter, sections, stage)
+  made_from = fingerprint(setup, f'stage {stage.name}', adapter, sections, stage)
   if processes.exists(path):
     return plan_lib.load(path, made_from)
   rng = seeds.stream(config.seed, stage.name, 'plan')
@@ -164,7 +165,7 @@ def _choose_subset(setup, adapter):
 
 def _score_difficulty(setup, adapter, samples):
   """{sample: difficulty} under the model that stage b starts from."""
-  folder, name = setup.workdir / 'b_tuning', setup.config.difficulty.score
+  folder, name = setup.workdir / FOLDERS['b'], setup.config.difficulty.score
   path = folder / 'difficulty.parquet'
   made_from = fingerprint(
     setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')

@@ -8,6 +8,7 @@ with 2 and one sentence where a run would refuse the log.
 
 from absl import app
 from absl import flags
+from absl import logging
 from ml_collections import config_flags
 
 from behaviorlm_jax import cli
@@ -18,7 +19,12 @@ flags.mark_flags_as_required(['config'])
 
 
 def main(argv: list[str]) -> None:
-  cli.run_command(argv, lambda: overview.look(_CONFIG.value))
+  cli.run_command(argv, _look)
+
+
+def _look():
+  logging.set_verbosity(logging.ERROR)  # The page says it all.
+  overview.look(_CONFIG.value)
 
 
 if __name__ == '__main__':

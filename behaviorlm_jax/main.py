@@ -1,4 +1,7 @@
-"""Flags only: python -m behaviorlm_jax.main --config=FILE --workdir=DIR."""
+"""Runs the stages of a config on a log, and writes the report.
+
+python -m behaviorlm_jax.main --config=FILE --workdir=DIR [--ablation=NAME ...]
+"""
 
 from absl import app
 from absl import flags

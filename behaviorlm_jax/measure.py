@@ -11,7 +11,7 @@ import tqdm
 
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import sasrec
 from behaviorlm_jax.io import files
@@ -22,7 +22,7 @@ def evaluate_base(setup: Setup) -> None:
   """The untuned model and the free baselines, once per work directory."""
   folder = setup.workdir / 'base'
   if not processes.exists(folder / 'config.json'):
-    processes.on_primary(workdir_lib.claim, folder, setup.config, setup.fingerprints)
+    processes.on_primary(workspace.claim, folder, setup.config, setup.fingerprints)
   samples = evaluation.test_samples(setup.events, setup.config)
   path = setup.workdir / 'baselines.json'
   if not processes.exists(path):
@@ -40,7 +40,7 @@ def evaluate_sasrec(setup: Setup, samples: np.ndarray) -> None:
   folder = setup.workdir / 'sasrec'
   if processes.exists(folder / 'evaluation.json'):
     return
-  processes.on_primary(workdir_lib.claim, folder, config, setup.fingerprints)
+  processes.on_primary(workspace.claim, folder, config, setup.fingerprints)
   with tqdm.tqdm(total=config.sasrec.steps, desc='sasrec', unit='step') as bar:
 
     def progress(done: int) -> None:

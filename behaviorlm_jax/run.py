@@ -89,7 +89,7 @@ def run_stage(setup: setup_lib.Setup, stage: config_lib.Stage) -> None:
   if processes.exists(folder / 'evaluation.json'):
     logging.info('%s is finished.', folder)
     return
-  processes.on_primary(workspace.claim, folder, config, setup.fingerprints)
+  processes.on_primary(workspace.claim, folder, config, setup.fingerprints, stage.name)
   adapter = train(setup, stage, folder, plan, adapter)
   processes.on_primary(
     lora.export,

@@ -115,10 +115,11 @@ def _prompts(config, workdir, base):
   evaluation.test_samples(events, config)  # Refuses a log without any.
   anchors = int(samples_lib.anchor_mask(events).sum())
   alone = config.a.content == 'anchors' and config.a.softmax == 'names'
-  if 'a' in config.stages and alone and anchors == 1:
+  if 'a' in config.stages and alone and anchors < 2:
     raise InputError(
-      'a.content is anchors, but the log has one anchor alone, which has nothing to '
-      'be told from; lower data.anchor_share or set a.content=all.'
+      f'a.content is anchors, but the log has {anchors or "no"} anchor'
+      f'{", which has nothing to be told from" if anchors else ""}; lower '
+      'data.anchor_share or set a.content=all.'
     )
   return prompts
 

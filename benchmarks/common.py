@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from absl import logging  # noqa: E402
 
 from behaviorlm_jax import config as config_lib  # noqa: E402
-from behaviorlm_jax.cluster import workspace as workdir_lib  # noqa: E402
+from behaviorlm_jax.cluster import workspace  # noqa: E402
 from behaviorlm_jax.data import conversations  # noqa: E402
 from behaviorlm_jax.data import loader  # noqa: E402
 from behaviorlm_jax.data import plan as plan_lib  # noqa: E402
@@ -95,7 +95,7 @@ class Inputs:
 
 def open_inputs(config, workdir, adapter=''):
   config_lib.check(config)
-  config = workdir_lib.pin(config, pathlib.Path(workdir))
+  config = workspace.pin(config, pathlib.Path(workdir))
   base = weights.open_base(config.model.address)
   if base.folder is None:
     raise InputError(

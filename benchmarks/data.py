@@ -38,7 +38,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum
 from behaviorlm_jax import seeds
 from behaviorlm_jax import setup
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
@@ -120,7 +120,7 @@ def config_of(log):
 def prepare(log, workdir):
   """Facts of preparing the log, in `workdir`."""
   config = config_of(log)
-  workdir = workdir_lib.make(workdir)
+  workdir = workspace.make(workdir)
   facts = {}
   for i in range(SHARDS.value):
     config.data.shard = f'{i}/{SHARDS.value}'
@@ -152,14 +152,14 @@ def plan(log, workdir):
   base = weights.open_base(whole.model.address)
   facts, plans = {}, {}
   with Meter() as meter:
-    events = events_lib.open_events(workdir_lib.make(workdir) / 'events')
+    events = events_lib.open_events(workspace.make(workdir) / 'events')
     prompts = prompts_lib.Prompts(events, base.tokenizer, whole.data)
     plan_lib.check_lengths(prompts, whole)
     prompts.check_lengths(1 << 20, whole.train.length)
     evaluation.test_samples(events, whole)
     # No model: plans need none.
     this = setup.Setup(whole, workdir, base, prompts, [], None, None, None)
-    assert this.tree  # Built here, and not with the first plan.
+    assert this.tree and this.anchor_tree  # Built here, and not with the first plan.
   facts['open and check'] = meter.found
   for stage in whole.stages:
     one = config_lib.stage_of(whole, stage)

@@ -179,8 +179,8 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
       ("b.softmax is 'names'", 'set score.softmax=names or b.softmax=vocabulary.'),
     ),
     (
-      {'b.softmax': 'vocabulary'},
-      ("b.prior is 'natural'", "b.softmax is 'vocabulary'", 'set b.prior=drawn'),
+      {'b.softmax': 'vocabulary', 'b.prior': 'uniform'},
+      ("b.prior is 'uniform'", "b.softmax is 'vocabulary'", 'set b.prior=drawn'),
     ),
     (
       {'score.softmax': 'vocabulary'},
@@ -497,9 +497,9 @@ def test_what_is_missing_on_the_command_line_is_named():
 
 @pytest.mark.parametrize(('old', 'new'), config_lib.RENAMED.items())
 def test_fields_are_known_by_their_old_names_on_the_command_line(old, new):
-  assert cli._renamed(f'--config.{old}=3') == f'--config.{new}=3'
+  assert cli.renamed(f'--config.{old}=3') == f'--config.{new}=3'
   assert new in config_lib.declared() and old not in config_lib.declared()
-  assert cli._renamed('--config.train.batch=3') == '--config.train.batch=3'
+  assert cli.renamed('--config.train.batch=3') == '--config.train.batch=3'
 
 
 def test_a_command_takes_an_old_name():
@@ -548,3 +548,10 @@ def test_every_field_is_declared_with_what_it_means():
   for name, field in config_lib.declared().items():
     assert field.doc.endswith(('.', ',', 'one)')), name
     assert config_lib.value_of(config, name) == field.default
+
+
+def test_what_is_none_has_to_be_unset_by_default():
+  for name in ('a.content', 'model.remat', 'a.steps', 'lora.rank'):
+    with pytest.raises(InputError, match=rf'^{name} is None; its default is'):
+      config_lib.check(changed(**{name: None}))
+  config_lib.check(changed(b__steps=None))

@@ -19,6 +19,7 @@ from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import checkpoints
 
+pytestmark = pytest.mark.slow
 STAGES = ('a_tuning', 'b_tuning')
 ADAPTER = 'adapter/adapter_model.safetensors'
 CHILD = """
@@ -231,7 +232,6 @@ FULL = """
 import errno, os, runpy, time
 from behaviorlm_jax.train import loop
 
-pytestmark = pytest.mark.slow
 write = loop.MetricsFile.write
 def full(self, row):
   if row['step'] < 5:

@@ -103,7 +103,7 @@ def differences(mine: object, theirs: object, name: str) -> list[str]:
     if mine == theirs:
       return []
     # An older version of this program did not know the field.
-    theirs = 'not there' if theirs is None else repr(theirs)
+    theirs = 'not there' if theirs in (None, {}) else repr(theirs)
     return [f'{name} ({theirs}, now {mine!r})']
   found = []
   for key in sorted(set(mine) | set(theirs)):
@@ -272,11 +272,15 @@ def fingerprints(events: HasFingerprint, base: HasFingerprint) -> dict[str, str]
 
 
 def claim(
-  folder: pathlib.Path, config: config_dict.ConfigDict, prints: dict[str, str]
+  folder: pathlib.Path,
+  config: config_dict.ConfigDict,
+  prints: dict[str, str],
+  stage: str = '',
 ) -> None:
-  """Writes the config.json of a folder whose work begins."""
+  """Writes the config.json of a folder whose work begins; `stage`: that it is of."""
   folder.mkdir(parents=True, exist_ok=True)
-  files.write_json(folder / 'config.json', as_dict(config) | {'fingerprints': prints})
+  origin = {'fingerprints': prints, 'stage': stage}
+  files.write_json(folder / 'config.json', as_dict(config) | origin)
 
 
 def check_fingerprints(

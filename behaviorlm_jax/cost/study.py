@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import setup as setup_lib
 from behaviorlm_jax.cluster import processor
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.cost import programs
 from behaviorlm_jax.cost import roofline
 from behaviorlm_jax.errors import InputError
@@ -61,7 +61,7 @@ def settle(
   if not config.stages:
     raise InputError('stages is (): this config trains nothing.')
   # What random difficulty draws has the same shapes.
-  config.difficulty.score = 'random'
+  config.difficulty.score, config.plan.gamma = 'random', 1.0
   if config.model.dtype == 'auto':
     config.model.dtype = processor.fastest_dtype(platform)
   if config.score.dtype == 'auto':
@@ -123,9 +123,7 @@ def costs(
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
-  setup = setup_lib.open_setup(
-    config, workdir_lib.make(folder), layout, shapes_only=True
-  )
+  setup = setup_lib.open_setup(config, workspace.make(folder), layout, shapes_only=True)
   plan = programs.first_plan(setup)
   program, seconds, over = compiled(programs.training(setup, plan))
   done, needed = programs.training_flops(setup, plan)

@@ -136,7 +136,7 @@ def _odd(events: events_lib.Events, summary: dict) -> list[str]:
   if nobody:
     found.append(
       f'users that look like nobody: {", ".join(map(repr, nobody))} '
-      '(data.nulls leaves such users out)'
+      "(--config.data.nulls=\"('null', 'none', ...)\" leaves out all that it names)"
     )
   if summary['clock']:
     minute, n = collections.Counter((events.time % DAY // 60).tolist()).most_common(1)[

@@ -45,9 +45,7 @@ class Stage:
   @property
   def one_stage(self) -> bool:
     """Whether stage 'one' made it, which stands in the place of stage b."""
-    return self.key == 'b_tuning' and any(
-      name.startswith('one_stage') for name in self.ablations
-    )
+    return self.config.get('stage') == 'one'
 
   @property
   def ablations(self) -> list[str]:

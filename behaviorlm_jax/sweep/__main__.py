@@ -7,6 +7,8 @@
 nothing.
 """
 
+import sys
+
 from absl import app
 from absl import flags
 from ml_collections import config_flags
@@ -27,6 +29,8 @@ def _main(argv):
 
 def _parse(argv):
   try:
+    argv = [cli.renamed(argument) for argument in argv]
+    sys.argv[1:] = argv[1:]  # Where a config's flags are looked for.
     rest = flags.FLAGS(argv)
     _CONFIG.value.lock()  # A missing file fails only here.
     return rest

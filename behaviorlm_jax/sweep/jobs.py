@@ -23,7 +23,7 @@ from behaviorlm_jax import ablations
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.errors import nearest
 from behaviorlm_jax.io import bucket
@@ -155,7 +155,7 @@ def run_all(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None
       'cannot work; give a local folder.'
     )
   every, committed = jobs(config, workdir), pathlib.Path(config.results)
-  workdir = workdir_lib.make(workdir)
+  workdir = workspace.make(workdir)
   known = {
     (row['data'], row['method'], row['seed'], row['settings'])
     for row in rows_lib.read_folder(committed).of('results.csv')

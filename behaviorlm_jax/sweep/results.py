@@ -15,7 +15,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.report import compare
 from behaviorlm_jax.report import run_files
@@ -58,24 +58,24 @@ def settings_hash(
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-# What a.softmax and a.prior were together.
+# What a prior within names was called, beside `answers`, over the vocabulary.
 _LOSSES = {
-  ('vocabulary', 'drawn'): 'answers',
-  ('names', 'drawn'): 'names',
-  ('names', 'natural'): 'natural',
-  ('names', 'uniform'): 'balanced',
+  'drawn': 'names',
+  'natural': 'natural',
+  'uniform': 'balanced',
 }
 
 
 def _as_hashed(config):
   """{name: value} under the names of when committed rows were hashed."""
-  values = workdir_lib.flat(workdir_lib.as_dict(config))
+  values = workspace.flat(workspace.as_dict(config))
   for old, new in config_lib.RENAMED.items():
     values[old] = values.pop(new)
   for stage, old in (('a', 'train.loss'), ('b', 'train.balanced_loss')):
-    loss = values.pop(f'{stage}.softmax'), values.pop(f'{stage}.prior')
-    values[old] = _LOSSES[loss]
-  if values['plan.content'] == 'anchors' and values['train.loss'] != 'answers':
+    softmax, prior = values.pop(f'{stage}.softmax'), values.pop(f'{stage}.prior')
+    values[old] = 'answers' if softmax == 'vocabulary' else _LOSSES[prior]
+  alone = values['plan.content'] == 'anchors' and values['train.loss'] != 'answers'
+  if alone and 'a' in config.stages:
     values['plan.content'] = 'anchors among anchors'  # Once, among all names.
   return values
 
@@ -188,8 +188,8 @@ def _cost(job: 'jobs_lib.Job', stage: run_files.Stage) -> dict[str, float]:
   if stage.key == 'base':
     return {}
   folders = [stage.folder]
-  if stage.key == 'b_tuning' and workdir_lib.needs_stage_a(job.config):
-    origin = workdir_lib.stage_a_adapter(job.config, job.folder)
+  if stage.key == 'b_tuning' and workspace.needs_stage_a(job.config):
+    origin = workspace.stage_a_adapter(job.config, job.folder)
     folders.append(origin.parent)
   steps = [run_files.read_json_lines(folder / 'metrics.jsonl') for folder in folders]
   return {

@@ -1,9 +1,9 @@
 """Orbax checkpoints of one stage: adapter, optimizer, step and plan hash.
 
 All hosts write them together. Kept are the latest few, to resume from; the last
-one is handed on. Only finished steps count (Orbax
-renames a complete folder into place, or marks it in a bucket); one that is
-damaged is skipped with a warning, and deleted.
+one is handed on. Only finished steps count (Orbax renames a complete folder into
+place, or marks it in a bucket); one that is damaged is skipped with a warning, and
+deleted.
 """
 
 import pathlib

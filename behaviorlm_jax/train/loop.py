@@ -95,7 +95,7 @@ class Task:
   folder: pathlib.Path  # of the stage
   steps: int
   every: int  # steps between checkpoints
-  learning_rate: float  # for what is said of a loss that is not finite
+  learning_rate: str  # the field and its value: to lower, if a loss is not finite
 
 
 def run(
@@ -150,8 +150,7 @@ def run(
         raise InputError(
           f'{folder.name}: {name} of step {step} is {row[name]}; the '
           f'checkpoint of step {checkpoints.latest_step()} stays. Use another'
-          ' --workdir and a lower learning_rate of the stage (it is '
-          f'{task.learning_rate}).'
+          f' --workdir and a lower {task.learning_rate}.'
         )
     if metrics_file:
       metrics_file.write(row)

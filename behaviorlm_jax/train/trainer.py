@@ -92,8 +92,10 @@ class Trainer:
       plan_lib.content_hash(lesson.plan),
     )
     state = saved.restore_latest(state, checkpoint.every)
+    section = 'b' if self.stage.name == 'b' else 'a'
+    rate = f'{section}.learning_rate (it is {self.stage.learning_rate})'
     state = loop.run(
-      loop.Task(folder, self.stage.steps, checkpoint.every, self.stage.learning_rate),
+      loop.Task(folder, self.stage.steps, checkpoint.every, rate),
       state,
       self._advance(lesson),
       self._batches(lesson, int(state['step']), self.train.workers),

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processes
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ('a_tuning', 'b_tuning')
 
@@ -157,7 +158,6 @@ import jax
 from behaviorlm_jax import config
 from behaviorlm_jax.cluster import processes
 
-pytestmark = pytest.mark.slow
 settings = config.default().distributed
 settings.update({'coordinator': 'auto', 'timeout': 60})
 processes.meet(settings)

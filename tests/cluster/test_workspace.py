@@ -9,7 +9,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.cluster import preemption
 from behaviorlm_jax.cluster import processor
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data.log import reader
 from behaviorlm_jax.errors import InputError
@@ -40,7 +40,7 @@ def test_auto_is_what_the_machine_multiplies_fastest(
   tmp_path, make_config, machine, dtype
 ):
   machine(dtype)
-  config = workdir_lib.pin(make_config(), tmp_path)
+  config = workspace.pin(make_config(), tmp_path)
   assert (config.model.dtype, config.score.dtype) == (dtype, dtype)
 
 
@@ -48,12 +48,12 @@ def test_a_resumed_run_keeps_its_dtype_on_another_machine(
   tmp_path, make_config, machine
 ):
   machine('bfloat16')
-  config = workdir_lib.pin(make_config(), tmp_path)
-  workdir_lib.claim(tmp_path / 'a_tuning', config, PRINTS)
+  config = workspace.pin(make_config(), tmp_path)
+  workspace.claim(tmp_path / 'a_tuning', config, PRINTS)
   machine('float32')
-  config = workdir_lib.pin(make_config(), tmp_path)
+  config = workspace.pin(make_config(), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('bfloat16', 'bfloat16')
-  workdir_lib.check_config(config, tmp_path)  # Refuses nothing.
+  workspace.check_config(config, tmp_path)  # Refuses nothing.
 
 
 def test_stage_b_keeps_the_dtype_of_the_stage_a_it_starts_from(
@@ -61,30 +61,30 @@ def test_stage_b_keeps_the_dtype_of_the_stage_a_it_starts_from(
 ):
   machine('bfloat16')
   origin = tmp_path / 'origin' / 'a_tuning'
-  workdir_lib.claim(origin, workdir_lib.pin(make_config(), tmp_path), PRINTS)
+  workspace.claim(origin, workspace.pin(make_config(), tmp_path), PRINTS)
   (origin / 'adapter').mkdir()
   (origin / 'adapter' / 'adapter_config.json').write_text('{}')
   machine('float32')
   config = make_config(init_from=str(tmp_path / 'origin'), stages=('b',))
-  assert workdir_lib.pin(config, tmp_path / 'new').model.dtype == 'bfloat16'
+  assert workspace.pin(config, tmp_path / 'new').model.dtype == 'bfloat16'
 
 
 def test_a_field_that_an_older_version_lacked_is_named(tmp_path, make_config, machine):
-  config = workdir_lib.pin(make_config(), tmp_path)
-  workdir_lib.claim(tmp_path / 'base', config, PRINTS)
+  config = workspace.pin(make_config(), tmp_path)
+  workspace.claim(tmp_path / 'base', config, PRINTS)
   path = tmp_path / 'base' / 'config.json'
   values = json.loads(path.read_text())
   del values['score']['names_per_pass']
   path.write_text(json.dumps(values))
   with pytest.raises(InputError, match=r'score\.names_per_pass \(not there, now'):
-    workdir_lib.check_config(config, tmp_path)
+    workspace.check_config(config, tmp_path)
 
 
 def test_scores_follow_the_model_unless_told_otherwise(tmp_path, make_config, machine):
   machine('bfloat16')
-  config = workdir_lib.pin(make_config(**{'model.dtype': 'float32'}), tmp_path)
+  config = workspace.pin(make_config(**{'model.dtype': 'float32'}), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('float32', 'float32')
-  config = workdir_lib.pin(make_config(**{'score.dtype': 'float32'}), tmp_path)
+  config = workspace.pin(make_config(**{'score.dtype': 'float32'}), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('bfloat16', 'float32')
 
 
@@ -102,7 +102,7 @@ def shards(tmp_path, make_config, machine, log):
   machine('float32')
 
   def prepare(*parts, **fields):
-    workdir = workdir_lib.make(tmp_path / 'work')
+    workdir = workspace.make(tmp_path / 'work')
     for part in parts:
       config = make_config(**{'data.events': str(log), 'data.shard': part} | fields)
       config_lib.check(config)
@@ -120,7 +120,7 @@ def test_shards_are_joined_to_what_one_machine_prepares(
   moved = log.rename(tmp_path / 'moved.csv')
   config.data.events = str(moved)
   joined = prepared.load_events(config, workdir)
-  whole = prepared.load_events(config, workdir_lib.make(tmp_path / 'whole'))
+  whole = prepared.load_events(config, workspace.make(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
   prepared.load_events(config, workdir)  # And opened again.
   shutil.rmtree(workdir / 'events.shards')

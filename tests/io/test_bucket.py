@@ -14,7 +14,7 @@ from google.auth import exceptions
 from behaviorlm_jax import cli
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import addresses
@@ -416,7 +416,7 @@ def test_a_log_is_prepared_in_a_bucket_shard_by_shard(
   for index in range(2):
     run_lib.run(make_run_config({'data.shard': f'{index}/2'}), address)
   config = make_run_config()
-  joined = prepared.load_events(config, workdir_lib.make(address))
+  joined = prepared.load_events(config, workspace.make(address))
   assert (held() / 'events/summary.json').exists()
   run_lib.run(make_run_config({'data.shard': '2/3'}), address)  # For nothing.
   assert not any(
@@ -424,7 +424,7 @@ def test_a_log_is_prepared_in_a_bucket_shard_by_shard(
     for name in bucket.Bucket(address, '').objects()
     if name.startswith('events')
   )
-  whole = prepared.load_events(config, workdir_lib.make(tmp_path / 'whole'))
+  whole = prepared.load_events(config, workspace.make(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
 
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from behaviorlm_jax.cluster import workspace as workdir_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.io import hub as hub_lib
@@ -363,27 +363,27 @@ def test_a_work_directory_keeps_its_commit(hub, make_run_config, tmp_path):
     'data.conversations': 'talks.jsonl',
   }
   config = make_run_config(fields)
-  pinned = workdir_lib.pin(config, tmp_path)
+  pinned = workspace.pin(config, tmp_path)
   assert config.model.address == MODEL  # The caller's stays as it is.
   assert pinned.model.address == f'{MODEL}@{FIRST}'
   assert pinned.data.events == f'hf://datasets/org/logs@{FIRST}/2024/log.csv'
   assert pinned.data.conversations == 'talks.jsonl'
-  workdir_lib.claim(tmp_path / 'base', pinned, {})
+  workspace.claim(tmp_path / 'base', pinned, {})
   hub.names['main'] = SECOND
-  again = workdir_lib.pin(config, tmp_path)
-  assert workdir_lib.as_dict(again) == workdir_lib.as_dict(pinned)
-  workdir_lib.check_config(again, tmp_path)
+  again = workspace.pin(config, tmp_path)
+  assert workspace.as_dict(again) == workspace.as_dict(pinned)
+  workspace.check_config(again, tmp_path)
   # A new work directory, another model and another file start from today's.
-  new = workdir_lib.pin(config, tmp_path / 'new')
+  new = workspace.pin(config, tmp_path / 'new')
   assert new.model.address == f'{MODEL}@{SECOND}'
   for name, other in {
     'model.address': SHARDED,
     'data.events': 'hf://datasets/org/logs/2025.csv',
   }.items():
     hub.repos['org/sharded'][SECOND] = {}
-    changed = workdir_lib.pin(make_run_config(fields | {name: other}), tmp_path)
+    changed = workspace.pin(make_run_config(fields | {name: other}), tmp_path)
     with pytest.raises(InputError, match=rf'{name} \(.*{FIRST}.*{SECOND}'):
-      workdir_lib.check_config(changed, tmp_path)
+      workspace.check_config(changed, tmp_path)
 
 
 @pytest.mark.usefixtures('compile_once')

@@ -172,6 +172,7 @@ class Work:
         },
         'b': {'softmax': 'names', 'prior': 'natural', 'conversation_share': 0.0},
         'seed': 11,
+        'stage': 'one' if 'one_stage' in ablations else stage[0],
         'data': {'history': 9},
         'ablations': list(ablations),
       },

@@ -112,7 +112,7 @@ def join(
     summary['warnings'] = [
       *_warnings(summary),
       *_case_warnings(behaviors),
-      *_time_warnings(form, any(fact['shifted'] for fact in facts)),
+      *_time_warnings(form, data.time_zone or any(fact['shifted'] for fact in facts)),
     ]
     # Of what was written, not of how: one process or many shards make the same.
     summary['fingerprint'] = _fingerprint(digests, half, behaviors)
@@ -409,14 +409,15 @@ def _case_warnings(behaviors: list[splits.Behavior]) -> list[str]:
 
 
 def _time_warnings(form: times.Form, shifted: bool) -> list[str]:
-  """`shifted`: whether any event is shown by another clock than UTC's."""
+  """`shifted`: whether the clock was chosen, or is another than UTC's anywhere."""
   warnings = []
   if not form.clock:
     warnings.append(
       'times are dates alone: lines of prompts show no clock, '
-      'and events of one day keep the order of the file'
+      'events of one day keep the order of the file, and one behavior twice on a '
+      'day counts once'
     )
-  if form.instants and not form.zone and not shifted:
+  if form.instants and not shifted:
     warnings.append(
       'all times are shown by the clock of UTC; if the users '
       'live by another one, set data.time_zone'

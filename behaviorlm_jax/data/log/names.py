@@ -24,8 +24,9 @@ def macros(nulls: Iterable[str]) -> str:
   `tidy` composes and trims, `clean` also takes 7.0 for 7. `named` is `clean` of
   what is tidy already, and NULL for '' and for what `nulls` spell, in any case.
   """
+  words = (word for null in nulls for word in str(null).split(','))
   spelled = ', '.join(
-    "'" + null.strip().lower().replace("'", "''") + "'" for null in nulls
+    "'" + word.strip().lower().replace("'", "''") + "'" for word in words
   )
   # White space first: tabs and line ends are control characters, too.
   # Cheap looks before expensive replacements: `_PLAIN`, ends_with and contains.

@@ -59,7 +59,10 @@ _ABSORB = """
              WHEN who IS NULL THEN {no_user}
              WHEN {no_time} THEN 'no time'
              WHEN instant IS NULL OR shift IS NULL THEN 'time ''' ||
-               left(moment::VARCHAR, 40) || ''' is not of the form ' || $form
+               left({shown}, 40) || ''' is not of the form ' || $form
+             WHEN $bounded AND instant NOT BETWEEN {first}000000 AND {last}000000 - 1
+               THEN 'time ''' || left({shown}, 40) ||
+               ''' lies outside of {years}'
              WHEN what IS NULL THEN {no_behavior}
              WHEN length(what) > {longest} THEN
                'behavior of ' || length(what) || ' characters (at most {longest})'
@@ -165,9 +168,13 @@ class _Reader:
         no_user=none('user'),
         no_behavior=none('behavior'),
         longest=LONGEST_NAME,
+        shown='TRY(make_timestamp(moment))::VARCHAR' if typed else 'moment',
+        first=times.FIRST,
+        last=times.LAST,
+        years=times.YEARS,
         no_time='moment IS NULL' if typed else 'named(moment) IS NULL',
       ),
-      {'form': form.text, 'grouped': self.grouped},
+      {'form': form.text, 'grouped': self.grouped, 'bounded': form.bounded},
     )
 
 
@@ -192,6 +199,12 @@ class _Texts(_Reader):
   """CSV and JSON files."""
 
   def read(self) -> Found:
+    try:
+      return self._read()
+    except duckdb.Error as error:
+      raise _unreadable(self.log, error) from error
+
+  def _read(self) -> Found:
     form = self.given  # None: that of the first chunks, until all are seen.
     mine = _mine('"user"', self.shard)
     source = f'(FROM chunk WHERE {mine})'
@@ -276,6 +289,11 @@ class _Texts(_Reader):
         yield _batch(number, some, self.columns)
 
 
+def _unreadable(log, error):
+  reason = ' '.join(str(error).split())
+  return InputError(f'{log.name} cannot be read to its end: {reason}')
+
+
 def _batch(number: int, rows: list[text_rows.Row], columns: Columns) -> pa.RecordBatch:
   """Rows are (offset, values of the mapped columns, reason, text)."""
   offsets, values, reasons, texts = zip(*rows, strict=True)
@@ -306,10 +324,7 @@ class _Parquet(_Reader):
         query = file.query(self.log.first_line(i), self.shard)
         self.absorb(form, f'({query})')
     except duckdb.Error as error:
-      reason = ' '.join(str(error).split())
-      raise InputError(
-        f'{self.log.name} cannot be read to its end: {reason}'
-      ) from error
+      raise _unreadable(self.log, error) from error
     # From the footers: of other shards' rows no one has counted any.
     rows = sum(pq.read_metadata(path).num_rows for path in self.log.files)
     return Found(rows, self.grouped, form, 'Parquet')
@@ -329,13 +344,11 @@ class _Parquet(_Reader):
           f'data.time_format is {self.data.time_format!r}, but {self.where} '
           f'holds {form.text}; leave it out'
         )
-      zone = self.data.time_zone
-      return times.check_zone(
-        dataclasses.replace(form, zone=zone or form.zone)
-        if form.instants
-        else dataclasses.replace(form, zone=zone),
-        self.where,
-      )
+      if form.instants:
+        times.check_settings('', form.zone)
+      zone = self.data.time_zone or form.zone
+      form = dataclasses.replace(form, zone=zone, bounded=not self.data.time_format)
+      return times.check_zone(form, self.where)
     seen = times.Seen(self.con)
     if not self.given:
       for file in files:
@@ -357,7 +370,9 @@ class _File:
       raise InputError(f'{path} is not a readable Parquet file: {error}') from error
     # DuckDB takes the path for a glob pattern.
     literal = re.sub(r'([*?[])', r'[\1]', str(path)).replace("'", "''")
-    self.table = f"read_parquet('{literal}', {_ROW_NUMBER} = true)"
+    # Folders named like columns would take the place of the file's own.
+    options = f'{_ROW_NUMBER} = true, hive_partitioning = false'
+    self.table = f"read_parquet('{literal}', {options})"
     fields = [None if column is None else _field(schema, column) for column in columns]
     inside = dict.fromkeys(_paths(schema)).keys() - set(schema.names)
     text_rows.check_columns(path, columns, [*schema.names, *sorted(inside)])
@@ -441,7 +456,7 @@ def _as_text(path: pathlib.Path, column: str, kind: pa.DataType, value: str) -> 
   if pa.types.is_floating(kind):  # In full: not 1.7e+18.
     return (
       f'CASE WHEN abs({value}) < 9e18 AND {value} = floor({value}) THEN '
-      f'CAST(CAST({value} AS BIGINT) AS VARCHAR) '
+      f'CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR) '
       f'ELSE CAST({value} AS VARCHAR) END'
     )
   return f'CAST({value} AS VARCHAR)'
@@ -458,14 +473,13 @@ def _typed(
       f'{path}: the column {column!r} (data.columns.time) holds '
       f'{kind}, which is no date'
     )
-  # Nanoseconds are cut, not rounded into the next second. With a zone DuckDB reads
-  # them as microseconds already.
-  micros = (
-    f'epoch_ns({value}) // 1000'
-    if kind.unit == 'ns' and not kind.tz
-    else f'epoch_us({value})'
-  )
-  return times.Form('timestamp', bool(kind.tz), True, kind.tz or ''), micros
+  micros = f'epoch_us({value})'
+  if kind.unit == 'ns':
+    # Cut, not rounded into the next second. What has a zone is an instant in UTC,
+    # and DuckDB has functions for those without one alone.
+    plain = f'CAST({value} AS TIMESTAMP_NS)' if kind.tz else value
+    micros = f'epoch_ns({plain}) // 1000'
+  return times.Form('timestamp', bool(kind.tz), True, times.zone_name(kind.tz)), micros
 
 
 def _check_case(path: pathlib.Path, columns: Columns, present: Sequence[str]) -> None:

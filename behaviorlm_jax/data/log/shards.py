@@ -128,7 +128,7 @@ def _reject(
   # Reasons of one kind: without what they quote.
   reasons = dict(
     con.execute(r"""
-      SELECT regexp_replace(regexp_replace(reason, ' ''.*''', ''), ':.*', '')
+      SELECT regexp_replace(regexp_replace(reason, ' ''.*?''', ''), ':.*', '')
              AS kind, count(*) FROM rows WHERE reason IS NOT NULL
       GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall()
   )
@@ -173,6 +173,7 @@ _HINTS = (
   ('fields instead of', 'data.csv (delimiter, quote, escape)'),
   ('broken row', 'data.csv (delimiter, quote, escape)'),
   ('is not of the form', 'data.time_format'),
+  ('lies outside of', 'data.time_format'),
   ('means none', 'data.nulls'),
   ('not UTF-8', 'the encoding, which must be UTF-8 or UTF-16'),
 )

@@ -112,7 +112,8 @@ class Form:
   @property
   def has_offsets(self) -> bool:
     """Whether every row may have an offset of its own."""
-    return self.instants and (self.word in ORDERS or '%' in self.word)
+    # Names of zones (%Z) are read as instants, but give no clock of their own.
+    return self.instants and (self.word in ORDERS or '%z' in self.word)
 
 
 class Seen:
@@ -145,12 +146,14 @@ class Seen:
   def _settle(self, source: str) -> None:
     # 13/01/2024 can only be a day, 01/13/2024 only a month first; 2034013123
     # is an hour or, less likely, seconds since 1970.
-    part = (
-      'count(*) FILTER (TRY_CAST(regexp_extract(moment, '
-      "'^(\\d{{1,2}})[-/.](\\d{{1,2}})[-/.]\\d{{4}}', {}) AS INT) > 12)"
+    # 01/99/2024 can be neither.
+    pattern = r"'^(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}'"
+    one, two = (
+      f'TRY_CAST(regexp_extract(moment, {pattern}, {i}) AS INT)' for i in (1, 2)
     )
+    only = 'count(*) FILTER ({} BETWEEN 13 AND 31 AND {} BETWEEN 1 AND 12)'
     ((day, month, hours),) = self._con.execute(f"""
-        SELECT {part.format(1)}, {part.format(2)}, count(*) FILTER (
+        SELECT {only.format(one, two)}, {only.format(two, one)}, count(*) FILTER (
           CASE WHEN length(moment) = 10 AND moment BETWEEN '19900101' AND '21'
           THEN try_strptime(moment, '%Y%m%d%H') IS NOT NULL END)
         FROM {source}""").fetchall()
@@ -167,8 +170,8 @@ def given(word: str, zone: str) -> Form | None:
   """The form that `data.time_format` settles alone; None: see the column."""
   if word in ('', 'typed', *ORDERS):
     return None
-  instants = word in _UNITS or '%z' in word
-  clock = word in WORDS or bool(re.search('%[HIMSTXcfgn]', word))
+  instants = word in _UNITS or bool(re.search('%[zZ]', word))
+  clock = word in WORDS or bool(re.search('%-?[HIMSTXcfgn]', word))
   form = Form(word, instants, clock, zone, bounded=False)
   return check_zone(form, 'data.time_format')
 
@@ -190,14 +193,22 @@ def check_settings(word: str, zone: str) -> None:
         )
     if zone and not re.fullmatch(_FIXED, zone):
       known = con.execute('SELECT name FROM pg_timezone_names()').fetchall()
-      if (zone,) not in known:
+      # Not BST or EST: they are several zones, and read as one of them.
+      if (zone,) not in known or ('/' not in zone and zone not in _UTC):
         raise InputError(
           f'data.time_zone is {zone!r}, which is no zone that is known; give '
           "a name such as 'America/New_York', or an offset such as '+05:30'."
         )
 
 
-_FIXED = r'([+-])(\d\d):?(\d\d)'
+_FIXED = r'([+-])(0\d|1[0-8]):?([0-5]\d)'
+_UTC = ('UTC', 'GMT')
+
+
+def zone_name(zone: str | None) -> str:
+  """The zone of a Parquet column, as Arrow has it ('Z', '+05'), as we write it."""
+  zone = {None: '', 'Z': 'UTC'}.get(zone, zone)
+  return f'{zone}:00' if re.fullmatch(r'[+-]\d\d', zone) else zone
 
 
 def choose_form(seen: Seen, word: str, zone: str, where: str) -> Form | None:
@@ -217,6 +228,11 @@ def choose_form(seen: Seen, word: str, zone: str, where: str) -> Form | None:
   if word:
     other = 'other' if word != 'iso' else 'iso'
     votes = collections.Counter({key: n for key, n in votes.items() if key[0] == other})
+  if not votes and word:
+    raise InputError(
+      f'{where}: {_quote(seen.shapes[0][1])} and the other times are not what '
+      f'data.time_format = {word!r} says; leave it out, and their form is found'
+    )
   if not votes:
     raise InputError(
       f'{where}: {_quote(seen.shapes[0][1])} and the other times have no '
@@ -336,9 +352,9 @@ def select_instants(form: Form, source: str) -> str:
   if form.word in TYPED:
     instant = 'moment'
   elif form.word == 'compact':
-    instant = _compact()
+    instant = _compact(form)
   else:
-    instant = _number(form.word)
+    instant = _number(form)
   inside = (
     f'instant BETWEEN {FIRST}000000 AND {LAST}000000 - 1'
     if form.bounded and form.word not in TYPED
@@ -354,6 +370,10 @@ def select_instants(form: Form, source: str) -> str:
 
 def _shown(form: Form, source: str, shift: str = '0') -> str:
   """Adds `shift`, by the zone that is given or else by `shift`."""
+  if form.zone or not form.bounded:  # Years 1 to 9999 have a clock in every zone.
+    source = f"""(SELECT * REPLACE (CASE WHEN instant BETWEEN
+      -62135500000000000 AND 253402200000000000 THEN instant END AS instant)
+      FROM {source})"""
   if form.zone:
     # An offset is the same in summer and winter; a name's is that of each instant.
     fixed = re.fullmatch(_FIXED, form.zone)
@@ -449,10 +469,12 @@ def _select_pattern(form: Form, source: str) -> str:
   )
 
 
-def _compact() -> str:
+def _compact(form: Form) -> str:
+  # One form for a column: no dates alone among clocks, but where it was given.
   cases = ' '.join(
     f"WHEN {size} THEN try_strptime(moment, '{pattern}')"
     for size, pattern in _COMPACTS.items()
+    if not form.bounded or form.clock == (size > 8)
   )
   return (
     f"CASE WHEN regexp_full_match(moment, '\\d+') THEN "
@@ -460,7 +482,8 @@ def _compact() -> str:
   )
 
 
-def _number(word: str) -> str:
+def _number(form: Form) -> str:
+  word = form.word
   sound = r"regexp_full_match(moment, '-?\d{1,19}(?:[.,]\d{1,12})?')"
   if word == 'epoch_ns':  # Exactly: DuckDB divides as doubles.
     whole = "regexp_extract(moment, '^-?\\d+')"
@@ -469,6 +492,8 @@ def _number(word: str) -> str:
     f"TRY_CAST(CASE WHEN {sound} THEN replace(moment, ',', '.') END AS DECIMAL(38, 12))"
   )
   if word == 'serial':  # To milliseconds: serials hold no more, and round.
+    if not form.clock:
+      number = f'CASE WHEN {number} = floor({number}) THEN {number} END'
     micros = f'round(({number} - {_SERIAL_ZERO})::DOUBLE * {_DAY * 1000}) * 1000'
   else:
     micros = f'floor({number} * {_UNITS[word]})'

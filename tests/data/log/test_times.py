@@ -359,7 +359,106 @@ def test_parquet_instants_are_shown_by_the_zone_of_the_column(tmp_path, log_conf
 
 def test_parquet_times_before_1990_need_a_word(tmp_path, log_config):
   times = pa.array([TEN, TEN + 1]).cast(pa.timestamp('us'))
-  with pytest.raises(InputError, match='lie from 1970-01-01 to 1970-01-01'):
+  with pytest.raises(InputError, match='lies outside of 1990 to 2100'):
     parquet(tmp_path, times, log_config)
   log, _ = parquet(tmp_path, times, log_config, time_format='typed')
   assert log.time[0] == TEN // 10**6
+
+
+@pytest.mark.parametrize('zone', ['UTC', '+05', 'Europe/Paris'])
+def test_parquet_nanoseconds_with_a_zone_are_read(tmp_path, zone, log_config):
+  times = pa.array([TEN * 10**9 + 999_999_999, (TEN + 5) * 10**9])
+  times = times.cast(pa.timestamp('ns')).cast(pa.timestamp('ns', tz=zone))
+  log, summary = parquet(tmp_path, times, log_config)
+  ahead = {'UTC': 0, '+05': 5 * 3600, 'Europe/Paris': 3600}[zone]
+  assert log.time[0] == TEN + ahead
+  warned = [text for text in summary['warnings'] if 'the clock of UTC' in text]
+  assert bool(warned) == (zone == 'UTC')
+
+
+def test_folders_named_like_columns_leave_the_columns_alone(tmp_path, log_config):
+  folder = tmp_path / 'user=all'
+  folder.mkdir()
+  parquet(folder, pa.array([TEN, TEN + 5]), log_config)
+  assert list(events.open_events(folder / 'events').users) == ['u']
+
+
+def test_a_float_column_with_nan_is_read(tmp_path, log_config):
+  times = pa.array([float(TEN), float('nan'), TEN + 5.0])
+  _, summary = parquet(tmp_path, times, log_config, max_rejected=0.5)
+  assert (summary['rows'], summary['rejected']) == (3, 1)
+
+
+@pytest.mark.parametrize(
+  'odd', ['1970-01-01 00:00', '0001-01-01 00:00', '9999-12-31 23:59']
+)
+def test_a_row_of_another_century_is_malformed(tmp_path, odd, prepare):
+  texts = [f'2024-01-01 10:{i:02d}' for i in range(20)]
+  log, summary, _ = prepare(
+    tmp_path, lines([*texts, odd]), split=(1, 0, 0), max_rejected=0.1
+  )
+  assert summary['reasons'] == {'time lies outside of 1990 to 2100': 1}
+  assert (
+    summary['times'] == 'ISO 8601, 2024-01-01 to 2024-01-01' and len(log.time) == 20
+  )
+
+
+@pytest.mark.parametrize(
+  ('most', 'few'),
+  [
+    ('20240131', '202401310815'),
+    ('202401310815', '20240131'),
+    ('45292', '45292.5'),
+  ],
+)
+def test_dates_alone_and_clocks_are_two_forms(tmp_path, most, few, prepare):
+  _, summary, _ = prepare(
+    tmp_path, lines([most] * 3 + [few]), split=(1, 0, 0), max_rejected=0.5
+  )
+  assert summary['rejected'] == 1
+
+
+@pytest.mark.parametrize('impossible', ['01/99/2024 08:00', '99/01/2024 08:00'])
+def test_a_date_that_is_none_settles_no_order(tmp_path, impossible, refuse):
+  texts = [f'0{i + 1}/02/2024 10:00' for i in range(9)]
+  refuse(tmp_path, lines([*texts, impossible]), 'day_first', max_rejected=0.5)
+
+
+def test_names_of_zones_are_instants_without_a_clock(tmp_path, prepare):
+  texts = ['2024-01-01 05:00:00 EST', '2024-01-01 10:00:05 UTC']
+  log, summary, _ = prepare(
+    tmp_path, lines(texts), split=(1, 0, 0), time_format='%Y-%m-%d %H:%M:%S %Z'
+  )
+  assert log.time.tolist() == [TEN, TEN + 5]
+  assert 'shown by the clock of UTC' in summary['times']
+  assert any('data.time_zone' in text for text in summary['warnings'])
+
+
+@pytest.mark.parametrize('zone', ['BST', 'EST', '+99:99', '+19:00'])
+def test_zones_that_are_several_or_none_are_refused(tmp_path, zone, refuse):
+  refuse(
+    tmp_path, lines(['1704103200', '1704103205']), 'data.time_zone', time_zone=zone
+  )
+
+
+def test_a_format_that_the_times_contradict_is_refused(tmp_path, refuse):
+  refuse(
+    tmp_path,
+    lines(['2024-01-01 10:00', '2024-01-01 10:05']),
+    "data.time_format = 'day_first'",
+    'leave it out',
+    time_format='day_first',
+  )
+
+
+def test_a_number_beyond_all_years_is_malformed(tmp_path, prepare):
+  texts = [f'17041032{i:02d}000000' for i in range(20)]
+  _, summary, _ = prepare(
+    tmp_path,
+    lines([*texts, '9223372036854775807', '-9223372036854775807']),
+    split=(1, 0, 0),
+    max_rejected=0.2,
+    time_format='epoch_us',
+    time_zone='Europe/Paris',
+  )
+  assert (summary['rows'], summary['rejected']) == (22, 2)
