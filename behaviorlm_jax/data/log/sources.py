@@ -39,6 +39,19 @@ _OTHERS = {
   b'\x80\x04': 'a Python pickle',
   b'\x80\x05': 'a Python pickle',
 }
+# The same, where decompressing is all that it lacks.
+_PACKED = {
+  b'\x04"M\x18': 'compressed with lz4',
+  b'\x02!L\x18': 'compressed with lz4',
+  b'\xff\x06\0\0sNaPpY': 'compressed with snappy',
+  b'\x1f\x9d': 'compressed with compress',
+  b"7z\xbc\xaf'\x1c": 'a 7z archive',
+  b'Rar!\x1a': 'a RAR archive',
+  b'PAR1': 'a compressed Parquet file',
+  # One layer is taken off already.
+  b'\x1f\x8b': 'compressed twice',
+  b'\x28\xb5\x2f\xfd': 'compressed twice',
+}
 # What a file that breaks off, or whose bytes are broken, raises.
 BROKEN = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 
@@ -115,7 +128,12 @@ def _find(name: str) -> list[pathlib.Path] | None:
   if path.exists():  # Before it is a glob or a list: names may hold [, * or commas.
     return _parts(path)
   if any(c in name for c in '*?['):
-    matches = sorted(glob.glob(str(path), recursive=True))
+    matches = [
+      match
+      for match in sorted(glob.glob(str(path), recursive=True))
+      # As in a folder, what writers leave beside the parts does not count.
+      if path.name.startswith('_') or not os.path.basename(match).startswith('_')
+    ]
     return [part for match in matches for part in _parts(pathlib.Path(match))] or None
   return None
 
@@ -218,6 +236,11 @@ def open_text(path: pathlib.Path) -> TextFile:
   for magic, what in _OTHERS.items():
     if head.startswith(magic):
       raise InputError(f'{path} is {what}; save the log as CSV, JSON lines or Parquet')
+  for magic, what in _PACKED.items():
+    if head.startswith(magic):
+      raise InputError(f'{path} is {what}; decompress it')
+  if head[257:262] == b'ustar':
+    raise InputError(f'{path} is a tar archive; unpack it')
   encoding = _encoding(head, path)
   start = head.decode(encoding, 'replace').lstrip()
   return TextFile(path, compression, encoding, start)

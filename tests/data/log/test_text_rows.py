@@ -1,6 +1,8 @@
 """Dialects of CSV, shapes of JSON, and nested columns."""
 
+import gzip
 import json
+import shutil
 
 import ml_collections
 import pyarrow as pa
@@ -8,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behaviorlm_jax.data import events
+from behaviorlm_jax.data.log import reader
 from behaviorlm_jax.data.log import text_rows
 from behaviorlm_jax.errors import InputError
 
@@ -32,6 +35,7 @@ def read(tmp_path, log_config):
         {'delimiter': '', 'quote': '', 'escape': '', **csv}
       )
     folder = tmp_path / 'events'
+    shutil.rmtree(folder, ignore_errors=True)
     summary = events.prepare(data, path, folder, 0)
     return {item.name for item in events.open_events(folder).behaviors}, summary
 
@@ -59,6 +63,78 @@ def test_dialects_are_found(mark, quote, escape, read):
 def test_blanks_before_quotes_are_passed_over(read):
   text = dialect(',', '"', '').replace(',"', ', "').replace('eat, "', 'eat, ')
   assert 'eat, drink' in read(text)[0]
+
+
+def bare(names):
+  """Rows of one minute each under a bare header."""
+  rows = (f'u,2024-01-01 {i // 60:02}:{i % 60:02},{n}' for i, n in enumerate(names))
+  return '\n'.join(['user,time,behavior', *rows]) + '\n'
+
+
+@pytest.mark.parametrize('quote', ['"', "'"])
+@pytest.mark.parametrize('at', [0, 100, 200])
+@pytest.mark.parametrize('stray', ['{0}Joe {0}Diner{0}', '{0}Joe', '{0}a{0} b'])
+def test_a_stray_quote_is_one_malformed_row(quote, at, stray, read):
+  names = [quote + name + quote for name in ['gym', 'eat'] * 100]
+  names.insert(at, stray.format(quote))
+  found, summary = read(bare(names))
+  assert (found, summary['rejected']) == ({'gym', 'eat'}, 1)
+
+
+@pytest.mark.parametrize('wrap', ['"', "'", ' "', " '"])
+def test_what_wraps_fields_is_the_quote(wrap, read):
+  names = ['gym', "it's", 'eat', "Joe's"] if '"' in wrap else ['gym', 'say "hi"', 'eat']
+  assert read(bare(f'{wrap}{name}{wrap[-1]}' for name in names))[0] == set(names)
+
+
+def test_a_name_may_begin_or_end_with_an_apostrophe(read):
+  names = ["'t Hooft", 'eat', "Joe's", "Gyms'"]
+  assert read(bare(names))[0] == set(names)
+  assert read(bare([*names, '"eat, drink"']))[0] == {*names, 'eat, drink'}
+
+
+@pytest.mark.parametrize('lines', [150, 151, 152, 153])
+def test_a_field_that_goes_on_is_no_malformed_row(lines, monkeypatch, read):
+  monkeypatch.setattr(reader, '_LINES', lines)
+  names = [*['gym', 'eat'] * 74, '"one\ntwo, ""2""\nthree"', *['gym', '"a, b"'] * 9]
+  found, summary = read(bare(names))
+  assert found == {'gym', 'eat', 'one two, "2" three', 'a, b'}
+  assert summary['rejected'] == 0
+
+
+@pytest.mark.parametrize('null', [r'\N', r'"\N"'])
+def test_backslash_n_stays_a_null(null, read):
+  text = bare([r'"read \"news\""', null, 'eat', r'"C:\\N"'])
+  names, summary = read(text, max_rejected=0.5)
+  assert names == {'read "news"', 'eat', r'C:\N'}
+  assert summary['reasons'] == {'behavior means none (data.nulls)': 1}
+
+
+@pytest.mark.parametrize(
+  'field, given, match',
+  [
+    ('delimiter', '||', "'\\|\\|'; give a character or tab"),
+    ('delimiter', 'none', "'none'; give a character or tab"),
+    ('delimiter', '"', 'give different characters'),
+    ('quote', 'abc', "'abc'; give a character, tab, or none"),
+    ('escape', 'é\u0301', 'give a character, tab, or none'),
+  ],
+)
+def test_what_is_no_character_is_refused(field, given, match, read):
+  given = {'quote': '"', 'escape': 'none', field: given}
+  with pytest.raises(InputError, match=f'data.csv.{field} is .*{match}'):
+    read(bare(['x', 'y']), csv=given)
+
+
+def test_a_quote_may_be_said_to_escape_itself(read):
+  assert read(bare(['x', '"a ""b"""']), csv={'escape': '"'})[0] == {'x', 'a "b"'}
+
+
+def test_columns_are_shown_in_one_short_line(read):
+  with pytest.raises(InputError, match='which are: ') as error:
+    read('\x01' + 'é\x02' * 999 + '\n')
+  shown = str(error.value).split('which are: ')[1]
+  assert len(shown) <= 200 and shown.isprintable()
 
 
 def test_a_dialect_that_is_given_is_used(read):
@@ -128,6 +204,60 @@ def test_a_torn_array_is_refused(read):
     read('[]', 'log.json')
 
 
+@pytest.mark.parametrize('block', [3, 1 << 20])
+def test_arrays_and_objects_may_follow_each_other(block, monkeypatch, read):
+  monkeypatch.setattr(text_rows, '_BLOCK', block)
+  rows = objects()
+  some = json.dumps(rows[:2])
+  text = some + json.dumps(rows[2], indent=1) + '[]\n' + json.dumps(rows[3:])
+  names, summary = read(text, 'log.json')
+  assert (names, summary['rows']) == (NAMES, 5)
+  for end in ('and more {', ']', some[:-1], '7', '[', '"x"', '{"user"'):
+    with pytest.raises(InputError, match=r'breaks off or is no JSON after \d objects'):
+      read(text + end, 'log.json')
+  with pytest.raises(InputError, match='after 2 objects: its array does not end'):
+    read(some[:-1], 'log.json')
+
+
+LAYOUTS = [
+  '\n'.join,
+  lambda rows: '[' + ','.join(rows) + ']',
+  lambda rows: '\n'.join(row.replace('{', '{\n') for row in rows),
+]
+
+
+@pytest.mark.parametrize('write', LAYOUTS)
+def test_doubled_keys_are_malformed_in_every_layout(write, read):
+  row = '{"account": {"id": 1%s}, "time": "2024-01-01 10:0%d", "behavior": "x%d"%s}'
+  rows = [
+    row % ('', 0, 0, ''),
+    row % (', "id": 1', 1, 1, ''),
+    row % ('', 2, 2, ', "account": {}'),
+    row % ('', 3, 3, ', "b\\u0065havior": "y"'),
+    row % (', "x": 1, "x": 2', 4, 4, ', "id": 3, "more": 1, "more": 2'),
+  ]
+  names, summary = read(write(rows), user='account.id', max_rejected=0.9)
+  assert (names, summary['reasons']) == ({'x0', 'x4'}, {'two keys': 3})
+
+
+@pytest.mark.parametrize('write', LAYOUTS)
+def test_a_path_that_is_also_a_key_is_refused(write, read):
+  rows = [row | {'account': {'id': 1}} for row in objects()]
+  rows[1]['account.id'] = 2
+  with pytest.raises(InputError, match=r"2 columns named 'account\.id'"):
+    read(write(list(map(json.dumps, rows))), user='account.id')
+
+
+@pytest.mark.parametrize('write', LAYOUTS)
+def test_any_of_the_first_objects_may_hold_a_column(write, read):
+  rows = [row | {'a.b': {'c': {'d': {'e': {'f': {'g': 7}}}}}} for row in objects()]
+  rows[-1]['room'] = 'kitchen'
+  text = write(list(map(json.dumps, rows)))
+  assert read(text, user='a.b.c.d.e.f.g', place='room')[0] == NAMES
+  with pytest.raises(InputError, match=r"no column 'rooms'.*'room'"):
+    read(text, place='rooms')
+
+
 def test_paths_with_dots_lead_into_objects(read):
   rows = [
     {'user': {'id': 3}, 'at': {'time': f'2024-01-01 10:0{i}'}, 'behavior.name': name}
@@ -161,6 +291,25 @@ def test_a_key_that_stands_twice_is_malformed(read):
   lines.append(lines[1][:-1] + ', "more": {"time": "x"}}')  # Another's key.
   _, summary = read('\n'.join(lines), max_rejected=0.5)
   assert summary['reasons'] == {'two keys': 1}
+
+
+# What is packed.
+
+
+@pytest.mark.parametrize(
+  'content, match',
+  [
+    (b'\x04"M\x18d@\xa7', 'is compressed with lz4; decompress it'),
+    (b'\xff\x06\0\0sNaPpY', 'is compressed with snappy; decompress it'),
+    (gzip.compress(b'PAR1\x15\x04'), 'is a compressed Parquet file; decompress it'),
+    (gzip.compress(gzip.compress(b'user')), 'is compressed twice; decompress it'),
+    (b'log.csv'.ljust(257, b'\0') + b'ustar' + b'x,' * 20_000, 'is a tar archive'),
+  ],
+)
+def test_what_is_packed_is_named(content, match, tmp_path, log_config):
+  (tmp_path / 'log.csv').write_bytes(content)
+  with pytest.raises(InputError, match=match):
+    events.prepare(log_config(), tmp_path / 'log.csv', tmp_path / 'events', 0)
 
 
 # Parquet.
