@@ -263,9 +263,9 @@ class _Texts(_Reader):
         if cut is None:
           used, cut = self._cutter(text, lines, layouts)
           lines, number = lines[used:], number + used
-        rows, used = cut(lines, not more)
-        if rows:
-          yield _batch(number, rows, self.columns)
+        table, used = cut(lines, not more)
+        if table[0]:
+          yield _batch(number, table, self.columns)
         # What a record that goes on has begun with stays for the next chunk.
         lines, number = lines[used:], number + used
 
@@ -286,7 +286,7 @@ class _Texts(_Reader):
     with text.open() as file:
       rows = text_rows.json_stream(text.path, file, self.columns)
       while some := list(itertools.islice(rows, _LINES)):
-        yield _batch(number, some, self.columns)
+        yield _batch(number, text_rows.as_table(some), self.columns)
 
 
 def _unreadable(log, error):
@@ -294,14 +294,13 @@ def _unreadable(log, error):
   return InputError(f'{log.name} cannot be read to its end: {reason}')
 
 
-def _batch(number: int, rows: list[text_rows.Row], columns: Columns) -> pa.RecordBatch:
-  """Rows are (offset, values of the mapped columns, reason, text)."""
-  offsets, values, reasons, texts = zip(*rows, strict=True)
-  mapped = iter(zip(*values, strict=True))  # Columns, for those fields that have one.
+def _batch(number: int, table: text_rows.Table, columns: Columns) -> pa.RecordBatch:
+  offsets, values, reasons, texts = table
+  mapped = iter(values)  # Of those fields that have a column.
   arrays = {'line': pa.array(np.asarray(offsets, np.int64) + number)}
   for field, column in zip(FIELDS, columns, strict=True):
     arrays[field] = (
-      pa.nulls(len(rows), pa.string())
+      pa.nulls(len(offsets), pa.string())
       if column is None
       else pa.array(next(mapped), pa.string())
     )

@@ -1,8 +1,8 @@
 """Text of a log -> rows: CSV in any dialect, and JSON.
 
 `open_csv` and `open_json` take the first lines and return (lines used, cut).
-`cut(lines, last)` returns (rows, lines used); a row is (offset of its first
-line in `lines`, values of the mapped columns, reason or None, text). What is
+`cut(lines, last)` returns (rows as a Table, lines used); a row is (offset of its
+first line in `lines`, values of the mapped columns, reason or None, text). What is
 not used stands at the start of the next call's lines; with `last` all is used.
 `json_stream` is for JSON whose objects are not one to a line.
 
@@ -34,7 +34,9 @@ FIELDS = ('user', 'time', 'behavior', 'place', 'group')
 Columns = Sequence[str | None]  # Of the log, one for each of FIELDS; None: not mapped.
 # Offset of its first line, values of the mapped columns, reason or None, text.
 Row = tuple[int, Sequence[str | None], str | None, str]
-Cut = Callable[[list[str], bool], tuple[list[Row], int]]  # See the module.
+# The same column by column: offsets, the mapped columns, reasons, texts.
+Table = tuple[Sequence[int], Sequence[Sequence], Sequence[str | None], Sequence[str]]
+Cut = Callable[[list[str], bool], tuple[Table, int]]  # See the module.
 _RECORD_LINES = 256  # a stray quote may swallow no more lines than this
 _DELIMITERS = (',', '\t', ';', '|', '\x01')
 _TRIED = 512  # lines that choose a delimiter
@@ -200,7 +202,7 @@ def _header(lines: list[str], options: dict) -> list[str]:
 def _weigh(lines: list[str], options: dict) -> tuple[int, tuple[int, int]]:
   """How many rows have quoted fields in a dialect, and how well it reads all."""
   width = len(_header(lines, options))
-  rows, _ = _cut_csv(lines, True, width, lambda fields: (), options)
+  rows, _ = _cut_records(lines, True, width, lambda fields: (), options)
   count = len(rows)
   for i, (start, _, reason, _) in enumerate(rows):
     # It may be whole in the file: then no rows follow it here, but what it holds.
@@ -237,11 +239,10 @@ def _cut_csv(
   width: int,
   pick: Callable[[list[str]], tuple[str, ...]],
   options: dict,
-) -> tuple[list[Row], int]:
+) -> tuple[Table, int]:
   """Cuts lines into rows; returns them and how many lines they took."""
-  kept = _keep_nulls(lines, options)
   try:
-    table = list(csv.reader(kept, **options))
+    table = list(csv.reader(_keep_nulls(lines, options), **options))
   except csv.Error:
     table = []
   # The fast way: a line is a row, so a row's number follows from its place.
@@ -250,12 +251,23 @@ def _cut_csv(
     and set(map(len, table)) == {width}
     and _is_text(''.join(lines))
   ):
-    return list(
-      zip(
-        range(len(lines)), map(pick, table), itertools.repeat(None), lines, strict=False
-      )
-    ), len(lines)
-  rows, start = [], 0
+    columns = pick(list(zip(*table, strict=True)))
+    return (range(len(lines)), columns, [None] * len(lines), lines), len(lines)
+  rows, used = _cut_records(lines, last, width, pick, options)
+  return as_table(rows), used
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+  """Rows column by column."""
+  if not rows:
+    return (), (), (), ()
+  offsets, values, reasons, texts = zip(*rows, strict=True)
+  return offsets, list(zip(*values, strict=True)), reasons, texts
+
+
+def _cut_records(lines, last, width, pick, options) -> tuple[list[Row], int]:
+  """Like `_cut_csv`, one record after the other."""
+  kept, rows, start = _keep_nulls(lines, options), [], 0
   while start < len(lines):  # record by record
     record = kept[start : start + _RECORD_LINES]
     fields, reason, used = _cut_record(record, width, options)
@@ -361,9 +373,7 @@ def _json_values(path: pathlib.Path, file: TextIO) -> Iterator[tuple[object, str
     at, count = end, count + 1
 
 
-def _cut_json(
-  lines: list[str], last: bool, columns: list[str]
-) -> tuple[list[Row], int]:
+def _cut_json(lines: list[str], last: bool, columns: list[str]) -> tuple[Table, int]:
   """Like `_cut_csv`; a line is a row."""
   del last
   rows = []
@@ -373,7 +383,7 @@ def _cut_json(
     row, reason = _parse_json(line)
     values, fault = _pick(row, columns)
     rows.append((offset, values, reason or fault, mend(line)))
-  return rows, len(lines)
+  return as_table(rows), len(lines)
 
 
 def _pick(row: dict | None, columns: list[str]) -> tuple[list[str | None], str | None]:
