@@ -55,6 +55,8 @@ def ablate(
 ) -> config_dict.ConfigDict:
   """Returns a copy of `config` with the named ablations applied."""
   config = config.copy_and_resolve_references()
+  # Sorted: two orders of flags are one run. With those of the config, which a
+  # sweep's may have already.
   names = sorted({*names, *config.ablations})
   for name in names:
     if name not in ABLATIONS:

@@ -108,7 +108,7 @@ def explain(argv: list[str], error: Exception) -> str:
   whatever a config file raises; the full names stand in `argv`.
   """
   names = list(config_lib.declared())
-  for argument in argv[1:]:
+  for argument in argv[1:]:  # The first that is wrong, in the order of the line.
     match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
     if match and match[1] not in names:
       return _explain_unknown(match[1], names)

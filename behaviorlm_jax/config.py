@@ -145,6 +145,7 @@ FIELDS = {
       'by the work directory.',
       choices=('auto', 'bfloat16', 'float32'),
     ),
+    # products is the fastest where it fits; aot says whether it does.
     'remat': _F(
       'products',
       'What the backward pass finds saved: everything (none), the products (some ten '
@@ -177,6 +178,7 @@ FIELDS = {
     'steps': _F(200, f'{_STEPS}.', 1),
     'learning_rate': _F(1e-3, f'{_RATE}.', 0),
     'interpolation': _F(1.0, _WAY, **_SHARE),
+    # Anchors alone, as the paper has it, did not earn its place (docs/results.md).
     'content': _F(
       'all',
       'What is learned: all behaviors as often as they come, anchors alone (the '
@@ -207,11 +209,14 @@ FIELDS = {
       0.0, 'Of the answer tokens, those of conversations.', 0, 0.99
     ),
     'softmax': _F('names', 'As of a.', choices=_SOFTMAXES),
+    # Balanced draws move the prior, and tau cannot undo all of it.
     'prior': _F('natural', 'As of a.', choices=_PRIORS),
   },
   'plan': {
     'window': _F(48, "Events of a training row's window, at most."),
     'min_context': _F(4, 'Events before every target, at least.', 1),
+    # 40 fill rows of 512 tokens best, and could not be told from 24 in equal time
+    # (docs/benchmarks.md).
     'targets_per_row': _F(40, 'Targets of one window in stages a and one, at most.', 1),
     'budget': _F(
       'balanced',
@@ -222,6 +227,7 @@ FIELDS = {
     'per_behavior': _F(20, "Samples of each behavior in stage b's subset.", 1),
     'temper': _F(0.5, 'Of the tempered budget: 0 is balanced, 1 natural.', **_SHARE),
     'gamma': _F(1.0, 'A sample is drawn with weight difficulty^gamma.', 0),
+    # By default all of them count alike.
     'neighbours': _F(
       1e4,
       'How much the other events of a drawn window count: min(1, neighbours m/n) of a '
@@ -230,6 +236,7 @@ FIELDS = {
     ),
   },
   'difficulty': {
+    # nll did not earn its time here (docs/results.md).
     'score': _F(
       'random',
       'How stage b chooses samples: at random, or by nll, error or margin of the model '
@@ -345,7 +352,7 @@ def _build(fields):
     if isinstance(field, dict):
       section[name] = _build(field)
     elif field.kind:
-      section[name] = config_dict.placeholder(field.kind)
+      section[name] = config_dict.placeholder(field.kind)  # Knows its type.
     else:
       section[name] = field.default
   return section
@@ -404,6 +411,7 @@ def stage_of(config: Mapping, name: str) -> Stage:
       'interpolation': share,
       'content': 'subset',
     }
+    # What is given goes before what follows from stage a.
     own = {field: v for field, v in config['b'].items() if v is not None}
     values = gentler | own
   if name == 'one' and values['content'] == 'anchors':

@@ -40,6 +40,7 @@ def make_plan(setup: Setup, stage: Stage, folder: pathlib.Path, adapter: dict) -
   made_from = fingerprint(setup, f'stage {stage.name}', adapter, sections, stage)
   if processes.exists(path):
     return plan_lib.load(path, made_from)
+  # A stream of its own: what is drawn elsewhere does not move a plan.
   rng = seeds.stream(config.seed, stage.name, 'plan')
   stream = segments(setup, stage, 'train', rng, adapter)
   plan = plan_lib.take(stream, config, stage.steps, made_from)
@@ -117,7 +118,7 @@ def segments(
   else:
     samples = samples_lib.of_split(events, split, config, stage.content == 'anchors')
     stream = plan_lib.tile(windows, samples, rng)
-  if split == 'train':
+  if split == 'train':  # Validation is of behaviors alone.
     stream = plan_lib.mix(stream, setup.conversations, stage.conversation_share, rng)
   return stream
 
@@ -130,6 +131,7 @@ def _drawn(setup, split, windows, rng, adapter):
     rates = {b: len(s) for b, s in samples.items()}
   else:
     every = samples_lib.eligible(events, split, config)
+    # Nothing is scored for validation: the rates alone are those of training.
     samples = samples_lib.by_behavior(events, every)
     rates = dict(enumerate(subset_lib.budgets(events, config)))
     if config.plan.budget == 'natural':
@@ -219,6 +221,7 @@ def _names(setup, stage, plan):
     return tree and loss_lib.names_of(tree)
   kept = np.ones(setup.events.known)
   if stage.prior == 'natural':
+    # At least one: a prior of zero has no logarithm.
     kept = np.maximum(subset_lib.counts(setup.events, setup.config), 1)
   inside = slice(len(tree.paths))
   drawn = drawn_counts(setup, stage, plan)

@@ -57,7 +57,7 @@ def open_run(
   config: config_dict.ConfigDict, workdir: str | pathlib.Path
 ) -> setup_lib.Setup:
   """Meets the other processes, and opens what all of them are given."""
-  with preemption.at_once():
+  with preemption.at_once():  # Others may never come.
     processes.meet(config.distributed)
   processes.start(config.distributed)
   preemption.share()
@@ -85,6 +85,7 @@ def run_stage(setup: setup_lib.Setup, stage: config_lib.Stage) -> None:
   config, folder = setup.config, setup.workdir / stage.folder
   folder.mkdir(exist_ok=True)
   adapter = setup_lib.first_adapter(setup, stage.name)
+  # Also of a finished stage: a plan of other inputs is refused here.
   plan = curriculum.make_plan(setup, stage, folder, adapter)
   if processes.exists(folder / 'evaluation.json'):
     logging.info('%s is finished.', folder)

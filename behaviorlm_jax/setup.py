@@ -74,7 +74,7 @@ def open_setup(
   `shapes_only`: weights are not read, and can be compiled for but not run.
   """
   base = weights.open_base(config.model.address)
-  layout = layout.of(base.config)
+  layout = layout.of(base.config)  # Heads stay whole.
   shapes = lora.shapes(base.config, config.lora.rank, config.lora.targets)
   talks = _conversations(config, base)
   prompts = _prompts(config, workdir, base)
@@ -86,6 +86,7 @@ def open_setup(
       'the conversations': conversations.tokens_digest(talks),
     }
   )
+  # After all that can be wrong: weights take the longest to read.
   model = _model(config, base, layout, shapes, shapes_only)
   scored = model
   if config.score.dtype != config.model.dtype:

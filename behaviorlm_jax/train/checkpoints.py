@@ -61,6 +61,7 @@ class Checkpoints:
         state=ocp.args.StandardSave(state),
         facts=ocp.args.JsonSave({'plan_hash': self.plan_hash}),
       ),
+      # A stop saves between two steps that are due, which Orbax would skip.
       force=True,
     )
 
@@ -82,6 +83,7 @@ class Checkpoints:
     Raises:
       InputError: there are later checkpoints, but none can be read.
     """
+    # All hosts go on from one step, whatever each of them sees.
     newest, torn = processes.shared(processes.on_primary(self._newest, state))
     if torn and not newest and max(torn) > first:
       raise InputError(
@@ -99,6 +101,7 @@ class Checkpoints:
     Its arrays are let go. A disk that fails is no reason to give up a
     checkpoint, and ends the run.
     """
+    # To memory of the host: devices may have no room for a second state.
     whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), state)
     handler = ocp.CompositeCheckpointHandler(
       composite_options=ocp.CompositeOptions(multiprocessing_options=_ALONE),
@@ -116,6 +119,7 @@ class Checkpoints:
               facts=ocp.args.JsonRestore(),
             ),
           )
+        # What Orbax makes of missing files, missing arrays and broken ones.
         except (OSError, KeyError, ValueError) as error:
           if errors.of_disk(error):
             raise
@@ -136,6 +140,7 @@ class Checkpoints:
         state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
       ),
     )
+    # Batches follow from plan and step: with another plan, from others.
     found = restored['facts']['plan_hash']
     if found != self.plan_hash:
       raise InputError(

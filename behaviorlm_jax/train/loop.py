@@ -141,7 +141,7 @@ def run(
         folder.name,
         row['seconds_to_first_step'],
       )
-    if validate:
+    if validate:  # Its time is no step's.
       row |= validate()
       clock.reset()
     for name in ('loss', 'grad_norm', 'val_loss'):
@@ -171,8 +171,10 @@ def run(
       if pending:
         note(*pending)
       pending = (step, metrics)
+      # Every host asks at every step, so that they agree on the one to stop at.
       stop = preemption.requested()
       if step % task.every == 0 or step == steps:
+        # Bound now: the next step takes the memory of this state.
         adapter = state['adapter']
         note(step, metrics, lambda adapter=adapter: validate(adapter))
         pending = None
@@ -181,7 +183,7 @@ def run(
         note(*pending)
         pending = None
         save(state)
-      if stop and step < steps:
+      if stop and step < steps:  # After the last step there is less to do than save.
         checkpoints.wait()
         logging.info('%s: saved at step %d.', folder.name, step)
         preemption.check()

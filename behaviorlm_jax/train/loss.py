@@ -45,6 +45,7 @@ class Names:
     own = jnp.sum(jnp.where(options == tokens[..., None], chosen, 0), axis=-1)
     chosen = jnp.where(options >= 0, chosen, -jnp.inf)
     within = jax.nn.logsumexp(chosen, axis=-1) - own
+    # Both are there for every token: conversations and names share the batch.
     return jnp.where(nodes >= 0, within, _over_vocabulary(logits, tokens))
 
 
@@ -142,6 +143,7 @@ def _chosen(batch, groups, most):
 
 def _at(hidden, where):
   """Hidden states [G, N, D] of [B, L, D], at `where` [G, N] of _chosen."""
+  # By groups, as rows lie on devices: no hidden state goes to another one.
   hidden = hidden.reshape(len(where), -1, hidden.shape[-1])
   return jnp.take_along_axis(hidden, where[..., None], axis=1)
 
@@ -152,6 +154,8 @@ def _compact(where, tokens, nodes, weights, length, most):
   `where` becomes positions in all rows of the group, one after the other.
   """
   where = where + length * jnp.arange(len(where))[:, None]
+  # A size that is known beforehand keeps shapes fixed. Slots that nothing fills lie
+  # past the end and read zeros: no weight, no loss.
   (chosen,) = jnp.nonzero(weights.ravel(), size=most, fill_value=weights.size)
   pick = lambda x: x.ravel().at[chosen].get(mode='fill', fill_value=0)
   return pick(where), pick(tokens), pick(nodes), pick(weights)

@@ -34,6 +34,7 @@ def make_optimizer(
     max(stage.steps, warmup + 1),
   )
   adam = optax.adamw(schedule, weight_decay=train.weight_decay)
+  # Clipped before Adam: its moments never see what clipping takes away.
   if train.clip:
     return optax.chain(optax.clip_by_global_norm(train.clip), adam), schedule
   return adam, schedule
@@ -64,6 +65,7 @@ def _accumulated(sums, adapter, batch, parts):
     (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(adapter, part)
     return jax.tree.map(jnp.add, totals, (loss, weight, grads)), None
 
+  # In float32, as the adapter is: in less, many small parts would add up to less.
   zero = jnp.zeros((), jnp.float32)
   start = (zero, zero, jax.tree.map(jnp.zeros_like, adapter))
   return jax.lax.scan(add, start, jax.tree.map(split, batch))[0]
@@ -119,7 +121,7 @@ def state_shardings(
     shapes,
     is_leaf=lambda x: isinstance(x, tuple),
   )
-  everywhere = layout.replicated
+  everywhere = layout.replicated  # Counters, which all devices need.
   moments = optax.tree.map_params(
     optimizer,
     lambda _, place: place,
@@ -143,6 +145,7 @@ def init_state(
     }
 
   adapter = jax.device_put(adapter, shardings['adapter'])
+  # In a program of all devices: each makes its own part of the moments alone.
   return jax.jit(init, out_shardings=shardings)(adapter)
 
 
@@ -187,8 +190,8 @@ def make_step(
     }
     metrics = {
       'loss': mean,
-      'grad_norm': optax.tree.norm(grads),
-      'learning_rate': schedule(state['step']),
+      'grad_norm': optax.tree.norm(grads),  # Before clipping.
+      'learning_rate': schedule(state['step']),  # Of this very update.
       'answer_weight': weight,
       'tokens': jnp.sum(batch['segments'] > 0),
       'padding': jnp.mean(batch['segments'] == 0),
@@ -198,7 +201,7 @@ def make_step(
 
   return jax.jit(
     step,
-    donate_argnums=0,
+    donate_argnums=0,  # The new state takes the memory of the old one.
     out_shardings=(shardings, layout.replicated),
     compiler_options=layout.compiler_options,
   )

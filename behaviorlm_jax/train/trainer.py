@@ -70,6 +70,7 @@ class Trainer:
 
   def _loss(self, lesson, accumulate):
     parts = self.model.layout.row_parts
+    # Of the whole plan, so that one compilation serves all of its batches.
     answers = plan_lib.most_answers(lesson.plan, self.train.batch, accumulate, parts)
     return Loss(self.model.attach, parts, answers, lesson.names)
 
@@ -124,6 +125,7 @@ class Trainer:
     if lesson is None:
       logging.warning('%s: the validation split has no sample for it.', name)
       return lambda adapter: {}
+    # Whole batches: without a gradient they need no micro-batches.
     sums = step_lib.make_validation(self._loss(lesson, 1), self.model.layout)
 
     def validate(adapter: dict) -> dict:
@@ -140,6 +142,7 @@ def abstract_arguments(trainer: Trainer, lesson: Lesson) -> tuple:
   """(state, params, batch) of a step, as jax.ShapeDtypeStruct."""
   model = trainer.model
   state = step_lib.abstract_state(model.shapes, trainer.optimizer, trainer.places)
+  # All rows of a plan have the shapes of its first.
   row = lesson.assemble(lesson.plan.rows[0])
   batch = jax.tree.map(
     lambda x: model.layout.abstract_rows((trainer.train.batch, *x.shape), x.dtype), row
