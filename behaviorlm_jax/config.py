@@ -145,7 +145,6 @@ FIELDS = {
       'by the work directory.',
       choices=('auto', 'bfloat16', 'float32'),
     ),
-    # products is the fastest where it fits; aot says whether it does.
     'remat': _F(
       'products',
       'What the backward pass finds saved: everything (none), the products (some ten '
