@@ -25,7 +25,10 @@ _DISK = (
 
 
 class InputError(ValueError):
-  """Wrong input from outside the program."""
+  """Wrong input from outside the program; its sentence ends with a full stop."""
+
+  def __init__(self, sentence: str):
+    super().__init__(sentence if sentence.endswith('.') else f'{sentence}.')
 
 
 def of_disk(error: BaseException) -> bool:

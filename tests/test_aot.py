@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_command_compiles_for_this_machine(
   run_fields, command_environment, tmp_path
 ):

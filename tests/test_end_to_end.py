@@ -153,6 +153,7 @@ def test_retention_is_measured_against_the_untuned_model(finished):
     )
 
 
+@pytest.mark.slow
 def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages):
   workdir = copy_run()
   fields = {'stages': (), 'sasrec.steps': 2, 'sasrec.width': 8}
@@ -361,6 +362,7 @@ def test_report_shows_tables_plots_and_examples(finished):
   assert text.count('Top five of B-Tuning') == 10
 
 
+@pytest.mark.slow
 def test_running_again_does_nothing_again(finished, run_command):
   # The report and its plots are drawn anew, and alike.
   look = lambda: {

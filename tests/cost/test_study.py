@@ -22,7 +22,7 @@ REFUSAL = (
   'exceeds available HBM (15.75G). HLO module: jit_f.'
 )
 
-pytestmark = pytest.mark.usefixtures('compile_once')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compile_once')]
 
 
 class Caught(Exception):

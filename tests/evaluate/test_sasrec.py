@@ -13,6 +13,8 @@ from behaviorlm_jax.evaluate import baselines
 from behaviorlm_jax.evaluate import sasrec
 from behaviorlm_jax.score import label_tree
 
+pytestmark = pytest.mark.slow
+
 
 def make_config(**fields):
   config = config_lib.default()

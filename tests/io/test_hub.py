@@ -386,6 +386,7 @@ def test_a_work_directory_keeps_its_commit(hub, make_run_config, tmp_path):
       workspace.check_config(changed, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('compile_once')
 def test_a_run_resumes_with_the_commit_it_began_with(hub, run_stages, tmp_path):
   work = tmp_path / 'work'

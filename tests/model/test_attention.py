@@ -302,6 +302,7 @@ def differences():
   return result
 
 
+@pytest.mark.slow
 def test_four_devices_run_the_kernels_on_their_own_rows_and_heads():
   done = subprocess.run(
     [sys.executable, __file__],

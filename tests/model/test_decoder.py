@@ -179,6 +179,7 @@ def test_keys_and_values_kept_give_the_same_logits_as_one_pass(untied):
   )
 
 
+@pytest.mark.slow
 def test_remat_policies_give_equal_losses_and_gradients(untied):
   config, params = untied
   tokens = draw((2, 16))
@@ -198,6 +199,7 @@ def test_remat_policies_give_equal_losses_and_gradients(untied):
       )
 
 
+@pytest.mark.slow
 def test_remat_policies_give_equal_adapters_around_bfloat16_weights(untied):
   config, params = untied
   params = {name: jnp.asarray(x, jnp.bfloat16) for name, x in params.items()}

@@ -93,6 +93,7 @@ def simulated(rng, users):
   return arms
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_true_difference_as_often_as_they_say():
   """Near 95 % of 300 simulated logs; 80 users of them can be a point below."""
   rng, score = np.random.default_rng(0), 'tail macro-F1'

@@ -133,6 +133,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
   assert_close(parts, whole, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('groups, accumulate', [(1, 1), (2, 1), (1, 4), (2, 2)])
 def test_room_for_the_fullest_group_changes_neither_loss_nor_gradient(
   params, adapter, attach, make_batch, groups, accumulate
@@ -210,6 +211,7 @@ def torch_names_loss(model, batch, tree, bonus):
   return total / batch['answer_weights'].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('drawn', [None, COUNTS])
 @pytest.mark.parametrize('accumulate, most', [(1, None), (2, 40)])
 def test_names_are_taught_within_their_list(
@@ -251,6 +253,7 @@ def test_the_balanced_loss_is_that_of_the_balanced_softmax():
   np.testing.assert_allclose(found, np.logaddexp.reduce(joint) - joint, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kept', [KEPT, [1] * len(NAMES)])
 def test_whatever_is_drawn_the_best_scores_are_those_of_what_is_kept(kept):
   """Where the loss of what is drawn has no gradient, p(y) is kept's share."""

@@ -38,6 +38,7 @@ def prepare_in_parts(data, path, folder, count):
   return join.join(data, path, sources, folder / 'events', 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fields', [{'place': 'where'}, {'group': 'home'}, {'collapse_repeats': False}]
 )
