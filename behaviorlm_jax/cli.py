@@ -33,6 +33,8 @@ UNUSABLE = (
   TypeError,
   ValueError,
 )
+# What took the place of train.loss and train.balanced_loss.
+_LOSSES = 'a.softmax and a.prior, b.softmax and b.prior say it now'
 # What a disk that is full or fails, or a lost process, comes as; the message
 # tells.
 _FROM_BELOW = (
@@ -141,9 +143,6 @@ def _moved(last: str, names) -> str:
   if last in ('loss', 'balanced_loss'):
     return f' here ({_LOSSES})'
   return nearest(last, [name.split('.')[-1] for name in names])
-
-
-_LOSSES = 'a.softmax and a.prior, b.softmax and b.prior say it now'
 
 
 def _explain_unknown(name, names):

@@ -10,6 +10,7 @@ prints all fields as a page.
 """
 
 import dataclasses
+import operator
 import re
 from collections.abc import Mapping
 
@@ -481,20 +482,24 @@ def _check_together(config):
       f'data.split is {tuple(split)}; it must be three positive shares (train, '
       'validation, test) that add up to 1.'
     )
-  for one, other, fault in (
-    ('plan.window', 'plan.min_context', 'the window must be larger'),
-    ('data.history', 'plan.min_context', 'the history must not be smaller'),
-    ('train.batch', 'train.accumulate', 'the batch must be a multiple of it'),
-    ('sasrec.width', 'sasrec.heads', 'the width must be a multiple of it'),
+  for one, fits, other, fault in (
+    ('plan.window', operator.gt, 'plan.min_context', 'the window must be larger'),
+    (
+      'data.history',
+      operator.ge,
+      'plan.min_context',
+      'the history must not be smaller',
+    ),
+    ('train.batch', _divides, 'train.accumulate', 'the batch must be a multiple of it'),
+    ('sasrec.width', _divides, 'sasrec.heads', 'the width must be a multiple of it'),
   ):
     x, y = value_of(config, one), value_of(config, other)
-    if {
-      'plan.window': x <= y,
-      'data.history': x < y,
-      'train.batch': x % y,
-      'sasrec.width': x % y,
-    }[one]:
+    if not fits(x, y):
       raise InputError(f'{one} is {x} and {other} is {y}; {fault}.')
+
+
+def _divides(whole, part):
+  return whole % part == 0
 
 
 def _check_changes(config):
@@ -526,10 +531,11 @@ def _check_stages(config):
         f"'vocabulary', over which no prior is corrected; set {section}.prior=drawn "
         f'or {section}.softmax=names.'
       )
-  wrong = [f'{s}.softmax' for s in sections if config[s].softmax == 'names']
-  if wrong and config.score.softmax != 'names':
+  words = 'names'
+  wrong = [f'{s}.softmax' for s in sections if config[s].softmax == words]
+  if wrong and config.score.softmax != words:
     raise InputError(
-      f'{" and ".join(f"{name} is {chr(39)}names{chr(39)}" for name in wrong)}, which '
+      f'{" and ".join(f"{name} is {words!r}" for name in wrong)}, which '
       'teaches nothing of the rest of the vocabulary, and score.softmax is '
       f'{config.score.softmax!r}; set score.softmax=names or '
       f'{" and ".join(f"{name}=vocabulary" for name in wrong)}.'

@@ -73,7 +73,7 @@ def evaluate(
   if processes.exists(folder / 'evaluation.json'):
     return
   config = setup.config
-  # First what is cheap: a run that is stopped here has it.
+  # Before the scores: whatever stops those, this is kept.
   measure_retention(setup, folder, adapter)
   test = score(setup, adapter, samples, f'{folder.name}: evaluate')
   validation = None

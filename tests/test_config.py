@@ -546,7 +546,7 @@ def test_the_page_of_settings_is_that_of_the_declarations():
 def test_every_field_is_declared_with_what_it_means():
   config = config_lib.default()
   for name, field in config_lib.declared().items():
-    assert field.doc.endswith(('.', ',', 'one)')), name
+    assert field.doc.endswith(('.', ',')), name
     assert config_lib.value_of(config, name) == field.default
 
 

@@ -196,8 +196,7 @@ def _blocked_backward(
   # gradients is dy . y. In float32, before dy is rounded.
   inside = jnp.sum(dy * y, axis=-1, keepdims=True)
   dy = dy.astype(q.dtype)
-  # Transposed once for all blocks. The barriers, here and below, hold XLA to
-  # that (see decoder._lora_dot_backward).
+  # Transposed once for all blocks (as in decoder._lora_dot_backward).
   flat = jax.lax.optimization_barrier(k.swapaxes(2, 3))
   dqs, dks, dvs = [], [], []
   for begin, end in _blocks(length):

@@ -61,7 +61,6 @@ class Checkpoints:
         state=ocp.args.StandardSave(state),
         facts=ocp.args.JsonSave({'plan_hash': self.plan_hash}),
       ),
-      # A stop saves between two steps that are due, which Orbax would skip.
       force=True,
     )
 

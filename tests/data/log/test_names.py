@@ -121,6 +121,15 @@ def test_what_spells_nothing_can_be_a_name(tmp_path, history, prepare):
   assert 'None' in {item.name for item in log.behaviors}
 
 
+@pytest.mark.parametrize('nulls', [(0, 'guest'), ('0,Guest',)])
+def test_nulls_are_read_as_a_command_line_gives_them(tmp_path, history, prepare, nulls):
+  rows = [*history('xyz'), *history('x', '0'), *history('y', 'GUEST')]
+  log, summary, _ = prepare(
+    tmp_path, rows, max_rejected=0.9, split=(1, 0, 0), nulls=nulls
+  )
+  assert list(log.users) == ['u'] and summary['rejected'] == 2
+
+
 def test_many_null_users_stop_the_run_by_name(tmp_path, history, refuse):
   refuse(
     tmp_path,

@@ -89,6 +89,15 @@ def test_a_folder_of_parquet_parts_is_one_log(tmp_path, read, minute):
   assert (list(log.users), summary['rows']) == (['a', 'b'], 6)
 
 
+def test_a_glob_takes_no_files_that_writers_leave_beside(tmp_path, read):
+  for name, user in (('part-0', 'a'), ('part-1', 'b')):
+    rows = [f'{user},2024-01-01 10:0{i},{b}' for i, b in enumerate('xyz')]
+    (tmp_path / name).write_text('\n'.join([HEADER, *rows]) + '\n')
+  (tmp_path / '_committed_1').write_text('{}')
+  log, summary = read(tmp_path / '*')
+  assert (list(log.users), summary['rows']) == (['a', 'b'], 6)
+
+
 def test_places_that_hold_no_log_are_refused(tmp_path, parts, read, history):
   empty = tmp_path / 'empty'
   empty.mkdir()
