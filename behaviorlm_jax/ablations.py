@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.errors import nearest
+from behaviorlm_jax.errors import InputError, nearest
 
 # Each ablation changes these fields; `stages` is checked in `_left`.
 ABLATIONS = {
@@ -50,9 +49,7 @@ _CLASHES = {
 }
 
 
-def ablate(
-  config: config_dict.ConfigDict, names: Iterable[str]
-) -> config_dict.ConfigDict:
+def ablate(config: ConfigDict, names: Iterable[str]) -> ConfigDict:
   """Returns a copy of `config` with the named ablations applied."""
   config = config.copy_and_resolve_references()
   # Sorted: two orders of flags are one run. With those of the config, which a

@@ -14,8 +14,7 @@ first.
 import tempfile
 
 import jax
-from absl import app
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from behaviorlm_jax import cli

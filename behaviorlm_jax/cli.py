@@ -9,17 +9,13 @@ from typing import NoReturn
 import duckdb
 import jax
 import safetensors
-from absl import flags
-from absl import logging
+from absl import flags, logging
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import errors
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.errors import nearest
-from behaviorlm_jax.io import addresses
-from behaviorlm_jax.io import bucket
+from behaviorlm_jax.cluster import preemption, processes
+from behaviorlm_jax.errors import InputError, nearest
+from behaviorlm_jax.io import addresses, bucket
 
 # What flags and a config file, which is a program of the user's, may raise.
 UNUSABLE = (

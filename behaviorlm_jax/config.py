@@ -14,10 +14,9 @@ import operator
 import re
 from collections.abc import Mapping
 
-from ml_collections import config_dict
+from ml_collections import config_dict, ConfigDict
 
-from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.errors import nearest
+from behaviorlm_jax.errors import InputError, nearest
 
 # To be raised when a default changes: rows of sweeps are known by what their
 # settings change (sweep.results.settings_hash).
@@ -162,15 +161,7 @@ FIELDS = {
     'rank': _F(16, 'Of the adapter.', 1),
     'alpha': _F(32.0, 'Scale of the adapter: alpha / rank.'),
     'targets': _F(
-      (
-        'q_proj',
-        'k_proj',
-        'v_proj',
-        'o_proj',
-        'gate_proj',
-        'up_proj',
-        'down_proj',
-      ),
+      ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'),
       'Projections that get an adapter.',
     ),
   },
@@ -279,8 +270,7 @@ FIELDS = {
     'validation_rows': _F(32, 'Rows behind the validation loss.', 1),
     'validation_samples': _F(200, 'Validation samples behind what is fitted.', 1),
     'fit': _F(
-      True,
-      'Also evaluate each model adjusted and mixed with counts (evaluate.adjust).',
+      True, 'Also evaluate each model adjusted and mixed with counts (evaluate.adjust).'
     ),
   },
   'sasrec': {
@@ -300,7 +290,7 @@ FIELDS = {
       'still knows.',
       0,
       0.9,
-    ),
+    )
   },
   'mesh': {
     'data': _F(-1, 'Devices along it, dividing rows; -1: the rest.'),
@@ -341,13 +331,13 @@ _ONLY_WITH = (
 _STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())
 
 
-def default() -> config_dict.ConfigDict:
+def default() -> ConfigDict:
   """The full config."""
   return _build(FIELDS).lock()  # A config file cannot invent fields.
 
 
 def _build(fields):
-  section = config_dict.ConfigDict()
+  section = ConfigDict()
   for name, field in fields.items():
     if isinstance(field, dict):
       section[name] = _build(field)
@@ -369,7 +359,7 @@ def declared(fields: dict = FIELDS, prefix: str = '') -> dict[str, Field]:
   return found
 
 
-def value_of(config: config_dict.ConfigDict, name: str) -> object:
+def value_of(config: ConfigDict, name: str) -> object:
   """The value of a dotted name."""
   for part in name.split('.'):
     config = config[part]
@@ -422,7 +412,7 @@ def stage_of(config: Mapping, name: str) -> Stage:
 # Checks.
 
 
-def shard(config: config_dict.ConfigDict) -> tuple[int, int] | None:
+def shard(config: ConfigDict) -> tuple[int, int] | None:
   """(index, count) of data.shard, or None."""
   text = config.data.shard
   if not text:
@@ -442,7 +432,7 @@ def shard(config: config_dict.ConfigDict) -> tuple[int, int] | None:
   return int(match[1]), int(match[2])
 
 
-def check(config: config_dict.ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
   """Raises InputError for the first field that cannot work."""
   for name, field in declared().items():
     value = value_of(config, name)

@@ -8,32 +8,27 @@ mixed in. The outcome is a plan, made once and kept in the stage's folder.
 import dataclasses
 import hashlib
 import json
-import pathlib
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from behaviorlm_jax import measure
-from behaviorlm_jax import seeds
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace
-from behaviorlm_jax.config import FOLDERS
-from behaviorlm_jax.config import Stage
+from behaviorlm_jax import measure, seeds
+from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.config import FOLDERS, Stage
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data import subset as subset_lib
 from behaviorlm_jax.data.plan import Plan
-from behaviorlm_jax.score import difficulty
-from behaviorlm_jax.score import label_tree
+from behaviorlm_jax.score import difficulty, label_tree
 from behaviorlm_jax.setup import Setup
 from behaviorlm_jax.train import loss as loss_lib
 from behaviorlm_jax.train.trainer import Lesson
 
 
-def make_plan(setup: Setup, stage: Stage, folder: pathlib.Path, adapter: dict) -> Plan:
+def make_plan(setup: Setup, stage: Stage, folder: Path, adapter: dict) -> Plan:
   """The stage's plan; read if it stands there already."""
   config, path = setup.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')

@@ -6,9 +6,7 @@ Prints rows, times, users and behaviors and whatever is odd about them. Ends
 with 2 and one sentence where a run would refuse the log.
 """
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from behaviorlm_jax import cli

@@ -3,12 +3,10 @@
 python -m behaviorlm_jax.main --config=FILE --workdir=DIR [--ablation=NAME ...]
 """
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from behaviorlm_jax import ablations
-from behaviorlm_jax import cli
+from behaviorlm_jax import ablations, cli
 from behaviorlm_jax import run as run_lib
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.')

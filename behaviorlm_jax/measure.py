@@ -4,16 +4,13 @@ Scores of samples, retention, predictions: what stands in the work directory
 already is not measured again.
 """
 
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import tqdm
 
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace
-from behaviorlm_jax.evaluate import evaluation
-from behaviorlm_jax.evaluate import sasrec
+from behaviorlm_jax.cluster import preemption, processes, workspace
+from behaviorlm_jax.evaluate import evaluation, sasrec
 from behaviorlm_jax.io import files
 from behaviorlm_jax.setup import Setup
 
@@ -67,7 +64,7 @@ def evaluate_sasrec(setup: Setup, samples: np.ndarray) -> None:
 
 
 def evaluate(
-  setup: Setup, folder: pathlib.Path, adapter: dict | None, samples: np.ndarray
+  setup: Setup, folder: Path, adapter: dict | None, samples: np.ndarray
 ) -> None:
   """Writes predictions and evaluation of one arm, unless they stand there."""
   if processes.exists(folder / 'evaluation.json'):
@@ -88,7 +85,7 @@ def evaluate(
   )
 
 
-def measure_retention(setup: Setup, folder: pathlib.Path, adapter: dict | None) -> None:
+def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
   """Writes retention.json, if there is anything to measure it on."""
   path, rows = folder / 'retention.json', setup.retention.rows(adapter)
   if processes.exists(path) or not rows:

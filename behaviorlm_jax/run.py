@@ -10,30 +10,25 @@ Each arrow is a file in the work directory. What is finished is not done again,
 so the same command resumes a run wherever it ended.
 """
 
-import pathlib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import curriculum
-from behaviorlm_jax import measure
+from behaviorlm_jax import curriculum, measure
 from behaviorlm_jax import setup as setup_lib
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import preemption, processes, workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.evaluate import evaluation
-from behaviorlm_jax.io import bucket
-from behaviorlm_jax.io import hub
+from behaviorlm_jax.io import bucket, hub
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.report import report
-from behaviorlm_jax.train import sharding
-from behaviorlm_jax.train import trainer
+from behaviorlm_jax.train import sharding, trainer
 
 
-def run(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: str | Path) -> None:
   """Runs the config's stages in `workdir` and writes the report.
 
   With data.shard it only prepares that part of the log.
@@ -46,16 +41,14 @@ def run(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
   measure.evaluate_base(setup)
   for name in setup.config.stages:
     run_stage(setup, config_lib.stage_of(setup.config, name))
-  title = 'BehaviorLM: ' + pathlib.PurePosixPath(config.data.events).name
+  title = 'BehaviorLM: ' + PurePosixPath(config.data.events).name
   processes.on_primary(
     report.write_report, setup.workdir, title, setup.base.tokenizer.decode
   )
   logging.info('report: %s', setup.workdir / 'report.html')
 
 
-def open_run(
-  config: config_dict.ConfigDict, workdir: str | pathlib.Path
-) -> setup_lib.Setup:
+def open_run(config: ConfigDict, workdir: str | Path) -> setup_lib.Setup:
   """Meets the other processes, and opens what all of them are given."""
   with preemption.at_once():  # Others may never come.
     processes.meet(config.distributed)
@@ -70,7 +63,7 @@ def open_run(
   return setup
 
 
-def prepare_shard(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
+def prepare_shard(config: ConfigDict, workdir: str | Path) -> None:
   """Prepares data.shard's part of the log; SIGTERM stops it at once."""
   try:
     with preemption.at_once():
@@ -107,7 +100,7 @@ def run_stage(setup: setup_lib.Setup, stage: config_lib.Stage) -> None:
 def train(
   setup: setup_lib.Setup,
   stage: config_lib.Stage,
-  folder: pathlib.Path,
+  folder: Path,
   plan: curriculum.Plan,
   adapter: dict,
 ) -> dict:

@@ -2,40 +2,36 @@
 
 import dataclasses
 import functools
-import pathlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace
-from behaviorlm_jax.data import conversations
+from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.data import conversations, prepared
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
 from behaviorlm_jax.io import addresses
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
-from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train import sharding, trainer
 from behaviorlm_jax.train import step as step_lib
-from behaviorlm_jax.train import trainer
 
 
 @dataclasses.dataclass
 class Setup:
   """What the stages of one run have in common."""
 
-  config: config_dict.ConfigDict
-  workdir: pathlib.Path
+  config: ConfigDict
+  workdir: Path
   base: weights.Base
   prompts: prompts_lib.Prompts
   conversations: list[conversations.Conversation]  # to train on
@@ -64,10 +60,7 @@ class Setup:
 
 
 def open_setup(
-  config: config_dict.ConfigDict,
-  workdir: pathlib.Path,
-  layout: sharding.Layout,
-  shapes_only: bool = False,
+  config: ConfigDict, workdir: Path, layout: sharding.Layout, shapes_only: bool = False
 ) -> Setup:
   """Events, base model and scorer; every input is checked on the way.
 

@@ -1,20 +1,18 @@
 """The flags of all benchmarks, and what runs them."""
 
-import pathlib
 import sys
 import tempfile
+from pathlib import Path
 
 import common
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from behaviorlm_jax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
-  str(pathlib.Path(__file__).with_name('default_config.py')),
+  str(Path(__file__).with_name('default_config.py')),
   'Config file; any field can be changed: --config.train.batch=4.',
 )
 QUICK = flags.DEFINE_bool('quick', False, 'Fewer repeats, smaller tables.')
@@ -37,7 +35,7 @@ def run(benchmark):
     common.show_machine()
     try:
       with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+        folder = Path(folder)
         inputs = common.open_inputs(CONFIG.value, folder / 'log', ADAPTER.value)
         benchmark(inputs, folder)
     except InputError as error:

@@ -12,31 +12,28 @@ import datetime
 import functools
 import importlib.metadata
 import os
-import pathlib
 import platform
 import resource
 import time
+from pathlib import Path
 
 for _name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'):
   os.environ.pop(_name, None)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import logging  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
-from behaviorlm_jax import config as config_lib  # noqa: E402
-from behaviorlm_jax.cluster import workspace  # noqa: E402
-from behaviorlm_jax.data import conversations  # noqa: E402
-from behaviorlm_jax.data import loader  # noqa: E402
-from behaviorlm_jax.data import plan as plan_lib  # noqa: E402
-from behaviorlm_jax.data import prepared  # noqa: E402
-from behaviorlm_jax.data import prompts as prompts_lib  # noqa: E402
-from behaviorlm_jax.data import samples as samples_lib  # noqa: E402
-from behaviorlm_jax.errors import InputError  # noqa: E402
-from behaviorlm_jax.model import lora  # noqa: E402
-from behaviorlm_jax.model import weights  # noqa: E402
-from behaviorlm_jax.train import sharding  # noqa: E402
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.data import conversations, loader, prepared
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import lora, weights
+from behaviorlm_jax.train import sharding
 
 THREADS = os.cpu_count()
 _REST = 0.05  # Seconds between timed calls, see above.
@@ -95,14 +92,14 @@ class Inputs:
 
 def open_inputs(config, workdir, adapter=''):
   config_lib.check(config)
-  config = workspace.pin(config, pathlib.Path(workdir))
+  config = workspace.pin(config, Path(workdir))
   base = weights.open_base(config.model.address)
   if base.folder is None:
     raise InputError(
       f'model.address is {config.model.address}, which torch '
       'cannot read; give a folder or a .gguf file.'
     )
-  events = prepared.load_events(config, pathlib.Path(workdir))
+  events = prepared.load_events(config, Path(workdir))
   prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
   plan_lib.check_lengths(prompts, config)
   talks = conversations.read_conversations(
@@ -228,7 +225,7 @@ def show_machine():
 
 
 def processor():
-  path = pathlib.Path('/proc/cpuinfo')
+  path = Path('/proc/cpuinfo')
   lines = path.read_text().splitlines() if path.exists() else []
   names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
   return names[0] if names else platform.processor()
@@ -236,14 +233,14 @@ def processor():
 
 def forget_peak():
   """Starts `peak_memory` anew, where the kernel allows it."""
-  path = pathlib.Path('/proc/self/clear_refs')
+  path = Path('/proc/self/clear_refs')
   if path.exists():
     path.write_text('5')
 
 
 def peak_memory():
   """Most resident memory of this process so far (see forget_peak), in GB."""
-  path = pathlib.Path('/proc/self/status')
+  path = Path('/proc/self/status')
   if path.exists():
     line = next(x for x in path.read_text().splitlines() if 'VmHWM' in x)
     return int(line.split()[1]) / 1e6

@@ -8,15 +8,14 @@ HLO text, in which every matrix product and every loop's trip count stands.
 import collections
 import importlib.util
 import math
-import pathlib
 import re
 import tempfile
+from pathlib import Path
 
 import common
 import jax
 
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import families
+from behaviorlm_jax.model import decoder, families
 
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _COMPUTATION = re.compile(r'(?:ENTRY )?%([\w.\-]+) \(.*\{$')
@@ -170,7 +169,7 @@ def profile(text, call):
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       call()
-    (path,) = pathlib.Path(folder).rglob('*.xplane.pb')
+    (path,) = Path(folder).rglob('*.xplane.pb')
     data = jax.profiler.ProfileData.from_file(str(path))
   of, seconds = kinds(text), collections.Counter()
   for plane in data.planes:

@@ -20,7 +20,6 @@ What a step needs is rows a second of one host; see --need.
 import datetime
 import json
 import os
-import pathlib
 import re
 import resource
 import subprocess
@@ -28,21 +27,18 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import common
 import generated_log
-from absl import app
-from absl import flags
+from absl import app, flags
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import curriculum
-from behaviorlm_jax import seeds
-from behaviorlm_jax import setup
+from behaviorlm_jax import curriculum, seeds, setup
 from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.data import loader
+from behaviorlm_jax.data import loader, prepared
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import weights
@@ -101,7 +97,7 @@ def _cpu():
 
 def _memory(name):
   """GB of this process, by the kernel's name for it."""
-  text = pathlib.Path('/proc/self/status').read_text()
+  text = Path('/proc/self/status').read_text()
   return int(re.search(rf'{name}:\s+(\d+) kB', text)[1]) * 1024 / 1e9
 
 
@@ -291,11 +287,11 @@ def report(sizes, facts):
 def main(argv):
   if _PHASE.value:
     phase = {'prepare': prepare, 'plan': plan}[_PHASE.value]
-    print(json.dumps(phase(*map(pathlib.Path, argv[1:]))))
+    print(json.dumps(phase(*map(Path, argv[1:]))))
     return
   sizes = [float(size) for size in SIZES.value]
   with tempfile.TemporaryDirectory() as temporary:
-    folder = pathlib.Path(FOLDER.value or temporary)
+    folder = Path(FOLDER.value or temporary)
     folder.mkdir(parents=True, exist_ok=True)
     report(sizes, [measure(size, folder) for size in sizes])
 

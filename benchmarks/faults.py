@@ -25,7 +25,6 @@ import dataclasses
 import datetime
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -34,11 +33,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-HERE = pathlib.Path(__file__).parent
+HERE = Path(__file__).parent
 STAGES = ('a_tuning', 'b_tuning')
 ADAPTER = 'adapter/adapter_model.safetensors'
 STEPS, TIMEOUT, HEARTBEAT = 6, 120, 12
@@ -503,7 +503,7 @@ def main():
   parser.add_argument('--folder', help='Keeps what the processes said.')
   arguments = parser.parse_args()
   with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(
+    folder = Path(
       arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
     ).absolute()
     folder.mkdir(parents=True, exist_ok=not arguments.folder)

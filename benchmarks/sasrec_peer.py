@@ -12,12 +12,11 @@ Accuracy and mean log p of both should differ by little more than their seeds
 do.
 """
 
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import torch
-from absl import app
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from behaviorlm_jax.data import events as events_lib
@@ -154,7 +153,7 @@ def _scores(log_p, events, ends):
 def main(argv):
   del argv
   config = flags.FLAGS.config
-  events = events_lib.open_events(pathlib.Path(flags.FLAGS.workdir) / 'events')
+  events = events_lib.open_events(Path(flags.FLAGS.workdir) / 'events')
   ends = positions(events, 'test', config)
   print(f'{len(ends)} test events, {config.sasrec.steps} steps')
   found = {'ours': [], 'peer': []}

@@ -12,7 +12,7 @@ are the ratios of the median prompts per second, ours over the peer's.
 """
 
 import itertools
-import pathlib
+from pathlib import Path
 
 import command
 import common
@@ -40,7 +40,7 @@ def real_names(inputs):
   if not NAMES_FILE.value:
     events = inputs.events
     return [b.name for b in events.behaviors[: events.known]]
-  path = pathlib.Path(NAMES_FILE.value)
+  path = Path(NAMES_FILE.value)
   if not path.is_file():
     raise InputError(
       f'--names_file: {path} is no file; give a file with one name per line.'

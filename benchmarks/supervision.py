@@ -19,7 +19,7 @@ user's log begins or a row's length ends. Short windows share rows.
 import csv
 import itertools
 import math
-import pathlib
+from pathlib import Path, PurePosixPath
 
 import arms as arms_lib
 import command
@@ -180,8 +180,8 @@ def draw(path, arms, title):
 
 def title(inputs, validation):
   config = inputs.config
-  log = pathlib.PurePosixPath(config.data.events).name
-  model = pathlib.PurePosixPath(config.model.address).name
+  log = PurePosixPath(config.data.events).name
+  model = PurePosixPath(config.model.address).name
   return (
     f'{log}, {model}: {validation.questions} validation questions\n'
     f'with up to {config.data.history} events of history; batches of '
@@ -221,7 +221,7 @@ def benchmark(inputs, folder):
   race(arms, validation, shared.adapter, seconds)
   measures = [measure(inputs, arm) for arm in arms]
   show(arms, measures, seconds)
-  out = pathlib.Path(OUT.value)
+  out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   write_csv(out / 'supervision.csv', arms, measures)
   draw(out / 'supervision.png', arms, title(inputs, validation))

@@ -12,11 +12,11 @@ import copy
 import datetime
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 # Before JAX is loaded; in front, so that a caller's own flag wins.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 ' + os.environ.get(
@@ -36,10 +36,9 @@ from behaviorlm_jax import ablations as ablations_lib
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import families, weights
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 STEPS = 6  # Of each stage.
 FIELDS = {
   'model.address': 'random://tiny',

@@ -7,27 +7,25 @@ so that only the ablated stages run.
 import collections
 import importlib.util
 import json
-import pathlib
 import shutil
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from pyarrow import parquet
 
-from behaviorlm_jax import ablations
+from behaviorlm_jax import ablations, curriculum, setup
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import curriculum
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax import setup
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.train import sharding
 
-CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+CONFIGS = Path(__file__).parents[1] / 'configs'
 ADAPTER = 'adapter/adapter_model.safetensors'
 # Enough draws to tell natural frequencies from balance.
 MORE = {'a.steps': 24, 'b.steps': 24, 'checkpoint.every': 24}
@@ -195,9 +193,7 @@ def test_stage_b_allows_for_how_often_it_draws_a_behavior(
 
   monkeypatch.setattr(curriculum.loss_lib, 'names_of', spied)
   workdir = ablated(
-    'no_difficulty',
-    only='b',
-    fields={'b.prior': prior, 'plan.neighbours': 3.0},
+    'no_difficulty', only='b', fields={'b.prior': prior, 'plan.neighbours': 3.0}
   )
   expected = collections.Counter()
   events = events_lib.open_events(workdir / 'events')

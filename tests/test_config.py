@@ -1,22 +1,21 @@
 """Configs: what is refused and how it is said, ablations, flags."""
 
 import itertools
-import pathlib
 import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from behaviorlm_jax import ablations
-from behaviorlm_jax import cli
+from behaviorlm_jax import ablations, cli
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.errors import InputError
 
-CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+CONFIGS = Path(__file__).parents[1] / 'configs'
 NAMES = (
   'foursquare_nyc.py',
   'india_time_use.py',
@@ -158,24 +157,14 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
     ({'data.split': (0.5, 0.5)}, ('data.split', '(0.5, 0.5)')),
     ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
     ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
-    (
-      {'b.interpolation': 1.5},
-      ('b.interpolation is 1.5', 'from 0 to 1'),
-    ),
+    ({'b.interpolation': 1.5}, ('b.interpolation is 1.5', 'from 0 to 1')),
     ({'a.conversation_share': 1.0}, ('a.conversation_share', '1.0')),
-    (
-      {'b.conversation_share': -0.1},
-      ('b.conversation_share', '-0.1'),
-    ),
+    ({'b.conversation_share': -0.1}, ('b.conversation_share', '-0.1')),
     ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
     ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
     ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
     (
-      {
-        'a.softmax': 'vocabulary',
-        'b.prior': 'natural',
-        'score.softmax': 'vocabulary',
-      },
+      {'a.softmax': 'vocabulary', 'b.prior': 'natural', 'score.softmax': 'vocabulary'},
       ("b.softmax is 'names'", 'set score.softmax=names or b.softmax=vocabulary.'),
     ),
     (
@@ -436,14 +425,8 @@ def test_a_config_file_cannot_invent_a_field(tmp_path):
 @pytest.mark.parametrize(
   ('argument', 'sentence'),
   [
-    (
-      '--config.a.stepz=3',
-      'config has no field a.stepz (did you mean a.steps?).',
-    ),
-    (
-      '--config.aa.steps=3',
-      'config has no field aa.steps (did you mean a.steps?).',
-    ),
+    ('--config.a.stepz=3', 'config has no field a.stepz (did you mean a.steps?).'),
+    ('--config.aa.steps=3', 'config has no field aa.steps (did you mean a.steps?).'),
     (
       '--noconfig.data.weekdy',
       'config has no field data.weekdy (did you mean data.weekday?).',
@@ -454,18 +437,12 @@ def test_a_config_file_cannot_invent_a_field(tmp_path):
       'config.data.columns is a section; set one of '
       'its fields, such as data.columns.user.',
     ),
-    (
-      '--config.a.steps=abc',
-      "a.steps is 'abc'; it must be of type int, like 200.",
-    ),
+    ('--config.a.steps=abc', "a.steps is 'abc'; it must be of type int, like 200."),
     (
       '--config.lora.alpha=x',
       "lora.alpha is 'x'; it must be of type float, like 32.0.",
     ),
-    (
-      '--config.b.steps=x',
-      "b.steps is 'x'; it must be of type int.",
-    ),
+    ('--config.b.steps=x', "b.steps is 'x'; it must be of type int."),
     ('--config.seed=', "seed is ''; it must be of type int, like 0."),
   ],
 )

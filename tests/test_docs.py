@@ -5,17 +5,16 @@ is history: of docs/results only the links are checked.
 """
 
 import functools
-import pathlib
 import re
+from pathlib import Path
 
 import pytest
 from absl import flags
-from ml_collections import config_dict
-from ml_collections import config_flags
+from ml_collections import config_flags, ConfigDict
 
 from behaviorlm_jax import config as config_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 PAGES = (
   ROOT / 'README.md',
   ROOT / 'CONTRIBUTING.md',
@@ -107,7 +106,7 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize('line', CONFIGURED, ids=lambda line: line.strip()[:60])
 def test_a_command_has_a_config_file_and_its_fields(line):
-  assert isinstance(read_flags(line), config_dict.ConfigDict)
+  assert isinstance(read_flags(line), ConfigDict)
 
 
 def test_modules_that_commands_run_exist():

@@ -15,11 +15,8 @@ from behaviorlm_jax import setup
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
-from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.evaluate import baselines
-from behaviorlm_jax.evaluate import evaluation
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.evaluate import adjust, baselines, evaluation
+from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.train import sharding
 
 STAGES = ('a_tuning', 'b_tuning')

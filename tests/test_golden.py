@@ -15,8 +15,8 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.data import plan as plan_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 PATH = ROOT / 'tests/golden.json'
 SMALL = {
   'model.address': 'random://tiny',

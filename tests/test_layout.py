@@ -1,9 +1,9 @@
 """The house: imports go one way."""
 
 import ast
-import pathlib
+from pathlib import Path
 
-PACKAGE = pathlib.Path(__file__).parents[1] / 'behaviorlm_jax'
+PACKAGE = Path(__file__).parents[1] / 'behaviorlm_jax'
 # Each may import from those before it, and from itself.
 LAYERS = (
   ('errors', 'seeds'),

@@ -3,8 +3,8 @@
 import io
 import json
 import logging
-import pathlib
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -76,9 +76,7 @@ def test_a_validation_split_without_a_behavior_or_any_is_no_obstacle(
 
 def test_log_or_model_that_changed_in_place(odd_input, odd_run, refused, write_model):
   options = {'workdir': odd_run, 'ablations': ['no_balanced_stage']}
-  model, log = (
-    pathlib.Path(odd_input[name]) for name in ('model.address', 'data.events')
-  )
+  model, log = (Path(odd_input[name]) for name in ('model.address', 'data.events'))
   write_model(model, seed=1)
   refused('was made from another base model', odd_input, **options)
   write_model(model)

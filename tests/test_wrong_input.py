@@ -5,9 +5,9 @@ whole runs meet wrong input.
 """
 
 import json
-import pathlib
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,7 +135,7 @@ def test_corrupt_gguf(refused, tmp_path):
 
 
 def test_conversation_without_assistant_turn(refused, run_fields, tmp_path):
-  talks = pathlib.Path(run_fields['data.conversations']).read_text()
+  talks = Path(run_fields['data.conversations']).read_text()
   path = tmp_path / 'talk.jsonl'
   path.write_text(
     talks + json.dumps({'messages': [{'role': 'user', 'content': 'Hello?'}]}) + '\n'

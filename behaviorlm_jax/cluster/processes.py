@@ -14,20 +14,19 @@ several.
 import collections
 import json
 import os
-import pathlib
 import re
 import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
-from typing import TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax.cluster import rendezvous
 from behaviorlm_jax.errors import InputError
@@ -57,7 +56,7 @@ def is_primary() -> bool:
   return not several() or jax.process_index() == 0
 
 
-def meet(settings: config_dict.ConfigDict) -> None:
+def meet(settings: ConfigDict) -> None:
   """Waits for the other hosts of a run, where settings say who they are.
 
   Args:
@@ -72,7 +71,7 @@ def meet(settings: config_dict.ConfigDict) -> None:
   rendezvous.wait_for_all(settings)
 
 
-def start(settings: config_dict.ConfigDict) -> None:
+def start(settings: ConfigDict) -> None:
   """Joins the other hosts that were met; before anything touches a device."""
   if not settings.coordinator or jax.distributed.is_initialized():
     return
@@ -106,7 +105,7 @@ def start(settings: config_dict.ConfigDict) -> None:
   )
 
 
-def _check(settings: config_dict.ConfigDict) -> None:
+def _check(settings: ConfigDict) -> None:
   match = re.fullmatch(r'.+:(\d{1,5})', settings.coordinator)
   if not match or not 0 < int(match[1]) < 1 << 16:
     raise InputError(
@@ -133,7 +132,7 @@ def _check_devices() -> None:
     )
 
 
-def exists(path: pathlib.Path) -> bool:
+def exists(path: Path) -> bool:
   """Whether process 0 sees the path: all hosts then do the same."""
   return shared(path.exists())
 

@@ -1,11 +1,11 @@
 """Which dtype the processors of this machine multiply fastest."""
 
-import pathlib
+from pathlib import Path
 
-CPU_INFO = pathlib.Path('/proc/cpuinfo')
+CPU_INFO = Path('/proc/cpuinfo')
 
 
-def fastest_dtype(backend: str, cpu_info: pathlib.Path = CPU_INFO) -> str:
+def fastest_dtype(backend: str, cpu_info: Path = CPU_INFO) -> str:
   """'bfloat16' or 'float32', the same on every machine of one kind.
 
   TPUs and GPUs since NVIDIA's Ampere have units for bfloat16, and so have CPUs

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax.errors import InputError
 
@@ -28,7 +28,7 @@ _FAMILY = (
 _LONGEST = 10_000  # Characters of a line.
 
 
-def wait_for_all(settings: config_dict.ConfigDict) -> None:
+def wait_for_all(settings: ConfigDict) -> None:
   """Returns when all processes are there.
 
   Args:
@@ -46,7 +46,7 @@ def wait_for_all(settings: config_dict.ConfigDict) -> None:
     _receive(int(port), settings, until)
 
 
-def _receive(port: int, settings: config_dict.ConfigDict, until: float) -> None:
+def _receive(port: int, settings: ConfigDict, until: float) -> None:
   """Of process 0: waits for all others and tells them what comes of it."""
   missing, guests, problem = set(range(1, settings.processes)), [], ''
   with contextlib.ExitStack() as stack:
@@ -93,9 +93,7 @@ def _receive(port: int, settings: config_dict.ConfigDict, until: float) -> None:
     raise InputError(problem)
 
 
-def _report(
-  address: tuple[str, int], settings: config_dict.ConfigDict, until: float
-) -> None:
+def _report(address: tuple[str, int], settings: ConfigDict, until: float) -> None:
   """Of the others: goes to process 0, which says when all are there."""
   hello = f'{_HELLO} {settings.process} {settings.processes}\n'
   awaited = 'process 0'  # Whom to name if the time runs out.
@@ -139,7 +137,7 @@ def _line(guest: socket.socket, until: float) -> str:
     return ''
 
 
-def _missing(missing: set[int], settings: config_dict.ConfigDict) -> str:
+def _missing(missing: set[int], settings: ConfigDict) -> str:
   one = len(missing) == 1
   return (
     f'after {settings.timeout} s (distributed.timeout) '

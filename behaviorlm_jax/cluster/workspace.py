@@ -9,23 +9,18 @@ processes run.
 import datetime
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterable
-from typing import Any
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 import jax
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import processor
+from behaviorlm_jax.cluster import processes, processor
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import addresses
-from behaviorlm_jax.io import bucket
-from behaviorlm_jax.io import files
-from behaviorlm_jax.io import hub
+from behaviorlm_jax.io import addresses, bucket, files, hub
 
 # What every stage of one work directory must share. model.remat and
 # model.attention may differ: they change speed and memory alone.
@@ -71,7 +66,7 @@ class HasFingerprint(Protocol):
   def fingerprint(self) -> str: ...
 
 
-def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
+def as_dict(config: ConfigDict) -> dict[str, Any]:
   """The config as plain JSON values, without what a call may vary."""
   values = json.loads(config.to_json_best_effort())
   # Which stages, and which shard, is said anew in every call on one directory.
@@ -111,7 +106,7 @@ def differences(mine: object, theirs: object, name: str) -> list[str]:
   return found
 
 
-def make(workdir: str | pathlib.Path, part: str = '') -> pathlib.Path:
+def make(workdir: str | Path, part: str = '') -> Path:
   """Makes the work directory, before anything is fetched; its Path.
 
   Of one in a bucket, the Path of this host's copy, or of that of a `part` that
@@ -121,7 +116,7 @@ def make(workdir: str | pathlib.Path, part: str = '') -> pathlib.Path:
     process = jax.process_index() if processes.several() else 0
     return bucket.open_workdir(workdir, addresses.cache_dir(), process, part)
   bucket.close_workdir()  # Of an earlier run of this process.
-  workdir = pathlib.Path(workdir)
+  workdir = Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -132,9 +127,7 @@ def make(workdir: str | pathlib.Path, part: str = '') -> pathlib.Path:
   return workdir
 
 
-def pin(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> config_dict.ConfigDict:
+def pin(config: ConfigDict, workdir: Path) -> ConfigDict:
   """The config with a commit in every hf:// address, and without 'auto' dtypes.
 
   What an earlier call settled for this work directory goes on.
@@ -156,8 +149,8 @@ def pin(
 
 
 def pin_addresses(
-  config: config_dict.ConfigDict, names: Iterable[str], earlier: list[dict]
-) -> config_dict.ConfigDict:
+  config: ConfigDict, names: Iterable[str], earlier: list[dict]
+) -> ConfigDict:
   config = config.copy_and_resolve_references()
   values = as_dict(config)
   for name in names:
@@ -177,7 +170,7 @@ def pin_addresses(
   return config
 
 
-def check_config(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+def check_config(config: ConfigDict, workdir: Path) -> None:
   """Refuses a work directory whose folders another config made.
 
   A stage that is run needs its own config, wherever it runs; other stages need
@@ -212,7 +205,7 @@ def check_config(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
     stage_a_adapter(config, workdir)
 
 
-def check_hosts(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+def check_hosts(config: ConfigDict, workdir: Path) -> None:
   """Refuses hosts of one run that differ, or do not see one work directory."""
   if not processes.several():
     return
@@ -239,7 +232,7 @@ def check_hosts(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
   )
 
 
-def facts(config: config_dict.ConfigDict) -> dict[str, str]:
+def facts(config: ConfigDict) -> dict[str, str]:
   """{field: value} of a config, as texts, without what hosts do not share."""
   values = flat(as_dict(config), 'config.')
   values['config.stages'] = tuple(config.stages)
@@ -253,14 +246,14 @@ def facts(config: config_dict.ConfigDict) -> dict[str, str]:
 def _program() -> str:
   """SHA-256 of the package's own files."""
   digest = hashlib.sha256()
-  root = pathlib.Path(__file__).parents[1]
+  root = Path(__file__).parents[1]
   for path in sorted([*root.rglob('*.py'), *root.rglob('*.jsonl')]):
     # Names, too: contents that change places are another program.
     digest.update(f'{path.relative_to(root)}\0'.encode() + path.read_bytes())
   return digest.hexdigest()
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any] | None:
+def read_config(folder: Path) -> dict[str, Any] | None:
   """The config.json of a folder, or None."""
   path = folder / 'config.json'
   return json.loads(path.read_text()) if path.exists() else None
@@ -272,10 +265,7 @@ def fingerprints(events: HasFingerprint, base: HasFingerprint) -> dict[str, str]
 
 
 def claim(
-  folder: pathlib.Path,
-  config: config_dict.ConfigDict,
-  prints: dict[str, str],
-  stage: str = '',
+  folder: Path, config: ConfigDict, prints: dict[str, str], stage: str = ''
 ) -> None:
   """Writes the config.json of a folder whose work begins; `stage`: that it is of."""
   folder.mkdir(parents=True, exist_ok=True)
@@ -284,7 +274,7 @@ def claim(
 
 
 def check_fingerprints(
-  config: config_dict.ConfigDict, workdir: pathlib.Path, prints: dict[str, str]
+  config: ConfigDict, workdir: Path, prints: dict[str, str]
 ) -> None:
   """Refuses folders that belong to other events or another base model."""
   for folder in ('base', 'a_tuning', 'b_tuning'):
@@ -301,7 +291,7 @@ def check_fingerprints(
     _check_origin(stage_a_adapter(config, workdir), prints)
 
 
-def _check_origin(adapter: pathlib.Path, prints: dict[str, str]) -> None:
+def _check_origin(adapter: Path, prints: dict[str, str]) -> None:
   """An adapter from elsewhere must fit the base model; a log may differ."""
   theirs = (read_config(adapter.parent) or {}).get('fingerprints')
   if theirs is None:
@@ -324,14 +314,12 @@ def _check_origin(adapter: pathlib.Path, prints: dict[str, str]) -> None:
     )
 
 
-def needs_stage_a(config: config_dict.ConfigDict) -> bool:
+def needs_stage_a(config: ConfigDict) -> bool:
   """Whether stage b of this config starts from stage a's adapter."""
   return 'b' in config.stages and 'no_anchor_stage' not in config.ablations
 
 
-def stage_a_adapter(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> pathlib.Path:
+def stage_a_adapter(config: ConfigDict, workdir: Path) -> Path:
   """The adapter folder that stage b starts from."""
   return (
     adapter_folder(config.init_from, 'init_from')
@@ -340,12 +328,12 @@ def stage_a_adapter(
   )
 
 
-def adapter_folder(place: str | pathlib.Path, name: str) -> pathlib.Path:
+def adapter_folder(place: str | Path, name: str) -> Path:
   """The adapter in a work directory, a stage or an adapter folder.
 
   Of a work directory that of stage a, or of its only stage. `name`: the field.
   """
-  root = pathlib.Path(place)
+  root = Path(place)
   if bucket.is_address(place):
     root = bucket.fetch_copy(place, name, addresses.cache_dir(), _of_adapter)
   for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
@@ -355,5 +343,5 @@ def adapter_folder(place: str | pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _of_adapter(name: str) -> bool:
-  path = pathlib.PurePosixPath(name)
+  path = PurePosixPath(name)
   return path.name == 'config.json' or path.name.startswith('adapter_')

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import curriculum
-from behaviorlm_jax import seeds
+from behaviorlm_jax import curriculum, seeds
 from behaviorlm_jax.cost import flops
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.evaluate import evaluation

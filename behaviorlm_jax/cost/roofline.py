@@ -14,8 +14,7 @@ from typing import Self
 import jax
 from absl import logging
 
-from behaviorlm_jax.cost import chips
-from behaviorlm_jax.cost import hlo
+from behaviorlm_jax.cost import chips, hlo
 from behaviorlm_jax.train import sharding
 
 _GIB = 2**30

@@ -2,23 +2,20 @@
 
 import itertools
 import os
-import pathlib
 import re
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 from absl import logging
 from jax.experimental import topologies
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import setup as setup_lib
-from behaviorlm_jax.cluster import processor
-from behaviorlm_jax.cluster import workspace
-from behaviorlm_jax.cost import programs
-from behaviorlm_jax.cost import roofline
+from behaviorlm_jax.cluster import processor, workspace
+from behaviorlm_jax.cost import programs, roofline
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.train import sharding
 
@@ -47,9 +44,7 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
     ) from error
 
 
-def settle(
-  config: config_dict.ConfigDict, platform: str = 'tpu'
-) -> config_dict.ConfigDict:
+def settle(config: ConfigDict, platform: str = 'tpu') -> ConfigDict:
   """The config with what only a run of it on that platform would settle."""
   config = config.copy_and_resolve_references()
   if not config.data.events:
@@ -95,9 +90,7 @@ def _excess(message: str) -> float | None:
   return float(needed) * units[unit] - float(there) * units[its_unit]
 
 
-def alternatives(
-  config: config_dict.ConfigDict, count: int
-) -> Iterator[list[config_dict.ConfigDict]]:
+def alternatives(config: ConfigDict, count: int) -> Iterator[list[ConfigDict]]:
   """Other meshes and remat policies: of each the configs with ever smaller
   micro-batches."""
   sizes = [n for n in range(1, count + 1) if count % n == 0]
@@ -116,9 +109,9 @@ def alternatives(
 
 
 def costs(
-  config: config_dict.ConfigDict,
+  config: ConfigDict,
   devices: Sequence[jax.Device],
-  folder: str | pathlib.Path,
+  folder: str | Path,
   scoring: bool = True,
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Rows of (program, roofline.Cost) of a config on some devices."""
@@ -138,9 +131,7 @@ def costs(
 
 
 def search(
-  config: config_dict.ConfigDict,
-  devices: Sequence[jax.Device],
-  folder: str | pathlib.Path,
+  config: ConfigDict, devices: Sequence[jax.Device], folder: str | Path
 ) -> str:
   """A Markdown table of what fits, best first, and a count of the rest.
 
@@ -176,6 +167,6 @@ def search(
   )
 
 
-def _settings(config: config_dict.ConfigDict) -> str:
+def _settings(config: ConfigDict) -> str:
   mesh = ' x '.join(str(config.mesh[axis]) for axis in sharding.AXES)
   return f'{mesh}, {config.train.accumulate}, {config.model.remat}'

@@ -19,10 +19,9 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import pathlib
 import zlib
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +33,7 @@ from behaviorlm_jax.errors import InputError
 if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
   from transformers import PreTrainedTokenizerFast
 
-DEFAULT = pathlib.Path(__file__).with_name('conversations.jsonl')
+DEFAULT = Path(__file__).with_name('conversations.jsonl')
 
 _ROLES = ('system', 'user', 'assistant')
 _TEXT_END = '<|endoftext|>'  # public sets carry it as text
@@ -66,9 +65,7 @@ def tokens_digest(found: Iterable[Conversation]) -> str:
 
 
 def read_conversations(
-  path: str | pathlib.Path,
-  tokenizer: 'PreTrainedTokenizerFast',
-  max_length: int,
+  path: str | Path, tokenizer: 'PreTrainedTokenizerFast', max_length: int
 ) -> list[Conversation]:
   """Reads a .jsonl or .jsonl.gz of `messages`, in the order of the file.
 
@@ -78,7 +75,7 @@ def read_conversations(
   """
   renderer = chat.Renderer(tokenizer)
   encoded, empty = [], 0
-  for where, messages in _conversations(pathlib.Path(path)):
+  for where, messages in _conversations(Path(path)):
     if all(m['content'] for m in messages if m['role'] == 'assistant'):
       encoded.append(_encode(tokenizer, *renderer.render(messages, where)))
     else:
@@ -101,9 +98,7 @@ def read_conversations(
 
 
 def _encode(
-  tokenizer: 'PreTrainedTokenizerFast',
-  text: str,
-  spans: list[tuple[int, int]],
+  tokenizer: 'PreTrainedTokenizerFast', text: str, spans: list[tuple[int, int]]
 ) -> Conversation:
   """Tokens of `text`; `spans` are [start, stop) of its answers in characters."""
   # Not verbose: it would warn of texts that are longer than the model's context,
@@ -120,7 +115,7 @@ def _encode(
   return Conversation(np.array(encoding['input_ids'], np.int32), answers)
 
 
-def _conversations(path: pathlib.Path) -> Iterator[tuple[str, chat.Messages]]:
+def _conversations(path: Path) -> Iterator[tuple[str, chat.Messages]]:
   """Yields ('FILE line N', checked and cleaned messages)."""
   if not path.is_file():
     raise InputError(f'{path}: no such file; mend data.conversations')
@@ -136,7 +131,7 @@ def _conversations(path: pathlib.Path) -> Iterator[tuple[str, chat.Messages]]:
     raise InputError(f'{path} is empty; give one conversation a line')
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
   """Yields (number from 1, text) of the lines that are not blank."""
   n = 0
   opener = gzip.open if path.suffix == '.gz' else open

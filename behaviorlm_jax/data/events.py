@@ -13,17 +13,13 @@ which goes back by an hour once a year where events are ordered by instant.
 
 import dataclasses
 import json
-import pathlib
 import shutil
+from pathlib import Path
 
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.data.log import columns
-from behaviorlm_jax.data.log import join
-from behaviorlm_jax.data.log import shards
-from behaviorlm_jax.data.log import sources
-from behaviorlm_jax.data.log import splits
+from behaviorlm_jax.data.log import columns, join, shards, sources, splits
 from behaviorlm_jax.data.log.splits import Behavior
 from behaviorlm_jax.data.log.splits import SPLITS as SPLITS
 from behaviorlm_jax.errors import InputError
@@ -48,9 +44,9 @@ class Events:
 
 
 def prepare(
-  data: config_dict.ConfigDict,
-  place: str | pathlib.Path | sources.Log,
-  folder: pathlib.Path,
+  data: ConfigDict,
+  place: str | Path | sources.Log,
+  folder: Path,
   seed: int,
   origin: dict | None = None,
 ) -> dict:
@@ -58,7 +54,7 @@ def prepare(
 
   `origin` is written beside the events as config.json.
   """
-  folder = pathlib.Path(folder)
+  folder = Path(folder)
   splits.cuts(data.split)  # Refused now, not after the log is read.
   whole = folder.with_name(folder.name + '.whole')
   clean(folder)
@@ -71,15 +67,15 @@ def prepare(
     clean(folder)
 
 
-def clean(folder: pathlib.Path) -> None:
+def clean(folder: Path) -> None:
   """Deletes what a run that was killed left beside `folder`."""
   for name in ('.whole', '.whole.tmp'):
     shutil.rmtree(folder.with_name(folder.name + name), ignore_errors=True)
 
 
-def open_events(folder: str | pathlib.Path) -> Events:
+def open_events(folder: str | Path) -> Events:
   """Memory-maps a prepared folder, without a copy."""
-  folder = pathlib.Path(folder)
+  folder = Path(folder)
   if list(folder.glob('part-*.arrow')):
     raise InputError(
       f'{folder} was prepared by an older version of this '

@@ -13,8 +13,7 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   samples: int32 [B], targets of the row
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np

@@ -19,14 +19,13 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import pathlib
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 from pyarrow import parquet
 
 from behaviorlm_jax.data import events as events_lib
@@ -85,7 +84,7 @@ class Plan:
   made_from: str  # Fingerprint of everything that decided the plan.
 
 
-def check_lengths(prompts: prompts_lib.Prompts, config: config_dict.ConfigDict) -> None:
+def check_lengths(prompts: prompts_lib.Prompts, config: ConfigDict) -> None:
   """Refuses a train.length that cannot hold every sample with its context."""
   events, context = prompts.events, config.plan.min_context
   worst, longest = None, 0
@@ -113,10 +112,7 @@ class Windows:
   """Makes window segments that fit a row, from targets and their context."""
 
   def __init__(
-    self,
-    prompts: prompts_lib.Prompts,
-    config: config_dict.ConfigDict,
-    tree: NameTree | None = None,
+    self, prompts: prompts_lib.Prompts, config: ConfigDict, tree: NameTree | None = None
   ):
     """`tree`: see loader.Assembler."""
     self.prompts = prompts
@@ -346,7 +342,7 @@ def pack(stream: Iterator[Segment], rows: int, length: int) -> list[list[dict]]:
 
 
 def take(
-  stream: Iterator[Segment], config: config_dict.ConfigDict, steps: int, made_from: str
+  stream: Iterator[Segment], config: ConfigDict, steps: int, made_from: str
 ) -> Plan:
   """The plan of `steps` steps from an endless stream of segments."""
   rows = pack(stream, steps * config.train.batch, config.train.length)
@@ -395,7 +391,7 @@ def summary(plan: Plan, length: int) -> str:
   )
 
 
-def save(path: pathlib.Path, plan: Plan, batch: int) -> None:
+def save(path: Path, plan: Plan, batch: int) -> None:
   """Writes a plan; columns step, row and segments."""
   index = np.arange(len(plan.rows))
   table = pa.table(
@@ -421,7 +417,7 @@ def content_hash(plan: Plan) -> str:
   return digest.hexdigest()
 
 
-def load(path: pathlib.Path, made_from: str) -> Plan:
+def load(path: Path, made_from: str) -> Plan:
   """Reads a plan, refusing one that other inputs made."""
   table = parquet.read_table(path)
   facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}

@@ -1,32 +1,28 @@
 """The events/ of a work directory: prepared once, by one process or in shards."""
 
-import pathlib
 import re
+from pathlib import Path
 
 import duckdb
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import processes, workspace
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.data.log import join
+from behaviorlm_jax.data.log import join, sources
 from behaviorlm_jax.data.log import shards as shards_lib
-from behaviorlm_jax.data.log import sources
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import bucket
 
 
-def load_events(
-  config: config_dict.ConfigDict, workdir: pathlib.Path
-) -> events_lib.Events:
+def load_events(config: ConfigDict, workdir: Path) -> events_lib.Events:
   """The event table of this work directory, prepared at the first call."""
   processes.on_primary(_prepare_events, config, workdir / 'events')
   return events_lib.open_events(workdir / 'events')
 
 
-def _prepare_events(config: config_dict.ConfigDict, folder: pathlib.Path) -> None:
+def _prepare_events(config: ConfigDict, folder: Path) -> None:
   log = sources.open_log(config.data.events)
   origin = workspace.as_dict(config) | {'log_sha256': log.sha256()}
   events_lib.clean(folder)  # Of a run that was killed.
@@ -57,7 +53,7 @@ def _prepare_events(config: config_dict.ConfigDict, folder: pathlib.Path) -> Non
     )
 
 
-def prepare_part(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
+def prepare_part(config: ConfigDict, workdir: str | Path) -> None:
   """Prepares data.shard's part of the users, for `load_events` to join."""
   index, count = config_lib.shard(config)
   name = f'{index}-of-{count}'
@@ -86,7 +82,7 @@ def prepare_part(config: config_dict.ConfigDict, workdir: str | pathlib.Path) ->
   )
 
 
-def _complete(root: pathlib.Path, origin: dict) -> list[pathlib.Path]:
+def _complete(root: Path, origin: dict) -> list[Path]:
   """The folders of all shards in `root`; refuses missing and foreign ones."""
   matches = [re.fullmatch(r'(\d+)-of-(\d+)', p.name) for p in root.iterdir()]
   found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
@@ -123,7 +119,7 @@ def _complete(root: pathlib.Path, origin: dict) -> list[pathlib.Path]:
   return folders
 
 
-def _check_shard(folder: pathlib.Path, origin: dict) -> None:
+def _check_shard(folder: Path, origin: dict) -> None:
   """Refuses a shard of another log or config; the log may have moved."""
   theirs = workspace.read_config(folder) or {}
   names = ('log_sha256', 'duckdb', *workspace.DECIDES['events'])

@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.data import chat
+from behaviorlm_jax.data import chat, plain_text
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.data import plain_text
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 
@@ -66,7 +65,7 @@ class Prompts:
     self,
     events: events_lib.Events,
     tokenizer: 'PreTrainedTokenizerFast',
-    data: config_dict.ConfigDict,
+    data: ConfigDict,
   ):
     """`data`: the config's section; `tokenizer`: a transformers tokenizer."""
     self.events = events

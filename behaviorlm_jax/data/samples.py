@@ -7,12 +7,10 @@ is passed over in blocks, so memory does not grow with it (but for `eligible`).
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sized
+from collections.abc import Iterator, Mapping, Sized
 
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
@@ -56,9 +54,7 @@ class Rule:
     return positions
 
 
-def rule(
-  split: str, config: config_dict.ConfigDict, anchors_only: bool = False
-) -> Rule:
+def rule(split: str, config: ConfigDict, anchors_only: bool = False) -> Rule:
   return Rule(split, config.plan.min_context, anchors_only)
 
 
@@ -109,20 +105,14 @@ class Samples:
 
 
 def of_split(
-  events: events_lib.Events,
-  split: str,
-  config: config_dict.ConfigDict,
-  anchors_only: bool = False,
+  events: events_lib.Events, split: str, config: ConfigDict, anchors_only: bool = False
 ) -> Samples:
   """Samples of a split."""
   return Samples(events, rule(split, config, anchors_only))
 
 
 def eligible(
-  events: events_lib.Events,
-  split: str,
-  config: config_dict.ConfigDict,
-  anchors_only: bool = False,
+  events: events_lib.Events, split: str, config: ConfigDict, anchors_only: bool = False
 ) -> np.ndarray:
   """Positions int64, sorted, of the samples of a split: all in memory."""
   found = list(of_split(events, split, config, anchors_only))
@@ -130,7 +120,7 @@ def eligible(
 
 
 def behavior_counts(
-  events: events_lib.Events, split: str, config: config_dict.ConfigDict
+  events: events_lib.Events, split: str, config: ConfigDict
 ) -> np.ndarray:
   """int64 [known], samples of each behavior of a split."""
   return _counts(events, rule(split, config))

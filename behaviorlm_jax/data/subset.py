@@ -9,7 +9,7 @@ are one pool (key NATURAL), of which the difficulty alone decides.
 """
 
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -17,7 +17,7 @@ from behaviorlm_jax.data import samples as samples_lib
 NATURAL = -1  # Key of the pool of all behaviors.
 
 
-def budgets(events: events_lib.Events, config: config_dict.ConfigDict) -> np.ndarray:
+def budgets(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
   """m_c int64 [known]: samples that stage b draws of each behavior.
 
   With n_c training samples of a behavior, plan.budget makes m_c
@@ -36,7 +36,7 @@ def budgets(events: events_lib.Events, config: config_dict.ConfigDict) -> np.nda
   return np.where(n > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
 
 
-def counts(events: events_lib.Events, config: config_dict.ConfigDict) -> np.ndarray:
+def counts(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
   """n_c int64 [known], training samples of each behavior."""
   found = samples_lib.behavior_counts(events, 'train', config)
   samples_lib.require(np.flatnonzero(found), 'stage b')
@@ -44,7 +44,7 @@ def counts(events: events_lib.Events, config: config_dict.ConfigDict) -> np.ndar
 
 
 def candidates(
-  events: events_lib.Events, config: config_dict.ConfigDict, rng: np.random.Generator
+  events: events_lib.Events, config: ConfigDict, rng: np.random.Generator
 ) -> dict[int, np.ndarray]:
   """{behavior: positions} that may be drawn; rng: numpy Generator.
 
@@ -68,7 +68,7 @@ def choose(
   pools: dict[int, np.ndarray],
   scores: dict[int, float] | None,
   events: events_lib.Events,
-  config: config_dict.ConfigDict,
+  config: ConfigDict,
   rng: np.random.Generator,
 ) -> dict[int, np.ndarray]:
   """Draws {behavior: positions}, as many of each behavior as its budget says.
@@ -110,9 +110,7 @@ def weighted_draw(
   return np.concatenate([np.tile(positions, whole), chosen])
 
 
-def neighbour_weights(
-  events: events_lib.Events, config: config_dict.ConfigDict
-) -> np.ndarray:
+def neighbour_weights(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
   """float [known]: min(1, plan.neighbours m_c / n_c).
 
   So neighbours keep the proportions of the budgets m_c, whatever their

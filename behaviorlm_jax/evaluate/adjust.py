@@ -12,8 +12,7 @@ zero undoes a stage that moved the odds towards the tail.
 """
 
 import itertools
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 

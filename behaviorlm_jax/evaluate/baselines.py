@@ -21,8 +21,7 @@ a past, never in an answer.
 """
 
 import itertools
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 

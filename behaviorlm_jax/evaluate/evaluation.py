@@ -7,20 +7,18 @@ fitted on top of a predictor is fitted on samples of the validation split.
 """
 
 import dataclasses
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.evaluate import baselines
-from behaviorlm_jax.evaluate import metrics
+from behaviorlm_jax.evaluate import adjust, baselines, metrics
 from behaviorlm_jax.io import files
 from behaviorlm_jax.score import label_tree
 
@@ -35,7 +33,7 @@ class Scored:
 
 
 def draw_samples(
-  events: events_lib.Events, split: str, most: int, config: config_dict.ConfigDict
+  events: events_lib.Events, split: str, most: int, config: ConfigDict
 ) -> np.ndarray:
   """Positions int64 of at most `most` samples (0: all), sorted."""
   size = int(samples_lib.behavior_counts(events, split, config).sum())
@@ -47,9 +45,7 @@ def draw_samples(
   return samples_lib.of_split(events, split, config).at(ranks)
 
 
-def test_samples(
-  events: events_lib.Events, config: config_dict.ConfigDict
-) -> np.ndarray:
+def test_samples(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
   """The evaluated samples; refuses a log that has none."""
   samples = draw_samples(events, 'test', config.eval.max_samples, config)
   if not len(samples):
@@ -71,11 +67,11 @@ def summarize(
 
 
 def write_arm(
-  folder: pathlib.Path,
+  folder: Path,
   prompts: prompts_lib.Prompts,
   test: Scored,
   validation: Scored | None,
-  config: config_dict.ConfigDict,
+  config: ConfigDict,
 ) -> None:
   """Writes what one arm predicted, and how good that is.
 
@@ -112,10 +108,7 @@ def write_arm(
 
 
 def fitted(
-  events: events_lib.Events,
-  test: Scored,
-  validation: Scored,
-  config: config_dict.ConfigDict,
+  events: events_lib.Events, test: Scored, validation: Scored, config: ConfigDict
 ) -> dict[str, tuple[dict[str, float], np.ndarray]]:
   """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
   # markov: of the count models the one whose scores are log-probabilities.
@@ -187,10 +180,7 @@ def in_context(prompts: prompts_lib.Prompts, position: int) -> bool:
 
 
 def write_baselines(
-  path: pathlib.Path,
-  events: events_lib.Events,
-  samples: np.ndarray,
-  config: config_dict.ConfigDict,
+  path: Path, events: events_lib.Events, samples: np.ndarray, config: ConfigDict
 ) -> None:
   """Writes the metrics of every free baseline on the same samples."""
   result = {
@@ -204,7 +194,7 @@ def write_baselines(
   files.write_json(path, result)
 
 
-def write_labels(path: pathlib.Path, prompts: prompts_lib.Prompts) -> None:
+def write_labels(path: Path, prompts: prompts_lib.Prompts) -> None:
   """labels.json: name, group and answer tokens of every candidate, by id."""
   events = prompts.events
   files.write_json(

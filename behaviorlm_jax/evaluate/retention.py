@@ -15,10 +15,7 @@ Invariants:
 """
 
 import hashlib
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +92,7 @@ class Retention:
     return passes * len(self.conversations)
 
   def measure(
-    self,
-    adapter: lora.Adapter | None,
-    progress: Callable[[int], None] = lambda n: None,
+    self, adapter: lora.Adapter | None, progress: Callable[[int], None] = lambda n: None
   ) -> dict[str, dict[str, int | float | list[float] | None]]:
     """Numbers of an adapter (None: the base model), plain int and float.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.data import events as events_lib
@@ -33,7 +33,7 @@ HOURS, DAYS = 24, 7
 class Block(nnx.Module):
   """Attention and two dense layers, norms before and residuals around."""
 
-  def __init__(self, sasrec: config_dict.ConfigDict, rngs: nnx.Rngs):
+  def __init__(self, sasrec: ConfigDict, rngs: nnx.Rngs):
     width = sasrec.width
     self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
     # Flax would drop the same weights for all windows of a batch: worse.
@@ -59,7 +59,7 @@ class Block(nnx.Module):
 class SasRec(nnx.Module):
   """Logits float32 [B, L, Y] of the behavior after each event."""
 
-  def __init__(self, sasrec: config_dict.ConfigDict, known: int, rngs: nnx.Rngs):
+  def __init__(self, sasrec: ConfigDict, known: int, rngs: nnx.Rngs):
     embed = lambda count: nnx.Embed(
       count,
       sasrec.width,
@@ -87,7 +87,7 @@ class SasRec(nnx.Module):
 
 
 def windows(
-  events: events_lib.Events, ends: np.ndarray, config: config_dict.ConfigDict
+  events: events_lib.Events, ends: np.ndarray, config: ConfigDict
 ) -> dict[str, np.ndarray]:
   """What stands before events, at most L of their user, right-aligned.
 
@@ -152,7 +152,7 @@ def loss(model: SasRec, batch: dict[str, jax.Array]) -> jax.Array:
 
 def fit_model(
   events: events_lib.Events,
-  config: config_dict.ConfigDict,
+  config: ConfigDict,
   progress: Callable[[int], None] = lambda n: None,
 ) -> SasRec:
   """Trains a model; returns it as it was when it did best in validation.
@@ -189,9 +189,7 @@ def fit_model(
   return model
 
 
-def _ends(
-  events: events_lib.Events, split: str, config: config_dict.ConfigDict
-) -> np.ndarray:
+def _ends(events: events_lib.Events, split: str, config: ConfigDict) -> np.ndarray:
   """Positions int64 with a past and a known behavior."""
   chosen = (events.split == events_lib.SPLITS.index(split)) & (
     events.behavior < events.known
@@ -213,10 +211,7 @@ def _logits(model: SasRec, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _validation(
-  model: SasRec,
-  events: events_lib.Events,
-  ends: np.ndarray,
-  config: config_dict.ConfigDict,
+  model: SasRec, events: events_lib.Events, ends: np.ndarray, config: ConfigDict
 ) -> float:
   """Mean -log p of the events at `ends`; 0 without any."""
   if not len(ends):
@@ -228,10 +223,7 @@ def _validation(
 
 
 def predict_log_p(
-  model: SasRec,
-  events: events_lib.Events,
-  samples: np.ndarray,
-  config: config_dict.ConfigDict,
+  model: SasRec, events: events_lib.Events, samples: np.ndarray, config: ConfigDict
 ) -> np.ndarray:
   """log p float32 [n, Y] of what happens at positions int64 [n]."""
   found = []

@@ -23,15 +23,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
-from pathlib import PurePosixPath
-from pathlib import PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from absl import logging
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import bucket
-from behaviorlm_jax.io import hub
+from behaviorlm_jax.io import bucket, hub
 
 # SHA-256 of whole wheels, by (normalised package name, version).
 CHECKSUMS = {

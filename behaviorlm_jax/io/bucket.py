@@ -21,11 +21,8 @@ import hashlib
 import json
 import logging
 import os
-import pathlib
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from absl import logging as absl_logging
 from etils import epath
@@ -42,13 +39,11 @@ class Unreachable(Exception):
   """The bucket does not answer for now."""
 
 
-def is_address(place: str | pathlib.Path) -> bool:
+def is_address(place: str | Path) -> bool:
   return str(place).startswith(PREFIX)
 
 
-def open_workdir(
-  address: str, cache: pathlib.Path, process: int, part: str = ''
-) -> pathlib.Path:
+def open_workdir(address: str, cache: Path, process: int, part: str = '') -> Path:
   """The local folder of a work directory in a bucket, as the bucket has it.
 
   Args:
@@ -100,7 +95,7 @@ def pull() -> None:
     _mirror.pull()
 
 
-def place(path: pathlib.Path) -> pathlib.Path | epath.Path:
+def place(path: Path) -> Path | epath.Path:
   """Where something that all hosts write belongs: in the bucket, if any; an
   absolute path else."""
   if not _mirror:
@@ -119,9 +114,9 @@ def named(text: str) -> str:
 def fetch_copy(
   address: str,
   field: str,
-  cache: pathlib.Path,
+  cache: Path,
   wanted: Callable[[str], bool] = lambda name: True,
-) -> pathlib.Path:
+) -> Path:
   """A local copy, in the folder `cache`, of the file or folder at `address`.
 
   `wanted`: which files of a folder, by their name below it.
@@ -140,7 +135,7 @@ def fetch_copy(
   objects = {name: digest for name, digest in objects.items() if wanted(name)}
   # Another content has another folder: no file of an older one is left in it.
   version = json.dumps([bucket.address, sorted(objects.items())])
-  target = _copies(cache, version, 'read') / pathlib.PurePosixPath(address).name
+  target = _copies(cache, version, 'read') / PurePosixPath(address).name
   bucket.get(
     {
       target / name: (name, digest)
@@ -151,17 +146,17 @@ def fetch_copy(
   return target
 
 
-def _copies(cache: pathlib.Path, what: str, kind: str | int) -> pathlib.Path:
+def _copies(cache: Path, what: str, kind: str | int) -> Path:
   digest = hashlib.sha256(what.encode()).hexdigest()[:16]
   return cache / 'buckets' / f'{digest}-{kind}'
 
 
-def _differs(path: pathlib.Path, digest: str | None) -> bool:
+def _differs(path: Path, digest: str | None) -> bool:
   """Whether there is no file of this MD5; None: the bucket does not know it."""
   return digest is None or not path.is_file() or _md5(path) != digest
 
 
-def _md5(path: pathlib.Path) -> str:
+def _md5(path: Path) -> str:
   """As buckets give it."""
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'md5').digest()
@@ -254,7 +249,7 @@ class Bucket:
     with self._explained():
       self._fs.pipe_file(self._full(name), text.encode())
 
-  def get(self, wanted: Mapping[pathlib.Path, tuple[str, str | None]]) -> None:
+  def get(self, wanted: Mapping[Path, tuple[str, str | None]]) -> None:
     """Fetches {local path: (name, MD5 or None)}; each file appears whole."""
     if not wanted:
       return
@@ -277,7 +272,7 @@ class Bucket:
         )
       temporary.replace(path)
 
-  def put(self, given: Mapping[pathlib.Path, str]) -> None:
+  def put(self, given: Mapping[Path, str]) -> None:
     """Writes {local path: name}."""
     with self._explained():
       self._fs.put(
@@ -293,9 +288,7 @@ class Mirror:
   `writes`: whether this is the process that pushes; `part`: see open_workdir.
   """
 
-  def __init__(
-    self, bucket: Bucket, folder: pathlib.Path, writes: bool, part: str = ''
-  ):
+  def __init__(self, bucket: Bucket, folder: Path, writes: bool, part: str = ''):
     self.bucket, self.folder = bucket, folder
     self._writes, self._whole = writes, not part
     self._list = _CONTENTS.format(part and f'-{part}')

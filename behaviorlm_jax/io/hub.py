@@ -17,15 +17,12 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 from absl import logging
-from huggingface_hub import constants
-from huggingface_hub import errors
-from huggingface_hub import utils
+from huggingface_hub import constants, errors, utils
 
 from behaviorlm_jax.errors import InputError
 
@@ -118,10 +115,7 @@ def fetch(address: str, field: str) -> Path:
     if wanted.path:
       return Path(
         api.hf_hub_download(
-          wanted.repo,
-          wanted.path,
-          repo_type=wanted.kind,
-          revision=wanted.revision,
+          wanted.repo, wanted.path, repo_type=wanted.kind, revision=wanted.revision
         )
       )
     folder = Path(

@@ -14,8 +14,7 @@ Shapes: q [B, L, H, C]; k and v [B, L, K, C] with H a multiple of K; segments
 int32 [B, L]. B batch, L length, H query heads, K key-value heads, C head_dim.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp

@@ -18,16 +18,14 @@ H query heads, K key-value heads, C head_dim, V vocab, R LoRA rank.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from behaviorlm_jax.model import attention
-from behaviorlm_jax.model import families
+from behaviorlm_jax.model import attention, families
 
 PROJECTIONS = (
   'q_proj',

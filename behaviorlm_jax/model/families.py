@@ -147,9 +147,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   return table
 
 
-def hf_shapes(
-  config: DecoderConfig,
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def hf_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
   """Yields every Hugging Face tensor and its shape.
 
   One by one: a damaged file may claim a billion layers, and whoever looks for
@@ -257,8 +255,7 @@ def _scaling(rope: dict, where: str) -> RopeScaling | None:
       "'llama3' rotary settings; add them."
     )
   return RopeScaling(
-    *(float(rope[key]) for key in keys),
-    int(rope['original_max_position_embeddings']),
+    *(float(rope[key]) for key in keys), int(rope['original_max_position_embeddings'])
   )
 
 

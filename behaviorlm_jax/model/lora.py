@@ -6,10 +6,9 @@ starts at zero, so step 0 is exactly the base model.
 """
 
 import json
-import pathlib
 import shutil
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import families
+from behaviorlm_jax.model import decoder, families
 
 Adapter = dict[str, dict[str, jax.Array]]  # See the module.
 
@@ -88,10 +86,10 @@ def _module(name: str, layer: int) -> str:
 
 
 def export(
-  folder: str | pathlib.Path,
+  folder: str | Path,
   adapter: Adapter,
   alpha: float,
-  base: str | pathlib.Path,
+  base: str | Path,
   revision: str | None = None,
 ) -> None:
   """Writes `adapter` as a PEFT folder.
@@ -103,7 +101,7 @@ def export(
     base: folder or hub name of the base model, for those who load it.
     revision: of a hub name.
   """
-  folder = pathlib.Path(folder)
+  folder = Path(folder)
   # A folder is no file that a rename replaces: whole beside its place first, so
   # that a killed run leaves no half of an adapter under its name.
   half = folder.with_name(folder.name + '.tmp')
@@ -136,16 +134,14 @@ def export(
   half.rename(folder)
 
 
-def read_adapter(
-  folder: str | pathlib.Path,
-) -> tuple[dict[str, dict[str, np.ndarray]], float]:
+def read_adapter(folder: str | Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
 
   Raises:
     InputError: a file is missing or damaged, or holds another kind of adapter.
   """
   try:
-    return _load(pathlib.Path(folder))
+    return _load(Path(folder))
   except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
     raise InputError(
       f'{folder} is no adapter that can be read ({error!r}); '
@@ -165,7 +161,7 @@ _FOREIGN = (
 )
 
 
-def _load(folder: pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
+def _load(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   settings = json.loads((folder / 'adapter_config.json').read_text())
   foreign = [name for name in _FOREIGN if settings.get(name)]
   if settings['peft_type'] != 'LORA' or foreign:

@@ -17,16 +17,13 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from absl import logging
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import families
-from behaviorlm_jax.model.formats import gguf_import
-from behaviorlm_jax.model.formats import safetensors_files
+from behaviorlm_jax.model.formats import gguf_import, safetensors_files
 
 _FIELD = 'model.address'
 _DESCRIPTIONS = (

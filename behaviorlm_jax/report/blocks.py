@@ -9,8 +9,7 @@ renderer, and nowhere else.
 import dataclasses
 import html
 import re
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class Strong(str):

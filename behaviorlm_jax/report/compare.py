@@ -12,16 +12,13 @@ what the best one predicted is counted again from the events.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from behaviorlm_jax.evaluate import baselines
-from behaviorlm_jax.evaluate import metrics
+from behaviorlm_jax.evaluate import baselines, metrics
 from behaviorlm_jax.report import run_files
-from behaviorlm_jax.report.verdict import Change
-from behaviorlm_jax.report.verdict import Outcome
+from behaviorlm_jax.report.verdict import Change, Outcome
 from behaviorlm_jax.score import label_tree
 
 SCORES = {  # name: (group, key) in an evaluation

@@ -1,18 +1,12 @@
 """Worked examples of the report: single predictions, stage beside stage."""
 
 import collections
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from behaviorlm_jax.report import run_files
-from behaviorlm_jax.report.blocks import Block
-from behaviorlm_jax.report.blocks import Heading
-from behaviorlm_jax.report.blocks import Listing
-from behaviorlm_jax.report.blocks import Strong
-from behaviorlm_jax.report.blocks import Table
-from behaviorlm_jax.report.blocks import Text
+from behaviorlm_jax.report.blocks import Block, Heading, Listing, Strong, Table, Text
 
 EXAMPLES = 10
 PROMPT_LINES = 6

@@ -1,17 +1,16 @@
 """What a log holds, as a run would read it; no model, nothing is written."""
 
 import collections
-import pathlib
 import re
 import tempfile
+from pathlib import Path
 
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import events as events_lib
-from behaviorlm_jax.data.prompts import DAY
-from behaviorlm_jax.data.prompts import WEEKDAYS
+from behaviorlm_jax.data.prompts import DAY, WEEKDAYS
 from behaviorlm_jax.evaluate import evaluation
 
 _LISTED = 10  # behaviors from either end
@@ -36,11 +35,11 @@ _NOBODY = frozenset(
 _NUMBER = r'[+-]?\d+(?:[.,]\d+)?'
 
 
-def look(config: config_dict.ConfigDict) -> None:
+def look(config: ConfigDict) -> None:
   """Prints what the log of a config holds; refuses it as a run would."""
   config_lib.check(config)
   with tempfile.TemporaryDirectory() as folder:
-    place = pathlib.Path(folder) / 'events'
+    place = Path(folder) / 'events'
     summary = events_lib.prepare(config.data, config.data.events, place, config.seed)
     events = events_lib.open_events(place)
     parts = [

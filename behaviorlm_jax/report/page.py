@@ -13,16 +13,18 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from behaviorlm_jax.report.blocks import Block
-from behaviorlm_jax.report.blocks import Details
-from behaviorlm_jax.report.blocks import Figure
-from behaviorlm_jax.report.blocks import Heading
-from behaviorlm_jax.report.blocks import Listing
-from behaviorlm_jax.report.blocks import Mono
-from behaviorlm_jax.report.blocks import shown
-from behaviorlm_jax.report.blocks import Strong
-from behaviorlm_jax.report.blocks import Table
-from behaviorlm_jax.report.blocks import Text
+from behaviorlm_jax.report.blocks import (
+  Block,
+  Details,
+  Figure,
+  Heading,
+  Listing,
+  Mono,
+  shown,
+  Strong,
+  Table,
+  Text,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5a5a5a;

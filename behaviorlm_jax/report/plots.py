@@ -9,9 +9,7 @@ Behavior names are shown as they are: never read as mathematical text.
 """
 
 import itertools
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
-from matplotlib.ticker import MaxNLocator
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from behaviorlm_jax.report.verdict import Change
 

@@ -11,18 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from behaviorlm_jax.io import files
-from behaviorlm_jax.report import blocks
-from behaviorlm_jax.report import compare
-from behaviorlm_jax.report import examples
-from behaviorlm_jax.report import figures
-from behaviorlm_jax.report import page
-from behaviorlm_jax.report import run_files
-from behaviorlm_jax.report import tables
-from behaviorlm_jax.report.blocks import Block
-from behaviorlm_jax.report.blocks import Details
-from behaviorlm_jax.report.blocks import Heading
-from behaviorlm_jax.report.blocks import Strong
-from behaviorlm_jax.report.blocks import Text
+from behaviorlm_jax.report import (
+  blocks,
+  compare,
+  examples,
+  figures,
+  page,
+  run_files,
+  tables,
+)
+from behaviorlm_jax.report.blocks import Block, Details, Heading, Strong, Text
 from behaviorlm_jax.report.verdict import verdict
 
 
@@ -48,11 +46,7 @@ def contents(
   many = tables.behaviors(run)
   # In the order of a reader's questions: what came out, then of what and how.
   sections = {
-    'Results': [
-      tables.results(run),
-      tables.groups(run),
-      tables.changes(outcome),
-    ],
+    'Results': [tables.results(run), tables.groups(run), tables.changes(outcome)],
     'Figures': figures.draw(run, outcome),
     'True behavior in the context or not': [tables.context(run)],
     'What the model still knows': [tables.retention(run)],

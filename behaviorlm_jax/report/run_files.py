@@ -16,10 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from behaviorlm_jax.data.events import Events
-from behaviorlm_jax.data.events import open_events
-from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.evaluate import metrics
+from behaviorlm_jax.data.events import Events, open_events
+from behaviorlm_jax.evaluate import adjust, metrics
 
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 

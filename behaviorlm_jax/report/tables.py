@@ -4,8 +4,7 @@ import numpy as np
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.report import run_files
-from behaviorlm_jax.report.blocks import Mono
-from behaviorlm_jax.report.blocks import Table
+from behaviorlm_jax.report.blocks import Mono, Table
 from behaviorlm_jax.report.verdict import Outcome
 
 FILES = (  # of the work directory, in the order in which they come to be

@@ -12,7 +12,7 @@ and the candidates that made it, a finished one is reused, and one of another
 origin is refused.
 """
 
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,7 @@ def _margin(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def write_difficulty(
-  path: pathlib.Path,
+  path: Path,
   events: events_lib.Events,
   positions: np.ndarray,
   difficulty: np.ndarray,
@@ -81,7 +81,7 @@ def write_difficulty(
   files.write_parquet(path, table, {'made_from': made_from})
 
 
-def read_difficulty(path: pathlib.Path, made_from: str) -> dict[int, float]:
+def read_difficulty(path: Path, made_from: str) -> dict[int, float]:
   """{sample: score} of a finished table.
 
   Raises:

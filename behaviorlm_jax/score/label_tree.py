@@ -22,16 +22,14 @@ nothing and says nothing, so names end where they differ from all others
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import attention
-from behaviorlm_jax.model import decoder
+from behaviorlm_jax.model import attention, decoder
 
 TOP = 5  # Best answers that are told.
 
@@ -232,11 +230,7 @@ def _attention(tree: Tree, prompt: jax.Array) -> decoder.Attend:
   """`attend` of a tree's nodes, to prompts bool [B, P] and their ancestors."""
 
   def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    prompt_k: jax.Array,
-    prompt_v: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array
   ) -> jax.Array:
     q, blocks = attention.scaled(q), []
     for begin in range(0, len(tree.tokens), _BLOCK):

@@ -1,17 +1,14 @@
 """Scores prompts in batches of similar length, one compilation per width."""
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import decoder, lora
 from behaviorlm_jax.score import label_tree as labels_lib
 
 WIDTH = 32  # Prompts are padded to a multiple of this many tokens.
@@ -51,7 +48,7 @@ class Scorer:
     attach: Attach,
     params: Mapping[str, jax.Array],
     labels: Sequence[Sequence[int]],
-    score: config_dict.ConfigDict,
+    score: ConfigDict,
     layout: Places,
   ):
     """Compiles nothing yet.

@@ -9,8 +9,7 @@ nothing.
 
 import sys
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from behaviorlm_jax import cli

@@ -10,9 +10,8 @@ says whether its test events are the same.
 
 import dataclasses
 import hashlib
-import pathlib
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +23,7 @@ from behaviorlm_jax.io import files
 from behaviorlm_jax.report import compare
 
 if TYPE_CHECKING:  # These import this module.
-  from behaviorlm_jax.sweep import jobs
-  from behaviorlm_jax.sweep import results
+  from behaviorlm_jax.sweep import jobs, results
 
 FOLDER = 'choices'  # In the folder of the rows.
 Choices = tuple[dict[str, compare.Arm], dict[str, np.ndarray]]  # See `read_choices`.
@@ -58,9 +56,7 @@ def digest(
   return found.hexdigest()
 
 
-def write_choices(
-  folder: pathlib.Path, job: 'jobs.Job', found: 'results.Finished'
-) -> None:
+def write_choices(folder: Path, job: 'jobs.Job', found: 'results.Finished') -> None:
   """Keeps the choices of a run's own predictors (results.Finished)."""
   rows = [
     {
@@ -81,7 +77,7 @@ def write_choices(
 
 
 def read_choices(
-  folder: pathlib.Path, job: 'jobs.Job', at_hand: Mapping[str, compare.Arm]
+  folder: Path, job: 'jobs.Job', at_hand: Mapping[str, compare.Arm]
 ) -> Choices:
   """({name: compare.Arm}, {name: ids int64 [T, n]}) of a run elsewhere.
 
@@ -131,5 +127,5 @@ def _list(array: np.ndarray | None) -> list | None:
   return None if array is None else array.tolist()
 
 
-def _path(folder: pathlib.Path, job: 'jobs.Job') -> pathlib.Path:
-  return pathlib.Path(folder, FOLDER, job.log, f'seed{job.seed}', f'{job.name}.parquet')
+def _path(folder: Path, job: 'jobs.Job') -> Path:
+  return Path(folder, FOLDER, job.log, f'seed{job.seed}', f'{job.name}.parquet')

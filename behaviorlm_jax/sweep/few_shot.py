@@ -7,11 +7,11 @@ plan.min_context events are left before it.
 """
 
 import hashlib
-import pathlib
 import shutil
+from pathlib import Path
 
 import numpy as np
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.cluster import workspace
@@ -32,7 +32,7 @@ def thinned_names(run: run_files.RunFiles) -> list[str]:
   return run.summary.get('thinned', frequent)
 
 
-def thin(config: config_dict.ConfigDict, workdir: pathlib.Path, shots: int) -> None:
+def thin(config: ConfigDict, workdir: Path, shots: int) -> None:
   """Prepares a run's events with `shots` of each such behavior in training."""
   whole = workdir / 'whole'
   shutil.rmtree(whole, ignore_errors=True)  # Of a sweep that was killed.

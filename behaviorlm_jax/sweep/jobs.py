@@ -12,25 +12,20 @@ and seed that it has a run of.
 """
 
 import dataclasses
-import pathlib
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import ablations
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import workspace
-from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.errors import nearest
+from behaviorlm_jax.cluster import preemption, workspace
+from behaviorlm_jax.errors import InputError, nearest
 from behaviorlm_jax.io import bucket
-from behaviorlm_jax.sweep import choices
-from behaviorlm_jax.sweep import few_shot
-from behaviorlm_jax.sweep import results
-from behaviorlm_jax.sweep import results_page
+from behaviorlm_jax.sweep import choices, few_shot, results, results_page
 from behaviorlm_jax.sweep import rows as rows_lib
 
 # What runs of one log and seed have in common, and when it is finished.
@@ -50,9 +45,9 @@ class Job:
   log: str
   seed: int
   name: str  # Of the method.
-  method: config_dict.ConfigDict
-  folder: pathlib.Path
-  config: config_dict.ConfigDict  # Of the run, ablations applied.
+  method: ConfigDict
+  folder: Path
+  config: ConfigDict  # Of the run, ablations applied.
   origin: str  # Settings of the run whose stage a it starts from, or ''.
 
   @property
@@ -79,7 +74,7 @@ class Job:
     )
 
 
-def jobs(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> list[Job]:
+def jobs(config: ConfigDict, workdir: str | Path) -> list[Job]:
   """All runs: seed by seed, in each the methods in `config.order`."""
   for name in config.order:
     if name not in config.methods:
@@ -113,11 +108,7 @@ def jobs(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> list[Jo
 
 
 def _job(
-  config: config_dict.ConfigDict,
-  workdir: str | pathlib.Path,
-  log: str,
-  seed: int,
-  name: str,
+  config: ConfigDict, workdir: str | Path, log: str, seed: int, name: str
 ) -> Job:
   chosen = config.methods[name]
   run = config.base.copy_and_resolve_references()
@@ -126,7 +117,7 @@ def _job(
   for changes in (config.log_fields.get(log, {}), chosen.fields):
     run.update(changes)
   shots = '' if chosen.shots is None else f'_{chosen.shots}_shots'
-  folder = pathlib.Path(workdir) / log / f'seed{seed}{shots}' / name
+  folder = Path(workdir) / log / f'seed{seed}{shots}' / name
   origin = ''
   if chosen.start:
     if chosen.start not in config.order:
@@ -147,14 +138,14 @@ def _job(
   return Job(log, seed, name, chosen, folder, run, origin)
 
 
-def run_all(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
+def run_all(config: ConfigDict, workdir: str | Path) -> None:
   """Runs what is neither finished nor committed; writes all rows."""
   if bucket.is_address(workdir):
     raise InputError(
       f'--workdir={workdir} lies in a bucket, where a sweep '
       'cannot work; give a local folder.'
     )
-  every, committed = jobs(config, workdir), pathlib.Path(config.results)
+  every, committed = jobs(config, workdir), Path(config.results)
   workdir = workspace.make(workdir)
   known = {
     (row['data'], row['method'], row['seed'], row['settings'])
@@ -196,7 +187,7 @@ def run_job(job: Job) -> None:
   (job.folder / 'settings.txt').write_text(job.settings)
 
 
-def _take(folder: pathlib.Path, name: str, last: str) -> None:
+def _take(folder: Path, name: str, last: str) -> None:
   """Copies a finished file or folder of a sibling.
 
   `last`: what is written last in a folder of this name; '': it is a file.
@@ -216,11 +207,9 @@ def _take(folder: pathlib.Path, name: str, last: str) -> None:
       return
 
 
-def collect(
-  config: config_dict.ConfigDict, every: Sequence[Job], workdir: pathlib.Path
-) -> None:
+def collect(config: ConfigDict, every: Sequence[Job], workdir: Path) -> None:
   """Writes the rows of all finished runs, and committed ones, in `workdir`."""
-  committed = pathlib.Path(config.results)
+  committed = Path(config.results)
   rows = rows_lib.read_folder(committed)
   # Committed ones first: those of runs that are finished here replace them.
   if (committed / choices.FOLDER).is_dir():
@@ -231,5 +220,5 @@ def collect(
   rows_lib.write_folder(workdir, rows)
 
 
-def report(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> None:
-  results_page.write_page(pathlib.Path(workdir), config.order, config.drawn)
+def report(config: ConfigDict, workdir: str | Path) -> None:
+  results_page.write_page(Path(workdir), config.order, config.drawn)

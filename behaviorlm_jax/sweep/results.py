@@ -4,25 +4,20 @@ differences of predictors over all of them."""
 import dataclasses
 import hashlib
 import json
-import pathlib
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.report import compare
-from behaviorlm_jax.report import run_files
-from behaviorlm_jax.score import difficulty
-from behaviorlm_jax.score import label_tree
-from behaviorlm_jax.sweep import choices
-from behaviorlm_jax.sweep import few_shot
+from behaviorlm_jax.report import compare, run_files
+from behaviorlm_jax.score import difficulty, label_tree
+from behaviorlm_jax.sweep import choices, few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 
 if TYPE_CHECKING:  # It imports this module.
@@ -34,7 +29,7 @@ _MATCHED = '_matched'
 
 
 def settings_hash(
-  config: config_dict.ConfigDict, origin: str = '', shots: int | None = None
+  config: ConfigDict, origin: str = '', shots: int | None = None
 ) -> str:
   """8 hex digits of what a config changes, but for seed and local paths.
 
@@ -59,11 +54,7 @@ def settings_hash(
 
 
 # What a prior within names was called, beside `answers`, over the vocabulary.
-_LOSSES = {
-  'drawn': 'names',
-  'natural': 'natural',
-  'uniform': 'balanced',
-}
+_LOSSES = {'drawn': 'names', 'natural': 'natural', 'uniform': 'balanced'}
 
 
 def _as_hashed(config):
@@ -218,7 +209,7 @@ def add_rows(
   jobs: Sequence['jobs_lib.Job'],
   contrasts: Iterable[tuple[str, str]],
   rows: rows_lib.Rows,
-  folder: pathlib.Path,
+  folder: Path,
 ) -> None:
   """Adds the rows of finished runs to `rows`.
 

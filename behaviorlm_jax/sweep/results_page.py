@@ -1,19 +1,15 @@
 """The page of many runs: tables.md and its figures, from nothing but rows."""
 
-import pathlib
 import re
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.io import files
-from behaviorlm_jax.report import blocks
-from behaviorlm_jax.report import plots
+from behaviorlm_jax.report import blocks, plots
 from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 
@@ -27,9 +23,7 @@ SCORES = (
 Column = tuple[str, str]  # (group, metric)
 
 
-def write_page(
-  folder: pathlib.Path, methods: Sequence[str], drawn: Sequence[str]
-) -> None:
+def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> None:
   """Writes tables.md and its figures of the rows in a folder.
 
   Args:
@@ -90,10 +84,7 @@ def write_page(
 
 
 def _figures(
-  folder: pathlib.Path,
-  rows: rows_lib.Rows,
-  methods: Sequence[str],
-  drawn: Sequence[str],
+  folder: Path, rows: rows_lib.Rows, methods: Sequence[str], drawn: Sequence[str]
 ) -> list[blocks.Block]:
   """Draws what the rows allow."""
   retention = {  # That of the untuned model is 1.

@@ -15,15 +15,12 @@ anchor macro-F1 of its control (compare.matched), and `seeds` says which: `0 1`.
 import csv
 import dataclasses
 import io
-import pathlib
+from pathlib import Path
 
 from behaviorlm_jax.io import files
 
 # (group, metric) of what evaluate.retention measures.
-RETENTION = (
-  ('conversations', 'perplexity_ratio'),
-  ('conversations', 'kl_to_base'),
-)
+RETENTION = (('conversations', 'perplexity_ratio'), ('conversations', 'kl_to_base'))
 # Training steps alone, of both stages; neither compilation nor scoring.
 COST = (('training', 'seconds'), ('training', 'targets'))
 # Groups of behaviors by training frequency, the most frequent tenth first.
@@ -79,7 +76,7 @@ def _columns(name: str) -> tuple[list[str], list[str]]:
   return key.split(), values.split()
 
 
-def read_folder(folder: pathlib.Path) -> Rows:
+def read_folder(folder: Path) -> Rows:
   """The rows that stand in a folder; none where a file is missing."""
   rows = Rows({name: {} for name in _FILES})
   for name in _FILES:
@@ -97,7 +94,7 @@ def read_folder(folder: pathlib.Path) -> Rows:
   return rows
 
 
-def write_folder(folder: pathlib.Path, rows: Rows) -> None:
+def write_folder(folder: Path, rows: Rows) -> None:
   """Writes the three files."""
   for name in _FILES:
     text, found = io.StringIO(), rows.tables[name]

@@ -1,20 +1,19 @@
 """The settings of a sweep, for config files; sweep.jobs runs them."""
 
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
 
 
-def empty() -> config_dict.ConfigDict:
+def empty() -> ConfigDict:
   """An empty sweep; a config file fills it."""
-  config = config_dict.ConfigDict()
+  config = ConfigDict()
   config.base = config_lib.default()  # Of every run.
-  config.logs = config_dict.ConfigDict()  # {name: address; '': left out}.
-  config.log_fields = config_dict.ConfigDict()  # {name: sections to change}.
-  config.methods = config_dict.ConfigDict()  # {name: method(...)}.
+  config.logs = ConfigDict()  # {name: address; '': left out}.
+  config.log_fields = ConfigDict()  # {name: sections to change}.
+  config.methods = ConfigDict()  # {name: method(...)}.
   config.order = ()  # Names of those that are run, the most wanted first.
   config.contrasts = ()  # Pairs (method, control) whose difference is shown.
   config.drawn = ()  # Methods with a curve in the figure.
@@ -28,7 +27,7 @@ def method(
   seeds: int = 1,
   fields: Mapping[str, object] | None = None,
   shots: int | None = None,
-) -> config_dict.ConfigDict:
+) -> ConfigDict:
   """One method of a sweep.
 
   Args:
@@ -39,7 +38,7 @@ def method(
     shots: training events that frequent tail behaviors keep (sweep.few_shot);
       None: all.
   """
-  return config_dict.ConfigDict(
+  return ConfigDict(
     {
       'ablations': tuple(ablations),
       'start': start,

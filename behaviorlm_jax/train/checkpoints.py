@@ -6,7 +6,7 @@ place, or marks it in a bucket); one that is damaged is skipped with a warning, 
 deleted.
 """
 
-import pathlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
   """The `checkpoints/` folder of a stage."""
 
-  def __init__(self, folder: pathlib.Path, keep: int, plan_hash: str):
+  def __init__(self, folder: Path, keep: int, plan_hash: str):
     self.plan_hash = plan_hash
     self._manager = _Manager(
       folder,

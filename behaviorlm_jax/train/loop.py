@@ -9,27 +9,24 @@ several hosts the first one writes them.
 import dataclasses
 import json
 import math
-import pathlib
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import tensorboardX
 import tqdm
 from absl import logging
 
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import processes
+from behaviorlm_jax.cluster import preemption, processes
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import bucket
-from behaviorlm_jax.io import files
+from behaviorlm_jax.io import bucket, files
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 
 
 class MetricsFile:
   """metrics.jsonl and TensorBoard, cut back to the step resumed from."""
 
-  def __init__(self, folder: pathlib.Path, step: int):
+  def __init__(self, folder: Path, step: int):
     path = folder / 'metrics.jsonl'
     kept = []
     if path.exists():
@@ -92,7 +89,7 @@ class _Clock:
 class Task:
   """What a stage's loop has to do."""
 
-  folder: pathlib.Path  # of the stage
+  folder: Path  # of the stage
   steps: int
   every: int  # steps between checkpoints
   learning_rate: str  # the field and its value: to lower, if a loss is not finite

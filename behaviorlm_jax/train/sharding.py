@@ -7,22 +7,18 @@ axes do not divide is replicated, and the log names it.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
-from ml_collections import config_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import families, lora
 
 AXES = ('data', 'fsdp', 'tensor')
 Logical = Sequence[str | None]  # Axes of an array; None: never divided.
@@ -212,7 +208,7 @@ class Layout:
 
 
 def make_layout(
-  config: config_dict.ConfigDict, devices: Sequence[jax.Device] | None = None
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Layout:
   """The Layout over all devices; train.batch must divide by its rows.
 

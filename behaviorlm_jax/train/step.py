@@ -11,19 +11,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.model import attention
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import lora
+from behaviorlm_jax.model import attention, decoder, families, lora
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train.loss import Loss
 
 
 def make_optimizer(
-  stage: config_lib.Stage, train: config_dict.ConfigDict
+  stage: config_lib.Stage, train: ConfigDict
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW with linear warm-up, cosine decay to zero and clipping."""
   warmup = max(1, round(train.warmup * stage.steps))
@@ -73,7 +70,7 @@ def _accumulated(sums, adapter, batch, parts):
 
 def attacher(
   base_config: families.DecoderConfig,
-  config: config_dict.ConfigDict,
+  config: ConfigDict,
   layout: sharding.Layout,
   dtype: str,
   wanted: str | None = None,

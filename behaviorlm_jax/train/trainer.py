@@ -1,23 +1,21 @@
 """The training of one stage: a plan and a first adapter in, the last one out."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.io import bucket
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
-from behaviorlm_jax.train import loop
-from behaviorlm_jax.train import sharding
+from behaviorlm_jax.train import loop, sharding
 from behaviorlm_jax.train import step as step_lib
-from behaviorlm_jax.train.loss import Loss
-from behaviorlm_jax.train.loss import Names
+from behaviorlm_jax.train.loss import Loss, Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +47,7 @@ class Lesson:
 class Trainer:
   """Trains the adapter of a model for a stage."""
 
-  def __init__(
-    self, model: Model, stage: config_lib.Stage, train: config_dict.ConfigDict
-  ):
+  def __init__(self, model: Model, stage: config_lib.Stage, train: ConfigDict):
     """`train`: the config's section."""
     self.model, self.stage, self.train = model, stage, train
     self.optimizer, self._schedule = step_lib.make_optimizer(stage, train)
@@ -79,8 +75,8 @@ class Trainer:
     lesson: Lesson,
     adapter: dict,
     validation: Lesson | None,
-    folder: pathlib.Path,
-    checkpoint: config_dict.ConfigDict,
+    folder: Path,
+    checkpoint: ConfigDict,
   ) -> dict:
     """Trains, or goes on, in a stage's folder; returns the adapter at the end.
 

@@ -1,7 +1,7 @@
 """The benchmarks count what they say, and both sides get the same samples."""
 
-import pathlib
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 
 from behaviorlm_jax.model import families
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
 
 import costs
 import peers

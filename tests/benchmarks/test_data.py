@@ -1,20 +1,20 @@
 """The log that is made up, and a whole measurement of a small one."""
 
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pyarrow import parquet
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
 
 import generated_log
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'data.py'
+PROGRAM = Path(__file__).parents[2] / 'benchmarks' / 'data.py'
 
 
 def test_a_log_follows_its_seed_and_is_like_a_real_one(tmp_path, monkeypatch):

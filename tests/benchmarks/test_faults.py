@@ -1,12 +1,12 @@
 """Three faults of the campaign, one of each sort; all of them take an hour."""
 
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
 
 import faults
 

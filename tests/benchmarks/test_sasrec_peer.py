@@ -1,8 +1,8 @@
 """The peer of SASRec sees the same past, and learns."""
 
-import pathlib
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.evaluate import sasrec
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
 
 import sasrec_peer
 

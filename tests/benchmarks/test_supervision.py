@@ -1,14 +1,14 @@
 """Arms of the supervision benchmark: what they set, count and reach."""
 
-import pathlib
 import sys
+from pathlib import Path
 
 import pytest
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.errors import InputError
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
+sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
 
 import arms
 

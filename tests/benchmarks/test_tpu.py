@@ -2,8 +2,7 @@
 
 import pytest
 
-from behaviorlm_jax.cost import chips
-from behaviorlm_jax.cost import roofline
+from behaviorlm_jax.cost import chips, roofline
 from benchmarks import tpu
 
 CHIP = chips.CHIPS['TPU v5 lite']

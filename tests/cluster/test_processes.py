@@ -2,21 +2,20 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pyarrow import parquet
 
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import processes
+from behaviorlm_jax.cluster import preemption, processes
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 STAGES = ('a_tuning', 'b_tuning')
 
 

@@ -7,8 +7,7 @@ import time
 import pytest
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import rendezvous
+from behaviorlm_jax.cluster import processes, rendezvous
 from behaviorlm_jax.errors import InputError
 
 

@@ -7,9 +7,7 @@ import pytest
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax.cluster import preemption
-from behaviorlm_jax.cluster import processor
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import preemption, processor, workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data.log import reader
 from behaviorlm_jax.errors import InputError

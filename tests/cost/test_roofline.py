@@ -4,9 +4,7 @@ import types
 
 import pytest
 
-from behaviorlm_jax.cost import chips
-from behaviorlm_jax.cost import hlo
-from behaviorlm_jax.cost import roofline
+from behaviorlm_jax.cost import chips, hlo, roofline
 
 V5E = chips.CHIPS['TPU v5 lite']
 V5P = chips.CHIPS['TPU v5']

@@ -8,13 +8,10 @@ import pytest
 
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import setup
-from behaviorlm_jax.cost import programs
-from behaviorlm_jax.cost import study
+from behaviorlm_jax.cost import programs, study
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
-from behaviorlm_jax.train import loop
-from behaviorlm_jax.train import sharding
-from behaviorlm_jax.train import trainer
+from behaviorlm_jax.train import loop, sharding, trainer
 
 REFUSAL = (
   'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on '

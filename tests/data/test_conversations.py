@@ -12,8 +12,7 @@ import logging
 import numpy as np
 import pytest
 
-from behaviorlm_jax.data import chat
-from behaviorlm_jax.data import conversations
+from behaviorlm_jax.data import chat, conversations
 from behaviorlm_jax.errors import InputError
 
 START, END, EOS = 256, 257, 258

@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import columns
-from behaviorlm_jax.data.log import join
-from behaviorlm_jax.data.log import shards
-from behaviorlm_jax.data.log import splits
+from behaviorlm_jax.data.log import columns, join, shards, splits
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior'

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.data import conversations
-from behaviorlm_jax.data import loader
+from behaviorlm_jax.data import conversations, loader
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib

@@ -10,8 +10,7 @@ import tokenizers
 import transformers
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.data import chat
-from behaviorlm_jax.data import plain_text
+from behaviorlm_jax.data import chat, plain_text
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import weights

@@ -12,10 +12,8 @@ import torch
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import conversations
 from behaviorlm_jax.evaluate import retention
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
-from behaviorlm_jax.train import sharding
-from behaviorlm_jax.train import step
+from behaviorlm_jax.model import lora, weights
+from behaviorlm_jax.train import sharding, step
 
 LENGTHS = (40, 9, 64, 17, 30)  # two widths, not sorted, no multiple of a batch
 

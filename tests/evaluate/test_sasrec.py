@@ -9,8 +9,7 @@ import torch
 from flax import nnx
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.evaluate import baselines
-from behaviorlm_jax.evaluate import sasrec
+from behaviorlm_jax.evaluate import baselines, sasrec
 from behaviorlm_jax.score import label_tree
 
 pytestmark = pytest.mark.slow

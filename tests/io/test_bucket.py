@@ -13,12 +13,10 @@ from google.auth import exceptions
 
 from behaviorlm_jax import cli
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax.cluster import processes
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import processes, workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import addresses
-from behaviorlm_jax.io import bucket
+from behaviorlm_jax.io import addresses, bucket
 from behaviorlm_jax.sweep import jobs
 
 STAGES = ('a_tuning', 'b_tuning')

@@ -7,10 +7,10 @@ huggingface_hub runs from end to end.
 import http.server
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +22,7 @@ from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.io import hub as hub_lib
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import families, weights
 
 FIRST, SECOND = '1' * 40, '2' * 40
 LOG = b'user,time,behavior\n'
@@ -256,7 +255,7 @@ def test_an_offline_machine_with_a_cache_goes_on(hub, tmp_path):
   environment = os.environ | {
     'HF_ENDPOINT': hub.url,
     'HF_HOME': str(tmp_path / 'home'),
-    'PYTHONPATH': str(pathlib.Path(__file__).parents[2]),
+    'PYTHONPATH': str(Path(__file__).parents[2]),
   }
   for name in ('HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'HF_TOKEN'):
     environment.pop(name, None)

@@ -1,12 +1,12 @@
 """Launchers run with small programs in place of Slurm, gcloud and kubectl."""
 
 import os
-import pathlib
 import subprocess
+from pathlib import Path
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 # What must arrive as it is, whatever shells it passes on its way.
 ODD = (
   "--config.stages=('a', 'b')",

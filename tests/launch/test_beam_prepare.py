@@ -4,7 +4,7 @@ Beam itself, which the project does not need, is left out.
 """
 
 import importlib.util
-import pathlib
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +14,7 @@ from behaviorlm_jax.data import prepared
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

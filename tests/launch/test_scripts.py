@@ -1,10 +1,10 @@
 """Every launcher can be read by bash."""
 
-import pathlib
+from pathlib import Path
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = [*ROOT.glob('launch/*.s*'), *ROOT.glob('docs/*.sh')]
 
 

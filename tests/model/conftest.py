@@ -8,13 +8,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import families, weights
 
 SCALING = {
   'rope_type': 'llama3',

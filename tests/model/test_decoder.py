@@ -14,11 +14,7 @@ import transformers
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import chat
 from behaviorlm_jax.io import addresses
-from behaviorlm_jax.model import attention
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import attention, decoder, families, lora, weights
 
 LONG = 120  # tokens; rope scaling starts to matter beyond 64
 PLAIN = {'rope_type': 'default', 'rope_theta': 1e4}
@@ -173,9 +169,7 @@ def test_keys_and_values_kept_give_the_same_logits_as_one_pass(untied):
     return model.logits(hidden)
 
   np.testing.assert_allclose(
-    in_two_passes(params, tokens),
-    logits_of(config, params, tokens)[:, cut:],
-    atol=1e-4,
+    in_two_passes(params, tokens), logits_of(config, params, tokens)[:, cut:], atol=1e-4
   )
 
 

@@ -12,9 +12,7 @@ import torch
 import transformers
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import decoder, lora, weights
 
 RANK, ALPHA = 4, 12.0
 SUBSETS = [

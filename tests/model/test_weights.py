@@ -11,8 +11,7 @@ import torch
 import transformers
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import families, weights
 
 
 def stacked(model):

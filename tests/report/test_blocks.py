@@ -1,10 +1,7 @@
 """Blocks in Markdown: whatever a name holds, the page keeps its shape."""
 
 from behaviorlm_jax.report import blocks
-from behaviorlm_jax.report.blocks import Mono
-from behaviorlm_jax.report.blocks import Strong
-from behaviorlm_jax.report.blocks import Table
-from behaviorlm_jax.report.blocks import Text
+from behaviorlm_jax.report.blocks import Mono, Strong, Table, Text
 
 
 def test_text_becomes_one_line_without_markup():

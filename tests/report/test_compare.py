@@ -7,10 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.evaluate import metrics
-from behaviorlm_jax.report import compare
-from behaviorlm_jax.report import run_files
+from behaviorlm_jax.evaluate import adjust, metrics
+from behaviorlm_jax.report import compare, run_files
 
 
 def stage(key, true, predicted, user, **config):

@@ -5,13 +5,15 @@ import hashlib
 import re
 
 from behaviorlm_jax.report import page
-from behaviorlm_jax.report.blocks import Details
-from behaviorlm_jax.report.blocks import Figure
-from behaviorlm_jax.report.blocks import Heading
-from behaviorlm_jax.report.blocks import Listing
-from behaviorlm_jax.report.blocks import Strong
-from behaviorlm_jax.report.blocks import Table
-from behaviorlm_jax.report.blocks import Text
+from behaviorlm_jax.report.blocks import (
+  Details,
+  Figure,
+  Heading,
+  Listing,
+  Strong,
+  Table,
+  Text,
+)
 
 ATTACK = '<script>alert(1)</script>" onload="x'
 

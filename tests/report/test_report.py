@@ -11,10 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behaviorlm_jax.evaluate import baselines
-from behaviorlm_jax.evaluate import metrics
-from behaviorlm_jax.report import report
-from behaviorlm_jax.report import run_files
+from behaviorlm_jax.evaluate import baselines, metrics
+from behaviorlm_jax.report import report, run_files
 from behaviorlm_jax.score import label_tree
 
 PLAN = pa.schema(

@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from behaviorlm_jax.report.verdict import Change
-from behaviorlm_jax.report.verdict import Outcome
-from behaviorlm_jax.report.verdict import verdict
+from behaviorlm_jax.report.verdict import Change, Outcome, verdict
 
 
 def change(score, before, after, interval, other='untuned'):

@@ -9,11 +9,9 @@ import transformers
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.score import scorer as scorer_lib
-from behaviorlm_jax.train import sharding
-from behaviorlm_jax.train import step
+from behaviorlm_jax.train import sharding, step
 
 END = 299  # closes every name below; itself a name, the one-token one
 NAMES = [

@@ -3,11 +3,11 @@
 import csv
 import dataclasses
 import json
-import pathlib
 import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,16 +20,12 @@ from behaviorlm_jax import measure
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
-from behaviorlm_jax.sweep import choices
-from behaviorlm_jax.sweep import few_shot
-from behaviorlm_jax.sweep import jobs
-from behaviorlm_jax.sweep import results
+from behaviorlm_jax.sweep import choices, few_shot, jobs, results, settings
 from behaviorlm_jax.sweep import rows as rows_lib
-from behaviorlm_jax.sweep import settings
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 SHORT = {
   'a.steps': 2,
   'b.steps': 2,

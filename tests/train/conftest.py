@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import lora, weights
 
 VOCAB, RANK = 300, 3
 TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')

@@ -18,9 +18,7 @@ import numpy as np
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.model import decoder
-from behaviorlm_jax.model import lora
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import decoder, lora, weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import loss as loss_lib
@@ -150,10 +148,7 @@ def train(sizes, whole, order):
     scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)
     return scorer(state['adapter'], prompts).tolist()
 
-  return result | {
-    'scores': scores('vocabulary'),
-    'named': scores('names'),
-  }
+  return result | {'scores': scores('vocabulary'), 'named': scores('names')}
 
 
 def main(task):

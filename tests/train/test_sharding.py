@@ -4,10 +4,10 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from behaviorlm_jax.train import sharding
 
 pytestmark = pytest.mark.slow
 
-WORKER = pathlib.Path(__file__).with_name('devices_worker.py')
+WORKER = Path(__file__).with_name('devices_worker.py')
 ROWS, LENGTH, PARTS, RANK = 16, 16, 2, 4  # Of the worker.
 
 

@@ -295,12 +295,7 @@ class Trainer:
     places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(adapter, optimizer, places)
     self.run = step_lib.make_step(
-      loss_lib.Loss(attach),
-      optimizer,
-      schedule,
-      train.accumulate,
-      places,
-      self.layout,
+      loss_lib.Loss(attach), optimizer, schedule, train.accumulate, places, self.layout
     )
 
   def __call__(self, batch):

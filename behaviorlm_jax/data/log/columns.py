@@ -6,8 +6,8 @@ without a copy. Names are Arrow, one record batch for each piece.
 
 import collections.abc
 import contextlib
-import pathlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Self
 
 import duckdb
@@ -29,7 +29,7 @@ _HEADER = 128  # Bytes of a .npy file before its data.
 class Writer:
   """Writes columns of one length piece by piece; a context manager."""
 
-  def __init__(self, folder: pathlib.Path, names: Iterable[str]):
+  def __init__(self, folder: Path, names: Iterable[str]):
     self._paths = {name: folder / f'{name}.npy' for name in names}
     self._size = 0
 
@@ -66,7 +66,7 @@ class Writer:
         assert file.tell() == _HEADER, file.tell()
 
 
-def read_column(folder: pathlib.Path, name: str) -> np.ndarray:
+def read_column(folder: Path, name: str) -> np.ndarray:
   """Maps a column; nothing of it is read before it is looked at."""
   return np.asarray(np.load(folder / f'{name}.npy', mmap_mode='r'))
 
@@ -74,7 +74,7 @@ def read_column(folder: pathlib.Path, name: str) -> np.ndarray:
 class MappedNames(collections.abc.Sequence):
   """Mapped names, each read when it is asked for."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: Path):
     self._column = read_table(path)['name']
 
   def __len__(self) -> int:
@@ -95,7 +95,7 @@ def number_names(con: duckdb.DuckDBPyConnection, table: str, query: str) -> None
   )
 
 
-def write_table(path: pathlib.Path, relation: duckdb.DuckDBPyRelation) -> None:
+def write_table(path: Path, relation: duckdb.DuckDBPyRelation) -> None:
   """Writes what a DuckDB relation yields, one batch after the other."""
   reader = relation.to_arrow_reader(_BATCH)
   with pa.ipc.new_file(str(path), reader.schema) as writer:
@@ -103,6 +103,6 @@ def write_table(path: pathlib.Path, relation: duckdb.DuckDBPyRelation) -> None:
       writer.write_batch(batch)
 
 
-def read_table(path: pathlib.Path) -> pa.Table:
+def read_table(path: Path) -> pa.Table:
   """Maps what `write_table` wrote."""
   return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

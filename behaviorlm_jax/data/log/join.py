@@ -15,21 +15,16 @@ import hashlib
 import heapq
 import itertools
 import json
-import pathlib
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.data.log import columns
-from behaviorlm_jax.data.log import shards
-from behaviorlm_jax.data.log import sources
-from behaviorlm_jax.data.log import splits
-from behaviorlm_jax.data.log import times
+from behaviorlm_jax.data.log import columns, shards, sources, splits, times
 from behaviorlm_jax.data.log.splits import SPLITS
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
@@ -44,7 +39,7 @@ _TABLES = ('users', 'places', 'names')
 class _Shard:
   """A shard and, of each of its names, the number in the whole log."""
 
-  folder: pathlib.Path
+  folder: Path
   begins: np.ndarray  # int64 [users + 1], first event of each user
   columns: dict[str, np.ndarray]  # of shards.COLUMNS
   users: np.ndarray  # int32, ascending
@@ -63,10 +58,10 @@ class _Shard:
 
 
 def join(
-  data: config_dict.ConfigDict,
-  place: str | pathlib.Path | sources.Log,
-  folders: Sequence[pathlib.Path],
-  folder: pathlib.Path,
+  data: ConfigDict,
+  place: str | Path | sources.Log,
+  folders: Sequence[Path],
+  folder: Path,
   seed: int,
   origin: dict | None = None,
 ) -> dict:
@@ -136,9 +131,7 @@ def _write_names(con, half, behaviors):
   )
 
 
-def _check_rows(
-  facts: list[dict], folders: Sequence[pathlib.Path], log: sources.Log
-) -> None:
+def _check_rows(facts: list[dict], folders: Sequence[Path], log: sources.Log) -> None:
   """Refuses shards that are not those of one log, each once."""
   # Each row is in one shard, and every shard has counted the rows of all.
   found = sum(fact['sound'] + fact['rejected'] for fact in facts)
@@ -163,10 +156,10 @@ def _lost(facts: list[dict]) -> dict:
   } | {name: sum(fact[name] for fact in facts) for name in ('duplicates', 'repeats')}
 
 
-def _rejected(folders: Sequence[pathlib.Path]) -> Iterator[tuple[int, str, str]]:
+def _rejected(folders: Sequence[Path]) -> Iterator[tuple[int, str, str]]:
   """Yields the malformed rows (line, reason, text) of all shards, by line."""
 
-  def rows(source: pathlib.Path) -> Iterator[tuple[int, str, str]]:
+  def rows(source: Path) -> Iterator[tuple[int, str, str]]:
     for batch in columns.read_table(source / 'rejected.arrow').to_batches():
       yield from zip(*(c.to_pylist() for c in batch.columns), strict=True)
 
@@ -174,9 +167,7 @@ def _rejected(folders: Sequence[pathlib.Path]) -> Iterator[tuple[int, str, str]]
   return heapq.merge(*map(rows, folders))
 
 
-def _write_rejected(
-  folders: Sequence[pathlib.Path], path: pathlib.Path, log: sources.Log
-) -> None:
+def _write_rejected(folders: Sequence[Path], path: Path, log: sources.Log) -> None:
   """Writes the malformed rows; of several files, each with its name."""
   one = len(log.files) == 1
   with open(path, 'w', encoding='utf-8', newline='') as file:
@@ -187,9 +178,7 @@ def _write_rejected(
       writer.writerow([*where, reason, text])
 
 
-def _open(
-  con: duckdb.DuckDBPyConnection, folders: Sequence[pathlib.Path]
-) -> list[_Shard]:
+def _open(con: duckdb.DuckDBPyConnection, folders: Sequence[Path]) -> list[_Shard]:
   """Opens the shards; leaves the tables users, places and names (id, name)."""
   numbers = {table: _number(con, table, folders) for table in _TABLES}
   parts = []
@@ -209,7 +198,7 @@ def _open(
 
 
 def _number(
-  con: duckdb.DuckDBPyConnection, table: str, folders: Sequence[pathlib.Path]
+  con: duckdb.DuckDBPyConnection, table: str, folders: Sequence[Path]
 ) -> list[np.ndarray]:
   """Numbers in the whole log, int32, of the names of each shard."""
   views = [f'{table}_{i}' for i in range(len(folders))]
@@ -304,7 +293,7 @@ def _times(
 
 
 def _write_events(
-  parts: list[_Shard], folder: pathlib.Path, ends: tuple[float, float]
+  parts: list[_Shard], folder: Path, ends: tuple[float, float]
 ) -> tuple[dict[str, str], tuple[int, int]]:
   """Writes the columns; returns {name: SHA-256} and the span of times."""
   sizes = np.zeros(sum(len(part.users) for part in parts), np.int64)
@@ -426,7 +415,7 @@ def _time_warnings(form: times.Form, shifted: bool) -> list[str]:
 
 
 def _fingerprint(
-  digests: dict[str, str], folder: pathlib.Path, behaviors: list[splits.Behavior]
+  digests: dict[str, str], folder: Path, behaviors: list[splits.Behavior]
 ) -> str:
   """SHA-256 of the columns, names and groups, as one JSON text.
 

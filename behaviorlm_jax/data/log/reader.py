@@ -17,25 +17,19 @@ the form that its first rows show; where the others disagree it is read again.
 
 import dataclasses
 import itertools
-import pathlib
 import re
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.data.log import names
-from behaviorlm_jax.data.log import sources
-from behaviorlm_jax.data.log import text_rows
-from behaviorlm_jax.data.log import times
-from behaviorlm_jax.data.log.text_rows import Columns
-from behaviorlm_jax.data.log.text_rows import FIELDS
+from behaviorlm_jax.data.log import names, sources, text_rows, times
+from behaviorlm_jax.data.log.text_rows import Columns, FIELDS
 from behaviorlm_jax.errors import InputError
 
 LONGEST_NAME = 256  # characters
@@ -88,7 +82,7 @@ class Found:
 
 def read_rows(
   con: duckdb.DuckDBPyConnection,
-  data: config_dict.ConfigDict,
+  data: ConfigDict,
   log: sources.Log,
   shard: tuple[int, int] = (0, 1),
 ) -> Found:
@@ -119,7 +113,7 @@ class _Reader:
   def __init__(
     self,
     con: duckdb.DuckDBPyConnection,
-    data: config_dict.ConfigDict,
+    data: ConfigDict,
     log: sources.Log,
     columns: Columns,
     shard: tuple[int, int],
@@ -362,7 +356,7 @@ class _File:
   microseconds.
   """
 
-  def __init__(self, path: pathlib.Path, columns: Columns):
+  def __init__(self, path: Path, columns: Columns):
     try:
       schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -436,7 +430,7 @@ def _value(column: str, present: Sequence[str]) -> str:
   return '.'.join(quoted)
 
 
-def _as_text(path: pathlib.Path, column: str, kind: pa.DataType, value: str) -> str:
+def _as_text(path: Path, column: str, kind: pa.DataType, value: str) -> str:
   """SQL of a value as text; refuses what is none."""
   if pa.types.is_dictionary(kind):
     kind = kind.value_type
@@ -462,7 +456,7 @@ def _as_text(path: pathlib.Path, column: str, kind: pa.DataType, value: str) -> 
 
 
 def _typed(
-  path: pathlib.Path, column: str, kind: pa.DataType, value: str
+  path: Path, column: str, kind: pa.DataType, value: str
 ) -> tuple[times.Form, str]:
   """The form of a column of times, and SQL for its microseconds."""
   if pa.types.is_date(kind):
@@ -481,7 +475,7 @@ def _typed(
   return times.Form('timestamp', bool(kind.tz), True, times.zone_name(kind.tz)), micros
 
 
-def _check_case(path: pathlib.Path, columns: Columns, present: Sequence[str]) -> None:
+def _check_case(path: Path, columns: Columns, present: Sequence[str]) -> None:
   """Refuses names that DuckDB, which ignores case, would take for others."""
   for name in present:
     if name.casefold() == _ROW_NUMBER:

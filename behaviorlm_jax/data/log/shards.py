@@ -30,19 +30,16 @@ the folder exists only when it is complete.
 
 import contextlib
 import dataclasses
-import pathlib
 import shutil
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
-from behaviorlm_jax.data.log import columns
-from behaviorlm_jax.data.log import reader
-from behaviorlm_jax.data.log import sources
+from behaviorlm_jax.data.log import columns, reader, sources
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 
@@ -53,9 +50,7 @@ _TABLES = {'users': 'who', 'places': 'place', 'names': 'what'}
 
 
 @contextlib.contextmanager
-def new_folder(
-  folder: pathlib.Path,
-) -> Iterator[tuple[pathlib.Path, duckdb.DuckDBPyConnection]]:
+def new_folder(folder: Path) -> Iterator[tuple[Path, duckdb.DuckDBPyConnection]]:
   """Yields a folder that takes its place at the end, and a connection."""
   half = folder.with_name(folder.name + '.tmp')
   shutil.rmtree(half, ignore_errors=True)  # of a run that was killed
@@ -74,9 +69,9 @@ def new_folder(
 
 
 def write_shard(
-  data: config_dict.ConfigDict,
-  place: str | pathlib.Path | sources.Log,
-  folder: pathlib.Path,
+  data: ConfigDict,
+  place: str | Path | sources.Log,
+  folder: Path,
   shard: tuple[int, int] = (0, 1),
   origin: dict | None = None,
 ) -> None:
@@ -112,11 +107,7 @@ def write_shard(
 
 
 def _reject(
-  con: duckdb.DuckDBPyConnection,
-  most: float,
-  log: sources.Log,
-  folder: pathlib.Path,
-  rows: int,
+  con: duckdb.DuckDBPyConnection, most: float, log: sources.Log, folder: Path, rows: int
 ) -> dict:
   """Writes rejected.arrow; refuses an empty log and too many malformed rows.
 
@@ -203,7 +194,7 @@ def _check_groups(con: duckdb.DuckDBPyConnection, log: sources.Log) -> None:
 
 
 def _write_events(
-  con: duckdb.DuckDBPyConnection, folder: pathlib.Path, collapse: bool, grouped: bool
+  con: duckdb.DuckDBPyConnection, folder: Path, collapse: bool, grouped: bool
 ) -> dict:
   """Writes the columns and users.arrow; returns counts of rows."""
   # DuckDB streams only where nothing is left to fetch.

@@ -15,8 +15,8 @@ import hashlib
 import io
 import lzma
 import os
-import pathlib
 import zlib
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -61,7 +61,7 @@ class Log:
   """The files of a log, in the order in which they are read."""
 
   name: str  # as data.events has it
-  files: tuple[pathlib.Path, ...]
+  files: tuple[Path, ...]
 
   def at(self, line: int) -> str:
     """'log.csv line 7' of a row's number."""
@@ -89,7 +89,7 @@ class Log:
     return digest.hexdigest()
 
 
-def open_log(place: str | pathlib.Path | Log) -> Log:
+def open_log(place: str | Path | Log) -> Log:
   """The Log at `place`: data.events, a path, or a Log already."""
   if isinstance(place, Log):
     return place
@@ -120,11 +120,11 @@ def open_log(place: str | pathlib.Path | Log) -> Log:
   return Log(name, tuple(full or found[:1]))  # An empty one is refused by name.
 
 
-def _find(name: str) -> list[pathlib.Path] | None:
+def _find(name: str) -> list[Path] | None:
   """Paths of a local file, folder or glob; None: nothing of this name."""
   if '://' in name:
     return None
-  path = pathlib.Path(name).expanduser()
+  path = Path(name).expanduser()
   if path.exists():  # Before it is a glob or a list: names may hold [, * or commas.
     return _parts(path)
   if any(c in name for c in '*?['):
@@ -134,15 +134,15 @@ def _find(name: str) -> list[pathlib.Path] | None:
       # As in a folder, what writers leave beside the parts does not count.
       if path.name.startswith('_') or not os.path.basename(match).startswith('_')
     ]
-    return [part for match in matches for part in _parts(pathlib.Path(match))] or None
+    return [part for match in matches for part in _parts(Path(match))] or None
   return None
 
 
-def _resolve(name: str) -> list[pathlib.Path]:
+def _resolve(name: str) -> list[Path]:
   return _parts(addresses.resolve(name, _FIELD))
 
 
-def _parts(path: pathlib.Path) -> list[pathlib.Path]:
+def _parts(path: Path) -> list[Path]:
   """The file, or those below a folder but for what writers leave beside."""
   if path.is_dir():
     return [
@@ -159,11 +159,11 @@ def _parts(path: pathlib.Path) -> list[pathlib.Path]:
 # Bytes to text.
 
 
-def _open_plain(path: pathlib.Path) -> BinaryIO:
+def _open_plain(path: Path) -> BinaryIO:
   return open(path, 'rb')
 
 
-def _open_zstd(path: pathlib.Path) -> pa.NativeFile:
+def _open_zstd(path: Path) -> pa.NativeFile:
   return pa.CompressedInputStream(pa.OSFile(str(path)), 'zstd')
 
 
@@ -179,7 +179,7 @@ _COMPRESSIONS = {
 class TextFile:
   """A text file: how it is compressed and encoded."""
 
-  path: pathlib.Path
+  path: Path
   compression: str  # '' or the name of one
   encoding: str
   start: str  # what it begins with
@@ -209,7 +209,7 @@ class TextFile:
     )
 
 
-def is_parquet(path: pathlib.Path) -> bool:
+def is_parquet(path: Path) -> bool:
   """Whether a file is Parquet; refuses one that is by its name alone."""
   with open(path, 'rb') as file:
     found = file.read(4) == b'PAR1'
@@ -220,7 +220,7 @@ def is_parquet(path: pathlib.Path) -> bool:
   return found
 
 
-def open_text(path: pathlib.Path) -> TextFile:
+def open_text(path: Path) -> TextFile:
   """Looks at the first bytes of a text file; refuses what is none."""
   with open(path, 'rb') as file:
     head = file.read(16)
@@ -246,7 +246,7 @@ def open_text(path: pathlib.Path) -> TextFile:
   return TextFile(path, compression, encoding, start)
 
 
-def _encoding(head: bytes, path: pathlib.Path) -> str:
+def _encoding(head: bytes, path: Path) -> str:
   if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
     raise InputError(f'{path} is UTF-32; save it as UTF-8')
   if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

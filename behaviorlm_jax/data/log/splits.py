@@ -12,8 +12,7 @@ predecessor is collapsed, and the user's history is one event shorter.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 

@@ -18,15 +18,12 @@ import itertools
 import json
 import math
 import operator
-import pathlib
 import re
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from behaviorlm_jax.errors import InputError
 
@@ -48,7 +45,7 @@ _FIRST = 8192  # objects of a JSON array that tell its columns
 _BLOCK = 1 << 20  # characters of a JSON array at a time
 
 
-def check_columns(path: pathlib.Path, columns: Columns, present: Sequence[str]) -> None:
+def check_columns(path: Path, columns: Columns, present: Sequence[str]) -> None:
   """Refuses a mapped column that the log lacks, or has twice."""
   for field, column in zip(FIELDS, columns, strict=True):
     if column is None:
@@ -72,7 +69,7 @@ def check_columns(path: pathlib.Path, columns: Columns, present: Sequence[str]) 
 
 
 def open_csv(
-  path: pathlib.Path, columns: Columns, lines: list[str], given: config_dict.ConfigDict
+  path: Path, columns: Columns, lines: list[str], given: ConfigDict
 ) -> tuple[int, Cut, str]:
   """Reads the header: lines used, the function that cuts the others, dialect.
 
@@ -117,7 +114,7 @@ def _said(options: dict) -> str:
   return text
 
 
-def _character(given: config_dict.ConfigDict, field: str) -> str | None:
+def _character(given: ConfigDict, field: str) -> str | None:
   """What a field of data.csv means; refuses what is no character."""
   value = _WORDS.get(given[field], given[field])
   if value is None and field != 'delimiter':
@@ -130,7 +127,7 @@ def _character(given: config_dict.ConfigDict, field: str) -> str | None:
   return value
 
 
-def _dialect(columns: Columns, lines: list[str], given: config_dict.ConfigDict) -> dict:
+def _dialect(columns: Columns, lines: list[str], given: ConfigDict) -> dict:
   """Options of csv.reader."""
   words = {field: _character(given, field) for field in given if given[field]}
   delimiters = [words['delimiter']] if words.get('delimiter') else _DELIMITERS
@@ -311,9 +308,7 @@ def has_object_a_line(start: str) -> bool:
   return len(lines) < 2 or any(_parse_json(line)[0] for line in lines[:-1])
 
 
-def open_json(
-  path: pathlib.Path, columns: Columns, lines: list[str]
-) -> tuple[int, Cut]:
+def open_json(path: Path, columns: Columns, lines: list[str]) -> tuple[int, Cut]:
   """Like `open_csv`; columns are the keys of the first chunk's objects."""
   if not ''.join(lines).strip():
     raise InputError(f'{path} is empty: give data.events a log with rows')
@@ -323,7 +318,7 @@ def open_json(
   )
 
 
-def json_stream(path: pathlib.Path, file: TextIO, columns: Columns) -> Iterator[Row]:
+def json_stream(path: Path, file: TextIO, columns: Columns) -> Iterator[Row]:
   """Yields rows of arrays, or of objects of many lines; offsets are counts."""
   used = [column for column in columns if column is not None]
   values = _json_values(path, file)
@@ -335,7 +330,7 @@ def json_stream(path: pathlib.Path, file: TextIO, columns: Columns) -> Iterator[
     yield count, picked, 'not a JSON object' if row is None else reason, mend(text)
 
 
-def _json_values(path: pathlib.Path, file: TextIO) -> Iterator[tuple[object, str]]:
+def _json_values(path: Path, file: TextIO) -> Iterator[tuple[object, str]]:
   """Yields the objects of a file, and what its arrays hold, each with its text."""
   # The file may be larger than memory: a block at a time, of which what is used is
   # dropped.
@@ -423,9 +418,7 @@ def _find(row: dict, column: str) -> list[object]:
   return found
 
 
-def _check_keys(
-  path: pathlib.Path, columns: Columns, objects: Iterable[object]
-) -> None:
+def _check_keys(path: Path, columns: Columns, objects: Iterable[object]) -> None:
   """Like `check_columns`, of the keys of a log's first objects."""
   deep = max(3, *(column.count('.') for column in columns if column is not None))
   paths = {}

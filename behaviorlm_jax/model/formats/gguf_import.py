@@ -25,8 +25,7 @@ import numpy as np
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 from behaviorlm_jax.model import families
-from behaviorlm_jax.model.formats import gguf_header
-from behaviorlm_jax.model.formats import gguf_tokenizer
+from behaviorlm_jax.model.formats import gguf_header, gguf_tokenizer
 
 _GLOBAL_NAMES = {
   'token_embd.weight': 'embed',

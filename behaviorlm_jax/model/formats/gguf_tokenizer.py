@@ -9,10 +9,7 @@ from pathlib import Path
 
 import tokenizers
 from absl import logging
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model.formats import gguf_header

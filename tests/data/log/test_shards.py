@@ -5,9 +5,7 @@ import pyarrow as pa
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import columns
-from behaviorlm_jax.data.log import join
-from behaviorlm_jax.data.log import shards
+from behaviorlm_jax.data.log import columns, join, shards
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior,where,home'

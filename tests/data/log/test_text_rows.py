@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import reader
-from behaviorlm_jax.data.log import text_rows
+from behaviorlm_jax.data.log import reader, text_rows
 from behaviorlm_jax.errors import InputError
 
 ROWS = [

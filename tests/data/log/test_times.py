@@ -1,7 +1,7 @@
 """Times of a log: their form, the clock that is shown, and the order."""
 
-import pathlib
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -92,7 +92,7 @@ def test_every_form_is_read_and_said(tmp_path, one, two, seconds, form, prepare)
 
 def documented():
   """(data.time_format, a time) of the table of forms in the docs."""
-  page = pathlib.Path(__file__).parents[3] / 'docs/your_log.md'
+  page = Path(__file__).parents[3] / 'docs/your_log.md'
   table = page.read_text().split('| `data.time_format` | examples |')[1]
   for words, examples in re.findall(r'^\| (`.*`) \| (.*) \|$', table, re.M):
     yield from (
@@ -405,11 +405,7 @@ def test_a_row_of_another_century_is_malformed(tmp_path, odd, prepare):
 
 @pytest.mark.parametrize(
   ('most', 'few'),
-  [
-    ('20240131', '202401310815'),
-    ('202401310815', '20240131'),
-    ('45292', '45292.5'),
-  ],
+  [('20240131', '202401310815'), ('202401310815', '20240131'), ('45292', '45292.5')],
 )
 def test_dates_alone_and_clocks_are_two_forms(tmp_path, most, few, prepare):
   _, summary, _ = prepare(

