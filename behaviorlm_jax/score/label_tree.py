@@ -168,6 +168,16 @@ def tree_scores(
     prompt = jnp.arange(width) < lengths[:, None]
     below, _ = model(tokens, positions, _attention(tree, prompt), memory=cache)
     hidden = jnp.concatenate([hidden, below], axis=1)
+  return path_scores(model, tree, hidden, softmax)
+
+
+def path_scores(
+  model: decoder.Decoder, tree: Tree, hidden: jax.Array, softmax: str
+) -> jax.Array:
+  """Log-probabilities float32 [B, Y] of a tree's answers.
+
+  `hidden`: [B, 1 + N, D], of the tree's nodes; `softmax`: score.softmax.
+  """
   score = _within_names if softmax == 'names' else _over_vocabulary
   edges = score(model, tree, hidden)
   edges = jnp.pad(edges, ((0, 0), (0, 1)))  # The edge that paths pad with.
