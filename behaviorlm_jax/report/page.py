@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from behaviorlm_jax.report.blocks import Block, Table, shown
+from behaviorlm_jax.report.blocks import Block, shown, Table
 
 FILES = Path(__file__).parent
 

@@ -128,7 +128,7 @@ class Finished:
   def _add(
     self,
     run: run_files.RunFiles,
-    stage: run_files.Stage,
+    stage: run_files.StageFiles,
     name: str,
     counted: np.ndarray,
   ) -> set[str]:
@@ -167,14 +167,14 @@ class Finished:
 
 
 def _few_targets(
-  run: run_files.RunFiles, stage: run_files.Stage, few_shot: np.ndarray
+  run: run_files.RunFiles, stage: run_files.StageFiles, few_shot: np.ndarray
 ) -> float:
   """Targets that a stage's plan has of each of these behaviors, the mean."""
   targets = run_files.plan_targets(stage.folder / 'plan.parquet')
   return few_shot[run.events.behavior[targets]].sum() / few_shot.sum()
 
 
-def _cost(job: 'jobs_lib.Job', stage: run_files.Stage) -> dict[str, float]:
+def _cost(job: 'jobs_lib.Job', stage: run_files.StageFiles) -> dict[str, float]:
   """What the training of a stage, and of the one it began with, took."""
   if stage.key == 'base':
     return {}
@@ -195,7 +195,7 @@ def _seconds(steps: Sequence[Mapping]) -> float:
   return len(steps) * float(np.mean(timed)) if timed else 0.0
 
 
-def _method(job: 'jobs_lib.Job', stage: run_files.Stage) -> str | None:
+def _method(job: 'jobs_lib.Job', stage: run_files.StageFiles) -> str | None:
   """What a stage's predictor is called in the tables, or None: left out."""
   if stage.key == 'base':
     return 'untuned' if job.method.shots is None else None
