@@ -223,22 +223,6 @@ class Work:
       self.folder / stage / 'plan.parquet',
     )
 
-  def add_difficulty(self):
-    score = self.rng.gamma(3, 1, 400)
-    ids = self.rng.choice(len(self.names), 400)
-    score[self.anchor[ids]] *= 0.5
-    pq.write_table(
-      pa.table(
-        {
-          'sample': np.arange(400),
-          'behavior': np.array(self.names)[ids],
-          'group': np.where(self.anchor[ids], 'anchor', 'tail'),
-          'score': score,
-        }
-      ),
-      self.folder / 'b_tuning/difficulty.parquet',
-    )
-
 
 def whole(folder, **options):
   work = Work(folder, **options)
@@ -247,7 +231,6 @@ def whole(folder, **options):
     work.add_predictions(stage, skill)
     if stage != 'base':
       work.add_training(stage)
-  work.add_difficulty()
   return work
 
 
@@ -306,14 +289,7 @@ def row_of(text, head, name):
 def test_whole_run_shows_every_section_and_plot(done):
   text = done.text
   images = sorted(path.name for path in (done.folder / 'report').iterdir())
-  assert images == [
-    'changes.png',
-    'difficulty.png',
-    'f1.png',
-    'loss.png',
-    'stages.png',
-    'targets.png',
-  ]
+  assert images == ['changes.png', 'f1.png', 'loss.png', 'stages.png', 'targets.png']
   for name in images:
     assert f'(report/{name})' in text
     assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
@@ -398,7 +374,7 @@ def test_both_files_say_the_same(done):
   ]
   assert page.all('h1') + page.all('h2') == headings
   assert page.tags.count('table') == done.text.count('| --- |\n')
-  assert len(page.images) == done.text.count('![') == 6
+  assert len(page.images) == done.text.count('![') == 5
   assert all(len(image['alt']) > 30 for image in page.images)
 
 
@@ -459,7 +435,6 @@ def test_absent_stages_leave_no_rows(tmp_path):
   text = write_report(work)
   assert 'A-Tuning' in text
   assert 'B-Tuning' not in text and 'untuned' not in text
-  assert not (tmp_path / 'report/difficulty.png').exists()
 
 
 def test_a_directory_with_events_alone_still_reports(tmp_path):
