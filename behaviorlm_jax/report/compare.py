@@ -12,7 +12,7 @@ what the best one predicted is counted again from the events.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -108,41 +108,34 @@ def paired(
     return all(part[before.counted(score)].any() for (before, _), part in parts)
 
   before, after = means(np.ones(len(user)))
-  change = float(after - before)
-  interval = _interval(change, user, lambda w: np.diff(means(w))[0], draws, stays)
-  return float(before), change, interval
-
-
-def _interval(
-  value: float,
-  user: np.ndarray,
-  score: Callable[[np.ndarray], float],
-  draws: int = DRAWS,
-  stays: Callable[[np.ndarray], bool] = lambda weight: True,
-) -> Interval | None:
-  """Around a value, by its `score` under redrawn users; None of a single user.
-
-  Draws that do not `stays` are drawn again.
-  """
-  if len(np.unique(user)) < 2:
-    return None
   drawn = itertools.islice(filter(stays, _redrawn(user)), draws)
-  scores = np.array([score(weight) for weight in drawn])
-  # Moved to average to the value: redrawn users lack rare behaviors, see the
-  # module. Its width is kept.
-  low, high = value + np.quantile(scores - scores.mean(), [0.025, 0.975])
-  return float(low), float(high)
+  changes = [np.diff(means(weight))[0] for weight in drawn]
+  change = float(after - before)
+  return float(before), change, _interval(change, changes)
 
 
 def _redrawn(user: np.ndarray) -> Iterator[np.ndarray]:
-  """How often each sample counts, int64[n], in one draw of users after another."""
+  """How often each sample counts, int64[n], in one draw of users after another.
+
+  Without end; of a single user nothing: there is no other to draw.
+  """
   names, owner = np.unique(user, return_inverse=True)
   rng = np.random.default_rng(0)
-  while True:
+  while len(names) > 1:
     # Whole users, with replacement: the events of one are not independent. Of
     # samples, not of users' means: a user with many of them weighs as many.
     drawn = rng.integers(len(names), size=len(names))
     yield np.bincount(drawn, minlength=len(names))[owner]
+
+
+def _interval(value: float, draws: Sequence[float]) -> Interval | None:
+  """Around a value; None where nothing could be drawn."""
+  if not draws:
+    return None
+  # Moved to average to the value: redrawn users lack rare behaviors, see the
+  # module. Its width is kept.
+  low, high = value + np.quantile(draws - np.mean(draws), [0.025, 0.975])
+  return float(low), float(high)
 
 
 def outcome(run: RunFiles) -> Outcome | None:
@@ -165,7 +158,8 @@ def outcome(run: RunFiles) -> Outcome | None:
 
 def _level(last: Arm, score: str) -> tuple[float, Interval | None]:
   value = last.value(score)
-  return value, _interval(value, last.user, lambda weight: last.value(score, weight))
+  drawn = itertools.islice(_redrawn(last.user), DRAWS)
+  return value, _interval(value, [last.value(score, weight) for weight in drawn])
 
 
 def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Change]]:
@@ -184,7 +178,7 @@ def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Ch
     if np.array_equal(stage.column('sample'), final.column('sample'))
   }
   # Choices of baselines are counted again, for which history and seed are needed.
-  if run.baselines and 'data' in final.config:
+  if run.baselines and final.config:
     best = {score: run.best_baseline(*SCORES[score])[1] for score in scores}
     names = sorted(set(best.values()))
     choices = {

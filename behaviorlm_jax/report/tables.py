@@ -156,47 +156,41 @@ def behaviors(run: RunFiles) -> Table:
 
 
 def times(run: RunFiles) -> Table:
-  """How fast each stage was trained; columns only for what was noted."""
-  rows = {stage.name: _speed(stage.steps) for stage in run.stages if stage.steps}
-  # A step notes what it can tell; a column that none has filled is left out.
-  noted = {
-    column
-    for row in rows.values()
-    for column, value in row.items()
-    if value is not None
-  }
-  columns = [column for column in _speed([]) if column in noted]
+  """How fast each stage was trained."""
   return Table(
-    ('stage', *columns),
-    [(name, *(row[column] for column in columns)) for name, row in rows.items()],
+    (
+      'stage',
+      'steps',
+      'first step after (s)',
+      'seconds per step (median)',
+      'tokens per second',
+      'targets per second',
+      'wasted positions (share)',
+    ),
+    [(stage.name, *_speed(stage.steps)) for stage in run.stages if stage.steps],
     'Compilation counts for the first step only; '
     'the rates are those of the steps after it.',
   )
 
 
-def _speed(steps: list[dict]) -> dict[str, float | None]:
-  """A row of `times`; None for what no step noted."""
-  noted = lambda key: [row[key] for row in steps if row.get(key) is not None]
-  first, seconds, padding = map(noted, ('seconds_to_first_step', 'seconds', 'padding'))
-  tokens, targets = _rate(steps, 'tokens'), _rate(steps, 'samples')
-  return {
-    'steps': len(steps),
-    'first step after (s)': first[0] if first else None,
+def _speed(steps: list[dict]) -> tuple[float | None, ...]:
+  """The values of a row of `times`; None for what was not measured."""
+  # A step that waited for a compilation, as the first does, is not timed.
+  waited = [row for row in steps if 'seconds_to_first_step' in row]
+  timed = [row for row in steps if 'seconds' in row]
+  seconds, tokens, targets = (
+    [row[key] for row in timed] for key in ('seconds', 'tokens', 'samples')
+  )
+  return (
+    len(steps),
+    waited[0]['seconds_to_first_step'] if waited else None,
     # Not the mean: a step that waited for the disk would move it.
-    'seconds per step (median)': float(np.median(seconds)) if seconds else None,
-    'tokens per second': None if tokens is None else round(tokens),
-    'targets per second': targets,
-    'wasted positions (share)': float(np.mean(padding)) if padding else None,
-  }
-
-
-def _rate(steps: list[dict], key: str) -> float | None:
-  """Sum of `key` per second over the steps that noted both."""
-  timed = [row for row in steps if key in row and 'seconds' in row]
-  if not timed:
-    return None
-  # Sum over sum: a mean of rates would count short steps as much as long ones.
-  return sum(row[key] for row in timed) / sum(row['seconds'] for row in timed)
+    float(np.median(seconds)) if timed else None,
+    # Sum over sum: a mean of rates would count short steps as much as long ones.
+    round(sum(tokens) / sum(seconds)) if timed else None,
+    sum(targets) / sum(seconds) if timed else None,
+    float(np.mean([row['padding'] for row in steps])),
+  )
 
 
 def config(run: RunFiles) -> Table:
@@ -216,18 +210,8 @@ def config(run: RunFiles) -> Table:
     whole = Mono(f'{stage.key}/config.json')
     rows.append((stage.name, *map(_value, values), whole))
   names = (key.replace('_', ' ') for key in taught)
-  return Table(
-    (
-      'stage',
-      'batch (rows)',
-      'length (tokens)',
-      *names,
-      'seed',
-      'ablations',
-      'whole config',
-    ),
-    rows,
-  )
+  head = ('stage', 'batch (rows)', 'length (tokens)', *names)
+  return Table((*head, 'seed', 'ablations', 'whole config'), rows)
 
 
 def _value(value: object) -> object:
