@@ -175,9 +175,10 @@ def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Ch
       change(score, stage.name, _stage_arm(run, stage)) for score in scores
     ]
     for stage in others
+    # Of other samples there is no paired interval.
     if np.array_equal(stage.column('sample'), final.column('sample'))
   }
-  # Choices of baselines are counted again, for which history and seed are needed.
+  # Baselines keep scores alone; history and seed are needed to count their choices.
   if run.baselines and final.config:
     best = {score: run.best_baseline(*SCORES[score])[1] for score in scores}
     names = sorted(set(best.values()))

@@ -45,6 +45,7 @@ def show(
   when = '%A %Y-%m-%d' + ' %H:%M' * run.summary['clock']
   blocks = []
   for number, sample in enumerate(samples.tolist(), 1):
+    # A stage of another draw of test events may not have this one.
     rows = {name: rows[sample] for name, rows in found.items() if sample in rows}
     row = rows[final.name]
     outcome = 'right' if row['predicted'] == row['behavior'] else 'wrong'
@@ -57,6 +58,7 @@ def show(
       ),
     ]
     if decode:
+      # Its end alone: the question, and the last of what the model was shown.
       lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
       blocks.append(Listing('\n'.join(lines)))
     top = zip(row['top5'], np.exp(row['top5_log_prob']), strict=True)

@@ -79,6 +79,7 @@ def _trade_off(run: RunFiles) -> Figure | None:
   if not log_p or run.anchor.all() or not run.anchor.any():
     return None
   stage = run.predicting[-1]
+  # The best that costs nothing, to see what training adds at every balance.
   log_p['markov'] = compare.counted(run, stage, 'markov')
   true, curves = run.encode(stage.column('behavior')), {}
   for name, values in log_p.items():
@@ -125,6 +126,7 @@ def _targets(run: RunFiles) -> Figure | None:
   for stage in run.stages:
     plan = stage.folder / 'plan.parquet'
     if plan.is_file():
+      # Of what was drawn, not of the log: repeats count.
       behavior = run.events.behavior[plan_targets(plan)]
       panels[stage.name] = np.bincount(behavior, minlength=len(order))[order]
   if not panels:

@@ -22,7 +22,7 @@ def html(title: str, blocks: Iterable[Block], folder: Path) -> str:
   """The blocks as one HTML page; images are read from `folder`."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(FILES),
-    autoescape=True,
+    autoescape=True,  # A log or a config may hold anything.
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -294,6 +294,7 @@ def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> 
   blue, orange = COLOURS['anchor'], COLOURS['tail']
   for axes, curves in zip(row, panels.values(), strict=True):
     steps, loss, val_steps, val_loss = (np.asarray(c, float) for c in curves)
+    # Faintly: the loss of one batch says little.
     axes.plot(steps, loss, color=blue, alpha=0.35, linewidth=0.9, label='training')
     label = 'training, mean over 5 % of the steps'
     axes.plot(steps, _running_mean(loss), color=blue, linewidth=1.8, label=label)
@@ -330,6 +331,7 @@ def _figure(
   shape = (len(titles), 1) if stacked else (1, len(titles))
   share = {'sharex': True} if stacked else {'sharey': sharey}
   panels = list(figure.subplots(*shape, squeeze=False, **share).flat)
+  # Once for all panels, which share what they show.
   figure.supxlabel(labels[0], fontsize=10)
   figure.supylabel(labels[1], fontsize=10)
   for axes, title in zip(panels, titles, strict=True):
@@ -342,7 +344,7 @@ def _figure(
 
 def _save(figure: Figure, path: Path) -> None:
   """Writes the file, with a legend of all that is labelled in any panel."""
-  entries = {}
+  entries = {}  # What several panels show stands in the legend once.
   for axes in figure.axes:
     handles, texts = axes.get_legend_handles_labels()
     entries |= dict(zip(texts, handles, strict=True))

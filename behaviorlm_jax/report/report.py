@@ -28,6 +28,7 @@ def write_report(
   outcome = compare.outcome(run)
   content = [Heading(1, title), *_first_screen(run, outcome)]
   for heading, body in _sections(run, outcome, decode).items():
+    # A stage that did not run leaves no block, and an empty section no heading.
     body = list(filter(None, body))
     if body:
       content += [Heading(2, heading), *body]

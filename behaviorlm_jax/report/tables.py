@@ -47,6 +47,7 @@ def groups(run: RunFiles) -> Table:
 def _scores(run: RunFiles, columns: Sequence[tuple[str, str]]) -> list[tuple]:
   """A row per predictor, with these (group, key) of its evaluation."""
   named = dict(run.baselines)
+  # SASRec is trained, too, but a baseline: it stands between both.
   for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
     named[stage.name] = stage.evaluation
     for kind, evaluation in stage.evaluation.get('fitted', {}).items():
@@ -202,6 +203,7 @@ def config(run: RunFiles) -> Table:
       continue
     name = 'a' if stage.key == 'a_tuning' else 'one' if stage.one_stage else 'b'
     own = config_lib.stage_of(stage.config, name)
+    # Of all fields those that runs differ in; the rest is in the file that is named.
     values = (
       *(stage.config['train'][key] for key in ('batch', 'length')),
       *(getattr(own, key) for key in taught),
