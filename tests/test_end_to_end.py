@@ -350,7 +350,7 @@ def test_difficulty_is_that_of_the_stage_a_model(finished, prompts, brute):
 
 def test_report_shows_tables_plots_and_examples(finished):
   text = (finished / 'report.md').read_text()
-  for image in ('stages', 'f1', 'difficulty', 'targets'):
+  for image in ('stages', 'f1', 'changes', 'targets'):
     assert f'(report/{image}.png)' in text
     data = (finished / 'report' / f'{image}.png').read_bytes()
     assert data.startswith(b'\x89PNG') and len(data) > 5000
