@@ -48,28 +48,29 @@ def show(
     # A stage of another draw of test events may not have this one.
     rows = {name: rows[sample] for name, rows in found.items() if sample in rows}
     row = rows[final.name]
-    outcome = 'right' if row['predicted'] == row['behavior'] else 'wrong'
-    blocks += [
-      Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
-      Text(
-        f'User {row["user"]}, {row["time"]:{when}}; the true behavior, ',
-        Strong(row['behavior']),
-        f', stands {"in" if row["in_context"] else "not in"} the context.',
-      ),
-    ]
+    blocks += _question(number, row, when)
     if decode:
       # Its end alone: the question, and the last of what the model was shown.
       lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
       blocks.append(Listing('\n'.join(lines)))
+    choices = [(name, *_first_choice(other)) for name, other in rows.items()]
+    blocks.append(Table(('stage', 'first choice', 'p', 'right'), choices))
     top = zip(row['top5'], np.exp(row['top5_log_prob']), strict=True)
-    blocks += [
-      Table(
-        ('stage', 'first choice', 'p', 'right'),
-        [(name, *_first_choice(other)) for name, other in rows.items()],
-      ),
-      Text(f'Top five of {final.name}: ' + ' · '.join(f'{n} {p:.3f}' for n, p in top)),
-    ]
+    listed = ' · '.join(f'{name} {p:.3f}' for name, p in top)
+    blocks.append(Text(f'Top five of {final.name}: {listed}'))
   return blocks
+
+
+def _question(number: int, row: dict, when: str) -> list[Block]:
+  outcome = 'right' if row['predicted'] == row['behavior'] else 'wrong'
+  return [
+    Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
+    Text(
+      f'User {row["user"]}, {row["time"]:{when}}; the true behavior, ',
+      Strong(row['behavior']),
+      f', stands {"in" if row["in_context"] else "not in"} the context.',
+    ),
+  ]
 
 
 def _rows(stage: StageFiles, samples: np.ndarray) -> dict[int, dict]:
