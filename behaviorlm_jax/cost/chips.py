@@ -47,12 +47,8 @@ def links(chip: Chip, group: Sequence[jax.Device]) -> int:
   """Over how many links a chip of a group receives, at best.
 
   Each dimension of the torus along which the group spreads brings two, or one
-  where its side is open: then the chip at the end has but one neighbor.
-
-  Args:
-    chip: that all of them are.
-    group: devices with `coords`; a ring that only slices' network closes counts
-      as one link.
+  where its side is open, or closed by the slices' network alone: then the chip
+  at the end has but one neighbor.
   """
   sides = [len(set(places)) for places in zip(*(d.coords for d in group), strict=True)]
   # A chip with two cores is one place of a torus.

@@ -8,7 +8,7 @@ import pytest
 
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import setup
-from behaviorlm_jax.cost import programs, study
+from behaviorlm_jax.cost import programs, roofline, study
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.train import loop, sharding, trainer
@@ -117,8 +117,8 @@ def test_products_needed_leave_out_what_is_computed_twice(open_run):
 
 
 def test_a_program_that_is_too_large_is_told_by_how_much():
-  assert study._excess(REFUSAL) == 1.5 * 2**30
-  assert study._excess('INTERNAL: something else') is None
+  assert roofline._excess(REFUSAL) == 1.5 * 2**30
+  assert roofline._excess('INTERNAL: something else') is None
 
 
 def test_stage_b_is_planned_without_difficulty(make_run_config):
