@@ -245,18 +245,14 @@ def _differences(rows: Iterable[Row]) -> blocks.Table:
   )
 
 
-def _over_seeds(parts: Sequence[rows_lib.Row], column: str) -> float:
+def _over_seeds(rows: Sequence[Row], column: str) -> float:
   """The mean over seeds; a row may be that of several."""
-  return float(
-    np.average(
-      [row[column] for row in parts],
-      # As if each of its seeds had a row of its own.
-      weights=[len(row['seeds'].split()) for row in parts],
-    )
-  )
+  # As if each of its seeds had a row of its own.
+  weights = [len(row['seeds'].split()) for row in rows]
+  return float(np.average([row[column] for row in rows], weights=weights))
 
 
-def _one_difference(row: rows_lib.Row) -> str:
+def _one_difference(row: Row) -> str:
   text = f'{row["seeds"].replace(" ", ", ")}: {row["change"]:+.3f}'
   if row['low'] is None:  # A single user.
     return text
@@ -315,9 +311,8 @@ def _marks(
 
   Without the untuned model, whose ratio of perplexities is 1.
   """
-  by_method = _grouped(
-    (row for row in rows if (row['group'], row['metric']) == column), 'method'
-  )
+  by_column = _grouped(rows, 'group', 'metric')
+  by_method = _grouped(by_column.get(column, []), 'method')
   return {
     name: [row['value'] / unit for row in by_method[name]]
     for name in _ordered(by_method, methods)
