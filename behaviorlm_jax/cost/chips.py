@@ -15,24 +15,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a chip can do, per second.
-
-  Attributes:
-    flops: bfloat16 operations.
-    memory: bytes that a program may use; 0: not known.
-    bandwidth: bytes to and from memory.
-    link: bytes of one link, one way.
-    ring: how long a side of a slice must be for its ends to be wired together.
-    network: bytes between slices, one way.
-  """
+  """What a chip can do, per second."""
 
   name: str
-  flops: float
-  memory: float
-  bandwidth: float
-  link: float
-  ring: int
-  network: float
+  flops: float  # bfloat16 operations.
+  memory: float  # Bytes that a program may use.
+  bandwidth: float  # Bytes to and from memory.
+  link: float  # Bytes of one link, one way.
+  ring: int  # How long a side of a slice is whose ends are wired together.
+  network: float  # Bytes between slices, one way.
 
 
 # By jax's device_kind.

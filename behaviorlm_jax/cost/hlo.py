@@ -69,17 +69,13 @@ Computation = dict[str, Instruction]  # By name, in their order: the root is las
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind of collective, over all its runs in one step.
-
-  Attributes:
-    groups: text of its replica groups; '' of permutes, which go round rings in
-      both directions, and of recv.
-    received: bytes that a device receives, at least.
-  """
+  """One kind of collective, over all its runs in one step."""
 
   kind: str
+  # Text of its replica groups; '' of permutes, which go round rings in both
+  # directions, and of recv.
   groups: str
-  received: float
+  received: float  # Bytes into a device, at least.
   runs: int
 
 

@@ -22,27 +22,20 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one run of a program, per chip; bytes, operations, seconds.
-
-  Attributes:
-    known: None where its datasheet is not in the table.
-    arguments, temporaries, peak: bytes of memory; 0 where it was refused.
-    over: bytes by which the compiler found it too large; 0: it fits.
-    flops: operations of its products; None: not counted.
-    needed: the same without what is computed twice.
-    traffic: bytes to and from memory; None: its program cannot be read.
-    collectives: with the seconds of each, None where the chip is not known.
-  """
+  """Of one run of a program, per chip; bytes, operations, seconds."""
 
   chip: str
-  known: chips.Chip | None
+  known: chips.Chip | None  # None: its datasheet is not in the table.
+  # Bytes of memory; 0 where it was refused, for so many bytes over what there is.
   arguments: int = 0
   temporaries: int = 0
   peak: int = 0
   over: float = 0
+  # Of its products, and without what is computed twice; None: not counted.
   flops: float | None = None
   needed: float | None = None
-  traffic: float | None = None
+  traffic: float | None = None  # To and from memory; None: it cannot be read.
+  # Each with its seconds, None where the chip is not known.
   collectives: tuple[tuple[hlo.Collective, float | None], ...] = ()
   compile_seconds: float = 0
 

@@ -70,24 +70,17 @@ def _as_hashed(config):
 
 
 class Finished:
-  """The predictors of one finished run.
-
-  Attributes:
-    predictors: {name: choices.Predictor}.
-    own: names of those that other runs do not bring along.
-    digest: of its test events, choices.digest.
-    true: ids int64 [n] of what happened.
-    groups: {name: bool [Y]} of behaviors.
-  """
+  """The predictors of one finished run."""
 
   def __init__(self, job: Job):
     self._run = run = run_files.read_run(job.folder)
     last = run.scored[-1]
     self._counted = compare.counted(run, last, 'markov')
-    self.true = run.encode(last.column('behavior'))
+    self.true = run.encode(last.column('behavior'))  # ids int64 [n].
     self.digest = choices.digest(run.ids, run.anchor, last.column('sample'), self.true)
     self.groups = _groups(run)
-    self.predictors, self.own = {}, set()
+    self.predictors: dict[str, choices.Predictor] = {}
+    self.own = set()  # Names of those that other runs do not bring along.
     # What any run brings along is told of the whole log alone.
     if job.method.shots is None:
       self._add_baselines(last)
