@@ -171,11 +171,10 @@ def _tables(
   One for each set of seeds that a method has, of all methods that have them:
   other seeds have other test events.
   """
-  by_method = _grouped(
-    (row for row in rows if (row['group'], row['metric']) in columns), 'method'
-  )
+  found = [row for row in rows if (row['group'], row['metric']) in columns]
+  by_method = _grouped(found, 'method')
   seeds = {
-    name: frozenset(row['seed'] for row in found) for name, found in by_method.items()
+    name: frozenset(row['seed'] for row in part) for name, part in by_method.items()
   }
   head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
   # Most seeds first. A method with more seeds than a table shows stands in it with
@@ -198,10 +197,12 @@ def _line(
   name: str, rows: Sequence[Row], columns: Sequence[Column], seeds: Set[int]
 ) -> tuple[object, ...]:
   """A method's row of a table, of these seeds."""
-  by_column = _grouped((r for r in rows if r['seed'] in seeds), 'group', 'metric')
+  shown = [row for row in rows if row['seed'] in seeds]
+  by_column = _grouped(shown, 'group', 'metric')
   parts = [by_column.get(column, []) for column in columns]
   first = next(filter(None, parts))  # A method here has one column at least.
-  return name, sum(r['n'] for r in first), *(_cell(part, seeds) for part in parts)
+  count = sum(row['n'] for row in first)
+  return name, count, *(_cell(part, seeds) for part in parts)
 
 
 def _cell(rows: Sequence[Row], seeds: Set[int]) -> str | None:
@@ -224,8 +225,9 @@ def _named(seeds: Set[int]) -> str:
 
 def _ordered(names: Iterable[str], methods: Sequence[str]) -> list[str]:
   """In the order of the methods, what is fitted on one behind it, others last."""
-  place = {method: i for i, method in enumerate(methods)}
-  return sorted(names, key=lambda n: (place.get(_KIND.sub('', n), len(place)), n))
+  places = {method: i for i, method in enumerate(methods)}
+  place = lambda name: places.get(_KIND.sub('', name), len(places))
+  return sorted(names, key=lambda name: (place(name), name))
 
 
 def _differences(rows: Iterable[Row]) -> blocks.Table:
@@ -270,12 +272,9 @@ def _deciles(
   rows: Iterable[Row], drawn: Sequence[str]
 ) -> dict[str, dict[int, np.ndarray]]:
   """{method: {decile: mean F1}}."""
-  return _lines(
-    [row for row in rows if row['group'] in rows_lib.DECILES],
-    drawn,
-    lambda row: rows_lib.DECILES[row['group']],
-    lambda row: row['value'],
-  )
+  found = [row for row in rows if row['group'] in rows_lib.DECILES]
+  tenth = lambda row: rows_lib.DECILES[row['group']]
+  return _lines(found, drawn, tenth, lambda row: row['value'])
 
 
 def _lines(
@@ -285,7 +284,7 @@ def _lines(
   y: Callable[[Row], object],
 ) -> dict[str, dict[float, np.ndarray]]:
   """{method: {x: mean y}}, over the seeds that all lines have."""
-  by_method = _grouped((row for row in rows if row['method'] in drawn), 'method')
+  by_method = _grouped([row for row in rows if row['method'] in drawn], 'method')
   # Other seeds have other test events, and lines are to be compared.
   seeds = [{row['seed'] for row in found} for found in by_method.values()]
   common = set.intersection(*seeds) if seeds else set()
