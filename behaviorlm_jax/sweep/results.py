@@ -88,7 +88,8 @@ class Finished:
     for stage in (*run.scored, run.sasrec):
       if stage and (name := _method(job, stage)):
         names = self._add_stage(stage, name)
-        self.own |= names if name == own else set()
+        if name == own:
+          self.own = names
         if stage.key in ('a_tuning', 'b_tuning'):
           self.predictors[name].scores += self._training(job, stage)
 
@@ -232,8 +233,7 @@ def add_rows(
     folder: where the choices of finished runs are written; those of others are
       read there, and stand for them in differences.
   """
-  predictors, settings = collections.defaultdict(dict), {}
-  at_hand = {}
+  predictors, settings, at_hand = collections.defaultdict(dict), {}, {}
   # Finished ones first: what others chose is read by their test events.
   for job in sorted(jobs, key=lambda job: not job.finished):
     if job.finished:
