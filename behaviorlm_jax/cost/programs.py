@@ -21,36 +21,25 @@ from behaviorlm_jax.train import trainer as trainer_lib
 _PROMPTS = 200  # So many test prompts tell how long prompts are.
 
 
-def first_stage(setup: Setup) -> config_lib.Stage:
-  """The stage that is compiled for."""
-  return config_lib.stage_of(setup.config, setup.config.stages[0])
-
-
 def first_plan(setup: Setup) -> plan_lib.Plan:
   """The plan of the run's first stage.
 
   Stage b's is drawn as if no sample were more difficult than others: difficulty
   takes the model.
   """
-  stage = first_stage(setup)
+  stage = _first_stage(setup)
   rng = seeds.stream(setup.config.seed, stage.name, 'plan')
   stream = curriculum.segments(setup, stage, 'train', rng)
   return plan_lib.take(stream, setup.config, stage.steps, '')
 
 
 def training(setup: Setup, plan: plan_lib.Plan) -> jax.stages.Lowered:
-  """The step of a run's first stage: jax.stages.Lowered.
-
-  Args:
-    setup: of shapes only.
-    plan: from first_plan.
-  """
-  trainer, lesson = _training(setup, plan)
-  arguments = trainer_lib.abstract_arguments(trainer, lesson)
-  return trainer.step(lesson).lower(*arguments)
+  """The step of a run's first stage; `plan` is that of `first_plan`."""
+  step, arguments = _step(setup, plan)
+  return step.lower(*arguments)
 
 
-def training_flops(setup: Setup, plan: plan_lib.Plan) -> list[int]:
+def training_flops(setup: Setup, plan: plan_lib.Plan) -> tuple[int, int]:
   """Operations of the step's products, and of those that are needed.
 
   Attention kernels hide their products from the count, so attention in blocks
@@ -65,34 +54,32 @@ def training_flops(setup: Setup, plan: plan_lib.Plan) -> list[int]:
       setup.base.config, config, setup.model.layout, config.model.dtype
     )
     model = dataclasses.replace(setup.model, attach=attach)
-    trainer, lesson = _training(dataclasses.replace(setup, model=model), plan)
-    arguments = trainer_lib.abstract_arguments(trainer, lesson)
+    step, arguments = _step(dataclasses.replace(setup, model=model), plan)
     # Compiler options keep a jitted function from being traced in another.
-    counts.append(flops.count(trainer.step(lesson).__wrapped__, *arguments))
-  return counts
+    counts.append(flops.count(step.__wrapped__, *arguments))
+  return tuple(counts)
 
 
-def _training(setup, plan):
-  stage = first_stage(setup)
+def _step(setup, plan):
+  """The jitted step, and its arguments as shapes."""
+  stage = _first_stage(setup)
   trainer = trainer_lib.Trainer(setup.model, stage, setup.config.train)
-  return trainer, curriculum.lesson(setup, stage, plan)
+  lesson = curriculum.lesson(setup, stage, plan)
+  return trainer.step(lesson), trainer_lib.abstract_arguments(trainer, lesson)
+
+
+def _first_stage(setup):
+  return config_lib.stage_of(setup.config, setup.config.stages[0])
 
 
 def scoring(setup: Setup) -> tuple[jax.stages.Lowered, int]:
-  """The pass that scores a batch of the longest prompts: Lowered, prompts."""
-  return setup.scorer.lower(_adapter(setup), _width(setup)), setup.scorer.batch
-
-
-def _width(setup):
-  samples = evaluation.test_samples(setup.events, setup.config)[:_PROMPTS]
-  return max(len(setup.prompts.question(sample)) for sample in samples)
-
-
-def _adapter(setup):
-  shapes = setup.model.shapes
-  places = setup.model.layout.adapter(shapes)
-  return jax.tree.map(
+  """The pass that scores a batch of the longest prompts, and how many these are."""
+  model = setup.model
+  adapter = jax.tree.map(
     lambda place, shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=place),
-    places,
-    shapes,
+    model.layout.adapter(model.shapes),
+    model.shapes,
   )
+  samples = evaluation.test_samples(setup.events, setup.config)[:_PROMPTS]
+  width = max(len(setup.prompts.question(sample)) for sample in samples)
+  return setup.scorer.lower(adapter, width), setup.scorer.batch

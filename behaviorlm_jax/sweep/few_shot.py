@@ -26,7 +26,7 @@ FROM = 50
 
 
 def thinned_names(run: run_files.RunFiles) -> list[str]:
-  """Of the behaviors that were thinned in a run_files.RunFiles, or could be."""
+  """Of the behaviors that were thinned, or could be."""
   tails = [b for b in run.behaviors if b['group'] == 'tail']
   frequent = [b['name'] for b in tails if b['train_count'] >= FROM]
   return run.summary.get('thinned', frequent)
