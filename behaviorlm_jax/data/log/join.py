@@ -13,7 +13,6 @@ import csv
 import dataclasses
 import hashlib
 import heapq
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 from absl import logging
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.data.log import columns, shards, sources, splits, times
 from behaviorlm_jax.data.log.splits import SPLITS
@@ -58,8 +56,7 @@ class _Shard:
 
 
 def join(
-  data: ConfigDict,
-  place: str | Path | sources.Log,
+  log: sources.Log,
   folders: Sequence[Path],
   folder: Path,
   seed: int,
@@ -67,47 +64,45 @@ def join(
 ) -> dict:
   """Makes `folder` of the shards `folders` of a log; returns its summary.
 
-  `place` is that of the log, for what is said of it; `origin` is written beside
-  the events as config.json.
+  `origin` is written beside the events as config.json.
   """
-  log, ends = sources.open_log(place), splits.cuts(data.split)
+  settings, ends = log.settings, splits.cuts(log.settings.split)
   facts = [json.loads((one / 'shard.json').read_text('utf-8')) for one in folders]
   _check_rows(facts, folders, log)
-  # Of all shards together: each has looked at its own malformed rows alone.
   lost = _lost(facts)
-  shards.check_rejected(
-    log,
-    data.max_rejected,
-    facts[0]['rows'],
-    lost['reasons'],
-    list(itertools.islice(_rejected(folders), 1)),  # The first line of all.
-  )
+  # Of all shards together: each has looked at its own malformed rows alone.
+  first = next(_rejected(folders), None)
+  shards.check_rejected(log, lost['rows'], lost['reasons'], first)
   with shards.new_folder(folder) as (half, con):
     parts = _open(con, folders)
     if facts[0]['grouped']:
       _split_groups(parts, seed, ends)
     names = [
-      name for (name,) in con.execute('SELECT name FROM names ORDER BY id').fetchall()
+      name for (name,) in con.sql('SELECT name FROM names ORDER BY id').fetchall()
     ]
     counts = sum(_count(part, len(names), ends) for part in parts)
-    behaviors, order = splits.group_behaviors(names, counts, data.anchor_share)
+    behaviors, order = splits.group_behaviors(names, counts, settings.anchor_share)
     _check_training(behaviors, lost, log)
     for part in parts:  # From the order of code points to that of the list.
       part.names = order[part.names]
-    _write_names(con, half, behaviors)
+    for table in ('users', 'places'):
+      columns.write_names(con, half, table)
+    listed = [dataclasses.asdict(item) for item in behaviors]
+    files.write_json(half / 'behaviors.json', listed)
     digests, span = _write_events(parts, half, ends)
     _write_rejected(folders, half / 'rejected.csv', log)
-    summary = lost | _summary(sum(len(part.users) for part in parts), counts, behaviors)
     form = times.Form(**facts[0]['form'])
+    summary = lost | _summary(sum(len(part.users) for part in parts), counts, behaviors)
     summary |= {
       'layout': facts[0]['layout'],
       'clock': form.clock,
-      'times': _times(form, span, log, data.time_format),
+      'times': _times(form, span, log),
     }
+    shown = settings.time_zone or any(fact['shifted'] for fact in facts)
     summary['warnings'] = [
       *_warnings(summary),
       *_case_warnings(behaviors),
-      *_time_warnings(form, data.time_zone or any(fact['shifted'] for fact in facts)),
+      *_time_warnings(form, shown),
     ]
     # Of what was written, not of how: one process or many shards make the same.
     summary['fingerprint'] = _fingerprint(digests, half, behaviors)
@@ -118,17 +113,6 @@ def join(
   for warning in summary['warnings']:
     logging.warning('%s', warning)
   return summary
-
-
-def _write_names(con, half, behaviors):
-  """users.arrow, places.arrow and behaviors.json, each in the order of ids."""
-  for table in ('users', 'places'):
-    columns.write_table(
-      half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
-    )
-  files.write_json(
-    half / 'behaviors.json', [dataclasses.asdict(item) for item in behaviors]
-  )
 
 
 def _check_rows(facts: list[dict], folders: Sequence[Path], log: sources.Log) -> None:
@@ -274,12 +258,10 @@ def _said(lost: dict) -> str:
   )
 
 
-def _times(
-  form: times.Form, span: tuple[int, int], log: sources.Log, given: str
-) -> str:
+def _times(form: times.Form, span: tuple[int, int], log: sources.Log) -> str:
   """'ISO 8601, 2024-01-01 to 2024-03-09'; refuses a log of other years."""
   first, last = (str(np.datetime64(int(t), 's'))[:10] for t in span)
-  if not given and (span[1] < times.FIRST or span[0] >= times.LAST):
+  if not log.settings.time_format and (span[1] < times.FIRST or span[0] >= times.LAST):
     raise InputError(
       f'{log.name}: its times, read as {form.text}, lie from {first} to '
       f'{last}, outside of {times.YEARS}; set data.time_format to what they '

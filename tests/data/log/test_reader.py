@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import reader
+from behaviorlm_jax.data.log import reader, text_rows
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior'
@@ -165,7 +165,7 @@ def test_malformed_rows_are_set_aside_with_their_line(tmp_path, prepare, names):
 
 
 def test_lines_stay_right_across_chunks(tmp_path, monkeypatch, minute, prepare):
-  monkeypatch.setattr(reader, '_LINES', 3)
+  monkeypatch.setattr(text_rows, 'LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   lines, expected, number = [], [], 2
   for i in range(60):

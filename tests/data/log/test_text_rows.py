@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import reader, text_rows
+from behaviorlm_jax.data.log import json_rows, text_rows
 from behaviorlm_jax.errors import InputError
 
 ROWS = [
@@ -94,7 +94,7 @@ def test_a_name_may_begin_or_end_with_an_apostrophe(read):
 
 @pytest.mark.parametrize('lines', [150, 151, 152, 153])
 def test_a_field_that_goes_on_is_no_malformed_row(lines, monkeypatch, read):
-  monkeypatch.setattr(reader, '_LINES', lines)
+  monkeypatch.setattr(text_rows, 'LINES', lines)
   names = [*['gym', 'eat'] * 74, '"one\ntwo, ""2""\nthree"', *['gym', '"a, b"'] * 9]
   found, summary = read(bare(names))
   assert found == {'gym', 'eat', 'one two, "2" three', 'a, b'}
@@ -191,7 +191,7 @@ def objects(rows=ROWS):
   ],
 )
 def test_json_need_not_be_lines(write, block, monkeypatch, read):
-  monkeypatch.setattr(text_rows, '_BLOCK', block)
+  monkeypatch.setattr(json_rows, '_BLOCK', block)
   names, summary = read(write(objects()), 'log.json')
   assert (names, summary['rows']) == (NAMES, 5)
 
@@ -205,7 +205,7 @@ def test_a_torn_array_is_refused(read):
 
 @pytest.mark.parametrize('block', [3, 1 << 20])
 def test_arrays_and_objects_may_follow_each_other(block, monkeypatch, read):
-  monkeypatch.setattr(text_rows, '_BLOCK', block)
+  monkeypatch.setattr(json_rows, '_BLOCK', block)
   rows = objects()
   some = json.dumps(rows[:2])
   text = some + json.dumps(rows[2], indent=1) + '[]\n' + json.dumps(rows[3:])

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import reader
+from behaviorlm_jax.data.log import reader, text_rows
 from behaviorlm_jax.errors import InputError
 
 TEN = 1704103200  # 2024-01-01 10:00 of a local clock.
@@ -116,7 +116,7 @@ def test_every_time_of_the_docs_is_read(tmp_path, words, time, prepare):
 def test_day_or_month_first_is_found_from_the_whole_column(
   tmp_path, monkeypatch, prepare
 ):
-  monkeypatch.setattr(reader, '_LINES', 3)
+  monkeypatch.setattr(text_rows, 'LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   texts = [f'0{i % 9 + 1}/02/2024 10:0{i % 10}' for i in range(40)]
   log, summary, _ = prepare(
@@ -128,7 +128,7 @@ def test_day_or_month_first_is_found_from_the_whole_column(
 
 
 def test_a_form_that_later_rows_refute_is_given_up(tmp_path, monkeypatch, prepare):
-  monkeypatch.setattr(reader, '_LINES', 3)
+  monkeypatch.setattr(text_rows, 'LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   texts = ['2024-01-01'] + [f'2024-01-02 10:{i:02d}' for i in range(40)]
   _, summary, _ = prepare(
