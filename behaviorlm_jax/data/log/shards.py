@@ -118,21 +118,19 @@ def _reject(
              AS kind, count(*) FROM rows WHERE reason IS NOT NULL
       GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall()
   )
+  facts = {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
   query = 'SELECT line, reason, text FROM rows WHERE reason IS NOT NULL ORDER BY line'
-  first = con.execute(f'{query} LIMIT 1').fetchall()  # See `_write_events`.
-  check_rejected(log, rows, reasons, *first)
+  check_rejected(log, facts, *con.execute(f'{query} LIMIT 1').fetchall())
   columns.write_table(folder / 'rejected.arrow', con.sql(query))
-  return {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
+  return facts
 
 
 def check_rejected(
-  log: sources.Log,
-  rows: int,
-  reasons: dict[str, int],
-  first: tuple[int, str, str] | None = None,
+  log: sources.Log, facts: dict, first: tuple[int, str, str] | None = None
 ) -> None:
-  """Refuses too many malformed rows; `reasons`: the commonest first, `first`: a row."""
-  rejected, most = sum(reasons.values()), log.settings.max_rejected
+  """Refuses too many malformed rows; `first`: the first of them."""
+  rows, rejected, reasons = facts['rows'], facts['rejected'], facts['reasons']
+  most = log.settings.max_rejected
   # Where all are malformed nothing is left, whatever max_rejected allows.
   if rejected <= most * rows and rejected < rows:
     return
