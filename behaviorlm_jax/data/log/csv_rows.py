@@ -89,7 +89,7 @@ def _names(header: list[str]) -> list[str]:
   return [name.strip('\u200b\ufeff \t') for name in header]
 
 
-def read_csv(
+def csv_batches(
   text: TextFile, file: TextIO, settings: Settings, number: int
 ) -> tuple[str, Iterator[pa.RecordBatch]]:
   """The dialect of a file and its rows in batches; its first line has a number."""
@@ -156,7 +156,7 @@ class _Rows:
       (number + start, pick(fields), reason, text_rows.mend(text))
       for start, fields, reason, text in records
     )
-    return text_rows.batches(self.columns, rows), used
+    return text_rows.batch_rows(self.columns, rows), used
 
 
 def _find_dialect(

@@ -40,7 +40,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def read_json(
+def json_batches(
   text: TextFile, file: TextIO, settings: Settings, number: int
 ) -> tuple[str, Iterator[pa.RecordBatch]]:
   """The layout of a file and its rows in batches.
@@ -54,7 +54,7 @@ def read_json(
   else:
     layout, found = 'JSON', _objects(text.path, file, number)
   rows = _rows(text.path, settings.columns, found)
-  return layout, text_rows.batches(settings.columns, rows)
+  return layout, text_rows.batch_rows(settings.columns, rows)
 
 
 def _has_object_a_line(start: str) -> bool:

@@ -134,7 +134,9 @@ def _batches(log: sources.Log, layouts: dict[str, None]) -> Iterator[pa.RecordBa
   for i, path in enumerate(log.files):
     text = sources.open_text(path)
     read = (
-      json_rows.read_json if text.start.startswith(('[', '{')) else csv_rows.read_csv
+      json_rows.json_batches
+      if text.start.startswith(('[', '{'))
+      else csv_rows.csv_batches
     )
     try:
       with text.open() as file:

@@ -1,24 +1,18 @@
 """The heavy part of preparing a log, for all of its users or one n-th of them.
 
-    log -> parse, check -> sort, drop duplicates and repeats -> a folder
-
-What can be said of a user alone is done here; what takes all of them (the
-numbers of users, behaviors and places, groups of users, shares of behaviors) is
-done by `join.join`, which is cheap. So n tasks prepare a log that one machine
-would take long for, and the outcome is the same, bit for bit, whatever n is: a
-log prepared at once is one shard, joined.
+What can be said of a user alone is done here: rows are parsed, checked, sorted and
+freed of duplicates and repeats. What takes all users is done by `join.join`, which is
+cheap. So n tasks prepare a log that one machine would take long for, and the outcome
+is the same, bit for bit, whatever n is: a log prepared at once is one shard, joined.
 
 A shard holds the users whose name has a hash that is `index` modulo `count`,
 and their malformed rows (those without a user have the hash of no name). Every
 task reads the whole log, because a log is in the order of time, but looks at no
 more than the user of a row that is not its own.
 
-Why DuckDB: parsing and sorting are SQL, and its operators spill to disk, so a
-log larger than memory goes the same way as a small one, without a server.
-
-Invariants of the folder: events are sorted by user (names in code point order),
-then instant (or local clock, of a log without instants), then line of the file;
-the folder exists only when it is complete.
+DuckDB sorts and spills to disk, so a log larger than memory goes the same way as a
+small one. In the folder, events are sorted by user (names in code point order), then
+instant (or local clock, of a log without instants), then line of the file:
 
     user, time, behavior, place .npy   of columns.DTYPES; numbers are those of
                                        the next three files

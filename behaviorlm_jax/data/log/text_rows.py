@@ -39,7 +39,7 @@ def check_columns(
       )
 
 
-def batches(
+def batch_rows(
   columns: Mapping[str, str], rows: Iterator[Row]
 ) -> Iterator[pa.RecordBatch]:
   """Yields rows as Arrow (line, FIELDS, reason, text)."""

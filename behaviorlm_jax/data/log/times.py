@@ -96,23 +96,15 @@ class Form:
   def text(self) -> str:
     """'ISO 8601 with offsets'."""
     name = _NAMES.get(self.word, repr(self.word))
+    # Names of zones (%Z) are read as instants, but give no clock of their own.
+    offsets = self.instants and (self.word in ORDERS or '%z' in self.word)
     if not self.clock:
       name += ', dates alone'
-    elif self.word in (*ORDERS, 'compact') or '%' in self.word:
-      name += ' with offsets' if self.instants else ''
-    if self.instants:
-      name += (
-        f', shown by the clock of {self.zone}'
-        if self.zone
-        else ('' if self.has_offsets else ', shown by the clock of UTC')
-      )
+    elif offsets or (self.instants and '%' in self.word):
+      name += ' with offsets'
+    if self.instants and (self.zone or not offsets):
+      name += f', shown by the clock of {self.zone or "UTC"}'
     return name
-
-  @property
-  def has_offsets(self) -> bool:
-    """Whether every row may have an offset of its own."""
-    # Names of zones (%Z) are read as instants, but give no clock of their own.
-    return self.instants and (self.word in ORDERS or '%z' in self.word)
 
 
 class Column:
@@ -253,10 +245,9 @@ class Column:
       )
     if form.instants:
       check_settings('', form.zone)
-    zone, bounded = self._zone or form.zone, not self._word
-    return _check_zone(
-      dataclasses.replace(form, zone=zone, bounded=bounded), self.where
-    )
+    zone = self._zone or form.zone
+    form = dataclasses.replace(form, zone=zone, bounded=not self._word)
+    return _check_zone(form, self.where)
 
 
 def _given(word: str, zone: str) -> Form | None:
