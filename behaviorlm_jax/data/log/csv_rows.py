@@ -37,6 +37,18 @@ class _Dialect:
   blanks: bool  # whether blanks before a quote are passed over
   escape: str | None
 
+  @property
+  def quoting(self) -> tuple[str | None, bool, str | None]:
+    return self.quote, self.blanks, self.escape
+
+  def shows(self, text: str) -> bool:
+    """Whether a text has what tells this quoting from others."""
+    return (
+      (self.quote in (None, '"') or self.quote in text)
+      and (self.escape is None or self.escape in text)
+      and (not self.blanks or (self.quote is not None and f' {self.quote}' in text))
+    )
+
   @functools.cached_property
   def options(self) -> dict:
     """Of csv.reader."""
@@ -208,18 +220,8 @@ def _dialects(text: str, given: Mapping[str, str]) -> list[_Dialect]:
     raise InputError(
       'data.csv.delimiter is also the quote or the escape; give different characters'
     )
-  # The others read like the first where the text has nothing that tells them apart.
-  first = dataclasses.replace(dialects[0], delimiter='')
-  return [
-    one
-    for one in dialects
-    if dataclasses.replace(one, delimiter='') == first
-    or (
-      (one.quote in (None, '"') or one.quote in text)
-      and (one.escape is None or one.escape in text)
-      and (not one.blanks or (one.quote is not None and f' {one.quote}' in text))
-    )
-  ]
+  first = dialects[0].quoting
+  return [one for one in dialects if one.quoting == first or one.shows(text)]
 
 
 def _character(given: Mapping[str, str], field: str) -> str | None:
@@ -228,10 +230,8 @@ def _character(given: Mapping[str, str], field: str) -> str | None:
   if value is None and field != 'delimiter':
     return None
   if value is None or len(value) != 1 or value in '\r\n':
-    words = (
-      'a character or tab' if field == 'delimiter' else 'a character, tab, or none'
-    )
-    raise InputError(f'data.csv.{field} is {given[field]!r}; give {words}')
+    none = ' or tab' if field == 'delimiter' else ', tab, or none'
+    raise InputError(f'data.csv.{field} is {given[field]!r}; give a character{none}')
   return value
 
 
@@ -258,10 +258,9 @@ def _cut_records(
   """Records (line from 0, fields, reason, text) one by one, and lines used."""
   kept, records, start = dialect.keep_nulls(lines), [], 0
   while start < len(lines):
-    fields, reason, used = _cut_record(
-      kept[start : start + _RECORD_LINES], width, dialect
-    )
-    if fields is None and not last and start + _RECORD_LINES > len(lines):
+    record = kept[start : start + _RECORD_LINES]
+    fields, reason, used = _cut_record(record, width, dialect)
+    if fields is None and not last and len(record) < _RECORD_LINES:
       break  # Its end may stand in the next chunk.
     text = ''.join(lines[start : start + used])
     if text.strip():

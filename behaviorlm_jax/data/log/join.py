@@ -92,11 +92,8 @@ def join(
     _write_rejected(folders, half / 'rejected.csv', log)
     summary = lost | _summary(sum(len(part.users) for part in parts), counts, behaviors)
     summary |= _time_summary(facts, span, log)
-    summary['warnings'] = [
-      *_warnings(summary),
-      *_case_warnings(behaviors),
-      *_time_warnings(facts, log),
-    ]
+    summary['warnings'] = _warnings(summary) + _case_warnings(behaviors)
+    summary['warnings'] += _time_warnings(facts, log)
     # Of what was written, not of how: one process or many shards make the same.
     summary['fingerprint'] = _fingerprint(digests, half, behaviors)
     files.write_json(half / 'summary.json', summary)

@@ -133,11 +133,8 @@ def _batches(log: sources.Log, layouts: dict[str, None]) -> Iterator[pa.RecordBa
   """Yields Arrow batches (line, FIELDS, reason, text); adds to `layouts`."""
   for i, path in enumerate(log.files):
     text = sources.open_text(path)
-    read = (
-      json_rows.json_batches
-      if text.start.startswith(('[', '{'))
-      else csv_rows.csv_batches
-    )
+    is_json = text.start.startswith(('[', '{'))
+    read = json_rows.json_batches if is_json else csv_rows.csv_batches
     try:
       with text.open() as file:
         # People count lines from 1.
