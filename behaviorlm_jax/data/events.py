@@ -59,10 +59,10 @@ def prepare(
   whole = folder.with_name(folder.name + '.whole')
   clean(folder)
   try:
-    log = sources.open_log(place)
-    shards.write_shard(data, log, whole)
+    log = place if isinstance(place, sources.Log) else sources.open_log(place, data)
+    shards.write_shard(log, whole)
     # A log prepared at once is one shard, joined: there is no second way.
-    return join.join(data, log, [whole], folder, seed, origin)
+    return join.join(log, [whole], folder, seed, origin)
   finally:
     clean(folder)
 

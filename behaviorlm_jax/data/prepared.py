@@ -23,14 +23,14 @@ def load_events(config: ConfigDict, workdir: Path) -> events_lib.Events:
 
 
 def _prepare_events(config: ConfigDict, folder: Path) -> None:
-  log = sources.open_log(config.data.events)
+  log = sources.open_log(config.data.events, config.data)
   origin = workspace.as_dict(config) | {'log_sha256': log.sha256()}
   events_lib.clean(folder)  # Of a run that was killed.
   if not folder.exists():
     shards = folder.with_name(bucket.SHARDS)
     if shards.exists():  # Others have done the heavy part.
       complete = _complete(shards, origin)
-      join.join(config.data, log, complete, folder, config.seed, origin)
+      join.join(log, complete, folder, config.seed, origin)
       logging.info(
         '%s: %d shards joined in %s; they are not needed any more.',
         shards,
@@ -64,7 +64,7 @@ def prepare_part(config: ConfigDict, workdir: str | Path) -> None:
     return
   config = workspace.pin_addresses(config, ['data.events'], [])
   folder = workdir / bucket.SHARDS / name
-  log = sources.open_log(config.data.events)
+  log = sources.open_log(config.data.events, config.data)
   # DuckDB's hash decides which users are in a shard, and may change with it.
   origin = workspace.as_dict(config) | {
     'log_sha256': log.sha256(),
@@ -73,7 +73,7 @@ def prepare_part(config: ConfigDict, workdir: str | Path) -> None:
   if folder.exists():
     _check_shard(folder, origin)
   else:
-    shards_lib.write_shard(config.data, log, folder, (index, count), origin)
+    shards_lib.write_shard(log, folder, (index, count), origin)
     bucket.push()
   logging.info(
     '%s is prepared; once all %d are, run the same command without data.shard.',
