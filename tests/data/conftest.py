@@ -8,9 +8,13 @@ import pytest
 import tokenizers
 import transformers
 
-from behaviorlm_jax.data import events
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import events, prompts
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data.log import splits
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import weights
 
 HEADER = 'user,time,behavior'
 CHATML = (
@@ -20,7 +24,7 @@ CHATML = (
 )
 
 
-def make_config(**fields):
+def make_log_config(**fields):
   data = ml_collections.ConfigDict(
     {
       'columns': {
@@ -54,7 +58,22 @@ def make_minute(i: int) -> str:
 @pytest.fixture
 def log_config():
   """The `data` section of a config, with some fields changed."""
-  return make_config
+  return make_log_config
+
+
+@pytest.fixture
+def make_config():
+  """Makes the whole config, with fields like plan__window=8 changed."""
+
+  def make(**fields):
+    config = config_lib.default()
+    config.data.instruction = 'Go on.'
+    config.update_from_flattened_dict(
+      {name.replace('__', '.'): value for name, value in fields.items()}
+    )
+    return config
+
+  return make
 
 
 @pytest.fixture
@@ -79,7 +98,7 @@ def prepare():
     path = tmp_path / name
     path.write_text('\n'.join([header, *lines]) + '\n')
     folder = tmp_path / 'work' / 'events'
-    summary = events.prepare(make_config(**fields), str(path), folder, seed)
+    summary = events.prepare(make_log_config(**fields), str(path), folder, seed)
     return events.open_events(folder), summary, folder
 
   return write_and_read
@@ -117,6 +136,44 @@ def byte_symbols():
 def chatml():
   """The template of `make_tokenizer`."""
   return CHATML
+
+
+@pytest.fixture(scope='session')
+def byte_tokenizer():
+  """That of the tiny random model; its ids are GPT-2's of bytes."""
+  return weights.open_base('random://tiny').tokenizer
+
+
+@pytest.fixture
+def prompts_of(byte_tokenizer, make_config):
+  """Makes the Prompts of events, with fields of the `data` section changed."""
+
+  def make(events, tokenizer=None, **fields):
+    data = make_config().data
+    data.update(fields)
+    return prompts.Prompts(
+      events, tokenizer or byte_tokenizer, data.instruction, data.history, data.weekday
+    )
+
+  return make
+
+
+@pytest.fixture
+def make_windows(table, prompts_of, make_config):
+  """Makes Windows over samples of a table, with fields of a config changed."""
+
+  def make(events=None, split='train', anchors_only=False, **fields):
+    config, events = make_config(**fields), events or table
+    plan = config.plan
+    return plan_lib.Windows(
+      prompts_of(events, history=config.data.history),
+      samples_lib.of_split(events, split, plan.min_context, anchors_only),
+      plan.window,
+      plan.targets_per_row,
+      config.train.length,
+    )
+
+  return make
 
 
 @pytest.fixture
