@@ -15,10 +15,11 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.data.log import columns, join, shards, sources, splits
 from behaviorlm_jax.data.log.splits import Behavior
@@ -54,7 +55,7 @@ class Events:
 
 
 def prepare(
-  data: ConfigDict,
+  data: Mapping[str, Any],
   place: str | Path | sources.Log,
   folder: Path,
   seed: int,
@@ -65,7 +66,7 @@ def prepare(
   `origin` is written beside the events as config.json.
   """
   folder = Path(folder)
-  splits.cuts(data.split)  # Refused now, not after the log is read.
+  splits.cuts(data['split'])  # Refused now, not after the log is read.
   whole = folder.with_name(folder.name + '.whole')
   clean(folder)
   try:

@@ -119,14 +119,10 @@ class Windows:
   length: int  # Tokens of a row.
   tree: NameTree | None = None  # Of what is taught of each name; None: all of it.
 
-  @property
-  def events(self) -> Events:
-    return self.prompts.events
-
   @functools.cached_property
   def _answer_lengths(self) -> np.ndarray:
     """int64 [known], tokens that are taught of each behavior's answer."""
-    lengths = self.prompts.answer_lengths[: self.events.known].copy()
+    lengths = self.prompts.answer_lengths[: self.samples.events.known].copy()
     if self.tree:  # Names that it leaves out are never targets.
       inside = range(len(self.tree.paths))
       lengths[inside] = [len(self.tree.choices(b)) for b in inside]
@@ -135,11 +131,10 @@ class Windows:
   def make(
     self, start: int, targets: Sequence[int], weights: Sequence[float]
   ) -> Segment:
-    """A segment of events from `start` to the last target.
+    """A segment of events from `start` to the last target that fits.
 
-    Context that does not fit is cut from the front down to min_context, then
-    targets from the end; what is cut is left for the caller to see in the
-    segment's `targets`.
+    What does not fit is cut: context from the front down to min_context, then
+    targets from the end.
     """
     targets, room = np.asarray(targets), self.length - len(self.prompts.header)
     ends = self.prompts.line_ends(start, targets[-1] + 1)
@@ -157,48 +152,41 @@ class Windows:
       # As float32, so that a plan that is read back is the same.
       np.asarray(weights, np.float32)[fits].tolist(),
       int(ends[stop - start] - ends[cut]) + len(self.prompts.header),
-      int(self._answer_lengths[self.events.behavior[targets]].sum()),
+      int(self._answer_lengths[self.samples.events.behavior[targets]].sum()),
     )
 
   def tiles(
     self, positions: np.ndarray, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts users' samples into windows that hold each exactly once.
+    """Cuts users' samples (positions, sorted) into windows that hold each once.
 
-    Args:
-      positions: int64, sorted, those of a user together.
-      rng: says where a user is first cut.
-
-    Returns:
-      Of each window the first target's position, int64, and how many samples
-      from there on are asked for, int32, in the order of the positions. `make`
-      leaves out what does not fit, and the next window begins with it.
+    Returns of each window its first target, int64, and how many samples from
+    there on are asked for, int32. `make` leaves out what does not fit, and the
+    next window begins with it.
     """
-    cuts = np.flatnonzero(np.diff(self.events.user[positions])) + 1
+    most, context = self.targets_per_row, self.samples.min_context
+    cuts = np.flatnonzero(np.diff(self.samples.events.user[positions])) + 1
     i, end = np.append(0, cuts), np.append(cuts, len(positions))  # Of each user.
-    limit = np.full(len(i), self.targets_per_row)
     # A random first cut gives a target another context in every epoch; those
     # that fit one window see their whole past instead.
-    many = end - i > self.targets_per_row
-    limit[many] = rng.integers(1, self.targets_per_row + 1, many.sum())
-    base = positions[0] - self.samples.min_context
+    limit, many = np.full(len(i), most), end - i > most
+    limit[many] = rng.integers(1, most + 1, many.sum())
+    base = positions[0] - context
     ends = self.prompts.line_ends(base, positions[-1] + 1)
-    after = ends[positions + 1 - base]
+    latest, after = ends[positions - context - base], ends[positions + 1 - base]
     begins, sizes = [], []
     while len(i):  # The next window of every user that has samples left.
       reach = self.first_event(positions[i]) + self.window
       stop = np.minimum(i + limit, np.searchsorted(positions, reach))
-      asked = np.maximum(i + 1, np.minimum(stop, end))
+      stop = np.minimum(stop, end)
       begins.append(i)
-      sizes.append(asked - i)
+      sizes.append(stop - i)
       # With the least context it can have, a window may still be too long.
-      latest = positions[i] - self.samples.min_context
-      room = self.length - len(self.prompts.header) + ends[latest - base]
+      room = self.length - len(self.prompts.header) + latest[i]
       fitting = np.searchsorted(after, room, 'right')
-      stop = np.maximum(i + 1, np.minimum(asked, fitting))
+      stop = np.maximum(i + 1, np.minimum(stop, fitting))
       left = stop < end
-      i, end = stop[left], end[left]
-      limit = np.full(len(i), self.targets_per_row)
+      i, end, limit = stop[left], end[left], most
     begins, sizes = np.concatenate(begins), np.concatenate(sizes)
     order = np.argsort(begins)
     return positions[begins[order]], sizes[order].astype(np.int32)
@@ -207,7 +195,7 @@ class Windows:
     """Where the windows of `tiles` that begin with these targets start."""
     context = max(self.samples.min_context, self.window - self.targets_per_row)
     context = min(context, self.prompts.history)
-    return np.maximum(self.events.first[targets], targets - context)
+    return np.maximum(self.samples.events.first[targets], targets - context)
 
   def draw(self, position: int, weight_of: np.ndarray | None = None) -> Segment:
     """A window that ends with a drawn sample.
@@ -215,11 +203,11 @@ class Windows:
     `weight_of`: float [known], with which the samples before it are learned, too.
     """
     size = min(self.prompts.history, self.window - 1)
-    start = max(int(self.events.first[position]), position - size)
+    start = max(int(self.samples.events.first[position]), position - size)
     if weight_of is not None:
       near = np.arange(start + self.samples.min_context, position)
       near = self.samples.among(near)
-      weights = [*weight_of[self.events.behavior[near]], 1.0]
+      weights = [*weight_of[self.samples.events.behavior[near]], 1.0]
       segment = self.make(start, [*near, position], weights)
       if (segment.start, segment.stop) == (start, position + 1):
         return segment
@@ -252,18 +240,11 @@ def spread(
   rng: np.random.Generator,
   weight_of: np.ndarray | None = None,
 ) -> Iterator[Segment]:
-  """Endless windows that end with samples, each behavior evenly spread.
+  """Endless windows that end with samples {behavior: positions}, evenly spread.
 
   A behavior of rate m comes m times an epoch, the j-th time at (j + u) / m of
-  the epoch with u uniform. Its samples come in shuffled rounds of their own.
-
-  Args:
-    windows: makes the segments.
-    samples: {behavior: positions}.
-    rates: {behavior: windows an epoch}; behaviors of no rate or without samples
-      are left out.
-    rng: shuffles.
-    weight_of: see Windows.draw.
+  the epoch with u uniform; without rate or samples it is left out. Its samples
+  come in shuffled rounds of their own. `weight_of`: see Windows.draw.
   """
   rates = {b: m for b, m in rates.items() if m and len(samples.get(b, ()))}
   samples_lib.require(rates, 'stage b')

@@ -81,7 +81,7 @@ class Prompts:
       self._log_text.encode(f' ({name})', f'place {name!r}') for name in events.places
     ]
     self._places.append(nothing)  # No place, -1, is the last one.
-    seen = np.zeros(_WEEK, bool)  # Most logs have few of the minutes of a week.
+    seen = np.zeros(_WEEK, bool)  # A log need not have all minutes of a week.
     for span in samples_lib.spans(events):
       seen[self._minute(span)] = True
     # The weeks begin with 1970, so a week's minute is itself a time.

@@ -2,11 +2,11 @@
 
 import datetime
 
-import ml_collections
 import numpy as np
 import pytest
 import tokenizers
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import events, prompts
@@ -24,26 +24,18 @@ CHATML = (
 )
 
 
-def make_log_config(**fields):
-  data = ml_collections.ConfigDict(
-    {
-      'columns': {
-        'user': 'user',
-        'time': 'time',
-        'behavior': 'behavior',
-        'place': '',
-        'group': '',
-      },
-      'csv': {'delimiter': '', 'quote': '', 'escape': ''},
-      'time_format': '',
-      'time_zone': '',
-      'nulls': ('null', 'nan', '\\n'),
-      'collapse_repeats': True,
-      'max_rejected': 0.01,
-      'split': (0.8, 0.1, 0.1),
-      'anchor_share': 0.01,
-    }
+def make_config(**fields):
+  """The whole config, with fields like plan__window=8 changed."""
+  config = config_lib.default()
+  config.data.instruction = 'Go on.'
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
   )
+  return config
+
+
+def make_log_config(**fields):
+  data = config_lib.default().data
   for name, value in fields.items():
     section = data.columns if name in data.columns else data
     section[name] = value
@@ -59,21 +51,6 @@ def make_minute(i: int) -> str:
 def log_config():
   """The `data` section of a config, with some fields changed."""
   return make_log_config
-
-
-@pytest.fixture
-def make_config():
-  """Makes the whole config, with fields like plan__window=8 changed."""
-
-  def make(**fields):
-    config = config_lib.default()
-    config.data.instruction = 'Go on.'
-    config.update_from_flattened_dict(
-      {name.replace('__', '.'): value for name, value in fields.items()}
-    )
-    return config
-
-  return make
 
 
 @pytest.fixture
@@ -125,13 +102,6 @@ def names():
   return lambda log: [log.behaviors[i].name for i in log.behavior]
 
 
-def byte_symbols():
-  """GPT-2's printable character for every byte, in the order of the bytes."""
-  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  others = [b for b in range(256) if b not in printable]
-  return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
-
-
 @pytest.fixture
 def chatml():
   """The template of `make_tokenizer`."""
@@ -145,7 +115,7 @@ def byte_tokenizer():
 
 
 @pytest.fixture
-def prompts_of(byte_tokenizer, make_config):
+def prompts_of(byte_tokenizer):
   """Makes the Prompts of events, with fields of the `data` section changed."""
 
   def make(events, tokenizer=None, **fields):
@@ -159,7 +129,7 @@ def prompts_of(byte_tokenizer, make_config):
 
 
 @pytest.fixture
-def make_windows(table, prompts_of, make_config):
+def make_windows(table, prompts_of):
   """Makes Windows over samples of a table, with fields of a config changed."""
 
   def make(events=None, split='train', anchors_only=False, **fields):
@@ -179,7 +149,7 @@ def make_windows(table, prompts_of, make_config):
 @pytest.fixture
 def make_tokenizer():
   def make(template=CHATML, trim_offsets=False, **special):
-    vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
+    vocab = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
       add_prefix_space=False

@@ -16,7 +16,7 @@ from behaviorlm_jax.errors import InputError
 
 def check_segment(windows, segment):
   """What holds for every window, whatever made it."""
-  log, targets = windows.events, np.array(segment.targets)
+  log, targets = windows.samples.events, np.array(segment.targets)
   tokens, spans = windows.prompts.window(segment.start, segment.stop)
   assert segment.length == len(tokens) <= windows.length
   assert 0 < segment.stop - segment.start <= windows.window
