@@ -33,14 +33,6 @@ def require(samples: Sized, stage: str) -> None:
     )
 
 
-@functools.lru_cache(maxsize=8)
-def of_split(
-  events: Events, split: str, min_context: int, anchors_only: bool = False
-) -> 'Samples':
-  """Samples of a split, one object for all who ask: they are counted once."""
-  return Samples(events, split, min_context, anchors_only)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
   """The samples of a split, found anew in every pass over the events."""
@@ -115,6 +107,14 @@ class Samples:
     return self.at_of_behaviors(
       {b: np.arange(size) for b, size in enumerate(self.counts) if size}
     )
+
+
+@functools.lru_cache(maxsize=8)
+def of_split(
+  events: Events, split: str, min_context: int, anchors_only: bool = False
+) -> Samples:
+  """Samples of a split, one object for all who ask: they are counted once."""
+  return Samples(events, split, min_context, anchors_only)
 
 
 def draw_ranks(rng: np.random.Generator, size: int, most: int) -> np.ndarray:
