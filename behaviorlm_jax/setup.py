@@ -14,7 +14,6 @@ from behaviorlm_jax.data import conversations, prepared
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
@@ -51,7 +50,7 @@ class Setup:
   @functools.cached_property
   def anchor_tree(self) -> label_tree.Tree:
     """The anchors alone, which are the first behaviors."""
-    anchors = int(samples_lib.anchor_mask(self.events).sum())
+    anchors = int(self.events.anchors.sum())
     return label_tree.build(label_tree.shortest(self.prompts.labels[:anchors]))
 
   @property
@@ -103,11 +102,14 @@ def open_setup(
 def _prompts(config, workdir, base):
   """The events as text; refuses what does not fit the model or the rows."""
   events = prepared.load_events(config, workdir)
-  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
-  plan_lib.check_lengths(prompts, config)
+  data = config.data
+  prompts = prompts_lib.Prompts(
+    events, base.tokenizer, data.instruction, data.history, data.weekday
+  )
+  plan_lib.check_lengths(prompts, config.plan.min_context, config.train.length)
   prompts.check_lengths(base.config.max_length, config.train.length)
   evaluation.test_samples(events, config)  # Refuses a log without any.
-  anchors = int(samples_lib.anchor_mask(events).sum())
+  anchors = int(events.anchors.sum())
   alone = config.a.content == 'anchors' and config.a.softmax == 'names'
   if 'a' in config.stages and alone and anchors < 2:
     raise InputError(

@@ -6,10 +6,10 @@ questions.
 """
 
 import collections
-import dataclasses
 import itertools
 import time
 
+import common
 import jax
 import numpy as np
 from absl import logging
@@ -17,7 +17,6 @@ from absl import logging
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import lora
@@ -104,11 +103,9 @@ class Arm:
     self.name, self.shared, self.layout = name, shared, inputs.layout
     self.config = arm_config(inputs.config, name)
     rng = np.random.default_rng(self.config.seed)
-    samples = samples_lib.of_split(inputs.events, 'train', self.config)
-    windows = plan_lib.Windows(inputs.prompts, self.config)
-    self.plan = plan_lib.take(
-      plan_lib.tile(windows, samples, rng), self.config, steps, ''
-    )
+    stream = plan_lib.tile(common.make_windows(inputs.prompts, self.config), rng)
+    train = self.config.train
+    self.plan = plan_lib.take(stream, steps * train.batch, train.length, '')
     self.assemble = loader.Assembler(
       inputs.prompts, [], self.config.train.length, self.plan.answers
     )
@@ -175,12 +172,12 @@ def work(segments):
   """
   total = collections.Counter()
   for segment in segments:
-    targets, length = segment['targets'], segment['length']
+    targets, length = segment.targets, segment.length
     total.update(
       targets=len(targets),
       tokens=length,
-      answers=segment['answers'],
-      context=sum(targets) - len(targets) * segment['start'],
+      answers=segment.answers,
+      context=sum(targets) - len(targets) * segment.start,
       pairs=length * (length + 1) // 2,
     )
   return total
@@ -208,7 +205,7 @@ class Validation:
       Loss(attach, inputs.layout.row_parts), inputs.layout
     )
     self.params, self.questions = params, len(rows)
-    most = max(row[0]['answers'] for row in rows)
+    most = max(row[0].answers for row in rows)
     assemble = loader.Assembler(inputs.prompts, [], config.train.length, most)
     self.batches = [
       inputs.layout.put_rows(batch, config.train.batch)
@@ -238,9 +235,13 @@ def questions(inputs, count):
   # The draw is sorted: a batch is of neighbours in the log, and differences
   # between batches hold those between users.
   config = config.copy_and_resolve_references()
-  spans = [(prompts.question_start(p), p) for p in samples[:whole]]
-  longest = max(prompts.window_length(a, p + 1) for a, p in spans)
+  samples = samples[:whole]
+  starts = prompts.question_start(samples)
+  longest = prompts.window_lengths(starts, samples + 1).max()
   config.train.length = -(-longest // 16) * 16
-  windows = plan_lib.Windows(prompts, config)
-  rows = [[dataclasses.asdict(windows.make(a, [p], [1.0]))] for a, p in spans]
+  windows = common.make_windows(prompts, config)
+  rows = [
+    [windows.make(start, [position], [1.0])]
+    for start, position in zip(starts, samples, strict=True)
+  ]
   return rows, config.train.length

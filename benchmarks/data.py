@@ -39,7 +39,6 @@ from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader, prepared
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import weights
 
@@ -149,8 +148,7 @@ def plan(log, workdir):
   facts, plans = {}, {}
   with Meter() as meter:
     events = events_lib.open_events(workspace.make(workdir) / 'events')
-    prompts = prompts_lib.Prompts(events, base.tokenizer, whole.data)
-    plan_lib.check_lengths(prompts, whole)
+    prompts = common.make_prompts(whole, events, base)
     prompts.check_lengths(1 << 20, whole.train.length)
     evaluation.test_samples(events, whole)
     # No model: plans need none.
@@ -164,7 +162,9 @@ def plan(log, workdir):
         rng = seeds.stream(whole.seed, stage, split)
         stream = curriculum.segments(this, one, split, rng)
         steps = STEPS.value if split == 'train' else 1
-        plans[stage, split] = plan_lib.take(stream, whole, steps, '')
+        plans[stage, split] = plan_lib.take(
+          stream, steps * whole.train.batch, whole.train.length, ''
+        )
     facts[f'plan {stage}'] = meter.found
   facts['hash'] = plan_lib.content_hash(plans['a', 'train'])
   return facts | {'load': load(this, plans['a', 'train'])}

@@ -212,7 +212,9 @@ def questions(inputs, count):
   """One-question prompts with their answers, batches of similar lengths."""
   prompts, config = inputs.prompts, inputs.config
   rng = np.random.default_rng(config.seed)
-  positions = samples_lib.eligible(inputs.events, 'train', config)
+  positions = samples_lib.of_split(
+    inputs.events, 'train', config.plan.min_context
+  ).all()
   past = positions - inputs.events.first[positions]
   positions = positions[past >= _CONTEXT]
   samples = []

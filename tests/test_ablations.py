@@ -131,11 +131,11 @@ def test_what_a_stage_draws_is_known_beforehand(
   """Or counted, where behaviors take turns."""
   config = make_run_config({'a.content': content, 'plan.budget': budget})
   events = events_lib.open_events(finished / 'events')
-  samples = samples_lib.eligible(events, 'train', config)
+  samples = samples_lib.of_split(events, 'train', config.plan.min_context).all()
   counts = np.bincount(events.behavior[samples], minlength=events.known)
-  anchors = samples_lib.anchor_mask(events)
-  segment = {'targets': (3, 4, 9), 'weights': (1.0, 0.5, 1.0)}
-  plan = types.SimpleNamespace(rows=[[segment], [segment]])
+  anchors = events.anchors
+  segment = plan_lib.Segment('window', 0, 10, [3, 4, 9], [1.0, 0.5, 1.0], 0, 0)
+  plan = plan_lib.Plan([[segment], [segment]], 0, '')
   found = curriculum.drawn_counts(
     types.SimpleNamespace(config=config, events=events),
     config_lib.stage_of(config, stage),
@@ -145,7 +145,7 @@ def test_what_a_stage_draws_is_known_beforehand(
     counts[~anchors] = 0
   elif content == 'balanced' or budget == 'tempered':
     counts = np.zeros(events.known)
-    for target, weight in zip(segment['targets'], segment['weights'], strict=True):
+    for target, weight in zip(segment.targets, segment.weights, strict=True):
       counts[events.behavior[target]] += 2 * weight
   np.testing.assert_array_equal(found, counts)
 
@@ -166,7 +166,7 @@ def test_anchors_taught_alone_compete_with_anchors_alone(
   stage = config_lib.stage_of(config, 'a')
   tree = curriculum.tree_of(found, stage)
   stream = curriculum.segments(found, stage, 'train', np.random.default_rng(0))
-  plan = plan_lib.take(stream, config, 4, '')
+  plan = plan_lib.take(stream, 4 * config.train.batch, config.train.length, '')
   lesson = curriculum.lesson(found, stage, plan)
   if group is None:
     assert tree is None and lesson.names is None
@@ -205,7 +205,9 @@ def test_stage_b_allows_for_how_often_it_draws_a_behavior(
     trained[0], [expected[b] for b in range(events.known)], rtol=1e-6
   )
   assert (validated[0] != trained[0]).any()
-  samples = samples_lib.eligible(events, 'train', make_run_config())
+  samples = samples_lib.of_split(
+    events, 'train', make_run_config().plan.min_context
+  ).all()
   kept = np.bincount(events.behavior[samples], minlength=events.known)
   np.testing.assert_array_equal(
     trained[1], kept if prior == 'natural' else np.ones(events.known)
@@ -421,6 +423,8 @@ def test_stage_a_can_go_part_of_the_way(run_stages, tmp_path, monkeypatch):
 def test_eligible_tails_exist_for_these_tests(finished, make_run_config):
   # Guards the counts above: tails can be taught and are few.
   events = events_lib.open_events(finished / 'events')
-  samples = samples_lib.eligible(events, 'train', make_run_config())
+  samples = samples_lib.of_split(
+    events, 'train', make_run_config().plan.min_context
+  ).all()
   names = [events.behaviors[b].name for b in events.behavior[samples]]
   assert 4 <= names.count('airport') < names.count('home') / 20

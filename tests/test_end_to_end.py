@@ -14,7 +14,6 @@ from safetensors import numpy as safetensors_numpy
 from behaviorlm_jax import setup
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.evaluate import adjust, baselines, evaluation
 from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.train import sharding
@@ -42,7 +41,10 @@ def base():
 @pytest.fixture(scope='module')
 def prompts(finished, base, make_run_config):
   events = events_lib.open_events(finished / 'events')
-  return prompts_lib.Prompts(events, base.tokenizer, make_run_config().data)
+  data = make_run_config().data
+  return prompts_lib.Prompts(
+    events, base.tokenizer, data.instruction, data.history, data.weekday
+  )
 
 
 @pytest.fixture(scope='module')
@@ -312,7 +314,7 @@ def test_plan_holds_the_rows_of_every_step(finished, steps, stage):
 
 def test_plans_teach_training_events_and_conversations(finished, prompts):
   events = prompts.events
-  anchors = samples_lib.anchor_mask(events)
+  anchors = events.anchors
   for stage in STAGES:
     targets = targets_of(finished, stage)
     assert (events.split[targets] == 0).all()

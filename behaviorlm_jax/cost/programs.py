@@ -30,7 +30,8 @@ def first_plan(setup: Setup) -> plan_lib.Plan:
   stage = _first_stage(setup)
   rng = seeds.stream(setup.config.seed, stage.name, 'plan')
   stream = curriculum.segments(setup, stage, 'train', rng)
-  return plan_lib.take(stream, setup.config, stage.steps, '')
+  train = setup.config.train
+  return plan_lib.take(stream, stage.steps * train.batch, train.length, '')
 
 
 def training(setup: Setup, plan: plan_lib.Plan) -> jax.stages.Lowered:

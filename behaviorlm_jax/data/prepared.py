@@ -88,11 +88,8 @@ def _complete(root: Path, origin: dict) -> list[Path]:
   found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
   counts = sorted({count for count, _ in found})
   if len(counts) != 1:
-    what = (
-      'shards of ' + ' and of '.join(map(str, counts)) + ' parts'
-      if counts
-      else 'no shard'
-    )
+    parts = ' and of '.join(map(str, counts))
+    what = f'shards of {parts} parts' if counts else 'no shard'
     raise InputError(
       f'{root} holds {what}, but all parts of one number are needed; delete '
       'what does not belong to it, or the folder to prepare the log here.'

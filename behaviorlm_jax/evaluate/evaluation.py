@@ -36,13 +36,14 @@ def draw_samples(
   events: events_lib.Events, split: str, most: int, config: ConfigDict
 ) -> np.ndarray:
   """Positions int64 of at most `most` samples (0: all), sorted."""
-  size = int(samples_lib.behavior_counts(events, split, config).sum())
+  samples = samples_lib.of_split(events, split, config.plan.min_context)
+  size = int(samples.counts.sum())
   if not most or size <= most:
-    return samples_lib.eligible(events, split, config)
+    return samples.all()
   rng = seeds.stream(config.seed, 'evaluation', split)
   # Ranks, which a pass finds: not every log's samples fit in memory.
   ranks = np.sort(rng.choice(size, most, replace=False))
-  return samples_lib.of_split(events, split, config).at(ranks)
+  return samples.at(ranks)
 
 
 def test_samples(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
@@ -62,7 +63,7 @@ def summarize(
 ) -> dict[str, dict[str, int | float]]:
   """metrics.by_group of scores [n, Y]."""
   return metrics.by_group(
-    events.behavior[samples], label_tree.best(scores), samples_lib.anchor_mask(events)
+    events.behavior[samples], label_tree.best(scores), events.anchors
   )
 
 
@@ -116,7 +117,7 @@ def fitted(
     baselines.scores('markov', events, part.samples, config.data.history, config.seed)
     for part in (validation, test)
   ]
-  prior = adjust.log_prior(samples_lib.train_counts(events))
+  prior = adjust.log_prior(events.train_counts)
   numbers = adjust.fit(
     label_tree.log_softmax(validation.scores),
     counted[0],

@@ -10,6 +10,7 @@ fields of that section, for one of several processes.
 import json
 import re
 import sys
+import types
 from unittest import mock
 
 import jax
@@ -56,7 +57,8 @@ def draw_batch(generator):
 def make_plan(batch):
   """A plan whose rows have as many answers as the batch's."""
   counts = (batch['answer_weights'] > 0).sum(axis=1)
-  return plan_lib.Plan([[{'answers': int(n)}] for n in counts], ANSWERS, '')
+  rows = [[types.SimpleNamespace(answers=int(n))] for n in counts]
+  return plan_lib.Plan(rows, ANSWERS, '')
 
 
 def collectives(text):
