@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax import Array
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 from behaviorlm_jax.model import decoder, families
 
-Adapter = dict[str, dict[str, jax.Array]]  # See the module.
+Adapter = dict[str, dict[str, Array]]  # See the module.
 
 
 def shapes(
@@ -42,7 +43,7 @@ def shapes(
 
 
 def init(
-  config: families.DecoderConfig, rank: int, targets: Sequence[str], key: jax.Array
+  config: families.DecoderConfig, rank: int, targets: Sequence[str], key: Array
 ) -> Adapter:
   """A fresh adapter.
 
@@ -61,7 +62,7 @@ def init(
 
 def attach(
   config: families.DecoderConfig,
-  params: Mapping[str, jax.Array],
+  params: Mapping[str, Array],
   adapter: Adapter | None,
   alpha: float,
   **options: object,

@@ -14,7 +14,15 @@ import transformers
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import chat
 from behaviorlm_jax.io import addresses
-from behaviorlm_jax.model import attention, decoder, families, lora, weights
+from behaviorlm_jax.model import (
+  attention,
+  blocked_attention,
+  decoder,
+  families,
+  lora,
+  products,
+  weights,
+)
 
 LONG = 120  # tokens; rope scaling starts to matter beyond 64
 PLAIN = {'rope_type': 'default', 'rope_theta': 1e4}
@@ -229,7 +237,7 @@ def test_saved_products_are_not_multiplied_again(untied, dtype):
 
   def loss(adapter, remat):
     model = lora.attach(
-      config, params, adapter, 4.0, remat=remat, packed=attention.blocked
+      config, params, adapter, 4.0, remat=remat, packed=blocked_attention.blocked
     )
     hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
     return hidden.astype(jnp.float32).sum()
@@ -305,7 +313,7 @@ def test_custom_product_has_the_value_and_gradient_of_jax():
   generator = np.random.default_rng(0)
   draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
   x, w, dy = draw(2, 3, 5), draw(7, 5), draw(2, 3, 7)
-  y, pull = jax.vjp(decoder._dot, x, w)
+  y, pull = jax.vjp(products.dot, x, w)
   expected, theirs = jax.vjp(lambda x, w: x @ w.T, x, w)
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
   for found, value in zip(pull(dy), theirs(dy), strict=True):
@@ -314,7 +322,7 @@ def test_custom_product_has_the_value_and_gradient_of_jax():
 
 def test_gradient_of_a_float32_master_is_float32_after_a_bfloat16_product():
   x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.float32)
-  y, pull = jax.vjp(decoder._dot, x, w)
+  y, pull = jax.vjp(products.dot, x, w)
   dx, dw = pull(y)
   assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
   np.testing.assert_array_equal(np.asarray(dx, np.float32), 35)
@@ -326,7 +334,7 @@ def test_adapted_product_has_the_value_and_gradient_of_jax():
   draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
   inputs = draw(2, 3, 5), draw(7, 5), draw(4, 5), draw(7, 4)
   dy = draw(2, 3, 7)
-  y, pull = jax.vjp(functools.partial(decoder._lora_dot, 0.5), *inputs)
+  y, pull = jax.vjp(functools.partial(products.lora_dot, 0.5), *inputs)
   expected, theirs = jax.vjp(
     lambda x, w, a, b: x @ w.T + 0.5 * (x @ a.T) @ b.T, *inputs
   )
@@ -338,7 +346,7 @@ def test_adapted_product_has_the_value_and_gradient_of_jax():
 def test_adapter_gradients_stay_float32_around_bfloat16_products():
   x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.bfloat16)
   a, b = jnp.ones((4, 5)), jnp.ones((7, 4))
-  y, pull = jax.vjp(functools.partial(decoder._lora_dot, 1.0), x, w, a, b)
+  y, pull = jax.vjp(functools.partial(products.lora_dot, 1.0), x, w, a, b)
   dx, dw, da, db = pull(jnp.ones_like(y))
   assert [g.dtype for g in (y, dx, dw, da, db)] == [
     jnp.float32,
