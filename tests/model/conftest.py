@@ -147,7 +147,8 @@ def write(path, config, state, fields=None, extra=None, kind=None, pre='smollm')
   quantises the MLP of the first layer.
   """
   fields = fields or {}
-  writer = gguf.GGUFWriter(path, fields.get('architecture', 'llama'))
+  order = fields.get('order', gguf.GGUFEndian.LITTLE)
+  writer = gguf.GGUFWriter(path, fields.get('architecture', 'llama'), endianess=order)
   writer.add_block_count(config.layers)
   writer.add_context_length(config.max_length)
   writer.add_embedding_length(config.embed)

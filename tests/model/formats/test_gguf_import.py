@@ -114,6 +114,7 @@ def test_llama_3_scaling_is_recovered_from_its_factors(
   ('options', 'message'),
   [
     ({'fields': {'architecture': 'qwen2'}}, "architecture 'qwen2'"),
+    ({'fields': {'order': gguf.GGUFEndian.BIG}}, 'big-endian'),
     ({'fields': {'experts': 8}}, "architecture 'llama' with experts"),
     ({'fields': {'tokenizer': 'llama'}}, "tokenizer of the kind 'llama'"),
     ({'fields': {'merges': ['zz zz']}}, "its merge 'zz zz'"),
