@@ -175,15 +175,14 @@ def choose_implementation(
   rows: int,
   length: int,
 ) -> str:
-  """Name of the implementation that trains.
+  """Name of the implementation that trains, before anything large is compiled.
 
   Args:
     wanted: config.model.attention, 'auto' or a key of IMPLEMENTATIONS.
-    device: one of those that will run it; it may be of a topology that is
-      compiled for.
+    device: one of those that will run it, maybe of a topology that is compiled for.
     config: dimensions, of which heads and head_dim count.
-    dtype: compute dtype of the model.
-    rows: rows of a micro-batch on one device.
+    dtype: what the model computes in.
+    rows: those of a micro-batch on one device.
     length: tokens per row.
   """
   where = jax.sharding.SingleDeviceSharding(device)

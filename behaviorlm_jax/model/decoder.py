@@ -80,18 +80,18 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 class Linear(nnx.Module):
-  """y = x W' + (alpha / R) (x A') B' with all layers' weights stacked."""
+  """y = x W' + (alpha / R) (x A') B' with all layers' weights stacked.
 
-  def __init__(
-    self, kernel: Array, lora: tuple[Array, Array] | None = None, scale: float = 1.0
-  ):
-    """kernel [layers, out, in]; lora None or (A [layers, R, in], B [.., R])."""
+  kernel [layers, out, in]; lora None, or a [layers, R, in] and b [.., out, R].
+  """
+
+  def __init__(self, kernel: Array, lora: Mapping[str, Array] | None, scale: float):
     self.kernel = nnx.Param(kernel)
     self.scale = scale
     self.has_lora = lora is not None
     if lora is not None:
-      self.lora_a = nnx.LoRAParam(lora[0])
-      self.lora_b = nnx.LoRAParam(lora[1])
+      self.lora_a = nnx.LoRAParam(lora['a'])
+      self.lora_b = nnx.LoRAParam(lora['b'])
 
   def __call__(self, x: Array) -> Array:
     """float32 [..., out] of x [..., in], which is rounded to kernel's dtype."""
@@ -109,7 +109,7 @@ class Layer(nnx.Module):
     self,
     config: families.DecoderConfig,
     params: Mapping[str, Array],
-    lora: Mapping[str, tuple[Array, Array]],
+    lora: Mapping[str, Mapping[str, Array]],
     scale: float,
     between: jnp.dtype,
     constrain: Constrain,
@@ -195,18 +195,15 @@ class Decoder(nnx.Module):
     self,
     config: families.DecoderConfig,
     params: Mapping[str, Array],
-    lora: Mapping[str, tuple[Array, Array]] | None = None,
+    lora: Mapping[str, Mapping[str, Array]] | None = None,
     scale: float = 1.0,
     how: Execution = _PLAIN,
   ):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
-    Args:
-      config: dimensions.
-      params: base weights by our names (families.parameter_shapes), compute dtype.
-      lora: {projection: (A, B)}, float32, or None for the bare base model.
-      scale: alpha / rank.
-      how: see Execution.
+    params: base weights by our names (families.parameter_shapes), in the compute
+    dtype; lora: an adapter (see model.lora), or None for the bare base; scale:
+    alpha / rank.
     """
     self.config = config
     self.constrain = how.constrain
@@ -230,18 +227,15 @@ class Decoder(nnx.Module):
     memory: Cache | None = None,
     keep_cache: bool = False,
   ) -> tuple[Array, Cache | None]:
-    """Hidden states after the final norm.
+    """Hidden states [B, L, D] after the final norm, in the compute dtype.
 
     Args:
       tokens: int32 [B, L].
-      positions: int32 [B, L], position of each token in its own segment.
+      positions: int32 [B, L], of each token in its own segment.
       attend: (q, k, v) -> y, attention among these tokens alone; with `memory`
         (q, k, v, memory_k, memory_v) -> y. See model.attention for shapes.
       memory: keys and values of earlier tokens, each [layers, B, M, K, C].
-      keep_cache: also return keys and values of these tokens.
-
-    Returns:
-      Hidden states [B, L, D] in the compute dtype, and the cache or None.
+      keep_cache: also return keys and values of these tokens, else None.
     """
     table = self.constrain(self._bits(self.embed[...]), _TABLE)
     embedded = self.constrain(self._unpacked(table[tokens]), _ROWS)

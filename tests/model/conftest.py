@@ -51,6 +51,21 @@ def save_llama():
 
 
 @pytest.fixture
+def save_soft_llama():
+  return save_soft
+
+
+@pytest.fixture
+def read_folder():
+  return read
+
+
+@pytest.fixture
+def stacked():
+  return stack
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
   """A cache of the test's own."""
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
@@ -90,6 +105,39 @@ def save(folder, tied=True, **options):
   model.save_pretrained(folder, **options)
   weights.open_base('random://tiny').tokenizer.save_pretrained(folder)
   return model
+
+
+def save_soft(folder, tied=True, **fields):
+  """Saves a random Llama whose attention is not one-hot; returns the model."""
+  model = save(folder, tied)
+  if fields:
+    config = model.config.to_dict() | fields
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
+  torch.manual_seed(1)
+  for parameter in model.parameters():
+    spread = 0.3 if parameter.ndim == 2 else 1.0
+    torch.nn.init.normal_(parameter, std=spread)
+  model.save_pretrained(folder)
+  return model.eval()
+
+
+def read(folder, dtype=np.float32):
+  """Config and parameters of a folder or file."""
+  base = weights.open_base(str(folder))
+  return base.config, weights.read_params(base, dtype)
+
+
+def stack(config, state):
+  """Our parameters, from Hugging Face weights {name: array}."""
+  result = {}
+  for name in families.parameter_shapes(config):
+    theirs = families.LLAMA_NAMES[name]
+    if '{}' in theirs:
+      layers = [state[theirs.format(layer)] for layer in range(config.layers)]
+      result[name] = np.stack(layers)
+    else:
+      result[name] = state[theirs]
+  return result
 
 
 def tiny(tied=True, seed=0):

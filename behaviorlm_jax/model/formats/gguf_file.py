@@ -1,7 +1,6 @@
 """A GGUF file as the `gguf` package reads it, but whole or not at all."""
 
 from pathlib import Path
-from typing import Literal
 
 import gguf
 import numpy as np
@@ -40,16 +39,9 @@ def corrupt(path: Path, reason: object) -> InputError:
 class _Reader(gguf.GGUFReader):
   """Raises EOFError where a slice of the file would come back short."""
 
-  def _get(
-    self,
-    offset: int,
-    dtype: np.typing.DTypeLike,
-    count: int = 1,
-    override_order: Literal['I', 'S', '<'] | None = None,
-  ) -> np.ndarray:
-    size = self.data.size
+  def _get(self, offset, dtype, count=1, **order):
     # In Python's numbers: damaged ones overflow numpy's.
     needed = int(offset) + np.dtype(dtype).itemsize * int(count)
-    if needed > size:
-      raise EOFError(f'it has {size} bytes but its header needs {needed}')
-    return super()._get(offset, dtype, count, override_order)
+    if needed > self.data.size:
+      raise EOFError(f'it has {self.data.size} bytes but its header needs {needed}')
+    return super()._get(offset, dtype, count, **order)
