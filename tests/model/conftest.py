@@ -46,26 +46,6 @@ def refused():
 
 
 @pytest.fixture
-def save_llama():
-  return save
-
-
-@pytest.fixture
-def save_soft_llama():
-  return save_soft
-
-
-@pytest.fixture
-def read_folder():
-  return read
-
-
-@pytest.fixture
-def stacked():
-  return stack
-
-
-@pytest.fixture
 def cache(tmp_path, monkeypatch):
   """A cache of the test's own."""
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
@@ -76,11 +56,6 @@ def cache(tmp_path, monkeypatch):
 def write_gguf(cache):
   del cache  # converted files must not outlive the test
   return write
-
-
-@pytest.fixture
-def tiny_llama():
-  return tiny
 
 
 def save(folder, tied=True, **options):
@@ -256,3 +231,11 @@ def add_tokenizer(writer, pre, fields):
   writer.add_eos_token_id(tokens.index('<|im_end|>'))
   writer.add_pad_token_id(tokens.index('<|im_end|>'))
   writer.add_chat_template('{{ messages[0]["content"] }}')
+
+
+# What tests call, by fixtures: no test imports this file.
+save_llama = pytest.fixture(lambda: save)
+save_soft_llama = pytest.fixture(lambda: save_soft)
+read_folder = pytest.fixture(lambda: read)
+stacked = pytest.fixture(lambda: stack)
+tiny_llama = pytest.fixture(lambda: tiny)

@@ -74,9 +74,8 @@ def _config(fields: dict, tensors: dict, path: Path) -> families.DecoderConfig:
     )
   given = {
     'model_type': 'llama',
-    # Rows of the embedding, which may be more than the tokens. GGUF's shape
-    # begins with the fastest dimension.
-    'vocab_size': int(tensors['token_embd.weight'].shape[1]),
+    # Rows of the embedding, which may be more than the tokens.
+    'vocab_size': _shape(tensors['token_embd.weight'])[0],
     'num_hidden_layers': get('block_count'),
     'hidden_size': get('embedding_length'),
     'intermediate_size': get('feed_forward_length'),
@@ -133,6 +132,11 @@ def _rope_scaling(
 # Weights.
 
 
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+  # GGUF counts dimensions from the fastest one.
+  return tuple(tensor.shape[::-1].tolist())
+
+
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   """Rotary pairs (0, 1), (2, 3) .. of each head's rows back into two halves.
 
@@ -161,10 +165,10 @@ def _write_weights(
 ) -> None:
   """Writes a float32 safetensors file, one tensor in memory at a time."""
   sources = _sources(config, tensors, path)
-  shapes = dict(families.hf_shapes(config))
   # Offsets count from the end of the header; without gaps, in file order.
   header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for name, shape in shapes.items():
+  for name, tensor in sources.items():
+    shape = _shape(tensor)
     start, end = end, end + 4 * math.prod(shape)
     header[name] = {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]}
   encoded = json.dumps(header).encode()
@@ -174,8 +178,8 @@ def _write_weights(
   heads = {'q_proj': config.heads, 'k_proj': config.kv_heads}
   with open(target, 'wb') as out:
     out.write(struct.pack('<Q', len(encoded)) + encoded)
-    for name in shapes:
-      values = _dequantized(sources[name], path)
+    for name, tensor in sources.items():
+      values = _dequantized(tensor, path)
       projection = name.split('.')[-2]
       if projection in heads:
         values = unpermute(values, heads[projection])
@@ -196,8 +200,7 @@ def _sources(
   sources, extra = {}, tensors.keys() - {_ROPE_FACTORS}
   for name, shape in families.hf_shapes(config):
     theirs = names.get_name(name, ('.weight',))
-    # GGUF counts dimensions from the fastest one.
-    found = theirs in tensors and tuple(map(int, tensors[theirs].shape[::-1]))
+    found = theirs in tensors and _shape(tensors[theirs])
     if found != shape:
       raise InputError(
         f'model.address: {path} has {found or "no tensor"} where {name} of '
