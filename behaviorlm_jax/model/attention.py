@@ -177,13 +177,9 @@ def choose_implementation(
 ) -> str:
   """Name of the implementation that trains, before anything large is compiled.
 
-  Args:
-    wanted: config.model.attention, 'auto' or a key of IMPLEMENTATIONS.
-    device: one of those that will run it, maybe of a topology that is compiled for.
-    config: dimensions, of which heads and head_dim count.
-    dtype: what the model computes in.
-    rows: those of a micro-batch on one device.
-    length: tokens per row.
+  `wanted` is config.model.attention; `device` one of those that will run it,
+  maybe of a topology that is compiled for; `dtype` what the model computes in;
+  `rows` those of a micro-batch on one device, `length` their tokens.
   """
   where = jax.sharding.SingleDeviceSharding(device)
   q, k = (

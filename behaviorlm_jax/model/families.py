@@ -169,10 +169,7 @@ def hf_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def from_hf(config: dict, where: str) -> DecoderConfig:
   """Reads a Hugging Face `config.json`; refuses what we do not implement.
 
-  Args:
-    config: the parsed file. transformers 5 keeps the rotary settings in
-      `rope_parameters`, older versions in `rope_theta` and `rope_scaling`.
-    where: what to call the file in error messages.
+  `where` is what error messages call the file.
   """
   _refuse_unsupported(config, where)
   heads = _size(config, 'num_attention_heads', where)
@@ -185,9 +182,11 @@ def from_hf(config: dict, where: str) -> DecoderConfig:
       f'key-value heads of width {head_dim}; the first must be a multiple of '
       'the second and the width even.'
     )
-  # What a file leaves out is what transformers' LlamaConfig has then.
+  # transformers 5 keeps rotary settings in `rope_parameters`, older versions in
+  # `rope_theta` and `rope_scaling`.
   rope = dict(config.get('rope_scaling') or {})
   rope |= config.get('rope_parameters') or {}
+  # What a file leaves out is what transformers' LlamaConfig has then.
   theta = rope.get('rope_theta', config.get('rope_theta')) or 1e4
   return DecoderConfig(
     vocab=_size(config, 'vocab_size', where),
@@ -250,24 +249,19 @@ def _scaling(rope: dict, where: str) -> RopeScaling | None:
       f'model.address: {where} has rotary type {kind!r}; supported are '
       "'default' and 'llama3'."
     )
-  keys = ('factor', 'low_freq_factor', 'high_freq_factor')
-  missing = {*keys, 'original_max_position_embeddings'} - set(rope)
+  factors = ('factor', 'low_freq_factor', 'high_freq_factor')
+  length = 'original_max_position_embeddings'
+  missing = {*factors, length} - set(rope)
   if missing:
     raise InputError(
       f'model.address: {where} lacks {", ".join(sorted(missing))} in its '
       "'llama3' rotary settings; add them."
     )
-  return RopeScaling(
-    *(float(rope[key]) for key in keys), int(rope['original_max_position_embeddings'])
-  )
+  return RopeScaling(*(float(rope[key]) for key in factors), int(rope[length]))
 
 
 def to_hf(config: DecoderConfig) -> dict:
-  """The `config.json` of a `LlamaForCausalLM` with these dimensions.
-
-  The rotary settings stand under their older names, which transformers 4 and
-  5 both read.
-  """
+  """The `config.json` of a `LlamaForCausalLM` with these dimensions."""
   rope_scaling = None
   if scaling := config.rope_scaling:
     rope_scaling = {
@@ -293,6 +287,7 @@ def to_hf(config: DecoderConfig) -> dict:
     'rms_norm_eps': config.norm_eps,
     'tie_word_embeddings': config.tied,
     'max_position_embeddings': config.max_length,
+    # Under their older names, which transformers 4 and 5 both read.
     'rope_theta': config.rope_theta,
     'rope_scaling': rope_scaling,
   }

@@ -132,8 +132,7 @@ def export(
 def read_adapter(folder: str | Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
 
-  Raises:
-    InputError: a file is missing or damaged, or holds another kind of adapter.
+  Raises InputError where a file is missing, damaged or of another kind of adapter.
   """
   try:
     return _load(Path(folder))

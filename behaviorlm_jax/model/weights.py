@@ -82,15 +82,11 @@ def _read_all(
 def read_params(
   base: Base, dtype: np.typing.DTypeLike, place: Place = _read_all
 ) -> dict:
-  """Reads every parameter of `families.parameter_shapes`, layers stacked.
+  """Reads every parameter of `families.parameter_shapes`, as float32 or bfloat16.
 
-  Args:
-    base: what `open_base` returned.
-    dtype: of the result, float32 or bfloat16.
-    place: `(name, shape, dtype, read) -> array`, where `read(index)` returns
-      the slice `index` of the stacked parameter; for sharded arrays `read` is
-      the callback of `jax.make_array_from_callback`. By default everything
-      is read into numpy arrays.
+  `place` is `(name, shape, dtype, read) -> array`, where `read(index)` returns the
+  slice `index` of the stacked parameter, as the callback of
+  `jax.make_array_from_callback` does. By default all is read into numpy arrays.
   """
   dtype, tensor = np.dtype(dtype), _random_tensor
   if base.folder is not None:

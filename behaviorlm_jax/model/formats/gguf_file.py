@@ -11,8 +11,7 @@ from behaviorlm_jax.errors import InputError
 def read(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
   """Metadata by key, and tensors by name, whose data stay on disk.
 
-  Raises:
-    InputError: the file is no GGUF, damaged or truncated.
+  Raises InputError where the file is no GGUF, damaged or truncated.
   """
   try:
     reader = _Reader(path)
@@ -43,5 +42,7 @@ class _Reader(gguf.GGUFReader):
     # In Python's numbers: damaged ones overflow numpy's.
     needed = int(offset) + np.dtype(dtype).itemsize * int(count)
     if needed > self.data.size:
-      raise EOFError(f'it has {self.data.size} bytes but its header needs {needed}')
+      raise EOFError(
+        f'it has {self.data.size} bytes but its header needs {needed} or more'
+      )
     return super()._get(offset, dtype, count, **order)

@@ -38,9 +38,8 @@ class Stored:
 def stored_tensors(folder: Path, config: families.DecoderConfig) -> dict[str, Stored]:
   """Every tensor of `config` in the folder; no byte of the data is read.
 
-  Raises:
-    InputError: one is missing, too much, of another shape or an unsupported
-      type, or a file does not fit its header.
+  Raises InputError where one is missing, too much, of another shape or of an
+  unsupported type, or where a file does not fit its header.
   """
   if (folder / _WEIGHTS).is_file():
     stored = _tensors_of(folder / _WEIGHTS)
