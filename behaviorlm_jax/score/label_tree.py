@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import attention, decoder
+from behaviorlm_jax.model import blocked_attention, decoder
 
 TOP = 5  # Best answers that are told.
 
@@ -232,7 +232,7 @@ def _attention(tree: Tree, prompt: jax.Array) -> decoder.Attend:
   def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array
   ) -> jax.Array:
-    q, blocks = attention.scaled(q), []
+    q, blocks = blocked_attention.scaled(q), []
     for begin in range(0, len(tree.tokens), _BLOCK):
       block = tree.ancestors[begin : begin + _BLOCK]
       # From the first ancestor of any of them to their last. A node follows its
@@ -250,7 +250,7 @@ def _attention(tree: Tree, prompt: jax.Array) -> decoder.Attend:
         axis=-1,
       )
       blocks.append(
-        attention.grouped(q[:, begin : begin + len(block)], keys, values, mask)
+        blocked_attention.grouped(q[:, begin : begin + len(block)], keys, values, mask)
       )
     return jnp.concatenate(blocks, axis=1)
 
