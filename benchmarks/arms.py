@@ -74,7 +74,7 @@ class Shared:
       inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer
     )
     self.attach = step_lib.attacher(
-      inputs.base.config, config, inputs.layout, config.model.dtype
+      inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
     )
     self.train = config.train
 
@@ -202,7 +202,7 @@ class Validation:
     config = inputs.config.copy_and_resolve_references()
     rows, config.train.length = questions(inputs, count)
     attach = step_lib.attacher(
-      inputs.base.config, config, inputs.layout, config.model.dtype
+      inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
     )
     self.sums = step_lib.make_validation(
       Loss(attach, inputs.layout.row_parts), inputs.layout
@@ -227,7 +227,9 @@ class Validation:
 def questions(inputs, count):
   """Rows of one question each, whole batches of them, and their length."""
   config, prompts = inputs.config, inputs.prompts
-  samples = evaluation.draw_samples(inputs.events, 'validation', count, config)
+  samples = evaluation.draw_split(
+    inputs.events, 'validation', count, config.plan.min_context, config.seed
+  )
   whole = len(samples) // config.train.batch * config.train.batch
   if not whole:
     raise InputError(

@@ -49,7 +49,7 @@ class Ours:
     places = step_lib.state_shardings(self.layout, shapes, optimizer)
     self.state = step_lib.init_state(inputs.adapter, optimizer, places)
     attach = step_lib.attacher(
-      inputs.base.config, config, self.layout, config.model.dtype
+      inputs.base.config, self.layout, config.model, config.train, config.lora.alpha
     )
     parts, rows = self.layout.row_parts, config.train
     answers = plan_lib.most_answers(plan, rows.batch, rows.accumulate, parts)
@@ -79,8 +79,13 @@ def real_tokens(batch):
 
 def check_float32(inputs, folder, batch):
   """Both sides' losses on one batch agree in float32."""
+  config = inputs.config
   attach = step_lib.attacher(
-    inputs.base.config, inputs.config, inputs.layout, 'float32'
+    inputs.base.config,
+    inputs.layout,
+    {**config.model, 'dtype': 'float32'},
+    config.train,
+    config.lora.alpha,
   )
   sums = step_lib.make_validation(Loss(attach, inputs.layout.row_parts), inputs.layout)
   loss, weight = sums(

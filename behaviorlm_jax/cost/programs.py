@@ -13,7 +13,6 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum, seeds
 from behaviorlm_jax.cost import flops
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.setup import Setup
 from behaviorlm_jax.train import step as step_lib
 from behaviorlm_jax.train import trainer as trainer_lib
@@ -62,7 +61,11 @@ def training_flops(setup: Setup, plan: plan_lib.Plan) -> list[int]:
     config = setup.config.copy_and_resolve_references()
     config.model.update({'remat': remat, 'attention': 'blocked'})
     attach = step_lib.attacher(
-      setup.base.config, config, setup.model.layout, config.model.dtype
+      setup.base.config,
+      setup.model.layout,
+      config.model,
+      config.train,
+      config.lora.alpha,
     )
     model = dataclasses.replace(setup.model, attach=attach)
     trainer, lesson = _training(dataclasses.replace(setup, model=model), plan)
@@ -84,7 +87,7 @@ def scoring(setup: Setup) -> tuple[jax.stages.Lowered, int]:
 
 
 def _width(setup):
-  samples = evaluation.test_samples(setup.events, setup.config)[:_PROMPTS]
+  samples = setup.samples.test[:_PROMPTS]
   return max(len(setup.prompts.question(sample)) for sample in samples)
 
 

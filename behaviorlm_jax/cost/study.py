@@ -115,7 +115,7 @@ def costs(
   scoring: bool = True,
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Rows of (program, roofline.Cost) of a config on some devices."""
-  layout = sharding.make_layout(config, devices)
+  layout = sharding.make_layout(config.mesh, config.train, devices)
   setup = setup_lib.open_setup(config, workspace.make(folder), layout, shapes_only=True)
   plan = programs.first_plan(setup)
   program, seconds, over = compiled(programs.training(setup, plan))

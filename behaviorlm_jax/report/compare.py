@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from behaviorlm_jax.evaluate import baselines, metrics
+from behaviorlm_jax.evaluate import metrics
 from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.verdict import Change, Outcome
 from behaviorlm_jax.score import label_tree
@@ -210,13 +210,7 @@ def _baseline_contrast(
 
 def counted(run: run_files.RunFiles, stage: run_files.Stage, name: str) -> np.ndarray:
   """A baseline's scores for the samples of a stage: float32[n, Y]."""
-  return baselines.scores(
-    name,
-    run.events,
-    stage.column('sample'),
-    stage.config['data']['history'],
-    stage.config['seed'],
-  )
+  return run.baseline_counts.scores(name, stage.column('sample'))
 
 
 def _change(

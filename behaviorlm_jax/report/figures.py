@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from behaviorlm_jax.evaluate import adjust, baselines
+from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.report import compare, plots, run_files
 from behaviorlm_jax.report.blocks import Figure
 from behaviorlm_jax.report.verdict import Outcome
@@ -100,9 +100,7 @@ def _trade_off(run: run_files.RunFiles) -> Figure | None:
     return None
   stage = run.predicting[-1]
   samples, true = stage.column('sample'), run.encode(stage.column('behavior'))
-  curves['markov'] = baselines.scores(
-    'markov', run.events, samples, stage.config['data']['history'], stage.config['seed']
-  )
+  curves['markov'] = run.baseline_counts.scores('markov', samples)
   curves = {
     name: adjust.trade_off(adjust.first_choices(log_p, run.log_prior), true, run.anchor)
     for name, log_p in curves.items()

@@ -50,7 +50,8 @@ def look(config: ConfigDict) -> None:
       _odd(events, summary),
     ]
     print('\n\n'.join('\n'.join(lines) for lines in parts))
-    evaluation.test_samples(events, config)  # Refuses a log without any.
+    # Refuses a log without any sample.
+    evaluation.draw(events, config.eval, config.plan.min_context, config.seed)
 
 
 def _rows(summary: dict) -> list[str]:

@@ -6,34 +6,36 @@ differentiated, and optimizer state exists for it alone.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.model import attention, decoder, families, lora
+from behaviorlm_jax.model import attention, families, lora
 from behaviorlm_jax.train import sharding
 from behaviorlm_jax.train.loss import Loss
 
 
 def make_optimizer(
-  stage: config_lib.Stage, train: ConfigDict
+  stage: config_lib.Stage, train: Mapping[str, float]
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW with linear warm-up, cosine decay to zero and clipping."""
-  warmup = max(1, round(train.warmup * stage.steps))
+  """AdamW with linear warm-up, cosine decay to zero and clipping.
+
+  `train`: the config's section.
+  """
+  warmup = max(1, round(train['warmup'] * stage.steps))
   schedule = optax.warmup_cosine_decay_schedule(
     stage.learning_rate / warmup,  # The first update is one, too.
     stage.learning_rate,
     warmup,
     max(stage.steps, warmup + 1),
   )
-  adam = optax.adamw(schedule, weight_decay=train.weight_decay)
+  adam = optax.adamw(schedule, weight_decay=train['weight_decay'])
   # Clipped before Adam: its moments never see what clipping takes away.
-  if train.clip:
-    return optax.chain(optax.clip_by_global_norm(train.clip), adam), schedule
+  if train['clip']:
+    return optax.chain(optax.clip_by_global_norm(train['clip']), adam), schedule
   return adam, schedule
 
 
@@ -70,42 +72,53 @@ def _accumulated(sums, adapter, batch, parts):
 
 def attacher(
   base_config: families.DecoderConfig,
-  config: ConfigDict,
   layout: sharding.Layout,
-  dtype: str,
-  wanted: str | None = None,
+  model: Mapping[str, str],
+  train: Mapping[str, int],
+  alpha: float,
 ) -> Callable:
   """attach(params, adapter) -> Decoder, as fast as the layout's devices allow.
 
-  `dtype`: of the params to come; attention kernels serve only some. `wanted`:
-  another attention than model.attention.
+  Args:
+    base_config: of the base.
+    layout: where its arrays live.
+    model: the config's section; its dtype is that of the params to come, and
+      attention kernels serve only some.
+    train: the config's section, for the shape of a batch.
+    alpha: of the adapter.
   """
-  train = config.train
-  shape = (train.batch, train.length, base_config.kv_heads, base_config.head_dim)
-  where = layout.sharding(('batch', None, 'kv_heads', None), shape, 'attention')
-  rows = train.batch // train.accumulate // layout.row_parts
+  batch, length = train['batch'], train['length']
+  heads = (batch, length, base_config.kv_heads, base_config.head_dim)
   name = attention.choose_implementation(
-    wanted or config.model.attention,
+    model['attention'],
     layout.device,
     base_config,
-    dtype,
-    rows,
-    train.length,
+    model['dtype'],
+    batch // train['accumulate'] // layout.row_parts,
+    length,
   )
   packed = functools.partial(
-    attention.packed_attention, implementation=name, where=where
+    attention.packed_attention,
+    implementation=name,
+    where=layout.sharding(('batch', None, 'kv_heads', None), heads, 'attention'),
   )
-  options = dict(
-    remat=config.model.remat,
+  return functools.partial(
+    lora.attach,
+    base_config,
+    alpha=alpha,
+    remat=model['remat'],
     packed=packed,
     backend=layout.device.platform,
     constrain=layout.constrain,
   )
 
-  def attach(params: dict, adapter: dict) -> decoder.Decoder:
-    return lora.attach(base_config, params, adapter, config.lora.alpha, **options)
 
-  return attach
+def _abstract_adapter(shapes):
+  return jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
 
 
 def state_shardings(
@@ -113,56 +126,43 @@ def state_shardings(
 ) -> dict:
   """Shardings of {'adapter', 'optimizer', 'step'}; moments lie as weights."""
   where = layout.adapter(shapes)
-  abstract = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
-    shapes,
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
   everywhere = layout.replicated  # Counters, which all devices need.
   moments = optax.tree.map_params(
     optimizer,
     lambda _, place: place,
-    jax.eval_shape(optimizer.init, abstract),
+    jax.eval_shape(optimizer.init, _abstract_adapter(shapes)),
     where,
     transform_non_params=lambda _: everywhere,
   )
   return {'adapter': where, 'optimizer': moments, 'step': everywhere}
 
 
+def _fresh(optimizer, adapter):
+  return {
+    'adapter': adapter,
+    'optimizer': optimizer.init(adapter),
+    'step': jnp.zeros((), jnp.int32),
+  }
+
+
 def init_state(
   adapter: dict, optimizer: optax.GradientTransformation, shardings: dict
 ) -> dict:
   """Fresh training state around `adapter`, placed by `shardings`."""
-
-  def init(adapter: dict) -> dict:
-    return {
-      'adapter': adapter,
-      'optimizer': optimizer.init(adapter),
-      'step': jnp.zeros((), jnp.int32),
-    }
-
   adapter = jax.device_put(adapter, shardings['adapter'])
   # In a program of all devices: each makes its own part of the moments alone.
-  return jax.jit(init, out_shardings=shardings)(adapter)
+  fresh = functools.partial(_fresh, optimizer)
+  return jax.jit(fresh, out_shardings=shardings)(adapter)
 
 
 def abstract_state(
   shapes: dict, optimizer: optax.GradientTransformation, shardings: dict
 ) -> dict:
   """What init_state returns, as jax.ShapeDtypeStruct with shardings."""
-  adapter = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
-    shapes,
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-  state = {
-    'adapter': adapter,
-    'optimizer': jax.eval_shape(optimizer.init, adapter),
-    'step': jax.ShapeDtypeStruct((), jnp.int32),
-  }
+  fresh = functools.partial(_fresh, optimizer)
   return jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    state,
+    jax.eval_shape(fresh, _abstract_adapter(shapes)),
     shardings,
   )
 

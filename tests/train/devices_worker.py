@@ -100,12 +100,13 @@ def train(sizes, whole, order):
   config.train.update({'batch': ROWS, 'accumulate': PARTS})
   config.a.update({'steps': STEPS, 'learning_rate': 1e-2})
   config.mesh.update(sizes)
+  config.model.dtype = 'float32'
   base = weights.open_base('random://tiny')
   devices = jax.devices()
   with mock.patch(
     'jax.devices', lambda: [devices[i] for i in order or range(len(devices))]
   ):
-    layout = sharding.make_layout(config).of(base.config)
+    layout = sharding.make_layout(config.mesh, config.train).of(base.config)
   reader = Reader(layout)
   params = weights.read_params(base, np.float32, reader)
   adapter = jax.device_get(
@@ -116,7 +117,9 @@ def train(sizes, whole, order):
   )
   shapes = jax.tree.map(np.shape, adapter)
   places = step_lib.state_shardings(layout, shapes, optimizer)
-  attach = step_lib.attacher(base.config, config, layout, 'float32')
+  attach = step_lib.attacher(
+    base.config, layout, config.model, config.train, config.lora.alpha
+  )
   batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
   plan = make_plan(batch)
   batch = layout.put_rows({name: x[own] for name, x in batch.items()}, ROWS)

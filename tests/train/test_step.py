@@ -55,8 +55,11 @@ def gradient(adapter, params, batch, attach, accumulate, *options):
 @pytest.fixture(scope='module')
 def attach(llama):
   config = make_config()
-  layout = sharding.make_layout(config)
-  return step_lib.attacher(llama.config, config, layout, 'float32')
+  config.model.dtype = 'float32'
+  layout = sharding.make_layout(config.mesh, config.train)
+  return step_lib.attacher(
+    llama.config, layout, config.model, config.train, config.lora.alpha
+  )
 
 
 def torch_loss(model, batch):
@@ -288,7 +291,8 @@ class Trainer:
 
   def __init__(self, attach, params, adapter, **fields):
     config = make_config(**fields)
-    train, self.layout = config.train, sharding.make_layout(config)
+    train = config.train
+    self.layout = sharding.make_layout(config.mesh, train)
     self.params = params
     optimizer, schedule = make_optimizer(config)
     shapes = jax.tree.map(np.shape, adapter)
