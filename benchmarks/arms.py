@@ -67,11 +67,11 @@ class Shared:
       ),
     )
     # Of endless cosine decay no run gets to see more than its flat top.
-    self.optimizer, self.schedule = step_lib.make_optimizer(
-      config_lib.stage_of(config, 'a'), config.train
-    )
-    self.places = step_lib.state_shardings(
-      inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer
+    self.tuner = step_lib.Tuner(
+      config_lib.stage_of(config, 'a'),
+      config.train,
+      inputs.layout,
+      jax.tree.map(np.shape, self.adapter),
     )
     self.attach = step_lib.attacher(
       inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
@@ -83,17 +83,11 @@ class Shared:
     answers = plan_lib.most_answers(
       plan, self.train.batch, self.train.accumulate, self.layout.row_parts
     )
-    return step_lib.make_step(
-      Loss(self.attach, self.layout.row_parts, answers),
-      self.optimizer,
-      self.schedule,
-      self.train.accumulate,
-      self.places,
-      self.layout,
-    )
+    loss = Loss(self.attach, self.layout.row_parts, answers)
+    return step_lib.make_step(loss, self.tuner, self.train.accumulate)
 
   def state(self):
-    return step_lib.init_state(self.adapter, self.optimizer, self.places)
+    return self.tuner.begin(self.adapter)
 
 
 class Arm:

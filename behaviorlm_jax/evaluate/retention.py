@@ -136,14 +136,10 @@ class Retention:
     states = [None] * len(self.conversations)
     prompts = [c.tokens for c in self.conversations]
     for chosen, batch in scorer_lib.padded_batches(prompts, self.batch):
-      found = np.asarray(
-        self._hidden(adapter, self.params, self.layout.put_same(batch))
-      )
-      for i, hidden in zip(chosen, found, strict=False):
-        before = np.flatnonzero(
-          self.conversations[i].answers[1:]
-        )  # Token t + 1 from t.
-        states[i] = hidden[before]
+      found = self._hidden(adapter, self.params, self.layout.put_same(batch))
+      for i, hidden in zip(chosen, np.asarray(found), strict=False):
+        # Token t + 1 is predicted from t.
+        states[i] = hidden[np.flatnonzero(self.conversations[i].answers[1:])]
       progress(len(chosen))
     return states
 

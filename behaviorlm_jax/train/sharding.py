@@ -66,7 +66,7 @@ class Layout:
 
   @property
   def row_parts(self) -> int:
-    """Among how many devices the rows of a batch are divided."""
+    """Among how many devices a batch is divided."""
     return self._parts('batch')
 
   @functools.cached_property
@@ -130,13 +130,11 @@ class Layout:
     return self.sharding(('batch', *(None,) * (len(shape) - 1)), shape)
 
   def host_rows(self, batch: int) -> list[int]:
-    """The rows of a batch that devices of this host hold: a sorted list."""
+    """The rows of a batch that devices of this host hold, sorted."""
     # They need not be neighbors, as a mesh follows the wires between devices; and a
     # set, as several devices may hold the same.
-    parts = self.rows((batch,)).addressable_devices_indices_map((batch,))
-    return sorted(
-      {row for (rows,) in parts.values() for row in range(*rows.indices(batch))}
-    )
+    parts = self.rows((batch,)).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (rows,) in parts for row in range(*rows.indices(batch))})
 
   def adapter(
     self, shapes: Mapping[str, Mapping[str, Shape]]
@@ -176,10 +174,7 @@ class Layout:
   def put_rows(
     self, batch: Mapping[str, np.ndarray], rows: int
   ) -> dict[str, jax.Array]:
-    """The rows of a batch that a host has read (host_rows), as global arrays.
-
-    `rows`: how many the global batch has.
-    """
+    """A host's rows (host_rows) of a batch of `rows`, as global arrays."""
     places = {row: place for place, row in enumerate(self.host_rows(rows))}
 
     def put(x: np.ndarray) -> jax.Array:
@@ -212,11 +207,9 @@ def make_layout(
   train: Mapping[str, int],
   devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-  """The Layout over all devices; a batch must divide by its rows.
+  """The Layout over all devices, or over others to compile for.
 
-  Args:
-    mesh, train: sections of the config.
-    devices: others than this run's, to compile for.
+  `mesh` and `train`: sections of the config; a batch must divide by its rows.
   """
   devices = jax.devices() if devices is None else devices
   ordered = _arrange(_mesh_shape(mesh, len(devices)), devices)

@@ -45,19 +45,12 @@ class Trainer:
     """`train`: the config's section."""
     self.model, self.stage = model, stage
     self.batch, self.accumulate = train['batch'], train['accumulate']
-    self.optimizer, self._schedule = step_lib.make_optimizer(stage, train)
-    self.places = step_lib.state_shardings(model.layout, model.shapes, self.optimizer)
+    self.tuner = step_lib.Tuner(stage, train, model.layout, model.shapes)
 
   def step(self, lesson: Lesson) -> Callable:
     """step.make_step of what a lesson teaches."""
-    return step_lib.make_step(
-      self._loss(lesson, self.accumulate),
-      self.optimizer,
-      self._schedule,
-      self.accumulate,
-      self.places,
-      self.model.layout,
-    )
+    loss = self._loss(lesson, self.accumulate)
+    return step_lib.make_step(loss, self.tuner, self.accumulate)
 
   def _loss(self, lesson, accumulate):
     parts = self.model.layout.row_parts
@@ -77,11 +70,10 @@ class Trainer:
 
     `every`: steps between checkpoints, each of which is validated.
     """
-    state = step_lib.init_state(adapter, self.optimizer, self.places)
     saved = checkpoints_lib.Checkpoints(
       bucket.place(folder / 'checkpoints'), plan_lib.content_hash(lesson.plan)
     )
-    state = saved.restore_latest(state, every)
+    state = saved.restore_latest(self.tuner.begin(adapter), every)
     section = 'b' if self.stage.name == 'b' else 'a'
     rate = f'{section}.learning_rate (it is {self.stage.learning_rate})'
     step = self.step(lesson)
@@ -127,10 +119,9 @@ class Trainer:
 def abstract_arguments(trainer: Trainer, lesson: Lesson) -> tuple:
   """(state, params, batch) of a step, as jax.ShapeDtypeStruct."""
   model = trainer.model
-  state = step_lib.abstract_state(model.shapes, trainer.optimizer, trainer.places)
   # All rows of a plan have the shapes of its first.
   row = lesson.assemble(lesson.plan.rows[0])
   batch = jax.tree.map(
     lambda x: model.layout.abstract_rows((trainer.batch, *x.shape), x.dtype), row
   )
-  return state, model.params, batch
+  return trainer.tuner.abstract(), model.params, batch

@@ -112,21 +112,18 @@ def train(sizes, whole, order):
   adapter = jax.device_get(
     lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
   )
-  optimizer, schedule = step_lib.make_optimizer(
-    config_lib.stage_of(config, 'a'), config.train
-  )
-  shapes = jax.tree.map(np.shape, adapter)
-  places = step_lib.state_shardings(layout, shapes, optimizer)
+  stage, shapes = config_lib.stage_of(config, 'a'), jax.tree.map(np.shape, adapter)
+  tuner = step_lib.Tuner(stage, config.train, layout, shapes)
   attach = step_lib.attacher(
     base.config, layout, config.model, config.train, config.lora.alpha
   )
   batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
   plan = make_plan(batch)
   batch = layout.put_rows({name: x[own] for name, x in batch.items()}, ROWS)
-  state, losses = step_lib.init_state(adapter, optimizer, places), []
+  state, losses = tuner.begin(adapter), []
   answers = plan_lib.most_answers(plan, ROWS, PARTS, layout.row_parts)
   loss = loss_lib.Loss(attach, layout.row_parts, answers, loss_lib.names_of(TREE))
-  run = step_lib.make_step(loss, optimizer, schedule, PARTS, places, layout)
+  run = step_lib.make_step(loss, tuner, PARTS)
   compiled = run.lower(state, params, batch).compile()
   for _ in range(STEPS):
     state, metrics = compiled(state, params, batch)
