@@ -4,6 +4,7 @@ Scores of samples, retention, predictions: what stands in the work directory
 already is not measured again.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -50,18 +51,14 @@ def evaluate_sasrec(setup: Setup) -> None:
       preemption.check()
 
     model = sasrec.fit_model(events, recipe, progress)
-  test, validation = (
-    evaluation.Scored(
-      positions,
-      sasrec.predict_log_p(model, events, positions, recipe),
-      [setup.prompts.question(p) for p in positions],
-    )
-    if len(positions)
-    else None
-    for positions in (setup.samples.test, setup.samples.validation)
-  )
-  processes.on_primary(
-    evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
+  _write_arm(
+    setup,
+    folder,
+    lambda samples, what: evaluation.Scored(
+      samples,
+      sasrec.predict_log_p(model, events, samples, recipe),
+      [setup.prompts.question(p) for p in samples],
+    ),
   )
 
 
@@ -71,11 +68,15 @@ def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
     return
   # Before the scores: whatever stops those, this is kept.
   measure_retention(setup, folder, adapter)
+  _write_arm(setup, folder, functools.partial(score, setup, adapter))
+
+
+def _write_arm(setup, folder, score):
+  """Writes an arm; `score`: (samples, what it is for) -> evaluation.Scored."""
   samples, validation = setup.samples, None
-  test = score(setup, adapter, samples.test, f'{folder.name}: evaluate')
+  test = score(samples.test, f'{folder.name}: evaluate')
   if len(samples.validation):
-    what = f'{folder.name}: validation'
-    validation = score(setup, adapter, samples.validation, what)
+    validation = score(samples.validation, f'{folder.name}: validation')
   processes.on_primary(
     evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
   )

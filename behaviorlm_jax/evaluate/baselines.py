@@ -61,26 +61,23 @@ class Counts:
     Only `markov` returns log-probabilities; of the others the order alone has
     a meaning.
 
-    Args:
-      name: one of NAMES.
-      samples: int64 [n], positions to predict, none in the training split.
+    `samples`: int64 [n], positions to predict, none in the training split.
     """
     samples = np.asarray(samples, np.int64)
     assert name in NAMES, name
     # The tables count training events: one of those would be told itself.
     assert (self.events.split[samples] != TRAIN).all(), 'sample of the training split'
-    match name:
-      case 'markov':
-        return _mix(self._parts(samples), self.weights)
-      case 'markov_adjusted':
-        log_p = _mix(self._parts(samples), self.weights)
-        return (log_p - self.tau * self.log_prior).astype(np.float32)
-      case 'hour_frequent':
-        counts = self.hours[self._hour(samples)]
-      case 'recent_counts':
-        counts = past_counts(self.events, samples, self.history)
-      case 'user_frequent':
-        counts = past_counts(self.events, samples)
+    if name.startswith('markov'):
+      weights, tau = self.fitted
+      log_p = _mix(self._parts(samples), weights)
+      if name == 'markov':
+        return log_p
+      return (log_p - tau * self.log_prior).astype(np.float32)
+    if name == 'hour_frequent':
+      counts = self.hours[self._hour(samples)]
+    else:
+      reach = self.history if name == 'recent_counts' else None
+      counts = past_counts(self.events, samples, reach)
     return _order(counts, self.hours.sum(0))
 
   @functools.cached_property
@@ -139,36 +136,21 @@ class Counts:
     return codes, counts
 
   @functools.cached_property
-  def _drawn(self) -> np.ndarray:
-    """Positions int64 of the validation samples that `markov` is fitted on, sorted."""
+  def fitted(self) -> tuple[tuple[float, float, float], float]:
+    """Weights of `markov` with the least loss on drawn validation samples, and tau."""
     events = self.events
-    pool = np.flatnonzero(
-      (events.split == VALIDATION) & (events.behavior < events.known)
-    )
+    known = events.behavior < events.known
+    pool = np.flatnonzero((events.split == VALIDATION) & known)
+    if not len(pool):
+      return DEFAULT_WEIGHTS, 0.0
     rng = np.random.default_rng(self.seed)
     # Sorted: the columns are mapped files, read from their beginning on.
-    return np.sort(rng.choice(pool, min(len(pool), FIT_SAMPLES), replace=False))
-
-  @functools.cached_property
-  def _drawn_parts(self) -> list[np.ndarray]:
-    return self._parts(self._drawn)
-
-  @functools.cached_property
-  def weights(self) -> tuple[float, float, float]:
-    """Weights of `markov` with the least loss on drawn validation samples."""
-    if not len(self._drawn):
-      return DEFAULT_WEIGHTS
-    rows, true = np.arange(len(self._drawn)), self.events.behavior[self._drawn]
-    loss = [-_mix(self._drawn_parts, weights)[rows, true].mean() for weights in GRID]
-    return GRID[int(np.argmin(loss))]
-
-  @functools.cached_property
-  def tau(self) -> float:
-    """tau of `markov_adjusted` on the same samples; 0 without any."""
-    if not len(self._drawn):
-      return 0.0
-    log_p = _mix(self._drawn_parts, self.weights)
-    return adjust.fit_tau(log_p, self.log_prior, self.events.behavior[self._drawn])
+    drawn = np.sort(rng.choice(pool, min(len(pool), FIT_SAMPLES), replace=False))
+    parts, true = self._parts(drawn), events.behavior[drawn]
+    rows = np.arange(len(drawn))
+    loss = [-_mix(parts, weights)[rows, true].mean() for weights in GRID]
+    weights = GRID[int(np.argmin(loss))]
+    return weights, adjust.fit_tau(_mix(parts, weights), self.log_prior, true)
 
   def _parts(self, samples: np.ndarray) -> list[np.ndarray]:
     """Smoothed log-probabilities that `markov` mixes, each float32 [n, Y]."""

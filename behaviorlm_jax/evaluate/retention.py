@@ -42,12 +42,7 @@ class Retention:
   ):
     """Compiles nothing yet.
 
-    Args:
-      attach: how the decoder is made.
-      params: base weights.
-      layout: train.sharding.Layout.
-      conversations: without any there is nothing to `measure`.
-      batch: conversations per pass.
+    Without any conversations there is nothing to `measure`; `batch`: of a pass.
     """
     self.layout, self.params, self._base = layout, params, None
     self.conversations = conversations
@@ -123,7 +118,7 @@ class Retention:
     """What one model says of each conversation.
 
     Returns hidden states [n, D], in the compute dtype, of the positions that
-    predict its n answer tokens, and log p of all of these: float64
+    predict its n answer tokens, and the sum of their log p: float64
     [conversations], in nats.
     """
     states = self._states(adapter, progress)

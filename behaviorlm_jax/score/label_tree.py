@@ -145,13 +145,8 @@ def tree_scores(
 ) -> jax.Array:
   """Log-probabilities float32 [B, Y] of a tree's answers after prompts.
 
-  Args:
-    model: that has run the prompts.
-    tree: of the answers.
-    last: [B, D], hidden state of each prompt's last token.
-    cache: keys and values of the prompts.
-    lengths: int32 [B], tokens of the prompts.
-    softmax: score.softmax.
+  Of these the model has the hidden state `last` [B, D] of the last token, keys and
+  values `cache`, and `lengths` int32 [B] in tokens. `softmax`: score.softmax.
   """
   width = cache[0].shape[2]
   hidden = last[:, None]  # Of node 0.

@@ -37,12 +37,7 @@ class Places(Protocol):
 
 
 class Scorer:
-  """s(y) of every behavior after each prompt.
-
-  Attributes:
-    batch: prompts of a pass.
-    trees: label_tree.Tree of each pass over the names.
-  """
+  """s(y) of every behavior after each prompt."""
 
   def __init__(
     self,
@@ -55,13 +50,8 @@ class Scorer:
   ):
     """Compiles nothing yet.
 
-    Args:
-      attach: how the decoder is made.
-      params: base weights.
-      labels: answer tokens of each behavior.
-      score: the config's section.
-      layout: train.sharding.Layout.
-      names_per_pass: fewer change no score, and take less memory.
+    `labels`: answer tokens of each behavior; `score`: the config's section. Fewer
+    `names_per_pass` change no score, and take less memory.
     """
     self.layout, self.params = layout, params
     self.batch = round_up(score['batch'], layout.row_parts)  # Devices share it evenly.
@@ -96,12 +86,9 @@ class Scorer:
     prompts: Sequence[np.ndarray],
     progress: Callable[[int], None] = lambda n: None,
   ) -> np.ndarray:
-    """s(y) float32 [n, Y] of all prompts, in nats.
+    """s(y) float32 [n, Y] of all prompts, in nats; adapter None: the base model.
 
-    Args:
-      adapter: LoRA weights, or None: the base model.
-      prompts: int32 arrays.
-      progress: called with the number of prompts of each finished batch.
+    `progress`: called with the number of prompts of each finished batch.
     """
     scores = [None] * len(prompts)
     for chosen, batch in padded_batches(prompts, self.batch):
@@ -116,11 +103,9 @@ class Scorer:
     return np.asarray(self._score(adapter, self.params, self.layout.put_same(batch)))
 
   def lower(self, adapter: lora.Adapter | None, width: int) -> jax.stages.Lowered:
-    """What scores one batch, lowered.
+    """What scores a batch whose longest prompt has `width` tokens, lowered.
 
-    Args:
-      adapter: as of a call, or jax.ShapeDtypeStruct of that.
-      width: tokens of the longest prompt.
+    `adapter`: as of a call, or jax.ShapeDtypeStruct of that.
     """
     abstract = self.layout.abstract_rows
     batch = {
