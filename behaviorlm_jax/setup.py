@@ -129,7 +129,9 @@ def _prompts(config, workdir, base):
 
 
 def _samples(events, config):
-  return evaluation.draw(events, config.eval, config.plan.min_context, config.seed)
+  return evaluation.draw_splits(
+    events, config.eval, config.plan.min_context, config.seed
+  )
 
 
 def _model(config, base, layout, shapes, shapes_only, scores=False):

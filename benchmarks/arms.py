@@ -221,7 +221,7 @@ class Validation:
 def questions(inputs, count):
   """Rows of one question each, whole batches of them, and their length."""
   config, prompts = inputs.config, inputs.prompts
-  samples = evaluation.draw_split(
+  samples = evaluation.draw_samples(
     inputs.events, 'validation', count, config.plan.min_context, config.seed
   )
   whole = len(samples) // config.train.batch * config.train.batch

@@ -73,7 +73,7 @@ def answers(inputs, count):
 def questions(inputs, count):
   """Questions of the test split whose lengths are closest to the median."""
   config = inputs.config
-  positions = evaluation.draw_split(
+  positions = evaluation.draw_samples(
     inputs.events, 'test', config.eval.max_samples, config.plan.min_context, config.seed
   )
   found = sorted(map(inputs.prompts.question, positions), key=len)

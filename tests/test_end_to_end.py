@@ -209,7 +209,9 @@ def test_predictions_agree_with_the_events(finished, prompts, make_run_config, a
   events, rows = prompts.events, predictions(finished, arm)
   samples = [row['sample'] for row in rows]
   config = make_run_config()
-  drawn = evaluation.draw(events, config.eval, config.plan.min_context, config.seed)
+  drawn = evaluation.draw_splits(
+    events, config.eval, config.plan.min_context, config.seed
+  )
   assert samples == list(drawn.test)
   for row in rows:
     at = row['sample']

@@ -41,14 +41,14 @@ class Scored:
   questions: list[np.ndarray]  # Token ids of each prompt.
 
 
-def draw(
+def draw_splits(
   events: events_lib.Events, settings: Mapping[str, Any], min_context: int, seed: int
 ) -> Drawn:
   """Draws the evaluated samples; refuses a log that has none to test on.
 
   `settings`: the section `eval` of the config.
   """
-  test = draw_split(events, 'test', settings['max_samples'], min_context, seed)
+  test = draw_samples(events, 'test', settings['max_samples'], min_context, seed)
   if not len(test):
     raise InputError(
       'data.events: the test split has no sample with '
@@ -58,11 +58,11 @@ def draw(
   validation = np.zeros(0, np.int64)
   if settings['fit']:
     most = settings['validation_samples']
-    validation = draw_split(events, 'validation', most, min_context, seed)
+    validation = draw_samples(events, 'validation', most, min_context, seed)
   return Drawn(test, validation)
 
 
-def draw_split(
+def draw_samples(
   events: events_lib.Events, split: str, most: int, min_context: int, seed: int
 ) -> np.ndarray:
   """Positions int64 of at most `most` samples (0: all), sorted."""

@@ -51,7 +51,7 @@ def look(config: ConfigDict) -> None:
     ]
     print('\n\n'.join('\n'.join(lines) for lines in parts))
     # Refuses a log without any sample.
-    evaluation.draw(events, config.eval, config.plan.min_context, config.seed)
+    evaluation.draw_splits(events, config.eval, config.plan.min_context, config.seed)
 
 
 def _rows(summary: dict) -> list[str]:

@@ -100,7 +100,9 @@ class _Notes:
       disable=not primary,
     )
 
-  def add(self, step, metrics, validate=None):
+  def add(
+    self, step: int, metrics: dict, validate: Callable[[], dict] | None = None
+  ) -> None:
     """Waits for a step, whose `metrics` are on the devices, and notes it."""
     row = {'step': step, **{name: float(value) for name, value in metrics.items()}}
     row |= self._clock.rates(row)
@@ -129,12 +131,12 @@ class _Notes:
           f'another --workdir and a lower {self._task.learning_rate}.'
         )
 
-  def flush(self):
+  def flush(self) -> None:
     if self._file:
       self._file.flush()
       bucket.push()
 
-  def close(self):
+  def close(self) -> None:
     self._bar.close()
     if self._file:
       self._file.close()
@@ -181,11 +183,11 @@ class _Clock:
     self._begin = time.monotonic()
     self._then = None
 
-  def reset(self):
+  def reset(self) -> None:
     """The time until now counts for no step."""
     self._then = time.monotonic()
 
-  def rates(self, row):
+  def rates(self, row: dict) -> dict:
     then, now = self._then, time.monotonic()
     self._then = now
     if then is None:  # The first step's are not known: it holds the compilation.
