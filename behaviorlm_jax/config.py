@@ -243,12 +243,8 @@ FIELDS = {
     'warmup': _F(0.1, 'Share of the steps; then cosine to zero.', **_SHARE),
     'weight_decay': _F(0.0, 'Of AdamW.', 0),
     'clip': _F(1.0, 'Largest global norm of a gradient; 0: any.', 0),
-    'workers': _F(1, 'Loader threads.', 0),
   },
-  'checkpoint': {
-    'every': _F(50, 'Steps between checkpoints; each is validated.', 1),
-    'keep': _F(2, 'Latest checkpoints that stay.', 1),
-  },
+  'checkpoint': {'every': _F(50, 'Steps between checkpoints; each is validated.', 1)},
   'score': {
     'dtype': _F(
       'auto',
@@ -258,9 +254,6 @@ FIELDS = {
     'batch': _F(8, 'Prompts per pass.', 1),
     'softmax': _F(
       'names', 'Over what scores are normalised, as a.softmax.', choices=_SOFTMAXES
-    ),
-    'names_per_pass': _F(
-      256, 'Behaviors whose label tree is scored at once, over the vocabulary.', 1
     ),
   },
   'eval': {
@@ -275,13 +268,8 @@ FIELDS = {
   },
   'sasrec': {
     'steps': _F(0, 'Of the baseline evaluate.sasrec; 0: it is not trained.', 0),
-    'batch': _F(64, 'Windows per step.', 1),
-    'history': _F(48, 'Events of a window.', 1),
-    'width': _F(64, 'Of its hidden states.', 1),
+    'width': _F(64, 'Of its hidden states; even, for two heads.', 2),
     'layers': _F(2, 'How many.', 1),
-    'heads': _F(2, 'How many; divides width.', 1),
-    'dropout': _F(0.3, 'Of hidden states and attention.', 0, 0.9),
-    'learning_rate': _F(3e-3, 'Of Adam.', 0),
   },
   'retention': {
     'conversations': _F(
@@ -296,20 +284,6 @@ FIELDS = {
     'data': _F(-1, 'Devices along it, dividing rows; -1: the rest.'),
     'fsdp': _F(1, 'Devices along it, dividing rows and weights.'),
     'tensor': _F(1, 'Devices along it, dividing heads, MLP and vocabulary.'),
-  },
-  # train.sharding says which arrays have which logical axes.
-  'sharding': {
-    name: _F(axes, 'Mesh axes that divide this logical axis; (): none.')
-    for name, axes in {
-      'batch': ('data', 'fsdp'),
-      'layers': (),
-      'embed': ('fsdp',),
-      'heads': ('tensor',),
-      'kv_heads': ('tensor',),
-      'mlp': ('tensor',),
-      'vocab': ('tensor',),
-      'rank': (),
-    }.items()
   },
   'distributed': {
     'coordinator': _F(
@@ -481,11 +455,12 @@ def _check_together(config):
       'the history must not be smaller',
     ),
     ('train.batch', _divides, 'train.accumulate', 'the batch must be a multiple of it'),
-    ('sasrec.width', _divides, 'sasrec.heads', 'the width must be a multiple of it'),
   ):
     x, y = value_of(config, one), value_of(config, other)
     if not fits(x, y):
       raise InputError(f'{one} is {x} and {other} is {y}; {fault}.')
+  if config.sasrec.width % 2:
+    raise InputError(f'sasrec.width is {config.sasrec.width}; it must be even.')
 
 
 def _divides(whole, part):

@@ -58,7 +58,8 @@ def open_run(config: ConfigDict, workdir: str | Path) -> setup_lib.Setup:
   workspace.check_hosts(config, workdir)
   config = workspace.pin(config, workdir)
   workspace.check_config(config, workdir)
-  setup = setup_lib.open_setup(config, workdir, sharding.make_layout(config))
+  layout = sharding.make_layout(config.mesh, config.train)
+  setup = setup_lib.open_setup(config, workdir, layout)
   workspace.check_fingerprints(config, workdir, setup.fingerprints)
   return setup
 
@@ -93,8 +94,7 @@ def run_stage(setup: setup_lib.Setup, stage: config_lib.Stage) -> None:
     *base_name(setup),
   )
   processes.on_primary(evaluation.write_labels, folder / 'labels.json', setup.prompts)
-  samples = evaluation.test_samples(setup.events, config)
-  measure.evaluate(setup, folder, adapter, samples)
+  measure.evaluate(setup, folder, adapter)
 
 
 def train(
@@ -113,7 +113,7 @@ def train(
     adapter,
     curriculum.validation(setup, stage),
     folder,
-    setup.config.checkpoint,
+    setup.config.checkpoint.every,
   )
   return interpolate(start, end, stage.interpolation)
 

@@ -15,7 +15,7 @@ from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.evaluate import baselines, evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import lora, weights
@@ -52,6 +52,16 @@ class Setup:
     """The anchors alone, which are the first behaviors."""
     anchors = int(self.events.anchors.sum())
     return label_tree.build(label_tree.shortest(self.prompts.labels[:anchors]))
+
+  @functools.cached_property
+  def samples(self) -> evaluation.Drawn:
+    """What every arm is evaluated on."""
+    return _samples(self.events, self.config)
+
+  @functools.cached_property
+  def counts(self) -> baselines.Counts:
+    """The free baselines, fitted once for all that mix with them."""
+    return baselines.Counts(self.events, self.config.data.history, self.config.seed)
 
   @property
   def fingerprints(self) -> dict[str, str]:
@@ -108,7 +118,7 @@ def _prompts(config, workdir, base):
   )
   plan_lib.check_lengths(prompts, config.plan.min_context, config.train.length)
   prompts.check_lengths(base.config.max_length, config.train.length)
-  evaluation.test_samples(events, config)  # Refuses a log without any.
+  _samples(events, config)  # Refuses a log without any.
   anchors = int(events.anchors.sum())
   alone = config.a.content == 'anchors' and config.a.softmax == 'names'
   if 'a' in config.stages and alone and anchors < 2:
@@ -120,14 +130,22 @@ def _prompts(config, workdir, base):
   return prompts
 
 
+def _samples(events, config):
+  return evaluation.draw_splits(
+    events, config.eval, config.plan.min_context, config.seed
+  )
+
+
 def _model(config, base, layout, shapes, shapes_only, scores=False):
   """The base in model.dtype, or in score.dtype for what `scores`."""
-  dtype = config.score.dtype if scores else config.model.dtype
-  # Kernels of the one type may not serve the other.
-  attention = 'auto' if scores else None
-  attach = step_lib.attacher(base.config, config, layout, dtype, attention)
+  section = dict(config.model)
+  if scores:  # Kernels of the one type may not serve the other.
+    section |= {'dtype': config.score.dtype, 'attention': 'auto'}
+  attach = step_lib.attacher(
+    base.config, layout, section, config.train, config.lora.alpha
+  )
   place = layout.abstract if shapes_only else layout.place
-  params = weights.read_params(base, jnp.dtype(dtype), place)
+  params = weights.read_params(base, jnp.dtype(section['dtype']), place)
   return trainer.Model(attach, params, layout, shapes)
 
 

@@ -66,14 +66,14 @@ class Shared:
       ),
     )
     # Of endless cosine decay no run gets to see more than its flat top.
-    self.optimizer, self.schedule = step_lib.make_optimizer(
-      config_lib.stage_of(config, 'a'), config.train
-    )
-    self.places = step_lib.state_shardings(
-      inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer
+    self.tuner = step_lib.Tuner(
+      config_lib.stage_of(config, 'a'),
+      config.train,
+      inputs.layout,
+      jax.tree.map(np.shape, self.adapter),
     )
     self.attach = step_lib.attacher(
-      inputs.base.config, config, inputs.layout, config.model.dtype
+      inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
     )
     self.train = config.train
 
@@ -82,17 +82,11 @@ class Shared:
     answers = plan_lib.most_answers(
       plan, self.train.batch, self.train.accumulate, self.layout.row_parts
     )
-    return step_lib.make_step(
-      Loss(self.attach, self.layout.row_parts, answers),
-      self.optimizer,
-      self.schedule,
-      self.train.accumulate,
-      self.places,
-      self.layout,
-    )
+    loss = Loss(self.attach, self.layout.row_parts, answers)
+    return step_lib.make_step(loss, self.tuner, self.train.accumulate)
 
   def state(self):
-    return step_lib.init_state(self.adapter, self.optimizer, self.places)
+    return self.tuner.begin(self.adapter)
 
 
 class Arm:
@@ -199,7 +193,7 @@ class Validation:
     config = inputs.config.copy_and_resolve_references()
     rows, config.train.length = questions(inputs, count)
     attach = step_lib.attacher(
-      inputs.base.config, config, inputs.layout, config.model.dtype
+      inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
     )
     self.sums = step_lib.make_validation(
       Loss(attach, inputs.layout.row_parts), inputs.layout
@@ -224,7 +218,9 @@ class Validation:
 def questions(inputs, count):
   """Rows of one question each, whole batches of them, and their length."""
   config, prompts = inputs.config, inputs.prompts
-  samples = evaluation.draw_samples(inputs.events, 'validation', count, config)
+  samples = evaluation.draw_samples(
+    inputs.events, 'validation', count, config.plan.min_context, config.seed
+  )
   whole = len(samples) // config.train.batch * config.train.batch
   if not whole:
     raise InputError(

@@ -104,7 +104,7 @@ def open_inputs(config, workdir, adapter=''):
   talks = conversations.read_conversations(
     conversations.DEFAULT, base.tokenizer, config.train.length
   )
-  layout = sharding.make_layout(config).of(base.config)
+  layout = sharding.make_layout(config.mesh, config.train).of(base.config)
   return Inputs(config, base, prompts, talks, layout, adapter)
 
 

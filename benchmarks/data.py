@@ -39,7 +39,6 @@ from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader, prepared
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import weights
 
 SIZES = flags.DEFINE_list('sizes', ['1', '10'], 'Millions of events.')
@@ -150,9 +149,9 @@ def plan(log, workdir):
     events = events_lib.open_events(workspace.make(workdir) / 'events')
     prompts = common.make_prompts(whole, events, base)
     prompts.check_lengths(1 << 20, whole.train.length)
-    evaluation.test_samples(events, whole)
     # No model: plans need none.
     this = setup.Setup(whole, workdir, base, prompts, [], None, None, None)
+    assert len(this.samples.test)
     assert this.tree and this.anchor_tree  # Built here, and not with the first plan.
   facts['open and check'] = meter.found
   for stage in whole.stages:

@@ -72,7 +72,6 @@ FIELDS = {
   'b.learning_rate': 1e-3,
   'b.interpolation': 0.5,
   'checkpoint.every': 2,
-  'checkpoint.keep': 2,
   'eval.max_samples': 40,
   'eval.validation_rows': 4,
   'eval.validation_samples': 20,

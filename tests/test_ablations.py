@@ -162,7 +162,8 @@ def test_anchors_taught_alone_compete_with_anchors_alone(
   make_run_config, tmp_path, content, softmax, group
 ):
   config = make_run_config({'a.content': content, 'a.softmax': softmax})
-  found = setup.open_setup(config, tmp_path, sharding.make_layout(config))
+  layout = sharding.make_layout(config.mesh, config.train)
+  found = setup.open_setup(config, tmp_path, layout)
   stage = config_lib.stage_of(config, 'a')
   tree = curriculum.tree_of(found, stage)
   stream = curriculum.segments(found, stage, 'train', np.random.default_rng(0))

@@ -169,7 +169,8 @@ def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages)
 def test_held_out_conversations_are_not_trained_on(make_run_config, base, tmp_path):
   for share in (0.3, 0.0):
     config = make_run_config({'retention.conversations': share})
-    this = setup.open_setup(config, tmp_path, sharding.make_layout(config))
+    layout = sharding.make_layout(config.mesh, config.train)
+    this = setup.open_setup(config, tmp_path, layout)
     held = this.retention.conversations
     seen = {c.tokens.tobytes() for c in this.conversations}
     assert len(seen) + len(held) == 6 and bool(held) == bool(share)
@@ -209,7 +210,11 @@ def test_baselines_have_the_same_scores_on_the_same_samples(finished):
 def test_predictions_agree_with_the_events(finished, prompts, make_run_config, arm):
   events, rows = prompts.events, predictions(finished, arm)
   samples = [row['sample'] for row in rows]
-  assert samples == list(evaluation.test_samples(events, make_run_config()))
+  config = make_run_config()
+  drawn = evaluation.draw_splits(
+    events, config.eval, config.plan.min_context, config.seed
+  )
+  assert samples == list(drawn.test)
   for row in rows:
     at = row['sample']
     behavior = events.behaviors[events.behavior[at]]

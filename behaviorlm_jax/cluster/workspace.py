@@ -26,7 +26,7 @@ from behaviorlm_jax.io import addresses, bucket, files, hub
 # model.attention may differ: they change speed and memory alone.
 SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
 # Where a run runs, which may change from call to call.
-_WHERE = ('mesh', 'sharding', 'distributed')
+_WHERE = ('mesh', 'distributed')
 # What decides each folder that no stage owns.
 DECIDES = {
   'events': (

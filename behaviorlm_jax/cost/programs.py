@@ -13,7 +13,6 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum, seeds
 from behaviorlm_jax.cost import flops
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.setup import Setup
 from behaviorlm_jax.train import step as step_lib
 from behaviorlm_jax.train import trainer as trainer_lib
@@ -52,7 +51,11 @@ def training_flops(setup: Setup, plan: plan_lib.Plan) -> tuple[int, int]:
     config = setup.config.copy_and_resolve_references()
     config.model.update({'remat': remat, 'attention': 'blocked'})
     attach = step_lib.attacher(
-      setup.base.config, config, setup.model.layout, config.model.dtype
+      setup.base.config,
+      setup.model.layout,
+      config.model,
+      config.train,
+      config.lora.alpha,
     )
     model = dataclasses.replace(setup.model, attach=attach)
     step, arguments = _step(dataclasses.replace(setup, model=model), plan)
@@ -74,13 +77,20 @@ def _first_stage(setup):
 
 
 def scoring(setup: Setup) -> tuple[jax.stages.Lowered, int]:
-  """The pass that scores a batch of the longest prompts, and how many these are."""
-  model = setup.model
-  adapter = jax.tree.map(
+  """The pass that scores a batch of the longest prompts: Lowered, prompts."""
+  return setup.scorer.lower(_adapter(setup), _width(setup)), setup.scorer.batch
+
+
+def _width(setup):
+  samples = setup.samples.test[:_PROMPTS]
+  return max(len(setup.prompts.question(sample)) for sample in samples)
+
+
+def _adapter(setup):
+  shapes = setup.model.shapes
+  places = setup.model.layout.adapter(shapes)
+  return jax.tree.map(
     lambda place, shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=place),
-    model.layout.adapter(model.shapes),
-    model.shapes,
+    places,
+    shapes,
   )
-  samples = evaluation.test_samples(setup.events, setup.config)[:_PROMPTS]
-  width = max(len(setup.prompts.question(sample)) for sample in samples)
-  return setup.scorer.lower(adapter, width), setup.scorer.batch

@@ -70,7 +70,7 @@ def costs(
   scoring: bool = True,
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Programs of a config on some devices, and their costs."""
-  layout = sharding.make_layout(config, devices)
+  layout = sharding.make_layout(config.mesh, config.train, devices)
   setup = setup_lib.open_setup(config, workspace.make(folder), layout, shapes_only=True)
   plan = programs.first_plan(setup)
   chips = list(layout.mesh.devices.flat)

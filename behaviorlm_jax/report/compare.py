@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from behaviorlm_jax.evaluate import baselines, metrics
+from behaviorlm_jax.evaluate import metrics
 from behaviorlm_jax.report.run_files import RunFiles, StageFiles
 from behaviorlm_jax.report.verdict import Change, Interval, Outcome
 from behaviorlm_jax.score import label_tree
@@ -205,10 +205,4 @@ def _stage_arm(run: RunFiles, stage: StageFiles) -> Arm:
 
 def counted(run: RunFiles, stage: StageFiles, name: str) -> np.ndarray:
   """A baseline's scores for the samples of a stage: float32[n, Y]."""
-  return baselines.scores(
-    name,
-    run.events,
-    stage.column('sample'),
-    stage.config['data']['history'],
-    stage.config['seed'],
-  )
+  return run.baseline_counts.scores(name, stage.column('sample'))

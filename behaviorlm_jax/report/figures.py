@@ -80,7 +80,7 @@ def _trade_off(run: RunFiles) -> Figure | None:
     return None
   stage = run.predicting[-1]
   # The best that costs nothing, to see what training adds at every balance.
-  log_p['markov'] = compare.counted(run, stage, 'markov')
+  log_p['markov'] = run.baseline_counts.scores('markov', stage.column('sample'))
   true, curves = run.encode(stage.column('behavior')), {}
   for name, values in log_p.items():
     by_tau = adjust.first_choices(values, run.log_prior)

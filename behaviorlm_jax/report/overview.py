@@ -42,7 +42,8 @@ def look(config: ConfigDict) -> None:
       ['odd' if odd else 'nothing odd', *(f'  - {text}' for text in odd)],
     ]
     print('\n\n'.join('\n'.join(lines) for lines in parts))
-    evaluation.test_samples(events, config)  # Refuses a log without any.
+    # Refuses a log without any sample.
+    evaluation.draw_splits(events, config.eval, config.plan.min_context, config.seed)
 
 
 def _rows(summary: dict) -> list[str]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from behaviorlm_jax.data.events import Events, open_events
 from behaviorlm_jax.evaluate import adjust, metrics
+from behaviorlm_jax.evaluate.baselines import Counts
 
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 
@@ -81,6 +82,12 @@ class RunFiles:
   @functools.cached_property
   def events(self) -> Events:
     return open_events(self.workdir / 'events')
+
+  @functools.cached_property
+  def baseline_counts(self) -> Counts:
+    """The free baselines, fitted as in the run: all of its stages share these."""
+    config = self.predicting[-1].config
+    return Counts(self.events, config['data']['history'], config['seed'])
 
   @functools.cached_property
   def ids(self) -> dict[str, int]:

@@ -72,9 +72,9 @@ def test_a_field_that_an_older_version_lacked_is_named(tmp_path, make_config, ma
   workspace.claim(tmp_path / 'base', config, PRINTS)
   path = tmp_path / 'base' / 'config.json'
   values = json.loads(path.read_text())
-  del values['score']['names_per_pass']
+  del values['score']['softmax']
   path.write_text(json.dumps(values))
-  with pytest.raises(InputError, match=r'score\.names_per_pass \(not there, now'):
+  with pytest.raises(InputError, match=r'score\.softmax \(not there, now'):
     workspace.check_config(config, tmp_path)
 
 

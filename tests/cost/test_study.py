@@ -10,7 +10,7 @@ from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import setup
 from behaviorlm_jax.cost import programs, study
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import loop, sharding, trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compile_once')]
@@ -35,7 +35,9 @@ def open_run(make_run_config, tmp_path):
 
   def make(fields, shapes_only):
     config = study.settle(make_run_config({'stages': ('a',), **fields}))
-    return setup.open_setup(config, tmp_path, sharding.make_layout(config), shapes_only)
+    return setup.open_setup(
+      config, tmp_path, sharding.make_layout(config.mesh, config.train), shapes_only
+    )
 
   return make
 
@@ -76,14 +78,11 @@ def test_the_step_compiled_ahead_is_the_one_that_trains(
 def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
   ahead = open_run({}, shapes_only=True)
   this = open_run({}, shapes_only=False)
-  prompts = [
-    this.prompts.question(sample)
-    for sample in evaluation.test_samples(this.events, this.config)
-  ]
-  longest = sorted(prompts, key=len)[-this.scorer.batch :]
+  prompts = [this.prompts.question(sample) for sample in this.samples.test]
+  *_, (_, longest) = scorer_lib.padded_batches(prompts, this.scorer.batch)
   adapter = setup.first_adapter(this, 'a')
   real = this.scorer._score.lower(
-    adapter, this.model.params, *this.scorer._pad(longest)
+    adapter, this.model.params, this.scorer.layout.put_same(longest)
   )
   lowered, batch = programs.scoring(ahead)
   assert batch == this.scorer.batch

@@ -167,11 +167,15 @@ def test_the_best_baseline_is_counted_again_from_the_events(monkeypatch):
   run.baselines['markov'] = scores
   run.__dict__['events'] = types.SimpleNamespace()
 
-  def count(name, events, samples, history, seed):
-    assert (name, history, seed) == ('markov', 7, 3)
-    return np.eye(5)[true[samples]]
+  class Counts:
+    def __init__(self, events, history, seed):
+      assert (history, seed) == (7, 3)
 
-  monkeypatch.setattr(compare.baselines, 'scores', count)
+    def scores(self, name, samples):
+      assert name == 'markov'
+      return np.eye(5)[true[samples]]
+
+  monkeypatch.setattr(run_files, 'Counts', Counts)
   changes = compare.outcome(run).contrasts['the best count baseline (markov)']
   assert [c.before for c in changes] == [1.0, 1.0, 1.0]
   assert {c.outcome for c in changes} == {'worse'}
