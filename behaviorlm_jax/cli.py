@@ -46,12 +46,6 @@ _readable_log = lambda r: (
 )
 
 
-def _with_addresses(record):
-  """Log lines name a work directory in a bucket as the user does."""
-  record.msg, record.args = bucket.named(record.getMessage()), ()
-  return True
-
-
 def fail(sentence: str) -> NoReturn:
   print(f'error: {sentence}', file=sys.stderr)
   sys.exit(2)
@@ -161,7 +155,6 @@ def run_command(argv: list[str], work: Callable[[], None]) -> None:
   """Calls `work()`; wrong input and SIGTERM end the process with its codes."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_readable_log)
-  logging.get_absl_handler().addFilter(_with_addresses)
   if len(argv) > 1:
     fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()
@@ -213,7 +206,7 @@ def _code(work):
 
 
 def _say(code, sentence):
-  print(bucket.named(sentence), file=sys.stderr)
+  print(sentence, file=sys.stderr)
   return code
 
 

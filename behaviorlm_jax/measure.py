@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from behaviorlm_jax.cluster import preemption, processes, workspace
+from behaviorlm_jax.cluster import ownership, preemption
 from behaviorlm_jax.evaluate import evaluation, sasrec
 from behaviorlm_jax.io import files
 from behaviorlm_jax.setup import Setup
@@ -17,27 +17,26 @@ from behaviorlm_jax.setup import Setup
 
 def evaluate_base(setup: Setup) -> None:
   """The untuned model and the free baselines, once per work directory."""
-  folder = setup.workdir / 'base'
-  if not processes.exists(folder / 'config.json'):
-    processes.on_primary(workspace.claim, folder, setup.config, setup.fingerprints)
-  samples = evaluation.test_samples(setup.events, setup.config)
-  path = setup.workdir / 'baselines.json'
-  if not processes.exists(path):
-    processes.on_primary(
-      evaluation.write_baselines, path, setup.events, samples, setup.config
-    )
+  workspace, config = setup.workspace, setup.config
+  folder = workspace.folder / 'base'
+  if not workspace.exists(folder / 'config.json'):
+    workspace.keep(ownership.claim, folder, config, setup.fingerprints)
+  samples = evaluation.test_samples(setup.events, config)
+  path = workspace.folder / 'baselines.json'
+  if not workspace.exists(path):
+    workspace.keep(evaluation.write_baselines, path, setup.events, samples, config)
   evaluate(setup, folder, None, samples)
-  if setup.config.sasrec.steps:
+  if config.sasrec.steps:
     evaluate_sasrec(setup, samples)
 
 
 def evaluate_sasrec(setup: Setup, samples: np.ndarray) -> None:
   """Trains and evaluates the baseline, once per work directory."""
   config, events = setup.config, setup.events
-  folder = setup.workdir / 'sasrec'
-  if processes.exists(folder / 'evaluation.json'):
+  folder = setup.workspace.folder / 'sasrec'
+  if setup.workspace.exists(folder / 'evaluation.json'):
     return
-  processes.on_primary(workspace.claim, folder, config, setup.fingerprints)
+  setup.workspace.keep(ownership.claim, folder, config, setup.fingerprints)
   with tqdm.tqdm(total=config.sasrec.steps, desc='sasrec', unit='step') as bar:
 
     def progress(done: int) -> None:
@@ -58,7 +57,7 @@ def evaluate_sasrec(setup: Setup, samples: np.ndarray) -> None:
     if len(positions)
   ]
   fitted = scored[1] if config.eval.fit and len(validation) else None
-  processes.on_primary(
+  setup.workspace.keep(
     evaluation.write_arm, folder, setup.prompts, scored[0], fitted, config
   )
 
@@ -67,7 +66,7 @@ def evaluate(
   setup: Setup, folder: Path, adapter: dict | None, samples: np.ndarray
 ) -> None:
   """Writes predictions and evaluation of one arm, unless they stand there."""
-  if processes.exists(folder / 'evaluation.json'):
+  if setup.workspace.exists(folder / 'evaluation.json'):
     return
   config = setup.config
   # Before the scores: whatever stops those, this is kept.
@@ -80,7 +79,7 @@ def evaluate(
     )
     if len(drawn):
       validation = score(setup, adapter, drawn, f'{folder.name}: validation')
-  processes.on_primary(
+  setup.workspace.keep(
     evaluation.write_arm, folder, setup.prompts, test, validation, config
   )
 
@@ -88,7 +87,7 @@ def evaluate(
 def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
   """Writes retention.json, if there is anything to measure it on."""
   path, rows = folder / 'retention.json', setup.retention.rows(adapter)
-  if processes.exists(path) or not rows:
+  if setup.workspace.exists(path) or not rows:
     return
   with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
 
@@ -96,7 +95,7 @@ def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
       bar.update(done)
       preemption.check()
 
-    processes.on_primary(
+    setup.workspace.keep(
       files.write_json, path, setup.retention.measure(adapter, progress)
     )
 

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from behaviorlm_jax import ablations, curriculum, setup
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -162,7 +163,9 @@ def test_anchors_taught_alone_compete_with_anchors_alone(
   make_run_config, tmp_path, content, softmax, group
 ):
   config = make_run_config({'a.content': content, 'a.softmax': softmax})
-  found = setup.open_setup(config, tmp_path, sharding.make_layout(config))
+  found = setup.open_setup(
+    config, workspace.local(tmp_path), sharding.make_layout(config)
+  )
   stage = config_lib.stage_of(config, 'a')
   tree = curriculum.tree_of(found, stage)
   stream = curriculum.segments(found, stage, 'train', np.random.default_rng(0))

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax import setup
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
@@ -167,7 +168,9 @@ def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages)
 def test_held_out_conversations_are_not_trained_on(make_run_config, base, tmp_path):
   for share in (0.3, 0.0):
     config = make_run_config({'retention.conversations': share})
-    this = setup.open_setup(config, tmp_path, sharding.make_layout(config))
+    this = setup.open_setup(
+      config, workspace.local(tmp_path), sharding.make_layout(config)
+    )
     held = this.retention.conversations
     seen = {c.tokens.tobytes() for c in this.conversations}
     assert len(seen) + len(held) == 6 and bool(held) == bool(share)

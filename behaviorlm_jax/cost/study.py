@@ -116,7 +116,9 @@ def costs(
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Rows of (program, roofline.Cost) of a config on some devices."""
   layout = sharding.make_layout(config, devices)
-  setup = setup_lib.open_setup(config, workspace.make(folder), layout, shapes_only=True)
+  setup = setup_lib.open_setup(
+    config, workspace.local(folder), layout, shapes_only=True
+  )
   plan = programs.first_plan(setup)
   program, seconds, over = compiled(programs.training(setup, plan))
   done, needed = programs.training_flops(setup, plan)

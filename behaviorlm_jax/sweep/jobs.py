@@ -146,7 +146,7 @@ def run_all(config: ConfigDict, workdir: str | Path) -> None:
       'cannot work; give a local folder.'
     )
   every, committed = jobs(config, workdir), Path(config.results)
-  workdir = workspace.make(workdir)
+  workdir = workspace.local(workdir).folder
   known = {
     (row['data'], row['method'], row['seed'], row['settings'])
     for row in rows_lib.read_folder(committed).of('results.csv')

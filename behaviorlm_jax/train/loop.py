@@ -18,8 +18,9 @@ import tqdm
 from absl import logging
 
 from behaviorlm_jax.cluster import preemption, processes
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import bucket, files
+from behaviorlm_jax.io import files
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 
 
@@ -89,6 +90,7 @@ class _Clock:
 class Task:
   """What a stage's loop has to do."""
 
+  workspace: Workspace
   folder: Path  # of the stage
   steps: int
   every: int  # steps between checkpoints
@@ -157,7 +159,7 @@ def run(
   def save(state: dict) -> None:
     if metrics_file:
       metrics_file.flush()  # Rows first: each step of a checkpoint stands there.
-      bucket.push()
+      task.workspace.upload()
     checkpoints.save(state)
 
   pending = None

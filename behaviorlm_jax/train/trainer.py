@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.io import bucket
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop, sharding
 from behaviorlm_jax.train import step as step_lib
@@ -75,16 +74,17 @@ class Trainer:
     lesson: Lesson,
     adapter: dict,
     validation: Lesson | None,
-    folder: Path,
+    workspace: Workspace,
     checkpoint: ConfigDict,
   ) -> dict:
-    """Trains, or goes on, in a stage's folder; returns the adapter at the end.
+    """Trains, or goes on, in the stage's folder; returns the adapter at the end.
 
     `checkpoint`: the config's section.
     """
+    folder = workspace.folder / self.stage.folder
     state = step_lib.init_state(adapter, self.optimizer, self.places)
     saved = checkpoints_lib.Checkpoints(
-      bucket.place(folder / 'checkpoints'),
+      workspace.place(folder / 'checkpoints'),
       checkpoint.keep,
       plan_lib.content_hash(lesson.plan),
     )
@@ -92,7 +92,7 @@ class Trainer:
     section = 'b' if self.stage.name == 'b' else 'a'
     rate = f'{section}.learning_rate (it is {self.stage.learning_rate})'
     state = loop.run(
-      loop.Task(folder, self.stage.steps, checkpoint.every, rate),
+      loop.Task(workspace, folder, self.stage.steps, checkpoint.every, rate),
       state,
       self._advance(lesson),
       self._batches(lesson, int(state['step']), self.train.workers),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from behaviorlm_jax.cluster import preemption, processes
+from behaviorlm_jax.cluster import preemption, processes, workspace
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -250,9 +250,10 @@ def test_local_launcher_wants_a_number():
 
 
 def test_one_process_decides_by_itself(tmp_path):
+  alone = workspace.local(tmp_path)
   assert processes.is_primary() and not processes.several()
   assert processes.on_primary(lambda x: x + 1, 1) == 2
-  assert processes.exists(tmp_path) and not processes.exists(tmp_path / 'none')
+  assert alone.exists(tmp_path) and not alone.exists(tmp_path / 'none')
   assert processes.shared([3]) == [3]
   assert processes.every(True) and not processes.every(False)
   processes.assert_same({'anything': os.urandom(4).hex()})

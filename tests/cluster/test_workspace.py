@@ -7,7 +7,7 @@ import pytest
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax.cluster import preemption, processor, workspace
+from behaviorlm_jax.cluster import ownership, preemption, processor, workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data.log import reader
 from behaviorlm_jax.errors import InputError
@@ -38,7 +38,7 @@ def test_auto_is_what_the_machine_multiplies_fastest(
   tmp_path, make_config, machine, dtype
 ):
   machine(dtype)
-  config = workspace.pin(make_config(), tmp_path)
+  config = ownership.pin(make_config(), tmp_path)
   assert (config.model.dtype, config.score.dtype) == (dtype, dtype)
 
 
@@ -46,12 +46,12 @@ def test_a_resumed_run_keeps_its_dtype_on_another_machine(
   tmp_path, make_config, machine
 ):
   machine('bfloat16')
-  config = workspace.pin(make_config(), tmp_path)
-  workspace.claim(tmp_path / 'a_tuning', config, PRINTS)
+  config = ownership.pin(make_config(), tmp_path)
+  ownership.claim(tmp_path / 'a_tuning', config, PRINTS)
   machine('float32')
-  config = workspace.pin(make_config(), tmp_path)
+  config = ownership.pin(make_config(), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('bfloat16', 'bfloat16')
-  workspace.check_config(config, tmp_path)  # Refuses nothing.
+  ownership.check_config(config, tmp_path)  # Refuses nothing.
 
 
 def test_stage_b_keeps_the_dtype_of_the_stage_a_it_starts_from(
@@ -59,30 +59,30 @@ def test_stage_b_keeps_the_dtype_of_the_stage_a_it_starts_from(
 ):
   machine('bfloat16')
   origin = tmp_path / 'origin' / 'a_tuning'
-  workspace.claim(origin, workspace.pin(make_config(), tmp_path), PRINTS)
+  ownership.claim(origin, ownership.pin(make_config(), tmp_path), PRINTS)
   (origin / 'adapter').mkdir()
   (origin / 'adapter' / 'adapter_config.json').write_text('{}')
   machine('float32')
   config = make_config(init_from=str(tmp_path / 'origin'), stages=('b',))
-  assert workspace.pin(config, tmp_path / 'new').model.dtype == 'bfloat16'
+  assert ownership.pin(config, tmp_path / 'new').model.dtype == 'bfloat16'
 
 
 def test_a_field_that_an_older_version_lacked_is_named(tmp_path, make_config, machine):
-  config = workspace.pin(make_config(), tmp_path)
-  workspace.claim(tmp_path / 'base', config, PRINTS)
+  config = ownership.pin(make_config(), tmp_path)
+  ownership.claim(tmp_path / 'base', config, PRINTS)
   path = tmp_path / 'base' / 'config.json'
   values = json.loads(path.read_text())
   del values['score']['names_per_pass']
   path.write_text(json.dumps(values))
   with pytest.raises(InputError, match=r'score\.names_per_pass \(not there, now'):
-    workspace.check_config(config, tmp_path)
+    ownership.check_config(config, tmp_path)
 
 
 def test_scores_follow_the_model_unless_told_otherwise(tmp_path, make_config, machine):
   machine('bfloat16')
-  config = workspace.pin(make_config(**{'model.dtype': 'float32'}), tmp_path)
+  config = ownership.pin(make_config(**{'model.dtype': 'float32'}), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('float32', 'float32')
-  config = workspace.pin(make_config(**{'score.dtype': 'float32'}), tmp_path)
+  config = ownership.pin(make_config(**{'score.dtype': 'float32'}), tmp_path)
   assert (config.model.dtype, config.score.dtype) == ('bfloat16', 'float32')
 
 
@@ -100,12 +100,12 @@ def shards(tmp_path, make_config, machine, log):
   machine('float32')
 
   def prepare(*parts, **fields):
-    workdir = workspace.make(tmp_path / 'work')
+    made = workspace.local(tmp_path / 'work')
     for part in parts:
       config = make_config(**{'data.events': str(log), 'data.shard': part} | fields)
       config_lib.check(config)
-      prepared.prepare_part(config, workdir)
-    return workdir
+      prepared.prepare_part(config, made.folder)
+    return made
 
   return prepare
 
@@ -114,16 +114,16 @@ def test_shards_are_joined_to_what_one_machine_prepares(
   tmp_path, make_config, shards, log
 ):
   config = make_config(**{'data.events': str(log)})
-  workdir = shards('2/3', '0/3', '1/3', '1/3')  # Again: nothing to do.
+  joint = shards('2/3', '0/3', '1/3', '1/3')  # Again: nothing to do.
   moved = log.rename(tmp_path / 'moved.csv')
   config.data.events = str(moved)
-  joined = prepared.load_events(config, workdir)
-  whole = prepared.load_events(config, workspace.make(tmp_path / 'whole'))
+  joined = prepared.load_events(config, joint)
+  whole = prepared.load_events(config, workspace.local(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
-  prepared.load_events(config, workdir)  # And opened again.
-  shutil.rmtree(workdir / 'events.shards')
+  prepared.load_events(config, joint)  # And opened again.
+  shutil.rmtree(joint.folder / 'events.shards')
   shards('0/3')  # Nothing is left to prepare.
-  assert not (workdir / 'events.shards').exists()
+  assert not (joint.folder / 'events.shards').exists()
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_shards_are_joined_to_what_one_machine_prepares(
 def test_shards_that_are_not_all_there_are_refused(
   make_config, shards, log, parts, sentence
 ):
-  workdir = shards(*parts)
+  joint = shards(*parts)
   with pytest.raises(InputError, match=sentence):
-    prepared.load_events(make_config(**{'data.events': str(log)}), workdir)
-  assert not (workdir / 'events').exists()
+    prepared.load_events(make_config(**{'data.events': str(log)}), joint)
+  assert not (joint.folder / 'events').exists()
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_shards_that_are_not_all_there_are_refused(
 def test_a_shard_of_another_log_or_config_is_refused(
   make_config, shards, log, fields, sentence
 ):
-  workdir = shards('0/1', **fields)
+  joint = shards('0/1', **fields)
   if not fields:
     log.write_text(log.read_text() + 'u1,2024-02-01 10:00,a\n')
   config = make_config(**{'data.events': str(log)})
   with pytest.raises(InputError, match=sentence):
-    prepared.load_events(config, workdir)
+    prepared.load_events(config, joint)
   with pytest.raises(InputError, match=sentence):
     shards('0/1')
 
@@ -166,15 +166,15 @@ def test_shards_need_one_duckdb_and_who_joins_them_need_not_have_it(
   make_config, shards, log, monkeypatch
 ):
   config = make_config(**{'data.events': str(log)})
-  workdir = shards('0/2')
+  joint = shards('0/2')
   monkeypatch.setattr(prepared.duckdb, '__version__', '99')
   shards('1/2')
   with pytest.raises(InputError, match=r"1-of-2 was made of .* duckdb \('99'"):
-    prepared.load_events(config, workdir)
-  shutil.rmtree(workdir / 'events.shards/0-of-2')
+    prepared.load_events(config, joint)
+  shutil.rmtree(joint.folder / 'events.shards/0-of-2')
   shards('0/2')
   monkeypatch.setattr(prepared.duckdb, '__version__', '100')
-  assert len(prepared.load_events(config, workdir).users)
+  assert len(prepared.load_events(config, joint).users)
 
 
 def test_a_shard_asks_for_nothing_but_the_log(tmp_path, make_config, log):
