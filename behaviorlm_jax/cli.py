@@ -79,7 +79,7 @@ def _fields() -> str:
   return 'Any field of the config is a flag:\n' + '\n'.join(
     f'  --config.{name}={"(unset)" if field.default is None else repr(field.default)}'
     f'\n      {field.doc}'
-    for name, field in config_lib.declared().items()
+    for name, field in config_lib.FIELDS.items()
   )
 
 
@@ -99,7 +99,7 @@ def explain(argv: list[str], error: Exception) -> str:
   ml_collections names only the last part of an unknown field, and passes on
   whatever a config file raises; the full names stand in `argv`.
   """
-  names = list(config_lib.declared())
+  names = list(config_lib.FIELDS)
   for argument in argv[1:]:  # The first that is wrong, in the order of the line.
     match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
     if match and match[1] not in names:
@@ -145,7 +145,7 @@ def _explain_unknown(name, names):
 
 
 def _explain_type(name, value):
-  field = config_lib.declared()[name]
+  field = config_lib.FIELDS[name]
   kind = (field.kind or type(field.default)).__name__
   example = '' if field.default is None else f', like {field.default!r}'
   return f'{name} is {value!r}; it must be of type {kind}{example}.'

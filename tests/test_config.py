@@ -283,7 +283,7 @@ def test_the_config_of_the_paper_changes_what_the_readme_says_and_no_more():
   config_lib.check(paper)
   different = {
     name
-    for name, field in config_lib.declared().items()
+    for name, field in config_lib.FIELDS.items()
     if config_lib.value_of(paper, name) != field.default
   }
   assert different == {
@@ -395,7 +395,7 @@ def test_an_unknown_ablation_names_the_nearest():
 
 
 def test_field_names_are_dotted_and_hold_no_section():
-  names = list(config_lib.declared())
+  names = list(config_lib.FIELDS)
   assert {'seed', 'a.steps', 'data.columns.user', 'init_from', *RELIED_ON} <= set(names)
   assert not {'train', 'data', 'data.columns'} & set(names)
   assert len(names) == len(set(names))
@@ -475,7 +475,7 @@ def test_what_is_missing_on_the_command_line_is_named():
 @pytest.mark.parametrize(('old', 'new'), config_lib.RENAMED.items())
 def test_fields_are_known_by_their_old_names_on_the_command_line(old, new):
   assert cli.renamed(f'--config.{old}=3') == f'--config.{new}=3'
-  assert new in config_lib.declared() and old not in config_lib.declared()
+  assert new in config_lib.FIELDS and old not in config_lib.FIELDS
   assert cli.renamed('--config.train.batch=3') == '--config.train.batch=3'
 
 
@@ -522,7 +522,7 @@ def test_the_page_of_settings_is_that_of_the_declarations():
 
 def test_every_field_is_declared_with_what_it_means():
   config = config_lib.default()
-  for name, field in config_lib.declared().items():
+  for name, field in config_lib.FIELDS.items():
     assert field.doc.endswith(('.', ',')), name
     assert config_lib.value_of(config, name) == field.default
 
