@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SHORT = {
   'a.steps': 2,
-  'b.steps': 2,
+  'difficulty.score': 'nll',
   'checkpoint.every': 2,
   'eval.max_samples': 20,
   'eval.validation_samples': 20,
