@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from absl import logging
@@ -50,13 +50,6 @@ DECIDES = {
 _ADDRESSES = ('model.address', 'data.events', 'data.conversations')
 _PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
 _OTHER = {'events': 'other events', 'base': 'another base model'}
-
-
-class HasFingerprint(Protocol):
-  """Events of a log, or a base model."""
-
-  @property
-  def fingerprint(self) -> str: ...
 
 
 # Configs, as folders keep them.
@@ -227,11 +220,6 @@ def _program() -> str:
   return digest.hexdigest()
 
 
-def fingerprints(events: HasFingerprint, base: HasFingerprint) -> dict[str, str]:
-  """What ties artifacts to the log and the model, beyond their addresses."""
-  return {'events': events.fingerprint, 'base': base.fingerprint}
-
-
 def check_fingerprints(
   config: ConfigDict, workdir: Path, prints: dict[str, str]
 ) -> None:
@@ -254,11 +242,8 @@ def _check_origin(adapter: Path, prints: dict[str, str]) -> None:
   """An adapter from elsewhere must fit the base model; a log may differ."""
   theirs = (read_config(adapter.parent) or {}).get('fingerprints')
   if theirs is None:
-    logging.warning(
-      'init_from: %s does not say which base model it was '
-      'trained on; only its shapes are checked.',
-      adapter,
-    )
+    text = 'does not say which base model it was trained on; only shapes are checked'
+    logging.warning('init_from: %s %s.', adapter, text)
   elif theirs['base'] != prints['base']:
     raise InputError(
       f'init_from: {adapter} was trained on another base model (fingerprint '
@@ -266,11 +251,8 @@ def _check_origin(adapter: Path, prints: dict[str, str]) -> None:
       'to that model.'
     )
   elif theirs['events'] != prints['events']:
-    logging.warning(
-      'init_from: %s was trained on other events; make sure '
-      'that they hold none of the test split here.',
-      adapter,
-    )
+    text = 'make sure that they hold none of the test split here'
+    logging.warning('init_from: %s was trained on other events; %s.', adapter, text)
 
 
 # Stage a, from which stage b starts.
