@@ -46,19 +46,15 @@ STOPPED, ELSEWHERE, WRONG = 75, 76, 2
 # What JAX itself ends a process with when another one is lost.
 ABORTED = -signal.SIGABRT
 LOST = (ELSEWHERE, ABORTED)
-FIELDS = tiny.FIELDS | {
+FIELDS = {
   'difficulty.score': 'nll',
   'a.conversation_share': 0.0,
   'retention.conversations': 0.0,
   'train.batch': 4,
-  'train.accumulate': 1,
   'checkpoint.every': 2,
   'eval.max_samples': 40,
   'eval.validation_rows': 4,
   'eval.validation_samples': 20,
-  'data.columns.user': 'user',
-  'data.columns.time': 'time',
-  'data.columns.behavior': 'behavior',
 }
 # (fault, processes, who is hit, processes of the run after it). 'one' of two is
 # drawn. Of each line as many as its number says.
@@ -314,7 +310,7 @@ class Run:
         kind,
         str(at),
         str(self.notes[-1]),
-        f'--config={HERE / "default_config.py"}',
+        f'--config={tiny.__file__}',
         f'--workdir={self.workdir}',
         f'--config.data.events={self.campaign.log}',
       ]

@@ -1,4 +1,4 @@
-"""A log and settings of whole runs that take seconds, for tests and faults.py.
+"""A log and a config of whole runs that take seconds, for tests and faults.py.
 
 The shipped defaults but for what must be small.
 """
@@ -6,6 +6,8 @@ The shipped defaults but for what must be small.
 import datetime
 
 import numpy as np
+
+from behaviorlm_jax import config as config_lib
 
 STEPS = 6  # Of each stage.
 FIELDS = {
@@ -29,6 +31,12 @@ FIELDS = {
   'eval.validation_rows': 2,
   'eval.validation_samples': 75,
 }
+
+
+def get_config():
+  config = config_lib.default()
+  config.update_from_flattened_dict(FIELDS)
+  return config
 
 
 def write_log(path, users=40, events=40, seed=0):

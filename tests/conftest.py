@@ -220,11 +220,12 @@ def command_environment(compiled):
 
 @pytest.fixture(scope='session')
 def field_flags(run_fields):
-  """Flags of the finished run's settings, with some changed."""
-  columns = {f'data.columns.{name}': name for name in ('user', 'time', 'behavior')}
+  """Flags of the finished run, with some settings changed."""
   return lambda fields=(): [
-    f'--config.{name}={value}'
-    for name, value in (columns | run_fields | dict(fields)).items()
+    f'--config={tiny.__file__}',
+    *(
+      f'--config.{name}={value}' for name, value in (run_fields | dict(fields)).items()
+    ),
   ]
 
 
@@ -237,10 +238,9 @@ def run_command(field_flags, command_environment):
   """
 
   def run(workdir, fields=(), program=('-m', 'behaviorlm_jax.main'), environment=None):
-    command = [sys.executable, *program, '--config=configs/quickstart.py']
-    command += [f'--workdir={workdir}', *field_flags(fields)]
+    flags = [*field_flags(fields), f'--workdir={workdir}']
     return subprocess.run(
-      command,
+      [sys.executable, *program, *flags],
       cwd=ROOT,
       env=command_environment | (environment or {}),
       capture_output=True,
@@ -325,8 +325,8 @@ def start_two(field_flags, command_environment, tmp_path_factory):
   started = []
 
   def start(workdir, *flags, environment=None):
-    command = [str(ROOT / 'launch/local.sh'), '2', '--config=configs/quickstart.py']
-    command += [f'--workdir={workdir}', *field_flags(), *flags]
+    command = [str(ROOT / 'launch/local.sh'), '2', *field_flags()]
+    command += [f'--workdir={workdir}', *flags]
     said = tmp_path_factory.mktemp('said') / 'err'
     with said.open('w') as err:
       process = subprocess.Popen(
