@@ -435,9 +435,8 @@ def _check_changes(config):
     plain = FIELDS[name].default
     if value not in values and found != plain:
       raise InputError(
-        f'{name} is {found!r}, but {other} is {value!r}, with which it '
-        f'changes nothing; set {name}={plain!r} or {other} to '
-        f'{" or ".join(values)}.'
+        f'{name} is {found!r}, but {other} is {value!r}, with which it changes '
+        f'nothing; set {name}={plain!r} or {other} to {" or ".join(values)}.'
       )
 
 

@@ -66,10 +66,9 @@ def _receive(port: int, settings: ConfigDict, until: float) -> None:
       number, processes = int(match[1]), int(match[2])
       if processes != settings.processes or number not in missing:
         problem = (
-          f'process {number} of {processes} came to {settings.coordinator}, '
-          f'which waits for {_listed(missing)} of {settings.processes}; give '
-          'each a distributed.process of its own and all the same '
-          'distributed.processes.'
+          f'process {number} of {processes} came to {settings.coordinator}, which '
+          f'waits for {_listed(missing)} of {settings.processes}; give each a '
+          'distributed.process of its own and all the same distributed.processes.'
         )
       missing.discard(number)
     # Sockets stay open until all are there, and every guest hears the same.
@@ -85,9 +84,8 @@ def _listen(port: int, settings: ConfigDict) -> socket.socket:
     return socket.create_server(('', port), backlog=settings.processes, **_FAMILY)
   except OSError as error:
     raise InputError(
-      f'distributed.coordinator is {settings.coordinator}, and process 0 '
-      f'cannot listen on port {port} ({error.strerror}); give a free port '
-      'of its machine.'
+      f'distributed.coordinator is {settings.coordinator}, and process 0 cannot listen '
+      f'on port {port} ({error.strerror}); give a free port of its machine.'
     ) from error
 
 

@@ -127,9 +127,8 @@ class Bucket:
       if isinstance(error, OSError) and error.errno is not None:
         raise  # The local disk.
       raise InputError(
-        f'{self._field}: {self.address} refuses ({reason}); see that the '
-        'bucket exists and this machine may read and write it, then run the '
-        'same command again.'
+        f'{self._field}: {self.address} refuses ({reason}); see that the bucket exists '
+        'and this machine may read and write it, then run the same command again.'
       ) from error
 
   def objects(self) -> dict[str, str | None]:
