@@ -266,14 +266,14 @@ def test_no_anchor_stage_starts_stage_b_from_the_untuned_model(ablated):
   assert set(table['behavior'].to_pylist()) == set(drawn(workdir, 'b_tuning'))
 
 
-def test_anchors_first_teaches_no_tails_in_stage_a(ablated, finished):
-  workdir = ablated('anchors_first', only='a', fields=MORE)
+@pytest.mark.parametrize('names', [(), ('anchors_first',)])
+def test_stage_a_teaches_tails_unless_anchors_come_first(ablated, names):
+  workdir = ablated(*names, only='a', fields=MORE)
   counts = drawn(workdir, 'a_tuning')
-  assert counts['airport'] == counts['hotel'] == 0 < counts['home']
+  tails = counts['airport'] + counts['hotel']
+  assert counts['home'] > tails and (tails == 0) == bool(names)
   assert kinds(workdir / 'a_tuning') == {'window', 'conversation'}
   assert is_finished(workdir / 'a_tuning')
-  counts = drawn(finished, 'a_tuning')
-  assert counts['home'] > counts['airport'] + counts['hotel'] > 0
 
 
 def test_one_stage_takes_the_steps_of_both(ablated, read_rows, steps):

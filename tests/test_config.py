@@ -1,6 +1,7 @@
 """Configs: what is refused and how it is said, ablations, flags."""
 
 import itertools
+import math
 import re
 import runpy
 import subprocess
@@ -49,43 +50,6 @@ RELIED_ON = {
   'eval.max_samples': 17,
   'seed': 19,
 }
-TOO_SMALL = {
-  'lora.rank': 0,
-  'a.steps': 0,
-  'train.batch': 0,
-  'train.length': 15,
-  'train.accumulate': 0,
-  'train.workers': -1,
-  'a.learning_rate': -0.5,
-  'train.clip': -1.0,
-  'train.weight_decay': -0.1,
-  'checkpoint.every': 0,
-  'checkpoint.keep': 0,
-  'score.batch': 0,
-  'score.names_per_pass': 0,
-  'eval.max_samples': -1,
-  'eval.validation_rows': 0,
-  'eval.validation_samples': 0,
-  'data.history': 0,
-  'plan.min_context': 0,
-  'plan.targets_per_row': 0,
-  'plan.per_behavior': 0,
-  'plan.gamma': -0.5,
-  'difficulty.candidates': 0,
-  'seed': -3,
-  'plan.neighbours': -1.0,
-}
-NOT_A_CHOICE = {
-  'model.dtype': 'float16',
-  'model.remat': 'all',
-  'score.dtype': 'int8',
-  'a.content': 'anchor',
-  'plan.budget': 'balance',
-  'difficulty.score': 'nil',
-  'a.softmax': 'name',
-  'b.prior': 'naturel',
-  'score.softmax': 'list',
-}
 
 
 def changed(**fields):
@@ -123,13 +87,14 @@ def test_the_shipped_configs_are_right(name):
   config_lib.check(read_flags(name=name))
 
 
-@pytest.mark.parametrize(('name', 'value'), TOO_SMALL.items())
-def test_a_number_that_is_too_small_is_refused(name, value):
-  config = changed(**{name: value})
-  with pytest.raises(
-    InputError, match=rf'^{name} is {value}; it must be at least \d+\.$'
-  ):
-    config_lib.check(config)
+@pytest.mark.parametrize(
+  ('name', 'field'), [(n, f) for n, f in config_lib.FIELDS.items() if f.bounds]
+)
+def test_a_number_out_of_bounds_is_refused(name, field):
+  outside = [field.least - 1, *([] if field.most == math.inf else [field.most + 1])]
+  for value in outside:
+    with pytest.raises(InputError, match=f'^{name} is .*; it must be {field.bounds}'):
+      config_lib.check(changed(**{name: value}))
 
 
 @pytest.mark.parametrize('alpha', [0.0, -1.0, float('nan'), float('inf')])
@@ -143,12 +108,16 @@ def test_a_number_that_is_none_is_refused():
     config_lib.check(changed(train__clip=float('nan')))
 
 
-@pytest.mark.parametrize(('name', 'value'), NOT_A_CHOICE.items())
-def test_a_word_that_is_no_choice_is_refused(name, value):
+@pytest.mark.parametrize(
+  ('name', 'field'), [(n, f) for n, f in config_lib.FIELDS.items() if f.choices]
+)
+def test_a_word_that_is_no_choice_is_refused(name, field):
+  wrong = field.choices[-1][:-1]
+  nearest = rf'\(did you mean {field.choices[-1]}\?\)'
   with pytest.raises(
-    InputError, match=rf"^{name} is '{value}'.*; choose from .*, .*\.$"
+    InputError, match=rf"^{name} is '{wrong}' {nearest}; choose from .*, .*\.$"
   ):
-    config_lib.check(changed(**{name: value}))
+    config_lib.check(changed(**{name: wrong}))
 
 
 @pytest.mark.parametrize(
@@ -157,9 +126,6 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
     ({'data.split': (0.5, 0.5)}, ('data.split', '(0.5, 0.5)')),
     ({'data.split': (0.8, 0.1, 0.2)}, ('data.split', '(0.8, 0.1, 0.2)')),
     ({'data.split': (1.1, -0.2, 0.1)}, ('data.split', '(1.1, -0.2, 0.1)')),
-    ({'b.interpolation': 1.5}, ('b.interpolation is 1.5', 'from 0 to 1')),
-    ({'a.conversation_share': 1.0}, ('a.conversation_share', '1.0')),
-    ({'b.conversation_share': -0.1}, ('b.conversation_share', '-0.1')),
     ({'plan.window': 4}, ('plan.window is 4', 'plan.min_context is 4')),
     ({'data.history': 3}, ('data.history is 3', 'plan.min_context is 4')),
     ({'train.accumulate': 3}, ('train.batch is 8', 'train.accumulate is 3')),
@@ -191,7 +157,6 @@ def test_a_word_that_is_no_choice_is_refused(name, value):
       {'plan.budget': 'natural', 'plan.temper': 0.3},
       ('plan.temper is 0.3', "plan.budget is 'natural'", 'to tempered'),
     ),
-    ({'plan.temper': 1.5, 'plan.budget': 'tempered'}, ('plan.temper is 1.5',)),
     (
       {'sasrec.width': 50, 'sasrec.heads': 4},
       ('sasrec.width is 50', 'sasrec.heads is 4'),

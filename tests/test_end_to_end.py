@@ -322,7 +322,9 @@ def test_plans_teach_training_events_and_conversations(finished, prompts):
     targets = targets_of(finished, stage)
     assert (events.split[targets] == 0).all()
     assert (np.asarray(targets) - events.first[targets] >= 2).all()
-    assert set(anchors[events.behavior[targets]]) == {True, False}
+    found = anchors[events.behavior[targets]]
+    assert found.any()
+    assert stage == 'a_tuning' or not found.all()
   table = parquet.read_table(finished / 'a_tuning/plan.parquet')
   kinds = {segment['kind'] for row in table['segments'].to_pylist() for segment in row}
   assert kinds == {'window', 'conversation'}
