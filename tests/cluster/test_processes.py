@@ -50,13 +50,15 @@ def test_four_devices_make_what_one_makes(run_command, tmp_path, assert_same_num
 
 def test_one_table_of_difficulty_gives_one_plan(run_two, run_command, copy_run):
   workdir = copy_run('b_tuning')
-  done = run_command(workdir, {'difficulty.score': 'nll'})
+  fields = {'difficulty.score': 'nll', 'stages': ('b',)}
+  done = run_command(workdir, fields)
   assert done.returncode == 0, done.stderr[-3000:]
   plan = workdir / 'b_tuning/plan.parquet'
   facts = parquet.read_schema(plan).metadata
   for path in (plan, plan.with_name('evaluation.json')):
     path.unlink()
-  code, err = run_two(workdir, '--config.difficulty.score=nll')
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  code, err = run_two(workdir, *flags)
   assert code == 0, err[-3000:]
   assert parquet.read_schema(plan).metadata == facts  # Its hash, too.
 
