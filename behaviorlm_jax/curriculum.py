@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax import measure, seeds
-from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.cluster import ownership, processes
 from behaviorlm_jax.config import FOLDERS, Stage
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
@@ -33,7 +33,7 @@ def make_plan(setup: Setup, stage: Stage, folder: Path, adapter: dict) -> Plan:
   config, path = setup.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
   made_from = fingerprint(setup, f'stage {stage.name}', adapter, sections, stage)
-  if processes.exists(path):
+  if setup.workspace.exists(path):
     return plan_lib.load(path, made_from)
   # A stream of its own: what is drawn elsewhere does not move a plan.
   rng = seeds.stream(config.seed, stage.name, 'plan')
@@ -42,7 +42,7 @@ def make_plan(setup: Setup, stage: Stage, folder: Path, adapter: dict) -> Plan:
   plan = plan_lib.take(stream, rows, length, made_from)
   logging.info('%s: plan of %s.', folder.name, plan_lib.summary(plan, length))
   processes.assert_same({f'the plan of {folder.name}': plan_lib.content_hash(plan)})
-  processes.on_primary(plan_lib.save, path, plan, config.train.batch)
+  setup.workspace.keep(plan_lib.save, path, plan, config.train.batch)
   return plan
 
 
@@ -63,7 +63,7 @@ def fingerprint(
     stage: decides, too, if given.
   """
   digest = hashlib.sha256()
-  values = workspace.as_dict(setup.config)
+  values = ownership.as_dict(setup.config)
   for path in ('events', 'conversations'):  # Their content counts, see below.
     del values['data'][path]
   chosen = {name: values[name] for name in sections}
@@ -175,15 +175,15 @@ def _choose_subset(setup, adapter):
 
 def _score_difficulty(setup, adapter, samples):
   """{sample: difficulty} under the model that stage b starts from."""
-  folder, name = setup.workdir / FOLDERS['b'], setup.config.difficulty.score
+  folder, name = setup.workspace.folder / FOLDERS['b'], setup.config.difficulty.score
   path = folder / 'difficulty.parquet'
   made_from = fingerprint(
     setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
-  if not processes.exists(path):
+  if not setup.workspace.exists(path):
     scored = measure.score(setup, adapter, samples, f'{folder.name}: difficulty')
     values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
-    processes.on_primary(
+    setup.workspace.keep(
       difficulty.write_difficulty, path, setup.events, samples, values, made_from
     )
   return difficulty.read_difficulty(path, made_from)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from behaviorlm_jax.cluster import preemption, processes, workspace
+from behaviorlm_jax.cluster import ownership, preemption
 from behaviorlm_jax.evaluate import evaluation, sasrec
 from behaviorlm_jax.io import files
 from behaviorlm_jax.setup import Setup
@@ -18,26 +18,25 @@ from behaviorlm_jax.setup import Setup
 
 def evaluate_base(setup: Setup) -> None:
   """The untuned model and the free baselines, once per work directory."""
-  folder = setup.workdir / 'base'
-  if not processes.exists(folder / 'config.json'):
-    processes.on_primary(workspace.claim, folder, setup.config, setup.fingerprints)
-  path = setup.workdir / 'baselines.json'
-  if not processes.exists(path):
-    processes.on_primary(
-      evaluation.write_baselines, path, setup.counts, setup.samples.test
-    )
+  workspace, config = setup.workspace, setup.config
+  folder = workspace.folder / 'base'
+  if not workspace.exists(folder / 'config.json'):
+    workspace.keep(ownership.claim, folder, config, setup.fingerprints)
+  path = workspace.folder / 'baselines.json'
+  if not workspace.exists(path):
+    workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
   evaluate(setup, folder, None)
-  if setup.config.sasrec.steps:
+  if config.sasrec.steps:
     evaluate_sasrec(setup)
 
 
 def evaluate_sasrec(setup: Setup) -> None:
   """Trains and evaluates the baseline, once per work directory."""
   config, events = setup.config, setup.events
-  folder = setup.workdir / 'sasrec'
-  if processes.exists(folder / 'evaluation.json'):
+  folder = setup.workspace.folder / 'sasrec'
+  if setup.workspace.exists(folder / 'evaluation.json'):
     return
-  processes.on_primary(workspace.claim, folder, config, setup.fingerprints)
+  setup.workspace.keep(ownership.claim, folder, config, setup.fingerprints)
   recipe = sasrec.Recipe(
     **config.sasrec,
     weekday=config.data.weekday,
@@ -64,7 +63,7 @@ def evaluate_sasrec(setup: Setup) -> None:
 
 def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
   """Writes predictions and evaluation of one arm, unless they stand there."""
-  if processes.exists(folder / 'evaluation.json'):
+  if setup.workspace.exists(folder / 'evaluation.json'):
     return
   # Before the scores: whatever stops those, this is kept.
   measure_retention(setup, folder, adapter)
@@ -77,7 +76,7 @@ def _write_arm(setup, folder, score):
   test = score(samples.test, f'{folder.name}: evaluate')
   if len(samples.validation):
     validation = score(samples.validation, f'{folder.name}: validation')
-  processes.on_primary(
+  setup.workspace.keep(
     evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
   )
 
@@ -85,7 +84,7 @@ def _write_arm(setup, folder, score):
 def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
   """Writes retention.json, if there is anything to measure it on."""
   path, rows = folder / 'retention.json', setup.retention.rows(adapter)
-  if processes.exists(path) or not rows:
+  if setup.workspace.exists(path) or not rows:
     return
   with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
 
@@ -93,7 +92,7 @@ def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
       bar.update(done)
       preemption.check()
 
-    processes.on_primary(
+    setup.workspace.keep(
       files.write_json, path, setup.retention.measure(adapter, progress)
     )
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.cluster import ownership, processes
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import conversations, prepared
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
@@ -30,7 +30,7 @@ class Setup:
   """What the stages of one run have in common."""
 
   config: ConfigDict
-  workdir: Path
+  workspace: Workspace
   base: weights.Base
   prompts: prompts_lib.Prompts
   conversations: list[conversations.Conversation]  # to train on
@@ -65,11 +65,15 @@ class Setup:
 
   @property
   def fingerprints(self) -> dict[str, str]:
-    return workspace.fingerprints(self.events, self.base)
+    """What ties artifacts to the log and the model, beyond their addresses."""
+    return {'events': self.events.fingerprint, 'base': self.base.fingerprint}
 
 
 def open_setup(
-  config: ConfigDict, workdir: Path, layout: sharding.Layout, shapes_only: bool = False
+  config: ConfigDict,
+  workspace: Workspace,
+  layout: sharding.Layout,
+  shapes_only: bool = False,
 ) -> Setup:
   """Events, base model and scorer; every input is checked on the way.
 
@@ -79,9 +83,9 @@ def open_setup(
   layout = layout.of(base.config)  # Heads stay whole.
   shapes = lora.shapes(base.config, config.lora.rank, config.lora.targets)
   talks = _conversations(config, base)
-  prompts = _prompts(config, workdir, base)
+  prompts = _prompts(config, workspace, base)
   processes.assert_same(
-    workspace.facts(config)
+    ownership.facts(config)
     | {
       'the events': prompts.events.fingerprint,
       'the base model': base.fingerprint,
@@ -106,12 +110,12 @@ def open_setup(
   retention = retention_lib.Retention(
     scored.attach, scored.params, layout, held, config.score.batch
   )
-  return Setup(config, workdir, base, prompts, talks, model, scorer, retention)
+  return Setup(config, workspace, base, prompts, talks, model, scorer, retention)
 
 
-def _prompts(config, workdir, base):
+def _prompts(config, workspace, base):
   """The events as text; refuses what does not fit the model or the rows."""
-  events = prepared.load_events(config, workdir)
+  events = prepared.load_events(config, workspace)
   data = config.data
   prompts = prompts_lib.Prompts(
     events, base.tokenizer, data.instruction, data.history, data.weekday
@@ -167,8 +171,9 @@ def _conversations(config, base):
 def first_adapter(setup: Setup, stage: str) -> dict:
   """Where training starts: a fresh adapter, or for stage b that of stage a."""
   config, model = setup.config, setup.model
-  if stage == 'b' and workspace.needs_stage_a(config):
-    return _load_adapter(setup, workspace.stage_a_adapter(config, setup.workdir))
+  if stage == 'b' and ownership.needs_stage_a(config):
+    origin = ownership.stage_a_adapter(config, setup.workspace.folder)
+    return _load_adapter(setup, origin)
   adapter = lora.init(
     setup.base.config,
     config.lora.rank,

@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import ownership, workspace
 from behaviorlm_jax.data import conversations, loader, prepared
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
@@ -92,14 +92,14 @@ class Inputs:
 
 def open_inputs(config, workdir, adapter=''):
   config_lib.check(config)
-  config = workspace.pin(config, Path(workdir))
+  config = ownership.pin(config, Path(workdir))
   base = weights.open_base(config.model.address)
   if base.folder is None:
     raise InputError(
       f'model.address is {config.model.address}, which torch '
       'cannot read; give a folder or a .gguf file.'
     )
-  events = prepared.load_events(config, Path(workdir))
+  events = prepared.load_events(config, workspace.local(workdir))
   prompts = make_prompts(config, events, base)
   talks = conversations.read_conversations(
     conversations.DEFAULT, base.tokenizer, config.train.length

@@ -114,8 +114,7 @@ def config_of(log):
 def prepare(log, workdir):
   """Facts of preparing the log, in `workdir`."""
   config = config_of(log)
-  workdir = workspace.make(workdir)
-  facts = {}
+  workdir, facts = Path(workdir), {}
   for i in range(SHARDS.value):
     config.data.shard = f'{i}/{SHARDS.value}'
     with Meter() as meter:
@@ -124,7 +123,7 @@ def prepare(log, workdir):
       facts[f'shard 0 of {SHARDS.value}'] = meter.found
   config.data.shard = ''
   with Meter() as meter:
-    prepared.load_events(config, workdir)
+    prepared.load_events(config, workspace.local(workdir))
   facts['join' if SHARDS.value else 'prepare'] = meter.found
   summary = json.loads((workdir / 'events' / 'summary.json').read_text())
   size = sum(p.stat().st_size for p in (workdir / 'events').iterdir())
@@ -146,11 +145,12 @@ def plan(log, workdir):
   base = weights.open_base(whole.model.address)
   facts, plans = {}, {}
   with Meter() as meter:
-    events = events_lib.open_events(workspace.make(workdir) / 'events')
+    space = workspace.local(workdir)
+    events = events_lib.open_events(space.folder / 'events')
     prompts = common.make_prompts(whole, events, base)
     prompts.check_lengths(1 << 20, whole.train.length)
     # No model: plans need none.
-    this = setup.Setup(whole, workdir, base, prompts, [], None, None, None)
+    this = setup.Setup(whole, space, base, prompts, [], None, None, None)
     assert len(this.samples.test)
     assert this.tree and this.anchor_tree  # Built here, and not with the first plan.
   facts['open and check'] = meter.found

@@ -71,7 +71,8 @@ def costs(
 ) -> Iterator[tuple[str, roofline.Cost]]:
   """Programs of a config on some devices, and their costs."""
   layout = sharding.make_layout(config.mesh, config.train, devices)
-  setup = setup_lib.open_setup(config, workspace.make(folder), layout, shapes_only=True)
+  space = workspace.local(folder)
+  setup = setup_lib.open_setup(config, space, layout, shapes_only=True)
   plan = programs.first_plan(setup)
   chips = list(layout.mesh.devices.flat)
   yield (

@@ -108,7 +108,7 @@ def run_all(config: ConfigDict, workdir: str | Path) -> None:
       'folder.'
     )
   every, committed = jobs(config, workdir), Path(config.results)
-  workdir = workspace.make(workdir)
+  workdir = workspace.local(workdir).folder
   known = {
     (row['data'], row['method'], row['seed'], row['settings'])
     for row in rows_lib.read_folder(committed).of('results.csv')

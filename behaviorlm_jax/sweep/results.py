@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import ownership
 from behaviorlm_jax.evaluate import adjust, metrics
 from behaviorlm_jax.report import compare, run_files
 from behaviorlm_jax.score import difficulty, label_tree
@@ -57,7 +57,7 @@ _LOSSES = {'drawn': 'names', 'natural': 'natural', 'uniform': 'balanced'}
 
 def _as_hashed(config):
   """{name: value} under the names of when committed rows were hashed."""
-  values = workspace.flat(workspace.as_dict(config))
+  values = ownership.flat(ownership.as_dict(config))
   for old, new in config_lib.RENAMED.items():
     values[old] = values.pop(new)
   for stage, old in (('a', 'train.loss'), ('b', 'train.balanced_loss')):
@@ -188,8 +188,8 @@ def _groups(run: run_files.RunFiles) -> dict[str, np.ndarray]:
 def _cost(job: Job, stage: run_files.StageFiles) -> dict[str, float]:
   """What the training of a stage, and of the one it began with, took."""
   folders = [stage.folder]
-  if stage.key == 'b_tuning' and workspace.needs_stage_a(job.config):
-    origin = workspace.stage_a_adapter(job.config, job.folder)
+  if stage.key == 'b_tuning' and ownership.needs_stage_a(job.config):
+    origin = ownership.stage_a_adapter(job.config, job.folder)
     folders.append(origin.parent)
   steps = [run_files.read_json_lines(folder / 'metrics.jsonl') for folder in folders]
   return {

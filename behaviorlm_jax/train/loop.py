@@ -20,8 +20,9 @@ import tqdm
 from absl import logging
 
 from behaviorlm_jax.cluster import preemption, processes
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import bucket, files
+from behaviorlm_jax.io import files
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 
 
@@ -29,6 +30,7 @@ from behaviorlm_jax.train import checkpoints as checkpoints_lib
 class Task:
   """What a stage's loop has to do."""
 
+  workspace: Workspace
   folder: Path  # of the stage
   steps: int
   every: int  # steps between checkpoints
@@ -134,7 +136,7 @@ class _Notes:
   def flush(self) -> None:
     if self._file:
       self._file.flush()
-      bucket.push()
+      self._task.workspace.upload()
 
   def close(self) -> None:
     self._bar.close()

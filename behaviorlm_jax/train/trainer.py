@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 from absl import logging
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.io import bucket
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop, sharding
 from behaviorlm_jax.train import step as step_lib
@@ -63,22 +62,23 @@ class Trainer:
     lesson: Lesson,
     adapter: dict,
     validation: Lesson | None,
-    folder: Path,
+    workspace: Workspace,
     every: int,
   ) -> dict:
-    """Trains, or goes on, in a stage's folder; returns the adapter at the end.
+    """Trains, or goes on, in the stage's folder; returns the adapter at the end.
 
     `every`: steps between checkpoints, each of which is validated.
     """
+    folder = workspace.folder / self.stage.folder
     saved = checkpoints_lib.Checkpoints(
-      bucket.place(folder / 'checkpoints'), plan_lib.content_hash(lesson.plan)
+      workspace.place(folder / 'checkpoints'), plan_lib.content_hash(lesson.plan)
     )
     state = saved.restore_latest(self.tuner.begin(adapter), every)
     section = 'b' if self.stage.name == 'b' else 'a'
     rate = f'{section}.learning_rate (it is {self.stage.learning_rate})'
     step = self.step(lesson)
     state = loop.run(
-      loop.Task(folder, self.stage.steps, every, rate),
+      loop.Task(workspace, folder, self.stage.steps, every, rate),
       state,
       lambda state, batch: step(state, self.model.params, batch),
       self._batches(lesson, int(state['step'])),

@@ -8,6 +8,7 @@ import pytest
 
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import setup
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.cost import programs, study
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.score import scorer as scorer_lib
@@ -36,7 +37,10 @@ def open_run(make_run_config, tmp_path):
   def make(fields, shapes_only):
     config = study.settle(make_run_config({'stages': ('a',), **fields}))
     return setup.open_setup(
-      config, tmp_path, sharding.make_layout(config.mesh, config.train), shapes_only
+      config,
+      workspace.local(tmp_path),
+      sharding.make_layout(config.mesh, config.train),
+      shapes_only,
     )
 
   return make

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 TABLES = ('results.csv', 'differences.csv', 'trade_off.csv')
 SHORT = {
   'a.steps': 2,
-  'b.steps': 2,
+  'difficulty.score': 'nll',
   'checkpoint.every': 2,
   'eval.max_samples': 20,
   'eval.validation_samples': 20,
