@@ -58,8 +58,8 @@ def ablate(config: ConfigDict, names: Iterable[str]) -> ConfigDict:
   for name in names:
     if name not in ABLATIONS:
       raise InputError(
-        f'--ablation={name} is unknown{nearest(name, ABLATIONS)}'
-        f'; choose from {", ".join(ABLATIONS)}.'
+        f'--ablation={name} is unknown{nearest(name, ABLATIONS)}; choose from '
+        f'{", ".join(ABLATIONS)}.'
       )
   for pair, reason in _CLASHES.items():
     if set(pair) <= set(names):
@@ -69,9 +69,7 @@ def ablate(config: ConfigDict, names: Iterable[str]) -> ConfigDict:
       )
   for name in names:
     fields = ABLATIONS[name]
-    if fields and all(
-      config_lib.value_of(config, f) == value for f, value in fields.items()
-    ):
+    if fields and fields == {f: config_lib.value_of(config, f) for f in fields}:
       already = ' and '.join(f'{f} = {value!r}' for f, value in fields.items())
       raise InputError(
         f'--ablation={name} changes nothing: this config has {already} already; '
@@ -91,10 +89,10 @@ def _left(stages, names):
     return ('one',)
   dropped = {'no_balanced_stage': 'b', 'no_anchor_stage': 'a'}
   left = tuple(s for s in stages if s not in [dropped.get(name) for name in names])
-  # Ablations of a stage that this config does not run are refused, too.
-  needs = {name: s for name, s in _CHANGES.items() if name != 'no_anchor_stage'}
+  # Stage b alone can still be told not to start from stage a.
+  needs = _CHANGES | {'no_anchor_stage': None}
   for name in names:
-    if not left or (name in needs and needs[name] not in stages):
+    if not left or needs.get(name) not in (None, *stages):
       raise InputError(
         f'--ablation={name} leaves nothing to change or run: this config '
         f'runs stages {", ".join(stages)}; use a config that runs the stage.'

@@ -6,55 +6,29 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-import duckdb
 import jax
-import safetensors
 from absl import flags, logging
 
-from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import errors
 from behaviorlm_jax.cluster import preemption, processes
+from behaviorlm_jax.config import FIELDS, RENAMED
 from behaviorlm_jax.errors import InputError, nearest
 from behaviorlm_jax.io import addresses, bucket
 
-# What flags and a config file, which is a program of the user's, may raise.
-UNUSABLE = (
-  flags.Error,
-  AttributeError,
-  ImportError,
-  KeyError,
-  NameError,
-  OSError,
-  SyntaxError,
-  TypeError,
-  ValueError,
-)
-# What took the place of train.loss and train.balanced_loss.
+# Fields of earlier versions, and what took their place.
 _LOSSES = 'a.softmax and a.prior, b.softmax and b.prior say it now'
-# What a disk that is full or fails, or a lost process, comes as; the message
-# tells.
-_FROM_BELOW = (
-  OSError,
-  RuntimeError,
-  ValueError,
-  duckdb.Error,
-  safetensors.SafetensorError,
-)
+_GONE = {'train.loss': _LOSSES, 'train.balanced_loss': _LOSSES}
 # These report every file they touch; their warnings are wanted.
 _readable_log = lambda r: (
   r.levelno > 20 or not any(name in r.pathname for name in ('orbax', 'gcsfs', 'fsspec'))
 )
 
 
-def _with_addresses(record):
-  """Log lines name a work directory in a bucket as the user does."""
-  record.msg, record.args = bucket.named(record.getMessage()), ()
-  return True
-
-
 def fail(sentence: str) -> NoReturn:
-  print(f'error: {sentence}', file=sys.stderr)
-  sys.exit(2)
+  sys.exit(_say(2, f'error: {sentence}'))
+
+
+# Flags.
 
 
 def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
@@ -74,7 +48,7 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
       rest = flags.FLAGS(argv)
       config.value.keys()  # A missing file fails only here.
       return rest
-    except UNUSABLE as error:
+    except Exception as error:  # A config file is a program, and may raise any.
       fail(explain(argv, error))
 
   return parse
@@ -85,14 +59,14 @@ def _fields() -> str:
   return 'Any field of the config is a flag:\n' + '\n'.join(
     f'  --config.{name}={"(unset)" if field.default is None else repr(field.default)}'
     f'\n      {field.doc}'
-    for name, field in config_lib.declared().items()
+    for name, field in FIELDS.items()
   )
 
 
 def renamed(argument: str) -> str:
   """An argument with today's name of its field."""
   match = re.match(r'(--?config\.(?:base\.)?)([^=]*)(=.*)?$', argument, re.DOTALL)
-  new = match and config_lib.RENAMED.get(match[2])
+  new = match and RENAMED.get(match[2])
   if not new:
     return argument
   logging.warning('config.%s is config.%s now.', match[2], new)
@@ -105,11 +79,10 @@ def explain(argv: list[str], error: Exception) -> str:
   ml_collections names only the last part of an unknown field, and passes on
   whatever a config file raises; the full names stand in `argv`.
   """
-  names = list(config_lib.declared())
   for argument in argv[1:]:  # The first that is wrong, in the order of the line.
     match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
-    if match and match[1] not in names:
-      return _explain_unknown(match[1], names)
+    if match and match[1] not in FIELDS:
+      return _explain_unknown(match[1])
   text = str(error)
   if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text, re.DOTALL):
     return _explain_type(match[1], match[2])
@@ -120,48 +93,46 @@ def explain(argv: list[str], error: Exception) -> str:
   if isinstance(error, flags.Error) and len(lines) == 1:
     return f'{text}.'
   files = [a for a in argv[1:] if re.match(r'--?config=|[^-].*\.py$', a)]
+  # The last line of a list of attempts or of a traceback.
+  reason = lines[-1] if lines else repr(error)
   if match := re.search(r'Key "(\w+)" does not exist', text):
-    text = f'config has no field {match[1]}{_moved(match[1], names)}.'
-  else:  # The last line of a list of attempts or of a traceback.
-    text = f'{lines[-1]}.'
-  return f'{(files or ["--config"])[0]}: {text}'
+    reason = f'config has no field {match[1]}{_moved(match[1])}'
+  return f'{(files or ["--config"])[0]}: {reason}.'
 
 
-def _moved(last: str, names) -> str:
+def _moved(last: str) -> str:
   """What a config file, that names the last part alone, may have meant."""
-  moved = [
-    f'{old} is {new} now'
-    for old, new in config_lib.RENAMED.items()
-    if old.endswith(f'.{last}')
+  now = [
+    f'{old} is {new} now' for old, new in RENAMED.items() if old.endswith(f'.{last}')
   ]
-  if moved:
-    return f' here ({"; ".join(moved)})'
-  if last in ('loss', 'balanced_loss'):
-    return f' here ({_LOSSES})'
-  return nearest(last, [name.split('.')[-1] for name in names])
+  now += [new for old, new in _GONE.items() if old.endswith(f'.{last}')]
+  if now:
+    return f' here ({"; ".join(now)})'
+  return nearest(last, [name.split('.')[-1] for name in FIELDS])
 
 
-def _explain_unknown(name, names):
-  inside = [n for n in names if n.startswith(f'{name}.')]
+def _explain_unknown(name):
+  inside = [field for field in FIELDS if field.startswith(f'{name}.')]
   if inside:
     return f'config.{name} is a section; set one of its fields, such as {inside[0]}.'
-  if name in ('train.loss', 'train.balanced_loss'):
-    return f'config has no field {name}: {_LOSSES}.'
-  return f'config has no field {name}{nearest(name, names)}.'
+  why = f': {_GONE[name]}' if name in _GONE else nearest(name, FIELDS)
+  return f'config has no field {name}{why}.'
 
 
 def _explain_type(name, value):
-  field = config_lib.declared()[name]
+  field = FIELDS[name]
   kind = (field.kind or type(field.default)).__name__
   example = '' if field.default is None else f', like {field.default!r}'
   return f'{name} is {value!r}; it must be of type {kind}{example}.'
+
+
+# Exit codes.
 
 
 def run_command(argv: list[str], work: Callable[[], None]) -> None:
   """Calls `work()`; wrong input and SIGTERM end the process with its codes."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_readable_log)
-  logging.get_absl_handler().addFilter(_with_addresses)
   if len(argv) > 1:
     fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()
@@ -192,7 +163,7 @@ def _code(work):
     return _say(preemption.EXIT_CODE, str(stop))
   except (processes.Elsewhere, bucket.Unreachable) as error:
     return _say(processes.EXIT_CODE, f'error: {error}.')
-  except _FROM_BELOW as error:
+  except Exception as error:  # Disks and lost processes come as many; texts tell.
     if errors.of_disk(error):
       _say(
         2,
@@ -205,15 +176,14 @@ def _code(work):
     traceback.print_exc()
     return _say(
       processes.EXIT_CODE,
-      f'error: what all processes do together failed in '
-      f'process {jax.process_index()} of {jax.process_count()} '
-      f'({str(error).splitlines()[0]}); if another one was lost, run the '
-      'same command again.',
+      f'error: what all processes do together failed in process {jax.process_index()} '
+      f'of {jax.process_count()} ({str(error).splitlines()[0]}); if another one was '
+      'lost, run the same command again.',
     )
 
 
 def _say(code, sentence):
-  print(bucket.named(sentence), file=sys.stderr)
+  print(sentence, file=sys.stderr)
   return code
 
 
@@ -226,7 +196,6 @@ def _last_line(error):
 def _keep_compilations():
   """The next run starts sooner; JAX_COMPILATION_CACHE_DIR goes first."""
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update(
-      'jax_compilation_cache_dir', str(addresses.cache_dir() / 'compiled')
-    )
+    folder = addresses.cache_dir() / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_compilation_cache_max_size', 2 << 30)  # Bytes.

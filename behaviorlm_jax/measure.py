@@ -4,12 +4,13 @@ Scores of samples, retention, predictions: what stands in the work directory
 already is not measured again.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import tqdm
 
-from behaviorlm_jax.cluster import preemption, processes, workspace
+from behaviorlm_jax.cluster import ownership, preemption
 from behaviorlm_jax.evaluate import evaluation, sasrec
 from behaviorlm_jax.io import files
 from behaviorlm_jax.setup import Setup
@@ -17,78 +18,73 @@ from behaviorlm_jax.setup import Setup
 
 def evaluate_base(setup: Setup) -> None:
   """The untuned model and the free baselines, once per work directory."""
-  folder = setup.workdir / 'base'
-  if not processes.exists(folder / 'config.json'):
-    processes.on_primary(workspace.claim, folder, setup.config, setup.fingerprints)
-  samples = evaluation.test_samples(setup.events, setup.config)
-  path = setup.workdir / 'baselines.json'
-  if not processes.exists(path):
-    processes.on_primary(
-      evaluation.write_baselines, path, setup.events, samples, setup.config
-    )
-  evaluate(setup, folder, None, samples)
-  if setup.config.sasrec.steps:
-    evaluate_sasrec(setup, samples)
+  workspace, config = setup.workspace, setup.config
+  folder = workspace.folder / 'base'
+  if not workspace.exists(folder / 'config.json'):
+    workspace.keep(ownership.claim, folder, config, setup.fingerprints)
+  path = workspace.folder / 'baselines.json'
+  if not workspace.exists(path):
+    workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
+  evaluate(setup, folder, None)
+  if config.sasrec.steps:
+    evaluate_sasrec(setup)
 
 
-def evaluate_sasrec(setup: Setup, samples: np.ndarray) -> None:
+def evaluate_sasrec(setup: Setup) -> None:
   """Trains and evaluates the baseline, once per work directory."""
   config, events = setup.config, setup.events
-  folder = setup.workdir / 'sasrec'
-  if processes.exists(folder / 'evaluation.json'):
+  folder = setup.workspace.folder / 'sasrec'
+  if setup.workspace.exists(folder / 'evaluation.json'):
     return
-  processes.on_primary(workspace.claim, folder, config, setup.fingerprints)
-  with tqdm.tqdm(total=config.sasrec.steps, desc='sasrec', unit='step') as bar:
+  setup.workspace.keep(ownership.claim, folder, config, setup.fingerprints)
+  recipe = sasrec.Recipe(
+    **config.sasrec,
+    weekday=config.data.weekday,
+    min_context=config.plan.min_context,
+    seed=config.seed,
+  )
+  with tqdm.tqdm(total=recipe.steps, desc='sasrec', unit='step') as bar:
 
     def progress(done: int) -> None:
       bar.update(done)
       preemption.check()
 
-    model = sasrec.fit_model(events, config, progress)
-  validation = evaluation.draw_samples(
-    events, 'validation', config.eval.validation_samples, config
-  )
-  scored = [
-    evaluation.Scored(
-      positions,
-      sasrec.predict_log_p(model, events, positions, config),
-      [setup.prompts.question(p) for p in positions],
-    )
-    for positions in (samples, validation)
-    if len(positions)
-  ]
-  fitted = scored[1] if config.eval.fit and len(validation) else None
-  processes.on_primary(
-    evaluation.write_arm, folder, setup.prompts, scored[0], fitted, config
+    model = sasrec.fit_model(events, recipe, progress)
+  _write_arm(
+    setup,
+    folder,
+    lambda samples, what: evaluation.Scored(
+      samples,
+      sasrec.predict_log_p(model, events, samples, recipe),
+      [setup.prompts.question(p) for p in samples],
+    ),
   )
 
 
-def evaluate(
-  setup: Setup, folder: Path, adapter: dict | None, samples: np.ndarray
-) -> None:
+def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
   """Writes predictions and evaluation of one arm, unless they stand there."""
-  if processes.exists(folder / 'evaluation.json'):
+  if setup.workspace.exists(folder / 'evaluation.json'):
     return
-  config = setup.config
   # Before the scores: whatever stops those, this is kept.
   measure_retention(setup, folder, adapter)
-  test = score(setup, adapter, samples, f'{folder.name}: evaluate')
-  validation = None
-  if config.eval.fit:
-    drawn = evaluation.draw_samples(
-      setup.events, 'validation', config.eval.validation_samples, config
-    )
-    if len(drawn):
-      validation = score(setup, adapter, drawn, f'{folder.name}: validation')
-  processes.on_primary(
-    evaluation.write_arm, folder, setup.prompts, test, validation, config
+  _write_arm(setup, folder, functools.partial(score, setup, adapter))
+
+
+def _write_arm(setup, folder, score):
+  """Writes an arm; `score`: (samples, what it is for) -> evaluation.Scored."""
+  samples, validation = setup.samples, None
+  test = score(samples.test, f'{folder.name}: evaluate')
+  if len(samples.validation):
+    validation = score(samples.validation, f'{folder.name}: validation')
+  setup.workspace.keep(
+    evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
   )
 
 
 def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
   """Writes retention.json, if there is anything to measure it on."""
   path, rows = folder / 'retention.json', setup.retention.rows(adapter)
-  if processes.exists(path) or not rows:
+  if setup.workspace.exists(path) or not rows:
     return
   with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
 
@@ -96,7 +92,7 @@ def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
       bar.update(done)
       preemption.check()
 
-    processes.on_primary(
+    setup.workspace.keep(
       files.write_json, path, setup.retention.measure(adapter, progress)
     )
 

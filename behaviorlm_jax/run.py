@@ -19,7 +19,9 @@ from ml_collections import ConfigDict
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum, measure
 from behaviorlm_jax import setup as setup_lib
-from behaviorlm_jax.cluster import preemption, processes, workspace
+from behaviorlm_jax.cluster import ownership, preemption, processes
+from behaviorlm_jax.cluster import workspace as workspace_lib
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.io import bucket, hub
@@ -37,29 +39,29 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
   if config.data.shard:
     prepare_shard(config, workdir)
     return
-  setup = open_run(config, workdir)
-  measure.evaluate_base(setup)
-  for name in setup.config.stages:
-    run_stage(setup, config_lib.stage_of(setup.config, name))
-  title = 'BehaviorLM: ' + PurePosixPath(config.data.events).name
-  processes.on_primary(
-    report.write_report, setup.workdir, title, setup.base.tokenizer.decode
-  )
-  logging.info('report: %s', setup.workdir / 'report.html')
-
-
-def open_run(config: ConfigDict, workdir: str | Path) -> setup_lib.Setup:
-  """Meets the other processes, and opens what all of them are given."""
   with preemption.at_once():  # Others may never come.
     processes.meet(config.distributed)
   processes.start(config.distributed)
   preemption.share()
-  workdir = workspace.make(workdir)
-  workspace.check_hosts(config, workdir)
-  config = workspace.pin(config, workdir)
-  workspace.check_config(config, workdir)
-  setup = setup_lib.open_setup(config, workdir, sharding.make_layout(config))
-  workspace.check_fingerprints(config, workdir, setup.fingerprints)
+  with workspace_lib.opened(workdir) as workspace:
+    setup = open_run(config, workspace)
+    measure.evaluate_base(setup)
+    for name in setup.config.stages:
+      run_stage(setup, config_lib.stage_of(setup.config, name))
+    title = 'BehaviorLM: ' + PurePosixPath(config.data.events).name
+    decode = setup.base.tokenizer.decode
+    workspace.keep(report.write_report, workspace.folder, title, decode)
+    logging.info('report: %s', workspace.folder / 'report.html')
+
+
+def open_run(config: ConfigDict, workspace: Workspace) -> setup_lib.Setup:
+  """What a run is given, if the work directory belongs to it."""
+  ownership.check_hosts(config, workspace)
+  config = ownership.pin(config, workspace.folder)
+  ownership.check_config(config, workspace.folder)
+  layout = sharding.make_layout(config.mesh, config.train)
+  setup = setup_lib.open_setup(config, workspace, layout)
+  ownership.check_fingerprints(config, workspace.folder, setup.fingerprints)
   return setup
 
 
@@ -75,34 +77,30 @@ def prepare_shard(config: ConfigDict, workdir: str | Path) -> None:
 
 def run_stage(setup: setup_lib.Setup, stage: config_lib.Stage) -> None:
   """Plans, trains, exports and evaluates one stage."""
-  config, folder = setup.config, setup.workdir / stage.folder
+  config, workspace = setup.config, setup.workspace
+  folder = workspace.folder / stage.folder
   folder.mkdir(exist_ok=True)
   adapter = setup_lib.first_adapter(setup, stage.name)
   # Also of a finished stage: a plan of other inputs is refused here.
   plan = curriculum.make_plan(setup, stage, folder, adapter)
-  if processes.exists(folder / 'evaluation.json'):
+  if workspace.exists(folder / 'evaluation.json'):
     logging.info('%s is finished.', folder)
     return
-  processes.on_primary(workspace.claim, folder, config, setup.fingerprints, stage.name)
-  adapter = train(setup, stage, folder, plan, adapter)
-  processes.on_primary(
+  workspace.keep(ownership.claim, folder, config, setup.fingerprints, stage.name)
+  adapter = train(setup, stage, plan, adapter)
+  workspace.keep(
     lora.export,
     folder / 'adapter',
     setup.model.layout.gather(adapter),
     config.lora.alpha,
     *base_name(setup),
   )
-  processes.on_primary(evaluation.write_labels, folder / 'labels.json', setup.prompts)
-  samples = evaluation.test_samples(setup.events, config)
-  measure.evaluate(setup, folder, adapter, samples)
+  workspace.keep(evaluation.write_labels, folder / 'labels.json', setup.prompts)
+  measure.evaluate(setup, folder, adapter)
 
 
 def train(
-  setup: setup_lib.Setup,
-  stage: config_lib.Stage,
-  folder: Path,
-  plan: curriculum.Plan,
-  adapter: dict,
+  setup: setup_lib.Setup, stage: config_lib.Stage, plan: curriculum.Plan, adapter: dict
 ) -> dict:
   """Trains, or goes on training, a stage from `adapter`; returns its own."""
   lesson = curriculum.lesson(setup, stage, plan)
@@ -112,8 +110,8 @@ def train(
     lesson,
     adapter,
     curriculum.validation(setup, stage),
-    folder,
-    setup.config.checkpoint,
+    setup.workspace,
+    setup.config.checkpoint.every,
   )
   return interpolate(start, end, stage.interpolation)
 

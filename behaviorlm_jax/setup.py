@@ -2,21 +2,20 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.cluster import ownership, processes
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import conversations, prepared
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.evaluate import baselines, evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.model import lora, weights
@@ -31,7 +30,7 @@ class Setup:
   """What the stages of one run have in common."""
 
   config: ConfigDict
-  workdir: Path
+  workspace: Workspace
   base: weights.Base
   prompts: prompts_lib.Prompts
   conversations: list[conversations.Conversation]  # to train on
@@ -51,16 +50,30 @@ class Setup:
   @functools.cached_property
   def anchor_tree(self) -> label_tree.Tree:
     """The anchors alone, which are the first behaviors."""
-    anchors = int(samples_lib.anchor_mask(self.events).sum())
+    anchors = int(self.events.anchors.sum())
     return label_tree.build(label_tree.shortest(self.prompts.labels[:anchors]))
+
+  @functools.cached_property
+  def samples(self) -> evaluation.Drawn:
+    """What every arm is evaluated on."""
+    return _samples(self.events, self.config)
+
+  @functools.cached_property
+  def counts(self) -> baselines.Counts:
+    """The free baselines, fitted once for all that mix with them."""
+    return baselines.Counts(self.events, self.config.data.history, self.config.seed)
 
   @property
   def fingerprints(self) -> dict[str, str]:
-    return workspace.fingerprints(self.events, self.base)
+    """What ties artifacts to the log and the model, beyond their addresses."""
+    return {'events': self.events.fingerprint, 'base': self.base.fingerprint}
 
 
 def open_setup(
-  config: ConfigDict, workdir: Path, layout: sharding.Layout, shapes_only: bool = False
+  config: ConfigDict,
+  workspace: Workspace,
+  layout: sharding.Layout,
+  shapes_only: bool = False,
 ) -> Setup:
   """Events, base model and scorer; every input is checked on the way.
 
@@ -70,9 +83,9 @@ def open_setup(
   layout = layout.of(base.config)  # Heads stay whole.
   shapes = lora.shapes(base.config, config.lora.rank, config.lora.targets)
   talks = _conversations(config, base)
-  prompts = _prompts(config, workdir, base)
+  prompts = _prompts(config, workspace, base)
   processes.assert_same(
-    workspace.facts(config)
+    ownership.facts(config)
     | {
       'the events': prompts.events.fingerprint,
       'the base model': base.fingerprint,
@@ -97,17 +110,20 @@ def open_setup(
   retention = retention_lib.Retention(
     scored.attach, scored.params, layout, held, config.score.batch
   )
-  return Setup(config, workdir, base, prompts, talks, model, scorer, retention)
+  return Setup(config, workspace, base, prompts, talks, model, scorer, retention)
 
 
-def _prompts(config, workdir, base):
+def _prompts(config, workspace, base):
   """The events as text; refuses what does not fit the model or the rows."""
-  events = prepared.load_events(config, workdir)
-  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
-  plan_lib.check_lengths(prompts, config)
+  events = prepared.load_events(config, workspace)
+  data = config.data
+  prompts = prompts_lib.Prompts(
+    events, base.tokenizer, data.instruction, data.history, data.weekday
+  )
+  plan_lib.check_lengths(prompts, config.plan.min_context, config.train.length)
   prompts.check_lengths(base.config.max_length, config.train.length)
-  evaluation.test_samples(events, config)  # Refuses a log without any.
-  anchors = int(samples_lib.anchor_mask(events).sum())
+  _samples(events, config)  # Refuses a log without any.
+  anchors = int(events.anchors.sum())
   alone = config.a.content == 'anchors' and config.a.softmax == 'names'
   if 'a' in config.stages and alone and anchors < 2:
     raise InputError(
@@ -118,14 +134,22 @@ def _prompts(config, workdir, base):
   return prompts
 
 
+def _samples(events, config):
+  return evaluation.draw_splits(
+    events, config.eval, config.plan.min_context, config.seed
+  )
+
+
 def _model(config, base, layout, shapes, shapes_only, scores=False):
   """The base in model.dtype, or in score.dtype for what `scores`."""
-  dtype = config.score.dtype if scores else config.model.dtype
-  # Kernels of the one type may not serve the other.
-  attention = 'auto' if scores else None
-  attach = step_lib.attacher(base.config, config, layout, dtype, attention)
+  section = dict(config.model)
+  if scores:  # Kernels of the one type may not serve the other.
+    section |= {'dtype': config.score.dtype, 'attention': 'auto'}
+  attach = step_lib.attacher(
+    base.config, layout, section, config.train, config.lora.alpha
+  )
   place = layout.abstract if shapes_only else layout.place
-  params = weights.read_params(base, jnp.dtype(dtype), place)
+  params = weights.read_params(base, jnp.dtype(section['dtype']), place)
   return trainer.Model(attach, params, layout, shapes)
 
 
@@ -147,8 +171,9 @@ def _conversations(config, base):
 def first_adapter(setup: Setup, stage: str) -> dict:
   """Where training starts: a fresh adapter, or for stage b that of stage a."""
   config, model = setup.config, setup.model
-  if stage == 'b' and workspace.needs_stage_a(config):
-    return _load_adapter(setup, workspace.stage_a_adapter(config, setup.workdir))
+  if stage == 'b' and ownership.needs_stage_a(config):
+    origin = ownership.stage_a_adapter(config, setup.workspace.folder)
+    return _load_adapter(setup, origin)
   adapter = lora.init(
     setup.base.config,
     config.lora.rank,

@@ -6,10 +6,10 @@ questions.
 """
 
 import collections
-import dataclasses
 import itertools
 import time
 
+import common
 import jax
 import numpy as np
 from absl import logging
@@ -17,7 +17,6 @@ from absl import logging
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import lora
@@ -67,14 +66,14 @@ class Shared:
       ),
     )
     # Of endless cosine decay no run gets to see more than its flat top.
-    self.optimizer, self.schedule = step_lib.make_optimizer(
-      config_lib.stage_of(config, 'a'), config.train
-    )
-    self.places = step_lib.state_shardings(
-      inputs.layout, jax.tree.map(np.shape, self.adapter), self.optimizer
+    self.tuner = step_lib.Tuner(
+      config_lib.stage_of(config, 'a'),
+      config.train,
+      inputs.layout,
+      jax.tree.map(np.shape, self.adapter),
     )
     self.attach = step_lib.attacher(
-      inputs.base.config, config, inputs.layout, config.model.dtype
+      inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
     )
     self.train = config.train
 
@@ -83,17 +82,11 @@ class Shared:
     answers = plan_lib.most_answers(
       plan, self.train.batch, self.train.accumulate, self.layout.row_parts
     )
-    return step_lib.make_step(
-      Loss(self.attach, self.layout.row_parts, answers),
-      self.optimizer,
-      self.schedule,
-      self.train.accumulate,
-      self.places,
-      self.layout,
-    )
+    loss = Loss(self.attach, self.layout.row_parts, answers)
+    return step_lib.make_step(loss, self.tuner, self.train.accumulate)
 
   def state(self):
-    return step_lib.init_state(self.adapter, self.optimizer, self.places)
+    return self.tuner.begin(self.adapter)
 
 
 class Arm:
@@ -104,11 +97,9 @@ class Arm:
     self.name, self.shared, self.layout = name, shared, inputs.layout
     self.config = arm_config(inputs.config, name)
     rng = np.random.default_rng(self.config.seed)
-    samples = samples_lib.of_split(inputs.events, 'train', self.config)
-    windows = plan_lib.Windows(inputs.prompts, self.config)
-    self.plan = plan_lib.take(
-      plan_lib.tile(windows, samples, rng), self.config, steps, ''
-    )
+    stream = plan_lib.tile(common.make_windows(inputs.prompts, self.config), rng)
+    train = self.config.train
+    self.plan = plan_lib.take(stream, steps * train.batch, train.length, '')
     self.assemble = loader.Assembler(
       inputs.prompts, [], self.config.train.length, self.plan.answers
     )
@@ -175,12 +166,12 @@ def work(segments):
   """
   total = collections.Counter()
   for segment in segments:
-    targets, length = segment['targets'], segment['length']
+    targets, length = segment.targets, segment.length
     total.update(
       targets=len(targets),
       tokens=length,
-      answers=segment['answers'],
-      context=sum(targets) - len(targets) * segment['start'],
+      answers=segment.answers,
+      context=sum(targets) - len(targets) * segment.start,
       pairs=length * (length + 1) // 2,
     )
   return total
@@ -202,13 +193,13 @@ class Validation:
     config = inputs.config.copy_and_resolve_references()
     rows, config.train.length = questions(inputs, count)
     attach = step_lib.attacher(
-      inputs.base.config, config, inputs.layout, config.model.dtype
+      inputs.base.config, inputs.layout, config.model, config.train, config.lora.alpha
     )
     self.sums = step_lib.make_validation(
       Loss(attach, inputs.layout.row_parts), inputs.layout
     )
     self.params, self.questions = params, len(rows)
-    most = max(row[0]['answers'] for row in rows)
+    most = max(row[0].answers for row in rows)
     assemble = loader.Assembler(inputs.prompts, [], config.train.length, most)
     self.batches = [
       inputs.layout.put_rows(batch, config.train.batch)
@@ -227,7 +218,9 @@ class Validation:
 def questions(inputs, count):
   """Rows of one question each, whole batches of them, and their length."""
   config, prompts = inputs.config, inputs.prompts
-  samples = evaluation.draw_samples(inputs.events, 'validation', count, config)
+  samples = evaluation.draw_samples(
+    inputs.events, 'validation', count, config.plan.min_context, config.seed
+  )
   whole = len(samples) // config.train.batch * config.train.batch
   if not whole:
     raise InputError(
@@ -238,9 +231,13 @@ def questions(inputs, count):
   # The draw is sorted: a batch is of neighbours in the log, and differences
   # between batches hold those between users.
   config = config.copy_and_resolve_references()
-  spans = [(prompts.question_start(p), p) for p in samples[:whole]]
-  longest = max(prompts.window_length(a, p + 1) for a, p in spans)
+  samples = samples[:whole]
+  starts = prompts.question_start(samples)
+  longest = prompts.window_lengths(starts, samples + 1).max()
   config.train.length = -(-longest // 16) * 16
-  windows = plan_lib.Windows(prompts, config)
-  rows = [[dataclasses.asdict(windows.make(a, [p], [1.0]))] for a, p in spans]
+  windows = common.make_windows(prompts, config)
+  rows = [
+    [windows.make(start, [position], [1.0])]
+    for start, position in zip(starts, samples, strict=True)
+  ]
   return rows, config.train.length

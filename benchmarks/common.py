@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import ownership, workspace
 from behaviorlm_jax.data import conversations, loader, prepared
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.data import prompts as prompts_lib
@@ -92,21 +92,39 @@ class Inputs:
 
 def open_inputs(config, workdir, adapter=''):
   config_lib.check(config)
-  config = workspace.pin(config, Path(workdir))
+  config = ownership.pin(config, Path(workdir))
   base = weights.open_base(config.model.address)
   if base.folder is None:
     raise InputError(
       f'model.address is {config.model.address}, which torch '
       'cannot read; give a folder or a .gguf file.'
     )
-  events = prepared.load_events(config, Path(workdir))
-  prompts = prompts_lib.Prompts(events, base.tokenizer, config.data)
-  plan_lib.check_lengths(prompts, config)
+  events = prepared.load_events(config, workspace.local(workdir))
+  prompts = make_prompts(config, events, base)
   talks = conversations.read_conversations(
     conversations.DEFAULT, base.tokenizer, config.train.length
   )
-  layout = sharding.make_layout(config).of(base.config)
+  layout = sharding.make_layout(config.mesh, config.train).of(base.config)
   return Inputs(config, base, prompts, talks, layout, adapter)
+
+
+def make_prompts(config, events, base):
+  """The events as text, all of which fits in train.length."""
+  data = config.data
+  prompts = prompts_lib.Prompts(
+    events, base.tokenizer, data.instruction, data.history, data.weekday
+  )
+  plan_lib.check_lengths(prompts, config.plan.min_context, config.train.length)
+  return prompts
+
+
+def make_windows(prompts, config):
+  """Windows over all training samples."""
+  plan = config.plan
+  samples = samples_lib.of_split(prompts.events, 'train', plan.min_context)
+  return plan_lib.Windows(
+    prompts, samples, plan.window, plan.targets_per_row, config.train.length
+  )
 
 
 def batches(inputs, steps, share):
@@ -116,12 +134,11 @@ def batches(inputs, steps, share):
   """
   config = inputs.config
   rng = np.random.default_rng(config.seed)
-  samples = samples_lib.of_split(inputs.events, 'train', config)
-  windows = plan_lib.Windows(inputs.prompts, config)
-  stream = plan_lib.mix(
-    plan_lib.tile(windows, samples, rng), inputs.conversations, share, rng
-  )
-  plan = plan_lib.take(stream, config, steps, '')
+  windows = make_windows(inputs.prompts, config)
+  stream = plan_lib.tile(windows, rng)
+  stream = plan_lib.mix(stream, inputs.conversations, share, rng)
+  rows = steps * config.train.batch
+  plan = plan_lib.take(stream, rows, config.train.length, '')
   assemble = loader.Assembler(
     inputs.prompts, inputs.conversations, config.train.length, plan.answers
   )

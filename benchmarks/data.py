@@ -39,8 +39,6 @@ from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import loader, prepared
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.model import weights
 
 SIZES = flags.DEFINE_list('sizes', ['1', '10'], 'Millions of events.')
@@ -116,8 +114,7 @@ def config_of(log):
 def prepare(log, workdir):
   """Facts of preparing the log, in `workdir`."""
   config = config_of(log)
-  workdir = workspace.make(workdir)
-  facts = {}
+  workdir, facts = Path(workdir), {}
   for i in range(SHARDS.value):
     config.data.shard = f'{i}/{SHARDS.value}'
     with Meter() as meter:
@@ -126,7 +123,7 @@ def prepare(log, workdir):
       facts[f'shard 0 of {SHARDS.value}'] = meter.found
   config.data.shard = ''
   with Meter() as meter:
-    prepared.load_events(config, workdir)
+    prepared.load_events(config, workspace.local(workdir))
   facts['join' if SHARDS.value else 'prepare'] = meter.found
   summary = json.loads((workdir / 'events' / 'summary.json').read_text())
   size = sum(p.stat().st_size for p in (workdir / 'events').iterdir())
@@ -148,13 +145,13 @@ def plan(log, workdir):
   base = weights.open_base(whole.model.address)
   facts, plans = {}, {}
   with Meter() as meter:
-    events = events_lib.open_events(workspace.make(workdir) / 'events')
-    prompts = prompts_lib.Prompts(events, base.tokenizer, whole.data)
-    plan_lib.check_lengths(prompts, whole)
+    space = workspace.local(workdir)
+    events = events_lib.open_events(space.folder / 'events')
+    prompts = common.make_prompts(whole, events, base)
     prompts.check_lengths(1 << 20, whole.train.length)
-    evaluation.test_samples(events, whole)
     # No model: plans need none.
-    this = setup.Setup(whole, workdir, base, prompts, [], None, None, None)
+    this = setup.Setup(whole, space, base, prompts, [], None, None, None)
+    assert len(this.samples.test)
     assert this.tree and this.anchor_tree  # Built here, and not with the first plan.
   facts['open and check'] = meter.found
   for stage in whole.stages:
@@ -164,7 +161,9 @@ def plan(log, workdir):
         rng = seeds.stream(whole.seed, stage, split)
         stream = curriculum.segments(this, one, split, rng)
         steps = STEPS.value if split == 'train' else 1
-        plans[stage, split] = plan_lib.take(stream, whole, steps, '')
+        plans[stage, split] = plan_lib.take(
+          stream, steps * whole.train.batch, whole.train.length, ''
+        )
     facts[f'plan {stage}'] = meter.found
   facts['hash'] = plan_lib.content_hash(plans['a', 'train'])
   return facts | {'load': load(this, plans['a', 'train'])}

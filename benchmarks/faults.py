@@ -22,7 +22,6 @@ only root may mount; without it these faults are left out, and a line says so.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import random
@@ -36,50 +35,26 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tiny
 from safetensors import numpy as safetensors_numpy
 
 HERE = Path(__file__).parent
 STAGES = ('a_tuning', 'b_tuning')
 ADAPTER = 'adapter/adapter_model.safetensors'
-STEPS, TIMEOUT, HEARTBEAT = 6, 120, 12
+STEPS, TIMEOUT, HEARTBEAT = tiny.STEPS, 120, 12
 STOPPED, ELSEWHERE, WRONG = 75, 76, 2
 # What JAX itself ends a process with when another one is lost.
 ABORTED = -signal.SIGABRT
 LOST = (ELSEWHERE, ABORTED)
 FIELDS = {
-  'model.address': 'random://tiny',
-  'model.dtype': 'float32',
-  'lora.rank': 4,
-  'lora.targets': ('q_proj', 'v_proj'),
-  'data.instruction': 'Log',
-  'data.history': 5,
-  'plan.window': 6,
-  'plan.min_context': 2,
-  'plan.targets_per_row': 4,
-  'plan.per_behavior': 4,
-  'a.content': 'anchors',
-  'plan.neighbours': 0.0,
-  'a.conversation_share': 0.0,
-  'b.prior': 'drawn',
   'difficulty.score': 'nll',
-  'difficulty.candidates': 6,
-  'train.length': 192,
+  'a.conversation_share': 0.0,
+  'retention.conversations': 0.0,
   'train.batch': 4,
-  'train.accumulate': 1,
-  'a.steps': STEPS,
-  'b.steps': STEPS,
-  'a.learning_rate': 1e-3,
-  'b.learning_rate': 1e-3,
-  'b.interpolation': 0.5,
   'checkpoint.every': 2,
-  'checkpoint.keep': 2,
   'eval.max_samples': 40,
   'eval.validation_rows': 4,
   'eval.validation_samples': 20,
-  'retention.conversations': 0.0,
-  'data.columns.user': 'user',
-  'data.columns.time': 'time',
-  'data.columns.behavior': 'behavior',
 }
 # (fault, processes, who is hit, processes of the run after it). 'one' of two is
 # drawn. Of each line as many as its number says.
@@ -173,7 +148,7 @@ class Campaign:
 
   def __init__(self, folder):
     self.folder = folder
-    self.log = write_log(folder / 'log.csv')
+    self.log = tiny.write_log(folder / 'log.csv', users=30)
     self.whole = {}
     for processes in (1, 2):
       run = Run(self, f'whole{processes}', processes)
@@ -335,7 +310,7 @@ class Run:
         kind,
         str(at),
         str(self.notes[-1]),
-        f'--config={HERE / "default_config.py"}',
+        f'--config={tiny.__file__}',
         f'--workdir={self.workdir}',
         f'--config.data.events={self.campaign.log}',
       ]
@@ -478,22 +453,6 @@ def may_mount(folder):
   ):
     return True
   return False
-
-
-def write_log(path):
-  """30 users whose days follow a pattern, with two rare behaviors."""
-  rng, lines = random.Random(0), ['user,time,behavior']
-  for user in range(30):
-    time_ = datetime.datetime(2024, 1, 1, rng.randrange(24))
-    for event in range(40):
-      names = ['home', 'work', 'gym', 'cafe']
-      name = rng.choices(names, [5, 3, 1, 1])[0]
-      if event in (12, 30, 36) and user % 5 == 0:
-        name = ('airport', 'hotel')[user // 5 % 2]
-      time_ += datetime.timedelta(minutes=rng.randrange(10, 400))
-      lines.append(f'u{user},{time_:%Y-%m-%d %H:%M},{name}')
-  path.write_text('\n'.join(lines) + '\n')
-  return path
 
 
 def main():

@@ -12,6 +12,7 @@ Accuracy and mean log p of both should differ by little more than their seeds
 do.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -28,24 +29,24 @@ _CHECKED = 2000  # Validation events of a check.
 class Peer(torch.nn.Module):
   """Logits float32 [B, L, Y] of the behavior after each event."""
 
-  def __init__(self, sizes, known):
+  def __init__(self, recipe, known):
     super().__init__()
-    self.known, width = known, sizes.width
+    self.known, width = known, recipe.width
     self.tables = torch.nn.ModuleList(
-      [torch.nn.Embedding(count, width) for count in (known + 1, sizes.history, 24, 7)]
+      [torch.nn.Embedding(count, width) for count in (known + 1, recipe.history, 24, 7)]
     )
     for table in self.tables:
       torch.nn.init.normal_(table.weight, std=width**-0.5)
     self.layers = torch.nn.ModuleList(
       [
         torch.nn.TransformerEncoderLayer(
-          width, sizes.heads, width, sizes.dropout, batch_first=True, norm_first=True
+          width, recipe.heads, width, recipe.dropout, batch_first=True, norm_first=True
         )
-        for _ in range(sizes.layers)
+        for _ in range(recipe.layers)
       ]
     )
     self.norm = torch.nn.LayerNorm(width)
-    self.dropout = torch.nn.Dropout(sizes.dropout)
+    self.dropout = torch.nn.Dropout(recipe.dropout)
 
   def forward(self, *ids):
     """`ids`: behavior, place, hour and day int64 [B, L]. Windows are
@@ -59,13 +60,13 @@ class Peer(torch.nn.Module):
     return self.norm(x) @ self.tables[0].weight[: self.known].T
 
 
-def cut(events, end, config):
+def cut(events, end, recipe):
   """behavior, place, hour, day and target int64 [L] of the window before `end`.
 
   Places count from the far end of a full window, as ours do. Targets are the
   next events of the training split; -1: none.
   """
-  length = config.sasrec.history
+  length = recipe.history
   begin = max(int(events.first[end]), end - length)
   row = np.zeros((5, length), np.int64)
   row[4] = -1
@@ -78,49 +79,49 @@ def cut(events, end, config):
       min(int(events.behavior[at]), events.known),
       length - (end - at),
       seconds // 3600 % 24,
-      seconds // 86400 % 7 if config.data.weekday else 0,
+      seconds // 86400 % 7 if recipe.weekday else 0,
       following if learned else -1,
     )
   return row, end - begin - 1
 
 
-def stack(events, ends, config):
+def stack(events, ends, recipe):
   """The windows int64 [5, B, L], and where in each the last event stands."""
-  rows, last = zip(*(cut(events, int(end), config) for end in ends), strict=True)
+  rows, last = zip(*(cut(events, int(end), recipe) for end in ends), strict=True)
   return torch.tensor(np.stack(rows, axis=1)), torch.tensor(last)
 
 
-def positions(events, split, config):
+def positions(events, split, recipe):
   place = np.arange(len(events.behavior)) - events.first
   return np.flatnonzero(
     (np.array(events_lib.SPLITS)[events.split] == split)
     & (np.asarray(events.behavior) < events.known)
-    & (place >= config.plan.min_context)
+    & (place >= recipe.min_context)
   )
 
 
-def train(events, config, seed):
+def train(events, recipe):
   """A peer, as it was when it did best on validation events."""
-  torch.manual_seed(seed)
-  rng, sizes = np.random.default_rng(seed), config.sasrec
-  model = Peer(sizes, events.known)
-  optimizer = torch.optim.Adam(model.parameters(), sizes.learning_rate)
+  torch.manual_seed(recipe.seed)
+  rng = np.random.default_rng(recipe.seed)
+  model = Peer(recipe, events.known)
+  optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
   learned, held = (
-    positions(events, split, config) for split in ('train', 'validation')
+    positions(events, split, recipe) for split in ('train', 'validation')
   )
   held = rng.choice(held, min(len(held), _CHECKED), replace=False)
   best, kept = np.inf, None
-  for step in range(1, sizes.steps + 1):
+  for step in range(1, recipe.steps + 1):
     model.train()
-    rows, _ = stack(events, rng.choice(learned, sizes.batch), config)
+    rows, _ = stack(events, rng.choice(learned, recipe.batch), recipe)
     logits = model(*rows[:4])
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(
       logits.flatten(0, 1), rows[4].flatten(), ignore_index=-1
     ).backward()
     optimizer.step()
-    if step % -(-sizes.steps // 10) == 0 or step == sizes.steps:
-      loss = -scores(model, events, held, config)[1]
+    if step % -(-recipe.steps // 10) == 0 or step == recipe.steps:
+      loss = -scores(model, events, held, recipe)[1]
       if loss < best:
         best, kept = (
           loss,
@@ -131,12 +132,12 @@ def train(events, config, seed):
 
 
 @torch.no_grad()
-def scores(model, events, ends, config):
+def scores(model, events, ends, recipe):
   """Accuracy and mean log p of what happens at `ends`."""
   model.eval()
   found = []
   for part in np.array_split(ends, -(-len(ends) // 256)):
-    rows, last = stack(events, part, config)
+    rows, last = stack(events, part, recipe)
     logits = model(*rows[:4])[torch.arange(len(part)), last]
     found.append(torch.log_softmax(logits, -1).numpy())
   return _scores(np.concatenate(found), events, ends)
@@ -154,16 +155,22 @@ def main(argv):
   del argv
   config = flags.FLAGS.config
   events = events_lib.open_events(Path(flags.FLAGS.workdir) / 'events')
-  ends = positions(events, 'test', config)
-  print(f'{len(ends)} test events, {config.sasrec.steps} steps')
+  recipe = ours.Recipe(
+    **config.sasrec,
+    weekday=config.data.weekday,
+    min_context=config.plan.min_context,
+    seed=config.seed,
+  )
+  ends = positions(events, 'test', recipe)
+  print(f'{len(ends)} test events, {recipe.steps} steps')
   found = {'ours': [], 'peer': []}
   for seed in map(int, flags.FLAGS.seeds):
-    config.seed = seed
-    model = ours.fit_model(events, config)
+    recipe = dataclasses.replace(recipe, seed=seed)
+    model = ours.fit_model(events, recipe)
     found['ours'].append(
-      _scores(ours.predict_log_p(model, events, ends, config), events, ends)
+      _scores(ours.predict_log_p(model, events, ends, recipe), events, ends)
     )
-    found['peer'].append(scores(train(events, config, seed), events, ends, config))
+    found['peer'].append(scores(train(events, recipe), events, ends, recipe))
     for side, values in found.items():
       print(
         f'seed {seed}, {side}: accuracy {values[-1][0]:.4f}, '

@@ -72,7 +72,10 @@ def answers(inputs, count):
 
 def questions(inputs, count):
   """Questions of the test split whose lengths are closest to the median."""
-  positions = evaluation.test_samples(inputs.events, inputs.config)
+  config = inputs.config
+  positions = evaluation.draw_samples(
+    inputs.events, 'test', config.eval.max_samples, config.plan.min_context, config.seed
+  )
   found = sorted(map(inputs.prompts.question, positions), key=len)
   begin = max(0, (len(found) - count) // 2)
   return found[begin : begin + count]
@@ -84,7 +87,13 @@ class Ours:
   def __init__(self, inputs, names, dtype, softmax='vocabulary'):
     config = inputs.config.copy_and_resolve_references()
     config.score.update(dtype=dtype, softmax=softmax)
-    attach = step_lib.attacher(inputs.base.config, config, inputs.layout, dtype)
+    attach = step_lib.attacher(
+      inputs.base.config,
+      inputs.layout,
+      {**config.model, 'dtype': dtype},
+      config.train,
+      config.lora.alpha,
+    )
     self.adapter = jax.device_put(inputs.adapter)
     self.scorer = scorer_lib.Scorer(
       attach, inputs.params(dtype), names, config.score, inputs.layout

@@ -42,25 +42,17 @@ class Ours:
     """`plan`: of all batches to come; `example`: one of them."""
     config, self.layout = inputs.config, inputs.layout
     self.params = inputs.params(config.model.dtype)
-    optimizer, schedule = step_lib.make_optimizer(
-      config_lib.stage_of(config, 'a'), config.train
-    )
     shapes = jax.tree.map(np.shape, inputs.adapter)
-    places = step_lib.state_shardings(self.layout, shapes, optimizer)
-    self.state = step_lib.init_state(inputs.adapter, optimizer, places)
+    tuner = step_lib.Tuner(
+      config_lib.stage_of(config, 'a'), config.train, self.layout, shapes
+    )
+    self.state = tuner.begin(inputs.adapter)
     attach = step_lib.attacher(
-      inputs.base.config, config, self.layout, config.model.dtype
+      inputs.base.config, self.layout, config.model, config.train, config.lora.alpha
     )
     parts, rows = self.layout.row_parts, config.train
     answers = plan_lib.most_answers(plan, rows.batch, rows.accumulate, parts)
-    step = step_lib.make_step(
-      Loss(attach, parts, answers),
-      optimizer,
-      schedule,
-      rows.accumulate,
-      places,
-      self.layout,
-    )
+    step = step_lib.make_step(Loss(attach, parts, answers), tuner, rows.accumulate)
     self.compiled = step.lower(self.state, self.params, self.put(example)).compile()
 
   def put(self, batch):
@@ -79,8 +71,13 @@ def real_tokens(batch):
 
 def check_float32(inputs, folder, batch):
   """Both sides' losses on one batch agree in float32."""
+  config = inputs.config
   attach = step_lib.attacher(
-    inputs.base.config, inputs.config, inputs.layout, 'float32'
+    inputs.base.config,
+    inputs.layout,
+    {**config.model, 'dtype': 'float32'},
+    config.train,
+    config.lora.alpha,
   )
   sums = step_lib.make_validation(Loss(attach, inputs.layout.row_parts), inputs.layout)
   loss, weight = sums(
@@ -212,7 +209,9 @@ def questions(inputs, count):
   """One-question prompts with their answers, batches of similar lengths."""
   prompts, config = inputs.prompts, inputs.config
   rng = np.random.default_rng(config.seed)
-  positions = samples_lib.eligible(inputs.events, 'train', config)
+  positions = samples_lib.of_split(
+    inputs.events, 'train', config.plan.min_context
+  ).all()
   past = positions - inputs.events.first[positions]
   positions = positions[past >= _CONTEXT]
   samples = []

@@ -24,7 +24,7 @@ behavior, drawn at random, whose other events count, too.
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.sweep import settings as sweep
 
-SHOTS = (0, 1, 2, 5, 10, 20, 50)
+SHOTS = (5, 50, 0, 1, 20, 2, 10)  # The most wanted first.
 # All neighbours count alike, and scores stay those of natural frequencies: on
 # validation events draws of equal frequency moved the prior further than tau
 # undoes. Of stage b's methods alone, so that the rows of others stay valid.
@@ -43,17 +43,17 @@ def get_config(name='controls'):
 
 
 def _controls(config):
-  config.methods = {
+  anchors, every = 'no_balanced_stage', 'all_behaviors_alone'
+  two = dict(seeds=3, fields=_STAGE_B)
+  methods = {
     # Stage a by itself, on anchors or on all behaviors, and then stage b.
-    'no_balanced_stage': sweep.method(('no_balanced_stage',), seeds=3),
-    'behaviorlm': sweep.method(start='no_balanced_stage', seeds=3),
-    'all_behaviors_alone': sweep.method(
-      seeds=3, fields={'stages': ('a',), 'a': {'content': 'all'}}
-    ),
-    'all_behaviors_first': sweep.method(start='all_behaviors_alone', seeds=3),
+    anchors: sweep.method(('no_balanced_stage',), seeds=3),
+    'behaviorlm': sweep.method(start=anchors, **two),
     'one_stage': sweep.method(('one_stage',), seeds=3),
+    every: sweep.method(seeds=3, fields={'stages': ('a',), 'a': {'content': 'all'}}),
+    'all_behaviors_first': sweep.method(start=every, **two),
     'sasrec': _sasrec(),
-    'no_difficulty': sweep.method(('no_difficulty',), 'no_balanced_stage', seeds=3),
+    'no_difficulty': sweep.method(('no_difficulty',), anchors, **two),
     # Not one_stage_balanced: windows' other events count by `neighbours`.
     'one_stage_balanced_windows': sweep.method(
       ('one_stage',), seeds=3, fields={'a': {'content': 'balanced'}}
@@ -61,70 +61,30 @@ def _controls(config):
     'balanced_softmax': sweep.method(
       ('one_stage',), seeds=3, fields={'a': {'prior': 'uniform'}}
     ),
+    'no_auxiliary': sweep.method(('no_auxiliary',), **two),
     'over_vocabulary': sweep.method(
       ('one_stage',), fields={'a': {'softmax': 'vocabulary'}}
     ),
-    'no_auxiliary': sweep.method(('no_auxiliary',), seeds=3),
-    'no_balance': sweep.method(('no_balance',), 'no_balanced_stage'),
-    'no_anchor_stage': sweep.method(('no_anchor_stage',)),
+    'no_balance': sweep.method(('no_balance',), anchors, fields=_STAGE_B),
+    'no_anchor_stage': sweep.method(('no_anchor_stage',), fields=_STAGE_B),
   }
-  for name in (
-    'behaviorlm',
-    'all_behaviors_first',
-    'no_difficulty',
-    'no_auxiliary',
-    'no_balance',
-    'no_anchor_stage',
-  ):
-    config.methods[name].fields.update(_STAGE_B)
-  config.order = (
-    'no_balanced_stage',
-    'behaviorlm',
-    'one_stage',
-    'all_behaviors_alone',
-    'all_behaviors_first',
-    'sasrec',
-    'no_difficulty',
-    'one_stage_balanced_windows',
-    'balanced_softmax',
-    'no_auxiliary',
-    'over_vocabulary',
-    'no_balance',
-    'no_anchor_stage',
-  )
-  config.contrasts = (
-    *(('behaviorlm', name) for name in config.order if name != 'behaviorlm'),
-    ('all_behaviors_first', 'all_behaviors_alone'),
-    ('one_stage', 'over_vocabulary'),
-    ('behaviorlm', 'untuned'),
-    ('behaviorlm', 'markov'),
-    ('behaviorlm', 'one_stage_adjusted'),
-    ('behaviorlm_adjusted', 'one_stage_adjusted'),
-    ('behaviorlm_adjusted', 'balanced_softmax_adjusted'),
-    ('behaviorlm_adjusted', 'sasrec_adjusted'),
-    ('behaviorlm_adjusted', 'markov_adjusted'),
-    ('behaviorlm_mixed_adjusted', 'markov_adjusted'),
-    *(
-      ('behaviorlm_matched', name)
-      for name in (
-        'one_stage_adjusted',
-        'one_stage_balanced_windows',
-        'balanced_softmax_adjusted',
-        'sasrec_adjusted',
-        'markov_adjusted',
-      )
-    ),
-    ('behaviorlm_mixed', 'markov'),
-    *(
-      (f'behaviorlm_mixed{kind}', f'{name}_mixed{control}')
-      for name in ('one_stage', 'sasrec')
-      for kind, control in (
-        ('', ''),
-        ('_adjusted', '_adjusted'),
-        ('_matched', '_adjusted'),
-      )
-    ),
-    ('behaviorlm_mixed_matched', 'markov_adjusted'),
+  config.methods, config.order = methods, tuple(methods)
+  others = [name for name in methods if name != 'behaviorlm']
+  adjusted = [f'{name}_adjusted' for name in ('one_stage', 'balanced_softmax')]
+  adjusted += ['sasrec_adjusted', 'markov_adjusted']
+  mixed = ['one_stage_mixed', 'sasrec_mixed']
+  mixed_adjusted = [*(f'{name}_adjusted' for name in mixed), 'markov_adjusted']
+  config.contrasts = sweep.contrasts(
+    {
+      'behaviorlm': (*others, 'untuned', 'markov', 'one_stage_adjusted'),
+      'behaviorlm_adjusted': adjusted,
+      'behaviorlm_matched': (*adjusted, 'one_stage_balanced_windows'),
+      'behaviorlm_mixed': (*mixed, 'markov'),
+      'behaviorlm_mixed_adjusted': mixed_adjusted,
+      'behaviorlm_mixed_matched': mixed_adjusted,
+      'all_behaviors_first': (every,),
+      'one_stage': ('over_vocabulary',),
+    }
   )
   config.drawn = ('behaviorlm', 'one_stage', 'all_behaviors_first', 'sasrec', 'markov')
 
@@ -156,22 +116,19 @@ def _one_pass(config):
   }
   config.order = tuple(config.methods)
   config.drawn = (start, 'behaviorlm', 'natural_stage', 'sasrec', 'markov')
-  others = (start, 'natural_stage', 'no_difficulty', 'sasrec', 'markov')
-  config.contrasts = (
-    tuple(
-      (f'behaviorlm{kind}', f'{other}{kind}')
-      for other in others
-      for kind in ('', '_adjusted', '_mixed_adjusted')
-      if (other, kind) != ('markov', '_mixed_adjusted')
-    )
-    + tuple(('behaviorlm_matched', f'{other}_adjusted') for other in others)
-    + (
-      ('behaviorlm', 'behaviorlm_whole_way'),
-      ('behaviorlm_whole_way', start),
-      (start, 'sasrec'),
-      (f'{start}_adjusted', 'sasrec_adjusted'),
-      (f'{start}_matched', 'sasrec_adjusted'),
-    )
+  others = (start, 'natural_stage', 'no_difficulty', 'sasrec')
+  adjusted = [f'{name}_adjusted' for name in (*others, 'markov')]
+  config.contrasts = sweep.contrasts(
+    {
+      'behaviorlm': (*others, 'markov', 'behaviorlm_whole_way'),
+      'behaviorlm_adjusted': adjusted,
+      'behaviorlm_matched': adjusted,
+      'behaviorlm_mixed_adjusted': [f'{name}_mixed_adjusted' for name in others],
+      'behaviorlm_whole_way': (start,),
+      start: ('sasrec',),
+      f'{start}_adjusted': ('sasrec_adjusted',),
+      f'{start}_matched': ('sasrec_adjusted',),
+    }
   )
   config.results = 'docs/results/one_pass'
 
@@ -179,23 +136,19 @@ def _one_pass(config):
 def _few_shot(config):
   config.methods = {'no_balanced_stage': sweep.method(('no_balanced_stage',))}
   for shots in SHOTS:
-    steps = {'steps': 48}
     config.methods[f'two_stages_{shots}_shots'] = sweep.method(
       ('no_difficulty',),
       'no_balanced_stage',
-      fields={'plan': {'per_behavior': 2}, 'b': steps},
+      fields={'plan': {'per_behavior': 2}, 'b': {'steps': 48}},
       shots=shots,
     )
     config.methods[f'one_stage_{shots}_shots'] = sweep.method(
-      ('one_stage',), fields={'b': steps}, shots=shots
+      ('one_stage',), fields={'b': {'steps': 48}}, shots=shots
     )
   config.order = (
     'no_balanced_stage',
-    *(
-      f'{name}_{shots}_shots'
-      for name in ('two_stages', 'one_stage')
-      for shots in (5, 50, 0, 1, 20, 2, 10)
-    ),
+    *(f'two_stages_{shots}_shots' for shots in SHOTS),
+    *(f'one_stage_{shots}_shots' for shots in SHOTS),
   )
   config.contrasts = tuple(
     (f'two_stages_{shots}_shots{kind}', control + kind)

@@ -9,7 +9,6 @@ XLA_FLAGS=--xla_backend_optimization_level=3.
 """
 
 import copy
-import datetime
 import json
 import os
 import shutil
@@ -38,65 +37,16 @@ from behaviorlm_jax import run as run_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families, weights
 
+sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
+
+import tiny
+
 ROOT = Path(__file__).parents[1]
-STEPS = 6  # Of each stage.
-FIELDS = {
-  'model.address': 'random://tiny',
-  'model.dtype': 'float32',
-  'score.dtype': 'float32',
-  'lora.rank': 4,
-  'lora.targets': ('q_proj', 'v_proj'),
-  'data.instruction': 'Log',
-  'data.history': 5,
-  'plan.window': 6,
-  'plan.min_context': 2,
-  'plan.targets_per_row': 4,
-  'plan.per_behavior': 4,
-  'a.content': 'anchors',
-  'plan.neighbours': 0.0,
-  'difficulty.score': 'nll',
-  'difficulty.candidates': 4,
-  'train.length': 192,
-  'train.batch': 2,
-  'a.steps': STEPS,
-  'b.steps': STEPS,
-  'train.warmup': 0.1,
-  'a.learning_rate': 1e-3,
-  'b.learning_rate': 1e-3,
-  'b.interpolation': 1.0,
-  'b.prior': 'drawn',
-  'checkpoint.every': 3,
-  'eval.max_samples': 60,
-  'eval.validation_rows': 2,
-  'eval.validation_samples': 75,
-}
 # JAX's settings and their names in the environment.
 CACHE = {
   'jax_persistent_cache_min_compile_time_secs': 0,
   'jax_persistent_cache_min_entry_size_bytes': 0,
 }
-
-
-def write_log(path, users=40, events=40, seed=0):
-  """Anchors home, work, gym and cafe, tails airport and hotel.
-
-  The hotel always comes right after the airport; both stand in every split.
-  """
-  rng = np.random.default_rng(seed)
-  lines = ['user,time,behavior']
-  for user in range(users):
-    names = list(
-      rng.choice(['home', 'work', 'gym', 'cafe'], events, p=[0.5, 0.3, 0.1, 0.1])
-    )
-    if user % 4 == 0:
-      at = (10, events - 7, events - 3)[user // 4 % 3]
-      names[at : at + 2] = ['airport', 'hotel']
-    time = datetime.datetime(2024, 1, 1, int(rng.integers(24)))
-    for name in names:
-      time += datetime.timedelta(minutes=int(rng.integers(10, 400)))
-      lines.append(f'u{user},{time:%Y-%m-%d %H:%M},{name}')
-  path.write_text('\n'.join(lines) + '\n')
-  return path
 
 
 def write_conversations(path):
@@ -204,12 +154,12 @@ def score_one(model, prompt, name):
 
 @pytest.fixture(scope='session')
 def steps():
-  return STEPS
+  return tiny.STEPS
 
 
 @pytest.fixture(scope='session')
 def make_log():
-  return write_log
+  return tiny.write_log
 
 
 @pytest.fixture(scope='session', name='write_model')
@@ -219,10 +169,10 @@ def _write_model():
 
 @pytest.fixture(scope='session')
 def run_fields(tmp_path_factory):
-  """{dotted name: value} of every setting of the finished run."""
+  """{dotted name: value} of what the finished run has other than the defaults."""
   folder = tmp_path_factory.mktemp('input')
-  return FIELDS | {
-    'data.events': str(write_log(folder / 'log.csv')),
+  return tiny.FIELDS | {
+    'data.events': str(tiny.write_log(folder / 'log.csv')),
     'data.conversations': str(write_conversations(folder / 'talk.jsonl')),
   }
 
@@ -269,37 +219,28 @@ def command_environment(compiled):
 
 
 @pytest.fixture(scope='session')
-def run_command(run_fields, command_environment):
+def field_flags(run_fields):
+  """Flags of the finished run, with some settings changed."""
+  return lambda fields=(): [
+    f'--config={tiny.__file__}',
+    *(
+      f'--config.{name}={value}' for name, value in (run_fields | dict(fields)).items()
+    ),
+  ]
+
+
+@pytest.fixture(scope='session')
+def run_command(field_flags, command_environment):
   """Runs the command in a process of its own and returns what it left.
 
-  Args of the returned function: workdir; fields: settings to change; config:
-  file in configs/; program: arguments of Python before the flags; more flags;
-  environment: variables to add.
+  Args of the returned function: workdir; fields: settings to change; program:
+  arguments of Python before the flags; environment: variables to add.
   """
 
-  def run(
-    workdir,
-    fields=None,
-    config='quickstart',
-    program=('-m', 'behaviorlm_jax.main'),
-    flags=(),
-    environment=None,
-  ):
-    values = run_fields | {
-      f'data.columns.{name}': name for name in ('user', 'time', 'behavior')
-    }
-    command = [
-      sys.executable,
-      *program,
-      f'--config=configs/{config}.py',
-      f'--workdir={workdir}',
-      *flags,
-    ]
-    command += [
-      f'--config.{name}={value}' for name, value in (values | (fields or {})).items()
-    ]
+  def run(workdir, fields=(), program=('-m', 'behaviorlm_jax.main'), environment=None):
+    flags = [*field_flags(fields), f'--workdir={workdir}']
     return subprocess.run(
-      command,
+      [sys.executable, *program, *flags],
       cwd=ROOT,
       env=command_environment | (environment or {}),
       capture_output=True,
@@ -374,7 +315,7 @@ def read_rows():
 
 
 @pytest.fixture(scope='session')
-def start_two(run_fields, command_environment, tmp_path_factory):
+def start_two(field_flags, command_environment, tmp_path_factory):
   """Starts launch/local.sh with two processes; its Popen, with `finish`
   and `kill_all`.
 
@@ -384,17 +325,8 @@ def start_two(run_fields, command_environment, tmp_path_factory):
   started = []
 
   def start(workdir, *flags, environment=None):
-    values = run_fields | {
-      f'data.columns.{name}': name for name in ('user', 'time', 'behavior')
-    }
-    command = [
-      str(ROOT / 'launch/local.sh'),
-      '2',
-      '--config=configs/quickstart.py',
-      f'--workdir={workdir}',
-      *(f'--config.{name}={value}' for name, value in values.items()),
-      *flags,
-    ]
+    command = [str(ROOT / 'launch/local.sh'), '2', *field_flags()]
+    command += [f'--workdir={workdir}', *flags]
     said = tmp_path_factory.mktemp('said') / 'err'
     with said.open('w') as err:
       process = subprocess.Popen(

@@ -125,7 +125,7 @@ def test_corrupt_safetensors(refused, write_model, tmp_path):
   fields = {'model.address': str(folder)}
   refused('corrupt or truncated', fields)
   file.write_bytes(struct.pack('<Q', len(whole) + 1) + whole[8:])
-  refused('its header should take', fields)
+  refused('is corrupt or truncated', fields)
 
 
 def test_corrupt_gguf(refused, tmp_path):
@@ -177,12 +177,21 @@ def test_stage_b_without_stage_a(refused, tmp_path):
   refused(r'nowhere \(init_from\)', {'init_from': str(tmp_path / 'nowhere')}, only='b')
 
 
-def test_difficulty_of_another_model(refused, copy_run):
-  workdir = copy_run('b_tuning/evaluation.json', 'b_tuning/plan.parquet')
+@pytest.mark.slow
+def test_difficulty_of_another_model(refused, run_stages, copy_run):
+  fields, workdir = {'difficulty.score': 'nll'}, copy_run('b_tuning')
+  run_stages(fields, workdir, only='b')
+  for name in ('evaluation.json', 'plan.parquet'):
+    (workdir / 'b_tuning' / name).unlink()
   file = workdir / 'a_tuning' / ADAPTER
   tensors = safetensors_numpy.load_file(file)
   safetensors_numpy.save_file({k: v * 2 for k, v in tensors.items()}, file)
-  refused(r'difficulty\.parquet was made from .*another model', workdir=workdir)
+  refused(
+    r'difficulty\.parquet was made from .*another model',
+    fields,
+    workdir=workdir,
+    only='b',
+  )
 
 
 def test_loss_that_is_not_a_number(run_stages, copy_run, read_rows, monkeypatch):

@@ -2,10 +2,9 @@
 
 All run the same program in the same order, as compiled steps that divide their
 work need it. So what one of them might see or do differently goes through here:
-whether a file is there (`exists`: process 0 says), who writes in the work
-directory (`on_primary`: process 0, while the others wait) and what all must have in
-common (`assert_same`). cluster.preemption does the same for a stop. The work directory
-is one that all see, or lies in a bucket of which each has its copy.
+what process 0 sees (`shared`) and does while the others wait (`on_primary`), and
+what all must have in common (`assert_same`). cluster.workspace does the same for
+files, cluster.preemption for a stop.
 
 A process is called a host, as there is one on each; on one machine there may be
 several.
@@ -19,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jax
@@ -30,7 +28,6 @@ from ml_collections import ConfigDict
 
 from behaviorlm_jax.cluster import rendezvous
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import bucket
 
 # Of a process whose run ended because of another, or because the bucket did not
 # answer: run the same command again.
@@ -38,8 +35,11 @@ EXIT_CODE = 76
 AUTO = 'auto'
 _LEAVING = 10  # Seconds that a process at its end waits for the others.
 _SAYING = 2  # Seconds from process 0's failure to its end.
-
-
+# How XLA's errors begin, some of which reach Python as a ValueError, if all
+# processes computed together. What a device lacks is no other one's fault.
+_TOGETHER = re.compile(
+  'ABORTED: |CANCELLED: |DEADLINE_EXCEEDED: |INTERNAL: |UNAVAILABLE: |UNKNOWN: '
+)
 _Value = TypeVar('_Value')
 
 
@@ -57,55 +57,13 @@ def is_primary() -> bool:
 
 
 def meet(settings: ConfigDict) -> None:
-  """Waits for the other hosts of a run, where settings say who they are.
-
-  Args:
-    settings: config.distributed.
+  """Waits for the other hosts of a run, where config.distributed says who they are.
 
   Raises:
     InputError: the settings do not fit, or not all hosts came in time.
   """
   if settings.coordinator in ('', AUTO) or jax.distributed.is_initialized():
     return
-  _check(settings)
-  rendezvous.wait_for_all(settings)
-
-
-def start(settings: ConfigDict) -> None:
-  """Joins the other hosts that were met; before anything touches a device."""
-  if not settings.coordinator or jax.distributed.is_initialized():
-    return
-  # What CPUs of several processes talk by; other devices ignore it.
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  waits = {
-    'initialization_timeout': settings.timeout,
-    'heartbeat_timeout_seconds': settings.heartbeat,
-    'shutdown_timeout_seconds': _LEAVING,
-  }
-  if settings.coordinator == AUTO:
-    try:
-      jax.distributed.initialize(**waits)
-    except ValueError as error:
-      raise InputError(
-        'distributed.coordinator is auto, but there is no sign of a TPU pod, '
-        f'GKE, Slurm or MPI here ({str(error).rstrip(".")}); give host:port, '
-        'distributed.processes and distributed.process.'
-      ) from error
-  else:
-    jax.distributed.initialize(
-      settings.coordinator, settings.processes, settings.process, **waits
-    )
-  _check_devices()
-  logging.info(
-    'host %d of %d, with %d of %d devices.',
-    jax.process_index(),
-    jax.process_count(),
-    jax.local_device_count(),
-    jax.device_count(),
-  )
-
-
-def _check(settings: ConfigDict) -> None:
   match = re.fullmatch(r'.+:(\d{1,5})', settings.coordinator)
   if not match or not 0 < int(match[1]) < 1 << 16:
     raise InputError(
@@ -118,23 +76,50 @@ def _check(settings: ConfigDict) -> None:
       f'is {settings.processes}; processes are numbered from 0 to '
       f'{settings.processes - 1}.'
     )
+  rendezvous.wait_for_all(settings)
+
+
+def start(settings: ConfigDict) -> None:
+  """Joins the other hosts that were met; before anything touches a device."""
+  if not settings.coordinator or jax.distributed.is_initialized():
+    return
+  # What CPUs of several processes talk by; other devices ignore it.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  # What JAX finds out by itself where it is auto.
+  who = (settings.coordinator, settings.processes, settings.process)
+  try:
+    jax.distributed.initialize(
+      *(() if settings.coordinator == AUTO else who),
+      initialization_timeout=settings.timeout,
+      heartbeat_timeout_seconds=settings.heartbeat,
+      shutdown_timeout_seconds=_LEAVING,
+    )
+  except ValueError as error:
+    if settings.coordinator != AUTO:
+      raise
+    raise InputError(
+      'distributed.coordinator is auto, but there is no sign of a TPU pod, '
+      f'GKE, Slurm or MPI here ({str(error).rstrip(".")}); give host:port, '
+      'distributed.processes and distributed.process.'
+    ) from error
+  _check_devices()
+  logging.info(
+    'host %d of %d, with %d of %d devices.',
+    jax.process_index(),
+    jax.process_count(),
+    jax.local_device_count(),
+    jax.device_count(),
+  )
 
 
 def _check_devices() -> None:
   """What all do together needs as many devices from each."""
   counts = collections.Counter(d.process_index for d in jax.devices())
   if len(set(counts.values())) > 1:
-    listed = ', '.join(
-      f'process {process} has {count}' for process, count in sorted(counts.items())
-    )
+    listed = ', '.join(f'process {p} has {n}' for p, n in sorted(counts.items()))
     raise InputError(
       f'processes differ in their devices: {listed}; give each the same number.'
     )
-
-
-def exists(path: Path) -> bool:
-  """Whether process 0 sees the path: all hosts then do the same."""
-  return shared(path.exists())
 
 
 def shared(value: _Value) -> _Value:
@@ -143,10 +128,7 @@ def shared(value: _Value) -> _Value:
 
 
 def on_primary(work: Callable[..., _Value], *arguments: object) -> _Value | None:
-  """work(*arguments) on the host that writes; the others wait until it is done,
-  and then have what it wrote.
-
-  Returns what it returns there, and None on the others.
+  """work(*arguments) on process 0, while the others wait; None on those.
 
   Raises:
     Elsewhere: on the others, if it raised there.
@@ -155,16 +137,12 @@ def on_primary(work: Callable[..., _Value], *arguments: object) -> _Value | None
   try:
     if is_primary():
       result = work(*arguments)
-      bucket.push()  # Before the others go on: they pull what it wrote.
     done = True
   finally:
     # The others wait here, also for a host whose work has failed.
-    if several():
-      done = _gather(np.bool_(done)).all()
+    done = every(done)
   if not done:
     raise Elsewhere('process 0 failed; its log says at what')
-  if not is_primary():
-    bucket.pull()
   return result
 
 
@@ -178,10 +156,7 @@ def _gather(value: np.generic | np.ndarray) -> np.ndarray:
 
 
 def assert_same(facts: dict[str, str]) -> None:
-  """Refuses a run whose hosts differ.
-
-  Args:
-    facts: {what: str}, in the order in which differences are looked for.
+  """Refuses a run whose hosts differ in facts {what: text}.
 
   Raises:
     InputError: on all hosts, with the first fact that differs.
@@ -214,15 +189,7 @@ def _texts(text: str) -> list[str]:
 
 def failed_together(error: BaseException) -> bool:
   """Whether an exception is that of a computation of all processes."""
-  # Some of XLA's errors reach Python as a ValueError with its status. What a
-  # device lacks is no other one's fault.
-  return bool(
-    re.match(
-      r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|'
-      'UNAVAILABLE|UNKNOWN): ',
-      str(error),
-    )
-  )
+  return bool(_TOGETHER.match(str(error)))
 
 
 def leave(code: int) -> NoReturn:

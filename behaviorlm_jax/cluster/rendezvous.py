@@ -9,6 +9,7 @@ uses afterwards. One line each way:
 """
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -26,13 +27,11 @@ _FAMILY = (
   else {}
 )
 _LONGEST = 10_000  # Characters of a line.
+_SILENT = 5  # Seconds until who connects and says nothing is no process of ours.
 
 
 def wait_for_all(settings: ConfigDict) -> None:
-  """Returns when all processes are there.
-
-  Args:
-    settings: config.distributed, with a coordinator host:port.
+  """Returns when all processes of config.distributed are at its host:port.
 
   Raises:
     InputError: who is missing after settings.timeout, or does not belong.
@@ -50,39 +49,26 @@ def _receive(port: int, settings: ConfigDict, until: float) -> None:
   """Of process 0: waits for all others and tells them what comes of it."""
   missing, guests, problem = set(range(1, settings.processes)), [], ''
   with contextlib.ExitStack() as stack:
-    try:
-      server = stack.enter_context(
-        socket.create_server(('', port), backlog=settings.processes, **_FAMILY)
-      )
-    except OSError as error:
-      raise InputError(
-        f'distributed.coordinator is {settings.coordinator}, and process 0 '
-        f'cannot listen on port {port} ({error.strerror}); give a free port '
-        'of its machine.'
-      ) from error
+    server = stack.enter_context(_listen(port, settings))
     while missing and not problem:
-      guest = _accept(server, until)
-      if guest is None:
+      server.settimeout(_left(until))
+      try:
+        guest = stack.enter_context(server.accept()[0])
+      except TimeoutError:
         problem = _missing(missing, settings)
         break
-      stack.enter_context(guest)
-      # Five seconds: who connects and says nothing must not hold up the others.
-      said = _line(guest, min(until, time.monotonic() + 5)).split()
-      if (
-        len(said) != 3
-        or said[0] != _HELLO
-        or not all(number.isdecimal() for number in said[1:])
-      ):
+      said = _line(guest, min(until, time.monotonic() + _SILENT))
+      match = re.fullmatch(rf'{_HELLO} (\d+) (\d+)\n', said)
+      if not match:
         logging.warning('port %d: someone who is no process of this run.', port)
         continue
       guests.append(guest)
-      number, processes = map(int, said[1:])
+      number, processes = int(match[1]), int(match[2])
       if processes != settings.processes or number not in missing:
         problem = (
-          f'process {number} of {processes} came to {settings.coordinator}, '
-          f'which waits for {_listed(missing)} of {settings.processes}; give '
-          'each a distributed.process of its own and all the same '
-          'distributed.processes.'
+          f'process {number} of {processes} came to {settings.coordinator}, which '
+          f'waits for {_listed(missing)} of {settings.processes}; give each a '
+          'distributed.process of its own and all the same distributed.processes.'
         )
       missing.discard(number)
     # Sockets stay open until all are there, and every guest hears the same.
@@ -91,6 +77,16 @@ def _receive(port: int, settings: ConfigDict, until: float) -> None:
         guest.sendall(f'{_HELLO} {problem}\n'.encode())
   if problem:
     raise InputError(problem)
+
+
+def _listen(port: int, settings: ConfigDict) -> socket.socket:
+  try:
+    return socket.create_server(('', port), backlog=settings.processes, **_FAMILY)
+  except OSError as error:
+    raise InputError(
+      f'distributed.coordinator is {settings.coordinator}, and process 0 cannot listen '
+      f'on port {port} ({error.strerror}); give a free port of its machine.'
+    ) from error
 
 
 def _report(address: tuple[str, int], settings: ConfigDict, until: float) -> None:
@@ -118,19 +114,14 @@ def _report(address: tuple[str, int], settings: ConfigDict, until: float) -> Non
     raise InputError(problem)
 
 
-def _accept(server: socket.socket, until: float) -> socket.socket | None:
-  """The next guest's socket, or None when the time is over."""
-  # Not 0, which would mean not to wait at all, and raise something else.
-  server.settimeout(max(until - time.monotonic(), 0.01))
-  try:
-    return server.accept()[0]
-  except TimeoutError:
-    return None
+def _left(until: float) -> float:
+  """Seconds; not 0, which would mean not to wait at all, and raise something else."""
+  return max(until - time.monotonic(), 0.01)
 
 
 def _line(guest: socket.socket, until: float) -> str:
   """The line that a guest sends; '' if it sends none in time."""
-  guest.settimeout(max(until - time.monotonic(), 0.01))
+  guest.settimeout(_left(until))
   try:
     return guest.makefile(encoding='utf-8', errors='replace').readline(_LONGEST)
   except OSError:
@@ -138,13 +129,13 @@ def _line(guest: socket.socket, until: float) -> str:
 
 
 def _missing(missing: set[int], settings: ConfigDict) -> str:
-  one = len(missing) == 1
+  who, are, logs = 'processes', 'are', 'their logs'
+  if len(missing) == 1:
+    who, are, logs = 'process', 'is', 'its log'
   return (
-    f'after {settings.timeout} s (distributed.timeout) '
-    f'{"process" if one else "processes"} {_listed(missing)} of '
-    f'{settings.processes} {"is" if one else "are"} missing at '
-    f'{settings.coordinator}; see {"its log" if one else "their logs"}, '
-    'and start all of them.'
+    f'after {settings.timeout} s (distributed.timeout) {who} {_listed(missing)} of '
+    f'{settings.processes} {are} missing at {settings.coordinator}; see {logs}, and '
+    'start all of them.'
   )
 
 

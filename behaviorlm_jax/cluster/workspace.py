@@ -1,347 +1,118 @@
-"""What a work directory belongs to: the config, the log and the model.
+"""The only door to a work directory, which all processes of a run share.
 
-Every folder of a work directory keeps the config that made it and the
-fingerprints of events and base model. A run is refused where they differ,
-before anything is read, compiled or written, but for hosts.txt where several
-processes run.
+It is a folder that all of them see, or lies in a bucket, of which each works in a
+copy: process 0 writes, through `keep`, and then all have what it wrote. Only
+checkpoints go straight to their place, as Orbax lets every host write its part.
 """
 
-import datetime
-import hashlib
-import json
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
+from etils import epath
 
-from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import processes, processor
+from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.io import addresses, bucket, files, hub
-
-# What every stage of one work directory must share. model.remat and
-# model.attention may differ: they change speed and memory alone.
-SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
-# Where a run runs, which may change from call to call.
-_WHERE = ('mesh', 'sharding', 'distributed')
-# What decides each folder that no stage owns.
-DECIDES = {
-  'events': (
-    'data.events',
-    'data.columns',
-    'data.csv',
-    'data.time_format',
-    'data.time_zone',
-    'data.nulls',
-    'data.collapse_repeats',
-    'data.max_rejected',
-    'data.split',
-    'data.anchor_share',
-    'seed',
-  ),
-  'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
-}
-# Fields that take hf://, and where to look for what it was: `events` last, as
-# events serve any model.
-_ADDRESSES = ('model.address', 'data.events', 'data.conversations')
-_PINNED_IN = ('base', 'a_tuning', 'b_tuning', 'events')
-_NO_ADAPTER = {
-  'init_from': 'stage b starts from stage a, but {place} (init_from) holds '
-  'no finished a_tuning/adapter; run stage a there, or give '
-  'another --config.init_from.',
-  '--workdir': 'stage b starts from stage a, but {place} (--workdir) holds '
-  'no finished a_tuning/adapter; run stage a there, or give '
-  '--config.init_from=DIR.',
-}
-_OTHER = {'events': 'other events', 'base': 'another base model'}
+from behaviorlm_jax.io import addresses, bucket
 
 
-class HasFingerprint(Protocol):
-  """Events of a log, or a base model."""
+class Workspace:
+  """A work directory as this process has it: `folder`, and a bucket if it is a copy."""
 
-  @property
-  def fingerprint(self) -> str: ...
+  def __init__(self, folder: Path, mirror: bucket.Mirror | None = None):
+    self.folder, self._mirror = folder, mirror
 
+  def exists(self, path: Path) -> bool:
+    """Whether process 0 sees the path: all hosts then do the same."""
+    return processes.shared(path.exists())
 
-def as_dict(config: ConfigDict) -> dict[str, Any]:
-  """The config as plain JSON values, without what a call may vary."""
-  values = json.loads(config.to_json_best_effort())
-  # Which stages, and which shard, is said anew in every call on one directory.
-  del values['stages'], values['data']['shard']
-  return values
+  def keep(self, write: Callable[..., object], path: Path, *arguments: object) -> None:
+    """write(path, *arguments) on process 0, while the others wait; then all see it.
 
+    Raises:
+      Elsewhere: on the others, if it raised there.
+    """
+    processes.on_primary(self._write, write, path, *arguments)
+    if self._mirror and not processes.is_primary():
+      self._mirror.pull()
 
-def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{dotted name: value} of nested dicts."""
-  found = {}
-  for name, value in values.items():
-    if isinstance(value, dict):
-      found |= flat(value, f'{prefix}{name}.')
-    else:
-      found[prefix + name] = value
-  return found
+  def _write(self, write, path, *arguments):
+    write(path, *arguments)
+    self.upload()  # Before the others go on: they pull what was written.
 
+  def upload(self) -> None:
+    """Brings what this process wrote since the last time to the bucket, if any."""
+    if self._mirror:
+      self._mirror.push()
 
-def get(values: dict[str, Any], name: str) -> Any:
-  """The value of a dotted name in nested dicts; {}: there is none."""
-  for part in name.split('.'):
-    values = values.get(part, {})
-  return values
-
-
-def differences(mine: object, theirs: object, name: str) -> list[str]:
-  """'field (theirs, now mine)' of every field below `name` that differs."""
-  if not isinstance(mine, dict) or not isinstance(theirs, dict):
-    if mine == theirs:
-      return []
-    # An older version of this program did not know the field.
-    theirs = 'not there' if theirs in (None, {}) else repr(theirs)
-    return [f'{name} ({theirs}, now {mine!r})']
-  found = []
-  for key in sorted(set(mine) | set(theirs)):
-    found += differences(mine.get(key), theirs.get(key), f'{name}.{key}')
-  return found
+  def place(self, path: Path) -> Path | epath.Path:
+    """Where a path of the folder really lies: in the bucket, if any."""
+    if not self._mirror:
+      return path.absolute()
+    name = path.relative_to(self.folder).as_posix()
+    return epath.Path(f'{self._mirror.bucket.address}/{name}')
 
 
-def make(workdir: str | Path, part: str = '') -> Path:
-  """Makes the work directory, before anything is fetched; its Path.
-
-  Of one in a bucket, the Path of this host's copy, or of that of a `part` that
-  is made beside others.
-  """
-  if bucket.is_address(workdir):
-    process = jax.process_index() if processes.several() else 0
-    return bucket.open_workdir(workdir, addresses.cache_dir(), process, part)
-  bucket.close_workdir()  # Of an earlier run of this process.
-  workdir = Path(workdir)
+def local(folder: str | Path) -> Workspace:
+  """A work directory of this machine; made, before anything is fetched."""
+  folder = Path(folder)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise InputError(
-      f'--workdir={workdir} is no folder that can be made '
+      f'--workdir={folder} is no folder that can be made '
       f'({error.strerror}); give another.'
     ) from error
-  return workdir
+  return Workspace(folder)
 
 
-def pin(config: ConfigDict, workdir: Path) -> ConfigDict:
-  """The config with a commit in every hf:// address, and without 'auto' dtypes.
+@contextlib.contextmanager
+def opened(address: str | Path, part: str = '') -> Iterator[Workspace]:
+  """The work directory at a path or gs://BUCKET/NAME; made, if it is not there.
 
-  What an earlier call settled for this work directory goes on.
+  Args:
+    address: a folder or gs://BUCKET/NAME.
+    part: a name, of what is done beside others; in a bucket it sees its own files
+      alone.
+
+  Raises:
+    InputError: it cannot be made or read, or holds something else; another process
+      works in the same copy.
+    bucket.Unreachable: it may be reached later.
   """
-  earlier = [read_config(workdir / folder) or {} for folder in _PINNED_IN]
-  config = pin_addresses(config, _ADDRESSES, earlier)
-  if config.model.dtype == 'auto':
-    if config.init_from:  # The stage that this run goes on from.
-      origin = stage_a_adapter(config, workdir).parent
-      earlier.append(read_config(origin) or {})
-    # What began as float32 goes on so, also on a machine with faster bfloat16.
-    found = [old for past in earlier if (old := get(past, 'model.dtype'))]
-    fastest = processor.fastest_dtype(jax.default_backend())
-    config.model.dtype = found[0] if found else fastest
-    logging.info('model.dtype: auto is %s.', config.model.dtype)
-  if config.score.dtype == 'auto':
-    config.score.dtype = config.model.dtype
-  return config
-
-
-def pin_addresses(
-  config: ConfigDict, names: Iterable[str], earlier: list[dict]
-) -> ConfigDict:
-  config = config.copy_and_resolve_references()
-  values = as_dict(config)
-  for name in names:
-    addresses_of = get(values, name).split(',')  # Of a log: one or several.
-    if any(part.startswith(hub.PREFIX) for part in addresses_of):
-      found = [
-        old
-        for past in earlier
-        if (texts := get(past, name))
-        for old in texts.split(',')
-      ]
-      pinned = [
-        hub.pin_commit(part, name, found) if part.startswith(hub.PREFIX) else part
-        for part in addresses_of
-      ]
-      config.update_from_flattened_dict({name: ','.join(pinned)})
-  return config
-
-
-def check_config(config: ConfigDict, workdir: Path) -> None:
-  """Refuses a work directory whose folders another config made.
-
-  A stage that is run needs its own config, wherever it runs; other stages need
-  to share SHARED.
-  """
-  mine = as_dict(config)
-  ran = {config_lib.FOLDERS[stage] for stage in config.stages}
-  for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
-    theirs = read_config(workdir / folder)
-    if theirs is None:
-      continue
-    if folder != 'events' and 'a' not in theirs:
-      raise InputError(
-        f'{workdir / folder} was made by a version of this program whose stages had '
-        'no sections in the config; use another --workdir.'
-      )
-    names = DECIDES.get(folder, SHARED)
-    if folder in ran:
-      # A stage goes on from its checkpoint: nothing may differ but where it runs.
-      names = [name for name in mine if name not in _WHERE]
-    found = [
-      difference
-      for name in names
-      for difference in differences(get(mine, name), get(theirs, name), name)
-    ]
-    if found:
-      raise InputError(
-        f'{workdir / folder} was made with another config: '
-        f'{", ".join(found)}; use another --workdir or the old values.'
-      )
-  if needs_stage_a(config) and 'a' not in config.stages:
-    stage_a_adapter(config, workdir)
-
-
-def check_hosts(config: ConfigDict, workdir: Path) -> None:
-  """Refuses hosts of one run that differ, or do not see one work directory."""
-  if not processes.several():
+  if not bucket.is_address(address):
+    yield local(address)
     return
-  processes.assert_same(
-    {
-      'the program': _program(),
-      'jax': jax.__version__,
-      'their devices': jax.local_devices()[0].device_kind,
-      **facts(config),
-    }
-  )
-  path = workdir / 'hosts.txt'
-  # A time, so that a file of an earlier run is not taken for this one's.
-  began = datetime.datetime.now(datetime.UTC).isoformat()
-  processes.on_primary(
-    files.write_text, path, f'{jax.process_count()} processes, from {began}\n'
-  )
-  found = path.read_text() if path.exists() else 'no such file'
-  processes.assert_same(
-    {
-      f'what they read in {bucket.named(str(path))} (--workdir must '
-      'be one that all see)': found
-    }
-  )
+  # Several on one machine have a copy each.
+  process = jax.process_index() if processes.several() else 0
+  held = bucket.Bucket(str(address), '--workdir')
+  copy = bucket.copy_folder(addresses.cache_dir(), held.address, part or str(process))
+  mirror = bucket.Mirror(held, copy, writes=bool(part) or process == 0, part=part)
+  with mirror.locked():  # Before it is changed: another process may work in it.
+    mirror.pull()
+    logging.info('%s is worked on in %s.', held.address, copy)
+    with _said_as_address(mirror):
+      yield Workspace(copy, mirror)
 
 
-def facts(config: ConfigDict) -> dict[str, str]:
-  """{field: value} of a config, as texts, without what hosts do not share."""
-  values = flat(as_dict(config), 'config.')
-  values['config.stages'] = tuple(config.stages)
-  return {
-    name: str(value)
-    for name, value in values.items()
-    if not name.startswith('config.distributed.')
-  }
+@contextlib.contextmanager
+def _said_as_address(mirror):
+  """Log and errors name the address, which the user knows, and not the copy."""
 
+  def said(text: str) -> str:
+    return text.replace(str(mirror.folder), mirror.bucket.address)
 
-def _program() -> str:
-  """SHA-256 of the package's own files."""
-  digest = hashlib.sha256()
-  root = Path(__file__).parents[1]
-  for path in sorted([*root.rglob('*.py'), *root.rglob('*.jsonl')]):
-    # Names, too: contents that change places are another program.
-    digest.update(f'{path.relative_to(root)}\0'.encode() + path.read_bytes())
-  return digest.hexdigest()
+  def rename(record):
+    record.msg, record.args = said(record.getMessage()), ()
+    return True
 
-
-def read_config(folder: Path) -> dict[str, Any] | None:
-  """The config.json of a folder, or None."""
-  path = folder / 'config.json'
-  return json.loads(path.read_text()) if path.exists() else None
-
-
-def fingerprints(events: HasFingerprint, base: HasFingerprint) -> dict[str, str]:
-  """What ties artifacts to the log and the model, beyond their addresses."""
-  return {'events': events.fingerprint, 'base': base.fingerprint}
-
-
-def claim(
-  folder: Path, config: ConfigDict, prints: dict[str, str], stage: str = ''
-) -> None:
-  """Writes the config.json of a folder whose work begins; `stage`: that it is of."""
-  folder.mkdir(parents=True, exist_ok=True)
-  origin = {'fingerprints': prints, 'stage': stage}
-  files.write_json(folder / 'config.json', as_dict(config) | origin)
-
-
-def check_fingerprints(
-  config: ConfigDict, workdir: Path, prints: dict[str, str]
-) -> None:
-  """Refuses folders that belong to other events or another base model."""
-  for folder in ('base', 'a_tuning', 'b_tuning'):
-    theirs = read_config(workdir / folder)
-    # Of a folder that is not there, or an older version's: nothing to compare.
-    found = (theirs or {}).get('fingerprints', prints)
-    for name, mine in prints.items():
-      if found[name] != mine:
-        raise InputError(
-          f'{workdir / folder} was made from {_OTHER[name]} (fingerprint '
-          f'{found[name][:12]}, now {mine[:12]}); use another --workdir.'
-        )
-  if config.init_from:
-    _check_origin(stage_a_adapter(config, workdir), prints)
-
-
-def _check_origin(adapter: Path, prints: dict[str, str]) -> None:
-  """An adapter from elsewhere must fit the base model; a log may differ."""
-  theirs = (read_config(adapter.parent) or {}).get('fingerprints')
-  if theirs is None:
-    logging.warning(
-      'init_from: %s does not say which base model it was '
-      'trained on; only its shapes are checked.',
-      adapter,
-    )
-  elif theirs['base'] != prints['base']:
-    raise InputError(
-      f'init_from: {adapter} was trained on another base model (fingerprint '
-      f'{theirs["base"][:12]}, now {prints["base"][:12]}); set model.address '
-      'to that model.'
-    )
-  elif theirs['events'] != prints['events']:
-    logging.warning(
-      'init_from: %s was trained on other events; make sure '
-      'that they hold none of the test split here.',
-      adapter,
-    )
-
-
-def needs_stage_a(config: ConfigDict) -> bool:
-  """Whether stage b of this config starts from stage a's adapter."""
-  return 'b' in config.stages and 'no_anchor_stage' not in config.ablations
-
-
-def stage_a_adapter(config: ConfigDict, workdir: Path) -> Path:
-  """The adapter folder that stage b starts from."""
-  return (
-    adapter_folder(config.init_from, 'init_from')
-    if config.init_from
-    else adapter_folder(workdir, '--workdir')
-  )
-
-
-def adapter_folder(place: str | Path, name: str) -> Path:
-  """The adapter in a work directory, a stage or an adapter folder.
-
-  Of a work directory that of stage a, or of its only stage. `name`: the field.
-  """
-  root = Path(place)
-  if bucket.is_address(place):
-    root = bucket.fetch_copy(place, name, addresses.cache_dir(), _of_adapter)
-  for folder in (root / 'a_tuning' / 'adapter', root / 'adapter', root):
-    if (folder / 'adapter_config.json').exists():
-      return folder
-  raise InputError(_NO_ADAPTER[name].format(place=place, name=name))
-
-
-def _of_adapter(name: str) -> bool:
-  path = PurePosixPath(name)
-  return path.name == 'config.json' or path.name.startswith('adapter_')
+  handler = logging.get_absl_handler()
+  handler.addFilter(rename)
+  try:
+    yield
+  except InputError as error:
+    raise InputError(said(str(error))) from error
+  finally:
+    handler.removeFilter(rename)

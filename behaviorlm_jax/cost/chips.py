@@ -15,24 +15,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a chip can do, per second.
-
-  Attributes:
-    flops: bfloat16 operations.
-    memory: bytes that a program may use; 0: not known.
-    bandwidth: bytes to and from memory.
-    link: bytes of one link, one way.
-    ring: how long a side of a slice must be for its ends to be wired together.
-    network: bytes between slices, one way.
-  """
+  """What a chip can do, per second."""
 
   name: str
-  flops: float
-  memory: float
-  bandwidth: float
-  link: float
-  ring: int
-  network: float
+  flops: float  # bfloat16 operations.
+  memory: float  # Bytes that a program may use.
+  bandwidth: float  # Bytes to and from memory.
+  link: float  # Bytes of one link, one way.
+  ring: int  # How long a side of a slice is whose ends are wired together.
+  network: float  # Bytes between slices, one way.
 
 
 # By jax's device_kind.
@@ -47,12 +38,8 @@ def links(chip: Chip, group: Sequence[jax.Device]) -> int:
   """Over how many links a chip of a group receives, at best.
 
   Each dimension of the torus along which the group spreads brings two, or one
-  where its side is open: then the chip at the end has but one neighbor.
-
-  Args:
-    chip: that all of them are.
-    group: devices with `coords`; a ring that only slices' network closes counts
-      as one link.
+  where its side is open, or closed by the slices' network alone: then the chip
+  at the end has but one neighbor.
   """
   sides = [len(set(places)) for places in zip(*(d.coords for d in group), strict=True)]
   # A chip with two cores is one place of a torus.

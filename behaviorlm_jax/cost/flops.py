@@ -29,27 +29,24 @@ def _of_equation(equation: core.JaxprEqn) -> int:
   if name == 'dot_general':
     # Each number of the result is a sum over the contracted axes.
     (contracted, _), _ = params['dimension_numbers']
-    left = equation.invars[0].aval.shape
-    return (
-      2
-      * math.prod(equation.outvars[0].aval.shape)
-      * math.prod(left[axis] for axis in contracted)
-    )
+    left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
   if name == 'while':
     raise ValueError('how often a while loop runs is not known beforehand.')
   # pjit, remat, custom_vjp: what holds a jaxpr runs it once, but for cond and scan.
   inner = [_of(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
   if name == 'cond':
     return max(inner)
-  return sum(inner) * params.get('length', 1) if name == 'scan' else sum(inner)
+  return sum(inner) * (params['length'] if name == 'scan' else 1)
 
 
 def _jaxprs(value: object) -> list[core.Jaxpr]:
   """The jaxprs in a parameter of an equation."""
-  if isinstance(value, jax.extend.core.ClosedJaxpr):
-    return [value.jaxpr]
-  if isinstance(value, jax.extend.core.Jaxpr):
-    return [value]
-  if isinstance(value, tuple):
-    return [jaxpr for one in value for jaxpr in _jaxprs(one)]
+  match value:
+    case core.ClosedJaxpr():
+      return [value.jaxpr]
+    case core.Jaxpr():
+      return [value]
+    case tuple():
+      return [jaxpr for one in value for jaxpr in _jaxprs(one)]
   return []

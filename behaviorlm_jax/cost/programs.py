@@ -13,17 +13,11 @@ from behaviorlm_jax import config as config_lib
 from behaviorlm_jax import curriculum, seeds
 from behaviorlm_jax.cost import flops
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.setup import Setup
 from behaviorlm_jax.train import step as step_lib
 from behaviorlm_jax.train import trainer as trainer_lib
 
 _PROMPTS = 200  # So many test prompts tell how long prompts are.
-
-
-def first_stage(setup: Setup) -> config_lib.Stage:
-  """The stage that is compiled for."""
-  return config_lib.stage_of(setup.config, setup.config.stages[0])
 
 
 def first_plan(setup: Setup) -> plan_lib.Plan:
@@ -32,25 +26,20 @@ def first_plan(setup: Setup) -> plan_lib.Plan:
   Stage b's is drawn as if no sample were more difficult than others: difficulty
   takes the model.
   """
-  stage = first_stage(setup)
+  stage = _first_stage(setup)
   rng = seeds.stream(setup.config.seed, stage.name, 'plan')
   stream = curriculum.segments(setup, stage, 'train', rng)
-  return plan_lib.take(stream, setup.config, stage.steps, '')
+  train = setup.config.train
+  return plan_lib.take(stream, stage.steps * train.batch, train.length, '')
 
 
 def training(setup: Setup, plan: plan_lib.Plan) -> jax.stages.Lowered:
-  """The step of a run's first stage: jax.stages.Lowered.
-
-  Args:
-    setup: of shapes only.
-    plan: from first_plan.
-  """
-  trainer, lesson = _training(setup, plan)
-  arguments = trainer_lib.abstract_arguments(trainer, lesson)
-  return trainer.step(lesson).lower(*arguments)
+  """The step of a run's first stage; `plan` is that of `first_plan`."""
+  step, arguments = _step(setup, plan)
+  return step.lower(*arguments)
 
 
-def training_flops(setup: Setup, plan: plan_lib.Plan) -> list[int]:
+def training_flops(setup: Setup, plan: plan_lib.Plan) -> tuple[int, int]:
   """Operations of the step's products, and of those that are needed.
 
   Attention kernels hide their products from the count, so attention in blocks
@@ -62,20 +51,29 @@ def training_flops(setup: Setup, plan: plan_lib.Plan) -> list[int]:
     config = setup.config.copy_and_resolve_references()
     config.model.update({'remat': remat, 'attention': 'blocked'})
     attach = step_lib.attacher(
-      setup.base.config, config, setup.model.layout, config.model.dtype
+      setup.base.config,
+      setup.model.layout,
+      config.model,
+      config.train,
+      config.lora.alpha,
     )
     model = dataclasses.replace(setup.model, attach=attach)
-    trainer, lesson = _training(dataclasses.replace(setup, model=model), plan)
-    arguments = trainer_lib.abstract_arguments(trainer, lesson)
+    step, arguments = _step(dataclasses.replace(setup, model=model), plan)
     # Compiler options keep a jitted function from being traced in another.
-    counts.append(flops.count(trainer.step(lesson).__wrapped__, *arguments))
-  return counts
+    counts.append(flops.count(step.__wrapped__, *arguments))
+  return tuple(counts)
 
 
-def _training(setup, plan):
-  stage = first_stage(setup)
+def _step(setup, plan):
+  """The jitted step, and its arguments as shapes."""
+  stage = _first_stage(setup)
   trainer = trainer_lib.Trainer(setup.model, stage, setup.config.train)
-  return trainer, curriculum.lesson(setup, stage, plan)
+  lesson = curriculum.lesson(setup, stage, plan)
+  return trainer.step(lesson), trainer_lib.abstract_arguments(trainer, lesson)
+
+
+def _first_stage(setup):
+  return config_lib.stage_of(setup.config, setup.config.stages[0])
 
 
 def scoring(setup: Setup) -> tuple[jax.stages.Lowered, int]:
@@ -84,7 +82,7 @@ def scoring(setup: Setup) -> tuple[jax.stages.Lowered, int]:
 
 
 def _width(setup):
-  samples = evaluation.test_samples(setup.events, setup.config)[:_PROMPTS]
+  samples = setup.samples.test[:_PROMPTS]
   return max(len(setup.prompts.question(sample)) for sample in samples)
 
 

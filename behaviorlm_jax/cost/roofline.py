@@ -8,91 +8,36 @@ its peak.
 """
 
 import dataclasses
+import re
+import time
 from collections.abc import Sequence
-from typing import Self
 
 import jax
 from absl import logging
 
 from behaviorlm_jax.cost import chips, hlo
-from behaviorlm_jax.train import sharding
 
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one run of a program, per chip; bytes, operations, seconds.
-
-  Attributes:
-    chip: name.
-    known: chips.Chip, or None where its datasheet is not in the table.
-    arguments, temporaries, peak: bytes of memory; 0 where it was refused.
-    over: bytes by which the compiler found it too large; 0: it fits.
-    flops: operations of its products; None: not counted.
-    needed: the same without what is computed twice.
-    traffic: bytes to and from memory; None: its program cannot be read.
-    collectives: (hlo.Collective, seconds or None) of each.
-    compile_seconds: how long the compiler took.
-  """
+  """Of one run of a program, per chip; bytes, operations, seconds."""
 
   chip: str
-  known: chips.Chip | None
+  known: chips.Chip | None  # None: its datasheet is not in the table.
+  # Bytes of memory; 0 where it was refused, for so many bytes over what there is.
   arguments: int = 0
   temporaries: int = 0
   peak: int = 0
   over: float = 0
+  # Of its products, and without what is computed twice; None: not counted.
   flops: float | None = None
   needed: float | None = None
-  traffic: float | None = None
+  traffic: float | None = None  # To and from memory; None: it cannot be read.
+  # Each with its seconds, None where the chip is not known.
   collectives: tuple[tuple[hlo.Collective, float | None], ...] = ()
   compile_seconds: float = 0
-
-  @classmethod
-  def of(
-    cls,
-    program: jax.stages.Compiled | None,
-    layout: sharding.Layout,
-    seconds: float,
-    over: float,
-    flops: float | None = None,
-    needed: float | None = None,
-  ) -> Self:
-    """From jax.stages.Compiled, or None if that was refused by `over` bytes."""
-    devices = list(layout.mesh.devices.flat)
-    kind = devices[0].device_kind
-    # Of a CPU or GPU only the bytes are told: no datasheet, no roofline.
-    chip, count = chips.CHIPS.get(kind), len(devices)
-    shared = dict(
-      chip=chip.name if chip else kind,
-      known=chip,
-      over=over,
-      compile_seconds=seconds,
-      # They are those of all devices; XLA's program is that of one.
-      flops=flops and flops / count,
-      needed=needed and needed / count,
-    )
-    if program is None:
-      return cls(**shared)
-    memory = program.memory_analysis()
-    module = _module(program)
-    if module:
-      shared |= dict(
-        traffic=module.traffic(),
-        collectives=tuple(
-          (one, chip and _seconds(one, devices, chip)) for one in module.collectives()
-        ),
-      )
-    arguments = memory.argument_size_in_bytes
-    temporaries = memory.temp_size_in_bytes
-    peak = (
-      arguments
-      + temporaries
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes  # Outputs in donated arguments' place.
-      + memory.generated_code_size_in_bytes
-    )
-    return cls(arguments=arguments, temporaries=temporaries, peak=peak, **shared)
 
   @property
   def fits(self) -> bool:
@@ -133,23 +78,13 @@ class Cost:
     """Lines of text."""
     lines = [f'compiled in {self.compile_seconds:.1f} s']
     if self.over:
-      return '\n'.join(
-        [*lines, f'does not fit: too large by {self.over / _GIB:.2f} GiB']
-      )
-    gib = lambda size: f'{size / _GIB:8.2f} GiB'
+      lines.append(f'does not fit: too large by {self.over / _GIB:.2f} GiB')
+      return '\n'.join(lines)
     lines += [
-      f'arguments     {gib(self.arguments)}',
-      f'temporaries   {gib(self.temporaries)}',
-      f'peak          {gib(self.peak)}',
+      f'arguments     {_gib(self.arguments)}',
+      f'temporaries   {_gib(self.temporaries)}',
+      f'peak          {_gib(self.peak)}{self._room()}',
     ]
-    if self.known:
-      left = self.known.memory - self.peak
-      lines[-1] += (
-        f' of {self.known.memory / _GIB:.2f}: '
-        + ('fits' if left >= 0 else 'does not fit')
-        + f', {abs(left) / _GIB:.2f} GiB '
-        + ('to spare' if left >= 0 else 'too large')
-      )
     if self.flops:
       lines.append(
         f'products      {self.flops / 1e12:8.2f} TFLOP, '
@@ -158,7 +93,7 @@ class Cost:
     if self.traffic is None:
       lines.append('memory moved, and bytes between chips: not known')
     else:
-      lines.append(f'memory moved  {gib(self.traffic)}')
+      lines.append(f'memory moved  {_gib(self.traffic)}')
     for one, seconds in self.collectives:
       took = '' if seconds is None else f', {seconds * 1e3:.1f} ms'
       lines.append(
@@ -166,11 +101,10 @@ class Cost:
         f'among {_among(one)}{took}'
       )
     if self.known and self.times:
-      parts = ', '.join(
-        f'{name} {time * 1e3:.1f} ms' for name, time in self.times.items()
-      )
+      parts = [f'{name} {time * 1e3:.1f} ms' for name, time in self.times.items()]
       lines.append(
-        f'roofline      {self.seconds * 1e3:.1f} ms ({parts}): {self.binds} binds'
+        f'roofline      {self.seconds * 1e3:.1f} ms ({", ".join(parts)}): '
+        f'{self.binds} binds'
       )
       if self.needed:
         lines.append(
@@ -179,13 +113,86 @@ class Cost:
         )
     return '\n'.join(lines)
 
+  def _room(self) -> str:
+    if not self.known:
+      return ''
+    memory = self.known.memory
+    left, fit = ('to spare', 'fits') if self.fits else ('too large', 'does not fit')
+    return (
+      f' of {memory / _GIB:.2f}: {fit}, {abs(memory - self.peak) / _GIB:.2f} GiB {left}'
+    )
+
+
+def measure(
+  lowered: jax.stages.Lowered,
+  devices: Sequence[jax.Device],
+  flops: int | None = None,
+  needed: int | None = None,
+) -> Cost:
+  """Compiles a program for the devices of its mesh.
+
+  `flops`, `needed`: operations of its products over all devices, and of those
+  that are not computed twice.
+  """
+  begin = time.monotonic()
+  try:
+    program, over = lowered.compile(), 0
+  except jax.errors.JaxRuntimeError as error:
+    program, over = None, _excess(str(error))
+    if over is None:
+      raise
+  kind = devices[0].device_kind
+  # Of a CPU or GPU only the bytes are told: no datasheet, no roofline.
+  chip = chips.CHIPS.get(kind)
+  cost = Cost(
+    chip.name if chip else kind,
+    chip,
+    over=over,
+    flops=flops and flops / len(devices),
+    needed=needed and needed / len(devices),
+    compile_seconds=time.monotonic() - begin,
+  )
+  return (
+    dataclasses.replace(cost, **_taken(program, devices, chip)) if program else cost
+  )
+
+
+def _excess(message: str) -> float | None:
+  """Bytes by which a program exceeds the memory, of XLA's refusal, or None."""
+  size = r'\(([\d.]+)([KMGT])\)'
+  match = re.search(f'{size} exceeds available HBM {size}', message)
+  if not match:
+    return None
+  units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  needed, unit, there, its_unit = match.groups()
+  return float(needed) * units[unit] - float(there) * units[its_unit]
+
+
+def _taken(
+  program: jax.stages.Compiled, devices: Sequence[jax.Device], chip: chips.Chip | None
+) -> dict[str, object]:
+  """Fields of Cost: memory and traffic."""
+  memory = program.memory_analysis()
+  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  peak = (
+    arguments
+    + temporaries
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes  # Outputs in donated arguments' place.
+    + memory.generated_code_size_in_bytes
+  )
+  found = {'arguments': arguments, 'temporaries': temporaries, 'peak': peak}
+  if module := _module(program):
+    found['traffic'] = module.traffic()
+    found['collectives'] = tuple(
+      (one, chip and _seconds(one, devices, chip)) for one in module.collectives()
+    )
+  return found
+
 
 def _module(program: jax.stages.Compiled) -> hlo.Module | None:
-  """hlo.Module of jax.stages.Compiled, or None.
-
-  jaxlib reads back what libtpu wrote, and may be the older of the two: of
-  programs for v5p, jaxlib 0.10.2 does not know libtpu 0.0.52's async-update.
-  """
+  # jaxlib reads back what libtpu wrote, and may be the older of the two: of
+  # programs for v5p, jaxlib 0.10.2 does not know libtpu 0.0.52's async-update.
   try:
     return hlo.Module(program.as_text())
   except jax.errors.JaxRuntimeError as error:
@@ -194,6 +201,10 @@ def _module(program: jax.stages.Compiled) -> hlo.Module | None:
       str(error).splitlines()[0],
     )
     return None
+
+
+def _gib(size: float) -> str:
+  return f'{size / _GIB:8.2f} GiB'
 
 
 def _among(one: hlo.Collective) -> int | str:
@@ -205,7 +216,7 @@ def _among(one: hlo.Collective) -> int | str:
 def _seconds(
   one: hlo.Collective, devices: Sequence[jax.Device], chip: chips.Chip
 ) -> float:
-  """The least seconds that a Collective's bytes take to arrive."""
+  """The least that its bytes take to arrive."""
   if one.kind == 'recv':
     return one.received / chip.network  # Between slices no link leads.
   if not one.groups:  # A ring's two directions.

@@ -45,37 +45,39 @@ _FIXED_DAY = '{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}'
 def render(
   tokenizer: 'PreTrainedTokenizerFast',
   messages: Messages,
+  where: str = 'model.address',
   add_generation_prompt: bool = False,
 ) -> str:
-  """The text of `messages`, each a dict of role and content.
+  """The text of messages; `where` they stand is for errors.
 
   With `add_generation_prompt` it ends where the assistant would begin.
   """
   try:
-    return _apply(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    return _apply(tokenizer, messages, add_generation_prompt)
   except jinja2.TemplateError as error:
     roles = ', '.join(message['role'] for message in messages)
     raise InputError(
-      f'model.address: the {_name(tokenizer)} refuses messages of {roles} '
-      f'({error}); give the tokenizer another template'
+      f'{where}: the {_name(tokenizer)} refuses messages of {roles} ({error}); '
+      'change them or give the tokenizer another template'
     ) from error
 
 
-def _apply(
-  tokenizer: 'PreTrainedTokenizerFast', messages: Messages, **options: bool
-) -> str:
+def _apply(tokenizer, messages, add_generation_prompt=False):
   """Like `render`; raises jinja2.TemplateError where the template refuses."""
-  template = PLAIN_TEMPLATE
-  if tokenizer.chat_template:
-    template = tokenizer.get_chat_template()
+  template = (
+    tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+  )
   if 'strftime_now' in template:
     template = _FIXED_DAY + template
   return tokenizer.apply_chat_template(
-    messages, chat_template=template, tokenize=False, **options
+    messages,
+    chat_template=template,
+    tokenize=False,
+    add_generation_prompt=add_generation_prompt,
   )
 
 
-def _name(tokenizer: 'PreTrainedTokenizerFast') -> str:
+def _name(tokenizer):
   return f'chat template of the tokenizer {tokenizer.name_or_path!r}'
 
 
@@ -88,15 +90,14 @@ class Renderer:
 
   def __init__(self, tokenizer: 'PreTrainedTokenizerFast'):
     self._tokenizer = tokenizer
-    self._name = _name(tokenizer)
     # What stands behind the probe is what this template closes an answer with.
     probe = [_say('user', 'Hello'), _say('assistant', _PROBE)]
-    whole = self._render(probe, 'a question and an answer')
+    whole = render(tokenizer, probe, 'a question and an answer')
     _, found, self._closing = whole.rpartition(_PROBE)
     self._end = _end_of_turn(self._closing, tokenizer)
     if not found or not self._end:
       raise InputError(
-        f'the {self._name} writes {whole!r} for a question and an answer, '
+        f'the {_name(tokenizer)} writes {whole!r} for a question and an answer, '
         f'which has no {"end of turn" if found else "answer"}; give the '
         'tokenizer a template that closes answers with its end token'
       )
@@ -108,49 +109,38 @@ class Renderer:
     if messages[0]['role'] == 'system' and not self._takes(messages):
       messages = _fold_system(messages)
       turns = [i - 1 for i in turns]  # One message less stands before them.
-    text = self._render(messages, where)
+    text = render(self._tokenizer, messages, where)
     spans = [self._span(text, messages, i, where) for i in turns]
     # Earlier ones may be None: templates rewrite history. The last one may not.
     if spans[-1] is None:
       raise InputError(
-        f'{where}: the {self._name} does not write the generation prompt and '
-        'the last answer where it writes them in the whole conversation; use '
-        'a template whose texts are prefixes of each other'
+        f'{where}: the {_name(self._tokenizer)} does not write the generation '
+        'prompt and the last answer where it writes them in the whole '
+        'conversation; use a template whose texts are prefixes of each other'
       )
     return text, [span for span in spans if span]
 
-  def _span(
-    self, text: str, messages: Messages, i: int, where: str
-  ) -> tuple[int, int] | None:
+  def _span(self, text, messages, i, where):
     """[start, stop) of the answer of message `i` in `text`, None if moved."""
-    opened = self._render(messages[:i], where, add_generation_prompt=True)
-    closed = self._render(messages[: i + 1], where)
+    opened = render(self._tokenizer, messages[:i], where, add_generation_prompt=True)
+    closed = render(self._tokenizer, messages[: i + 1], where)
     # Counted from the end: the content itself may be trimmed or rewritten.
-    stop = len(closed) - len(self._closing) + self._end
-    kept = closed.endswith(self._closing) and text.startswith(closed[:stop])
+    start, stop = len(opened), len(closed) - len(self._closing) + self._end
     # An answer begins where generation would: else the model learns from another
     # context than it will be asked in.
-    kept = kept and text.startswith(opened) and len(opened) < stop
-    return (len(opened), stop) if kept else None
+    kept = text.startswith(opened) and text.startswith(closed[:stop])
+    kept = kept and closed.endswith(self._closing) and start < stop
+    return (start, stop) if kept else None
 
-  def _takes(self, messages: Messages) -> bool:
+  def _takes(self, messages):
     try:
       _apply(self._tokenizer, messages)
     except jinja2.TemplateError:
       return False
     return True
 
-  def _render(self, messages: Messages, where: str, **options: bool) -> str:
-    try:
-      return _apply(self._tokenizer, messages, **options)
-    except jinja2.TemplateError as error:
-      raise InputError(
-        f'{where}: the {self._name} refuses it ({error}); change the '
-        'conversation or the template'
-      ) from error
 
-
-def _end_of_turn(closing: str, tokenizer: 'PreTrainedTokenizerFast') -> int:
+def _end_of_turn(closing, tokenizer):
   """Length of `closing` through its first added token, else its first line."""
   added = map(str, tokenizer.added_tokens_decoder.values())
   found = [
@@ -164,12 +154,11 @@ def _end_of_turn(closing: str, tokenizer: 'PreTrainedTokenizerFast') -> int:
   return closing.find('\n') + 1 or len(closing)  # Not found is -1: all of it.
 
 
-def _fold_system(messages: Messages) -> Messages:
+def _fold_system(messages):
   """Puts the system message before the first user's: Gemma has no such role."""
   system, user, *rest = messages
-  content = f'{system["content"]}\n\n{user["content"]}'
-  return [_say(user['role'], content), *rest]
+  return [_say(user['role'], f'{system["content"]}\n\n{user["content"]}'), *rest]
 
 
-def _say(role: str, content: str) -> dict[str, str]:
+def _say(role, content):
   return {'role': role, 'content': content}

@@ -7,12 +7,9 @@ too), other fields than `messages` are ignored:
   {"messages": [{"role": "user", "content": "..."},
                 {"role": "assistant", "content": "..."}]}
 
-Roles are system, user and assistant. `DEFAULT` is the project's own set.
-
-Invariants:
-  * Everything goes through the tokenizer's chat template (`chat`), which also
-    decides what is an answer.
-  * The same file gives the same tokens on any day.
+Roles are system, user and assistant. `DEFAULT` is the project's own set. What is
+an answer is decided by the tokenizer's chat template (`chat`); the same file
+gives the same tokens on any day.
 """
 
 import dataclasses
@@ -36,21 +33,16 @@ if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
 DEFAULT = Path(__file__).with_name('conversations.jsonl')
 
 _ROLES = ('system', 'user', 'assistant')
-_TEXT_END = '<|endoftext|>'  # public sets carry it as text
+_TEXT_END = '<|endoftext|>'  # Public sets carry it as text.
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """One conversation, ready to be packed.
+  """One conversation, ready to be packed."""
 
-  Attributes:
-    tokens: int32[n], at most `max_length` of them.
-    answers: bool[n], whether token i is one that the model must produce:
-      assistant content and the end-of-turn token that closes it. At least one
-      is True.
-  """
-
-  tokens: np.ndarray
+  tokens: np.ndarray  # int32 [n]
+  # bool [n], whether the model must produce a token: assistant content and the
+  # end-of-turn token that closes it. At least one is True.
   answers: np.ndarray
 
 
@@ -97,9 +89,7 @@ def read_conversations(
   return kept
 
 
-def _encode(
-  tokenizer: 'PreTrainedTokenizerFast', text: str, spans: list[tuple[int, int]]
-) -> Conversation:
+def _encode(tokenizer, text, spans):
   """Tokens of `text`; `spans` are [start, stop) of its answers in characters."""
   # Not verbose: it would warn of texts that are longer than the model's context,
   # which are cut later.
@@ -119,35 +109,28 @@ def _conversations(path: Path) -> Iterator[tuple[str, chat.Messages]]:
   """Yields ('FILE line N', checked and cleaned messages)."""
   if not path.is_file():
     raise InputError(f'{path}: no such file; mend data.conversations')
-  n = 0
-  for n, line in _lines(path):
-    where = f'{path} line {n}'
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise InputError(f'{where}: not JSON ({error}); mend the line') from error
-    yield where, _messages(record, where)
-  if not n:
-    raise InputError(f'{path} is empty; give one conversation a line')
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-  """Yields (number from 1, text) of the lines that are not blank."""
-  n = 0
+  n, where = 0, None
   opener = gzip.open if path.suffix == '.gz' else open
   try:
     with opener(path, 'rt', encoding='utf-8-sig') as file:  # With a mark or not.
       for n, line in enumerate(file, start=1):
         if line.strip():
-          yield n, line
+          where = f'{path} line {n}'
+          yield where, _messages(line, where)
   except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
     raise InputError(
       f'{path} cannot be read after line {n} ({error}); give UTF-8 JSON lines, '
       'with gzip if the name ends in .gz'
     ) from error
+  if where is None:
+    raise InputError(f'{path} is empty; give one conversation a line')
 
 
-def _messages(record: object, where: str) -> chat.Messages:
+def _messages(line: str, where: str) -> chat.Messages:
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise InputError(f'{where}: not JSON ({error}); mend the line') from error
   messages = record.get('messages') if isinstance(record, dict) else None
   if not isinstance(messages, list):
     raise InputError(

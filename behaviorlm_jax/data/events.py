@@ -12,17 +12,18 @@ which goes back by an hour once a year where events are ordered by instant.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.data.log import columns, join, shards, sources, splits
 from behaviorlm_jax.data.log.splits import Behavior
 from behaviorlm_jax.data.log.splits import SPLITS as SPLITS
-from behaviorlm_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,9 +43,19 @@ class Events:
   known: int  # how many behaviors are candidates: all before the unseen
   clock: bool = True  # whether times have a time of day, else dates alone
 
+  @functools.cached_property
+  def anchors(self) -> np.ndarray:
+    """bool [known]: which candidate behaviors are anchors."""
+    return np.array([b.group == 'anchor' for b in self.behaviors[: self.known]], bool)
+
+  @functools.cached_property
+  def train_counts(self) -> np.ndarray:
+    """int64 [known]: training events of each behavior."""
+    return np.array([b.train_count for b in self.behaviors[: self.known]])
+
 
 def prepare(
-  data: ConfigDict,
+  data: Mapping[str, Any],
   place: str | Path | sources.Log,
   folder: Path,
   seed: int,
@@ -55,37 +66,30 @@ def prepare(
   `origin` is written beside the events as config.json.
   """
   folder = Path(folder)
-  splits.cuts(data.split)  # Refused now, not after the log is read.
+  splits.cuts(data['split'])  # Refused now, not after the log is read.
   whole = folder.with_name(folder.name + '.whole')
   clean(folder)
   try:
-    log = sources.open_log(place)
-    shards.write_shard(data, log, whole)
+    log = place if isinstance(place, sources.Log) else sources.open_log(place, data)
+    shards.write_shard(log, whole)
     # A log prepared at once is one shard, joined: there is no second way.
-    return join.join(data, log, [whole], folder, seed, origin)
+    return join.join(log, [whole], folder, seed, origin)
   finally:
     clean(folder)
 
 
 def clean(folder: Path) -> None:
   """Deletes what a run that was killed left beside `folder`."""
-  for name in ('.whole', '.whole.tmp'):
-    shutil.rmtree(folder.with_name(folder.name + name), ignore_errors=True)
+  for ending in ('.whole', '.whole.tmp'):
+    shutil.rmtree(folder.with_name(folder.name + ending), ignore_errors=True)
 
 
 def open_events(folder: str | Path) -> Events:
   """Memory-maps a prepared folder, without a copy."""
   folder = Path(folder)
-  if list(folder.glob('part-*.arrow')):
-    raise InputError(
-      f'{folder} was prepared by an older version of this '
-      'program; use another --workdir.'
-    )
-  behaviors = [
-    Behavior(**item)
-    for item in json.loads((folder / 'behaviors.json').read_text('utf-8'))
-  ]
-  summary = json.loads((folder / 'summary.json').read_text('utf-8'))
+  read = lambda name: json.loads((folder / name).read_text('utf-8'))
+  behaviors = [Behavior(**item) for item in read('behaviors.json')]
+  summary = read('summary.json')
   return Events(
     **{name: columns.read_column(folder, name) for name in columns.DTYPES},
     users=columns.MappedNames(folder / 'users.arrow'),

@@ -13,36 +13,29 @@ arrays, B rows, L = train.length, A = the plan's answer capacity:
   samples: int32 [B], targets of the row
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data.conversations import Conversation
+from behaviorlm_jax.data.prompts import Prompts
 
-Row = list[dict]  # Of a plan: its segments.
+Row = list[plan_lib.Segment]
 Arrays = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
 class Assembler:
   """Turns a plan's row into arrays."""
 
-  def __init__(
-    self,
-    prompts: prompts_lib.Prompts,
-    conversations: Sequence[Conversation],
-    length: int,
-    answers: int,
-    tree: plan_lib.NameTree | None = None,
-  ):
-    """`tree`: label_tree.Tree of what is taught of each name; None: all of it."""
-    self.prompts = prompts
-    self.conversations = conversations
-    self.length = length
-    self.answers = answers
-    self.tree = tree
+  prompts: Prompts
+  conversations: Sequence[Conversation]
+  length: int  # Tokens of a row.
+  answers: int  # Answer tokens of a row, at most.
+  tree: plan_lib.NameTree | None = None  # What is taught of names; None: all of it.
 
   def __call__(self, row: Row) -> Arrays:
     arrays = {
@@ -53,7 +46,7 @@ class Assembler:
       'answer_tokens': np.zeros(self.answers, np.int32),
       'answer_nodes': np.full(self.answers, -1, np.int32),
       'answer_weights': np.zeros(self.answers, np.float32),
-      'samples': np.int32(sum(len(s['targets']) for s in row)),
+      'samples': np.int32(sum(len(segment.targets) for segment in row)),
     }
     begin = filled = 0
     for number, segment in enumerate(row, start=1):  # 0 is padding.
@@ -69,22 +62,19 @@ class Assembler:
       arrays['answer_tokens'][answers] = tokens[where]
       arrays['answer_nodes'][answers] = nodes
       arrays['answer_weights'][answers] = weights
-      begin, filled = end, filled + len(where)
+      begin, filled = end, answers.stop
     return arrays
 
-  def _segment(
-    self, segment: dict
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray | int, np.ndarray]:
+  def _segment(self, segment: plan_lib.Segment) -> tuple[np.ndarray, ...]:
     """Tokens, the indices of its answer tokens, their nodes and weights."""
-    if segment['kind'] == plan_lib.CONVERSATION:
-      conversation = self.conversations[segment['start']]
+    if segment.kind == plan_lib.CONVERSATION:
+      conversation = self.conversations[segment.start]
       where = np.flatnonzero(conversation.answers)
-      return conversation.tokens, where, -1, np.ones(len(where), np.float32)
-    start = segment['start']
-    tokens, spans = self.prompts.window(start, segment['stop'])
+      return conversation.tokens, where, np.array(-1), np.array(1.0)
+    tokens, spans = self.prompts.window(segment.start, segment.stop)
     where, nodes, weights = [], [], []
-    for target, weight in zip(segment['targets'], segment['weights'], strict=True):
-      begin, end = spans[target - start]
+    for target, weight in zip(segment.targets, segment.weights, strict=True):
+      begin, end = spans[target - segment.start]
       taught, own = np.arange(end - begin), np.full(end - begin, -1)
       if self.tree:
         behavior = self.prompts.events.behavior[target]
@@ -92,22 +82,8 @@ class Assembler:
         own = self.tree.edge_nodes[self.tree.path(behavior)[taught]]
       where.append(begin + taught)
       nodes.append(own)
-      weights.append(np.full(len(taught), weight, np.float32))
+      weights.append(np.full(len(taught), weight))
     return tokens, *map(np.concatenate, (where, nodes, weights))
-
-
-class _HostRows:
-  """Random access to one host's rows, step after step."""
-
-  def __init__(self, rows: Sequence[Row], batch: int, own: Sequence[int]):
-    self._rows, self._batch, self._own = rows, batch, own
-
-  def __len__(self) -> int:
-    return len(self._rows) // self._batch * len(self._own)
-
-  def __getitem__(self, index: int) -> Row:
-    step, row = divmod(int(index), len(self._own))
-    return self._rows[step * self._batch + self._own[row]]
 
 
 def batches(
@@ -124,9 +100,9 @@ def batches(
   iterator ends with the plan; its state is the step alone.
   """
   own = range(batch) if own is None else own
-  source = _HostRows(plan.rows, batch, own)
-  dataset = grain.MapDataset.source(source).map(assemble)
-  dataset = dataset.batch(len(own), drop_remainder=True)
+  firsts = range(0, len(plan.rows), batch)
+  mine = [plan.rows[first + row] for first in firsts for row in own]
+  dataset = grain.MapDataset.source(mine).map(assemble).batch(len(own))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterator = iter(dataset.to_iter_dataset(options))
   # Random access, so a run that goes on reads nothing of the steps before.

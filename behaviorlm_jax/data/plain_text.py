@@ -44,14 +44,9 @@ class PlainText:
     self._tokenizer.encode_special_tokens = True  # As text: see the module.
 
   def encode(self, text: str, whose: str) -> np.ndarray:
-    """Token ids int32 [n] of `text`.
+    """Token ids int32 [n] of `text`; `whose` is for the error: "behavior 'Gym'".
 
-    Args:
-      text: as the log has it.
-      whose: what the text is of, for the error: "behavior 'Gym'".
-
-    Raises:
-      InputError: a control token also stands in the vocabulary as text.
+    Raises InputError if a control token also stands in the vocabulary as text.
     """
     ids = self._tokenizer.encode(text, add_special_tokens=False).ids
     found = self._controls.keys() & ids

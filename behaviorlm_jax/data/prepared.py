@@ -8,7 +8,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import processes, workspace
+from behaviorlm_jax.cluster import ownership
+from behaviorlm_jax.cluster import workspace as workspace_lib
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data.log import join, sources
 from behaviorlm_jax.data.log import shards as shards_lib
@@ -16,21 +18,22 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import bucket
 
 
-def load_events(config: ConfigDict, workdir: Path) -> events_lib.Events:
+def load_events(config: ConfigDict, workspace: Workspace) -> events_lib.Events:
   """The event table of this work directory, prepared at the first call."""
-  processes.on_primary(_prepare_events, config, workdir / 'events')
-  return events_lib.open_events(workdir / 'events')
+  folder = workspace.folder / 'events'
+  workspace.keep(_prepare_events, folder, config)
+  return events_lib.open_events(folder)
 
 
-def _prepare_events(config: ConfigDict, folder: Path) -> None:
-  log = sources.open_log(config.data.events)
-  origin = workspace.as_dict(config) | {'log_sha256': log.sha256()}
+def _prepare_events(folder: Path, config: ConfigDict) -> None:
+  log = sources.open_log(config.data.events, config.data)
+  origin = ownership.as_dict(config) | {'log_sha256': log.sha256()}
   events_lib.clean(folder)  # Of a run that was killed.
   if not folder.exists():
     shards = folder.with_name(bucket.SHARDS)
     if shards.exists():  # Others have done the heavy part.
       complete = _complete(shards, origin)
-      join.join(config.data, log, complete, folder, config.seed, origin)
+      join.join(log, complete, folder, config.seed, origin)
       logging.info(
         '%s: %d shards joined in %s; they are not needed any more.',
         shards,
@@ -40,9 +43,9 @@ def _prepare_events(config: ConfigDict, folder: Path) -> None:
     else:
       events_lib.prepare(config.data, log, folder, config.seed, origin)
     return
-  # That the config fits, workspace.check_config has said; the address may still
+  # That the config fits, ownership.check_config has said; the address may still
   # hold another file than it did.
-  theirs = workspace.read_config(folder)
+  theirs = ownership.read_config(folder)
   if theirs is None:
     raise InputError(
       f'{folder} exists but was not made by this program; use another --workdir.'
@@ -56,30 +59,31 @@ def _prepare_events(config: ConfigDict, folder: Path) -> None:
 def prepare_part(config: ConfigDict, workdir: str | Path) -> None:
   """Prepares data.shard's part of the users, for `load_events` to join."""
   index, count = config_lib.shard(config)
-  name = f'{index}-of-{count}'
-  workdir = workspace.make(workdir, name)
-  # In the bucket itself: this part's copy of it holds its own files alone.
-  if bucket.place(workdir / 'events/config.json').exists():
-    logging.info('%s is prepared; no shard is needed.', workdir / 'events')
-    return
-  config = workspace.pin_addresses(config, ['data.events'], [])
-  folder = workdir / bucket.SHARDS / name
-  log = sources.open_log(config.data.events)
-  # DuckDB's hash decides which users are in a shard, and may change with it.
-  origin = workspace.as_dict(config) | {
-    'log_sha256': log.sha256(),
-    'duckdb': duckdb.__version__,
-  }
-  if folder.exists():
-    _check_shard(folder, origin)
-  else:
-    shards_lib.write_shard(config.data, log, folder, (index, count), origin)
-    bucket.push()
-  logging.info(
-    '%s is prepared; once all %d are, run the same command without data.shard.',
-    folder,
-    count,
-  )
+  part = f'{index}-of-{count}'
+  with workspace_lib.opened(workdir, part) as workspace:
+    events = workspace.folder / 'events'
+    # In the bucket itself: this part's copy of it holds its own files alone.
+    if workspace.place(events / 'config.json').exists():
+      logging.info('%s is prepared; no shard is needed.', events)
+      return
+    config = ownership.pin_addresses(config, ['data.events'])
+    folder = workspace.folder / bucket.SHARDS / part
+    log = sources.open_log(config.data.events, config.data)
+    # DuckDB's hash decides which users are in a shard, and may change with it.
+    origin = ownership.as_dict(config) | {
+      'log_sha256': log.sha256(),
+      'duckdb': duckdb.__version__,
+    }
+    if folder.exists():
+      _check_shard(folder, origin)
+    else:
+      shards_lib.write_shard(log, folder, (index, count), origin)
+      workspace.upload()
+    logging.info(
+      '%s is prepared; once all %d are, run the same command without data.shard.',
+      folder,
+      count,
+    )
 
 
 def _complete(root: Path, origin: dict) -> list[Path]:
@@ -88,11 +92,8 @@ def _complete(root: Path, origin: dict) -> list[Path]:
   found = {(int(m[2]), int(m[1])): root / m[0] for m in matches if m}
   counts = sorted({count for count, _ in found})
   if len(counts) != 1:
-    what = (
-      'shards of ' + ' and of '.join(map(str, counts)) + ' parts'
-      if counts
-      else 'no shard'
-    )
+    parts = ' and of '.join(map(str, counts))
+    what = f'shards of {parts} parts' if counts else 'no shard'
     raise InputError(
       f'{root} holds {what}, but all parts of one number are needed; delete '
       'what does not belong to it, or the folder to prepare the log here.'
@@ -111,9 +112,7 @@ def _complete(root: Path, origin: dict) -> list[Path]:
   folders = [found[count, i] for i in range(count)]
   # Who joins hashes nothing, so its own DuckDB may be another: all shards need
   # that of the first.
-  origin = origin | {
-    'duckdb': workspace.get(workspace.read_config(folders[0]) or {}, 'duckdb')
-  }
+  origin = origin | {'duckdb': (ownership.read_config(folders[0]) or {}).get('duckdb')}
   for folder in folders:
     _check_shard(folder, origin)
   return folders
@@ -121,16 +120,9 @@ def _complete(root: Path, origin: dict) -> list[Path]:
 
 def _check_shard(folder: Path, origin: dict) -> None:
   """Refuses a shard of another log or config; the log may have moved."""
-  theirs = workspace.read_config(folder) or {}
-  names = ('log_sha256', 'duckdb', *workspace.DECIDES['events'])
-  found = [
-    difference
-    for name in names
-    if name != 'data.events'
-    for difference in workspace.differences(
-      workspace.get(origin, name), workspace.get(theirs, name), name
-    )
-  ]
+  theirs = ownership.read_config(folder) or {}
+  decides = [name for name in ownership.DECIDES['events'] if name != 'data.events']
+  found = ownership.differences(origin, theirs, ['log_sha256', 'duckdb', *decides])
   if found:
     raise InputError(
       f'{folder} was made of another log or config, or by another version: '

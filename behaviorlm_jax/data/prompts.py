@@ -18,17 +18,14 @@ and after a line's end), so the pieces are exactly the tokens of the whole text;
 a test holds them to that.
 """
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.data import chat, plain_text
-from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import samples as samples_lib
+from behaviorlm_jax.data.events import Events
 from behaviorlm_jax.errors import InputError
 
 if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
@@ -36,6 +33,7 @@ if TYPE_CHECKING:  # It takes seconds to import, and a dry run needs none of it.
 
 WEEKDAYS = ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')
 DAY = 86_400
+_WEEK = 7 * DAY // 60  # In minutes.
 # Stands for the instruction while a template renders: no template writes a bell.
 _MARK = '\x07content\x07'
 
@@ -63,24 +61,41 @@ class Prompts:
 
   def __init__(
     self,
-    events: events_lib.Events,
+    events: Events,
     tokenizer: 'PreTrainedTokenizerFast',
-    data: ConfigDict,
+    instruction: str,
+    history: int,
+    weekday: bool,
   ):
-    """`data`: the config's section; `tokenizer`: a transformers tokenizer."""
-    self.events = events
-    self.tokenizer = tokenizer
-    self.data = data
+    """`history`: events before a question's; `weekday`: shown in every line."""
+    self.events, self.tokenizer, self.history = events, tokenizer, history
     if tokenizer.chat_template is None:
       logging.warning(
         'model.address: the tokenizer has no chat template; '
         'using the plain format "User: ... Assistant: ...".'
       )
     self._log_text = plain_text.PlainText(tokenizer)
+    nothing = np.zeros(0, np.int32)
     self.names = [self.answer(b.name) for b in events.behaviors]
-    self._times, self._places = {}, {}
+    self._places = [
+      self._log_text.encode(f' ({name})', f'place {name!r}') for name in events.places
+    ]
+    self._places.append(nothing)  # No place, -1, is the last one.
+    seen = np.zeros(_WEEK, bool)  # A log need not have all minutes of a week.
+    for span in samples_lib.spans(events):
+      seen[self._minute(span)] = True
+    # The weeks begin with 1970, so a week's minute is itself a time.
+    self._times = [
+      self.encode(time_text(60 * minute, weekday, events.clock)) if found else nothing
+      for minute, found in enumerate(seen)
+    ]
+    # A plan asks for more windows than it takes: most lines are only measured.
+    self.answer_lengths, self._place_lengths, self._time_lengths = (
+      np.array([len(piece) for piece in pieces])
+      for pieces in (self.names, self._places, self._times)
+    )
     # In one go: a template may end in a blank that belongs to the next word.
-    self.header = self.encode(self._header())
+    self.header = self.encode(self._header(instruction))
 
   def encode(self, text: str) -> np.ndarray:
     """Token ids int32 [n] of `text`, with nothing added.
@@ -94,7 +109,7 @@ class Prompts:
     """Answer tokens int32 [n] of a behavior's name."""
     return self._log_text.encode(answer_text(name), f'behavior {name!r}')
 
-  def _header(self) -> str:
+  def _header(self, instruction: str) -> str:
     """Text of what stands before the log."""
     text = chat.render(
       self.tokenizer, [{'role': 'user', 'content': _MARK}], add_generation_prompt=True
@@ -107,43 +122,25 @@ class Prompts:
         'user message exactly once; give it another template.'
       )
     # Now, when no template can trim or rewrite it.
-    return text.replace(_MARK, self.data.instruction.strip())
+    return text.replace(_MARK, instruction.strip())
 
-  @functools.cached_property
+  @property
   def labels(self) -> list[np.ndarray]:
     """Answer tokens of every candidate behavior, by id."""
     return self.names[: self.events.known]
 
-  def _time(self, code: int) -> np.ndarray:
-    if code not in self._times:  # At most 10,080: the minutes of a week.
-      self._times[code] = self.encode(
-        time_text(code * 60, self.data.weekday, self.events.clock)
-      )
-    return self._times[code]
-
-  def _time_code(self, positions: int | slice | np.ndarray) -> np.ndarray:
+  def _minute(self, positions: int | slice) -> np.ndarray:
     """Minutes since the week's start: what a line shows of the time."""
-    # The weeks begin with 1970, so a code is itself a time for `time_text`.
-    return self.events.time[positions] // 60 % (7 * DAY // 60)
+    return self.events.time[positions] // 60 % _WEEK
 
-  def _place(self, place: int) -> np.ndarray:
-    if place < 0:
-      return np.zeros(0, np.int32)
-    if place not in self._places:
-      name = self.events.places[place]
-      self._places[place] = self._log_text.encode(f' ({name})', f'place {name!r}')
-    return self._places[place]
-
-  def cut_line(self, position: int) -> list[np.ndarray]:
+  def _cut_line(self, position: int) -> list[np.ndarray]:
     """Pieces of the line of `position` up to where the answer starts."""
-    return [
-      self._time(int(self._time_code(position))),
-      self._place(int(self.events.place[position])),
-    ]
+    place = self.events.place[position]
+    return [self._times[self._minute(position)], self._places[place]]
 
-  def question_start(self, position: int) -> int:
-    """First event that the question about `position` shows."""
-    return max(int(self.events.first[position]), int(position) - self.data.history)
+  def question_start(self, positions: int | np.ndarray) -> np.ndarray:
+    """First event that the question about a position shows."""
+    return np.maximum(self.events.first[positions], positions - self.history)
 
   def check_lengths(self, most: int, train_length: int) -> None:
     """Refuses questions, or rows, of more positions than the model knows."""
@@ -153,30 +150,23 @@ class Prompts:
         f'model.address has {most} positions; lower it.'
       )
     longest = 0
-    # Of every event, sample or not. Spans hold whole users, so a question begins
-    # in the span of its event.
+    # Of every event, sample or not, to the end of the answer, which scoring appends
+    # to the question.
     for span in samples_lib.spans(self.events):
-      ends = self.line_ends(span.start, span.stop)
       positions = np.arange(span.start, span.stop)
-      starts = np.maximum(self.events.first[span], positions - self.data.history)
-      # To the end of the answer, which scoring appends to the question.
-      lines = ends[1:] - ends[starts - span.start]
-      longest = max(longest, lines.max())
-    longest += len(self.header)
+      starts = self.question_start(positions)
+      longest = max(longest, self.window_lengths(starts, positions + 1).max())
     if longest > most:
       raise InputError(
-        f'data.history is {self.data.history}, with which a question has '
+        f'data.history is {self.history}, with which a question has '
         f'{longest} tokens, but the model of model.address has {most} '
         'positions; lower it.'
       )
 
   def question(self, position: int) -> np.ndarray:
     """Tokens int32 [n] that ask for the behavior of `position`."""
-    start = self.question_start(position)
-    pieces = [self.header]
-    for i in range(start, position):
-      pieces += [*self.cut_line(i), self.names[self.events.behavior[i]]]
-    return np.concatenate([*pieces, *self.cut_line(position)])
+    past, _ = self.window(self.question_start(position), position)
+    return np.concatenate([past, *self._cut_line(position)])
 
   def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of events [start, stop) and where each answer lies in them.
@@ -186,10 +176,9 @@ class Prompts:
       event's answer tokens.
     """
     pieces, spans = [self.header], []
-    length = len(pieces[0])
+    length = len(self.header)
     for i in range(start, stop):
-      cut = self.cut_line(i)
-      name = self.names[self.events.behavior[i]]
+      cut, name = self._cut_line(i), self.names[self.events.behavior[i]]
       begin = length + sum(map(len, cut))
       length = begin + len(name)
       spans.append((begin, length))
@@ -198,45 +187,16 @@ class Prompts:
 
   def line_ends(self, start: int, stop: int) -> np.ndarray:
     """int64 [stop - start + 1]: tokens from `start` on before each event."""
-    # Lengths alone, by id: a plan asks for more windows than it takes, and most
-    # lines it never sees as tokens.
     span = slice(start, stop)
-    codes, places = self._time_code(span), self.events.place[span]
     lengths = (
       self.answer_lengths[self.events.behavior[span]]
-      + _known(self._time_lengths, codes, self._time)
-      + _known(self._place_lengths, places, self._place)
+      + self._time_lengths[self._minute(span)]
+      + self._place_lengths[self.events.place[span]]
     )
     return np.concatenate([[0], np.cumsum(lengths)])
 
-  @functools.cached_property
-  def _time_lengths(self) -> np.ndarray:
-    """int64 [minutes of a week]; -1: not known yet."""
-    return np.full(7 * DAY // 60, -1)
-
-  @functools.cached_property
-  def _place_lengths(self) -> np.ndarray:
-    """int64 [places + 1]; -1: not known yet."""
-    # No place, -1, is the last one.
-    return np.append(np.full(len(self.events.places), -1), 0)
-
-  @functools.cached_property
-  def answer_lengths(self) -> np.ndarray:
-    """int64 [behaviors]: tokens of each behavior's answer."""
-    return np.array([len(name) for name in self.names])
-
-  def window_length(self, start: int, stop: int) -> int:
-    """Number of tokens of `window(start, stop)`."""
-    return int(self.line_ends(start, stop)[-1]) + len(self.header)
-
-
-def _known(
-  lengths: np.ndarray, ids: np.ndarray, tokens: Callable[[int], np.ndarray]
-) -> np.ndarray:
-  """Lengths of ids; those that are -1 so far are first found by `tokens`."""
-  found = lengths[ids]
-  if found.min(initial=0) < 0:
-    for i in np.unique(ids[found < 0]):
-      lengths[i] = len(tokens(int(i)))
-    found = lengths[ids]
-  return found
+  def window_lengths(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """int64 [n], tokens of windows [start, stop), both in ascending order."""
+    base = starts[0]
+    ends = self.line_ends(base, stops[-1])
+    return ends[stops - base] - ends[starts - base] + len(self.header)

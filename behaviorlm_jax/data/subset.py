@@ -1,6 +1,6 @@
 """Stage b's subset: how many samples of each behavior, and which ones.
 
-    budgets      m_c, the samples of each behavior
+    sizes        m_c, the samples of each behavior
     candidates   those that may be drawn, chosen before anything is scored
     choose       the draw, by difficulty
 
@@ -8,91 +8,94 @@ Behaviors are drawn from one by one; under the natural budget all candidates
 are one pool (key NATURAL), of which the difficulty alone decides.
 """
 
-import numpy as np
-from ml_collections import ConfigDict
+import dataclasses
+import functools
 
-from behaviorlm_jax.data import events as events_lib
+import numpy as np
+
 from behaviorlm_jax.data import samples as samples_lib
 
 NATURAL = -1  # Key of the pool of all behaviors.
 
 
-def budgets(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
-  """m_c int64 [known]: samples that stage b draws of each behavior.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Budget:
+  """How much stage b draws of each behavior's training samples."""
 
-  With n_c training samples of a behavior, plan.budget makes m_c
-    balanced   plan.per_behavior
-    tempered   proportional to n_c ** plan.temper: 0 is balanced, 1 natural
-  of the same sum, but for rounding and at least one sample of each behavior.
-  The natural budget, a pool of all behaviors, has that sum, too.
-  """
-  plan = config.plan
-  n = counts(events, config)
-  balanced = plan.per_behavior * (n > 0)
-  if plan.budget != 'tempered':
-    return balanced
-  rates = np.maximum(n, 1).astype(np.float64) ** plan.temper * (n > 0)
-  shares = balanced.sum() * rates / max(rates.sum(), 1e-12)
-  return np.where(n > 0, np.maximum(np.rint(shares), 1), 0).astype(int)
+  samples: samples_lib.Samples
+  kind: str  # 'balanced', 'tempered' or 'natural'.
+  per_behavior: int
+  temper: float
 
+  @functools.cached_property
+  def sizes(self) -> np.ndarray:
+    """m_c int64 [known], of n_c training samples of a behavior.
 
-def counts(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
-  """n_c int64 [known], training samples of each behavior."""
-  found = samples_lib.behavior_counts(events, 'train', config)
-  samples_lib.require(np.flatnonzero(found), 'stage b')
-  return found
+    balanced   per_behavior
+    tempered   proportional to n_c ** temper: 0 is balanced, 1 natural
+    natural    a pool of all behaviors, as large as the balanced ones together
 
+    The tempered ones have the same sum, but for rounding and at least one sample
+    of each behavior that has any.
+    """
+    counts = self.samples.counts
+    learnable = counts > 0
+    samples_lib.require(np.flatnonzero(learnable), 'stage b')
+    balanced = self.per_behavior * learnable
+    if self.kind != 'tempered':
+      return balanced
+    rates = np.maximum(counts, 1).astype(np.float64) ** self.temper * learnable
+    shares = balanced.sum() * rates / rates.sum()
+    return np.where(learnable, np.maximum(np.rint(shares), 1), 0).astype(int)
 
-def candidates(
-  events: events_lib.Events, config: ConfigDict, rng: np.random.Generator
-) -> dict[int, np.ndarray]:
-  """{behavior: positions} that may be drawn; rng: numpy Generator.
+  def candidates(self, most: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """{behavior: positions} that may be drawn.
 
-  At most difficulty.candidates of a behavior, but as many as its budget wants.
-  """
-  sizes = counts(events, config)
-  limits = np.maximum(budgets(events, config), config.difficulty.candidates)
-  draws = {
-    b: samples_lib.draw_ranks(rng, sizes[b], limits[b])
-    for b in np.flatnonzero(sizes).tolist()
-  }
-  samples = samples_lib.of_split(events, 'train', config)
-  if config.plan.budget == 'natural':
+    At most `most` of a behavior, but as many as its budget wants.
+    """
+    counts, limits = self.samples.counts, np.maximum(self.sizes, most)
+    draws = {
+      b: samples_lib.draw_ranks(rng, counts[b], limits[b])
+      for b in np.flatnonzero(counts).tolist()
+    }
+    if self.kind != 'natural':
+      return self.samples.at_of_behaviors(draws)
     size = sum(map(len, draws.values()))
-    ranks = samples_lib.draw_ranks(rng, sizes.sum(), size)
-    return {NATURAL: samples.at(ranks)}
-  return samples.at_of_behaviors(draws)
+    ranks = samples_lib.draw_ranks(rng, counts.sum(), size)
+    return {NATURAL: self.samples.at(ranks)}
 
+  def choose(
+    self,
+    pools: dict[int, np.ndarray],
+    scores: dict[int, float] | None,
+    gamma: float,
+    rng: np.random.Generator,
+  ) -> dict[int, np.ndarray]:
+    """Draws {behavior: positions} of the candidates, as many as it has budget.
 
-def choose(
-  pools: dict[int, np.ndarray],
-  scores: dict[int, float] | None,
-  events: events_lib.Events,
-  config: ConfigDict,
-  rng: np.random.Generator,
-) -> dict[int, np.ndarray]:
-  """Draws {behavior: positions}, as many of each behavior as its budget says.
+    A candidate has weight max(0, difficulty) ** gamma; `scores` are {position:
+    difficulty}, or None for uniform draws.
+    """
+    subset = {}
+    for b, pool in pools.items():
+      size = self.sizes.sum() if b == NATURAL else self.sizes[b]
+      weights = np.ones(len(pool))
+      if scores is not None:
+        difficulty = np.array([scores[int(p)] for p in pool])
+        weights = np.maximum(difficulty, 0) ** gamma
+      subset[b] = weighted_draw(pool, weights, int(size), rng)
+    return subset
 
-  The weight of a candidate is max(0, difficulty) ** plan.gamma. A behavior with
-  fewer candidates than its budget repeats all of them evenly.
+  def neighbour_weights(self, scale: float) -> np.ndarray:
+    """float [known]: min(1, scale m_c / n_c).
 
-  Args:
-    pools: as `candidates` made them.
-    scores: {position: difficulty}, or None for uniform draws.
-    events, config: the log and the settings.
-    rng: numpy Generator.
-  """
-  sizes, subset = budgets(events, config), {}
-  for b, pool in pools.items():
-    size = int(sizes.sum() if b == NATURAL else sizes[b])
-    if not size:
-      continue
-    weights = np.ones(len(pool))
-    if scores is not None:
-      difficulty = np.array([scores[int(p)] for p in pool])
-      weights = np.maximum(difficulty, 0) ** config.plan.gamma
-    subset[b] = weighted_draw(pool, weights, size, rng)
-  return subset
+    So neighbours keep the proportions of the budgets m_c, whatever their
+    frequencies n_c, and `scale` says how much they count beside what is drawn.
+    Under the natural budget all are 1: neighbours come at their natural rates.
+    """
+    if self.kind == 'natural':
+      return np.ones(len(self.sizes))
+    return np.minimum(1.0, scale * self.sizes / np.maximum(self.samples.counts, 1))
 
 
 def weighted_draw(
@@ -108,17 +111,3 @@ def weighted_draw(
   keys = np.log(rng.random(len(positions))) / weights
   chosen = positions[np.argsort(-keys, kind='stable')[:rest]]
   return np.concatenate([np.tile(positions, whole), chosen])
-
-
-def neighbour_weights(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
-  """float [known]: min(1, plan.neighbours m_c / n_c).
-
-  So neighbours keep the proportions of the budgets m_c, whatever their
-  frequencies n_c, and plan.neighbours says how much they count beside what is
-  drawn. Under the natural budget all are 1: neighbours come at their natural
-  rates.
-  """
-  if config.plan.budget == 'natural':
-    return np.ones(events.known)
-  rates = config.plan.neighbours * budgets(events, config)
-  return np.minimum(1.0, rates / np.maximum(counts(events, config), 1))

@@ -38,11 +38,8 @@ def fit(
 ) -> dict[str, dict[str, float]]:
   """The numbers of every predictor of NAMES: {'adjusted': {'tau'}, ...}.
 
-  Args:
-    log_p: float [n, Y] of validation samples.
-    counted: the same of a count model.
-    prior: float [Y], log_prior.
-    true: int [n], ids of the true behaviors.
+  Of log p [n, Y] of validation samples, `counted` the same of a count model, the
+  log_prior [Y] and the true ids [n].
   """
   a, b = fit_mix(log_p, counted, true)
   mixed = mix_log_p(log_p, counted, a, b)
@@ -103,10 +100,6 @@ def trade_off(by_tau: np.ndarray, true: np.ndarray, anchor: np.ndarray) -> np.nd
 
   `by_tau`: int64 [T, n] of first_choices; `true`: ids [n]; `anchor`: bool [Y].
   """
-  points = []
-  for best in by_tau:
-    f1 = metrics.per_behavior(true, best, len(anchor))[2]
-    points.append(
-      [f1[members].mean() if members.any() else 0.0 for members in (anchor, ~anchor)]
-    )
-  return np.array(points)
+  mean = lambda f1, members: f1[members].mean() if members.any() else 0.0
+  f1s = (metrics.per_behavior(true, best, len(anchor))[2] for best in by_tau)
+  return np.array([[mean(f1, anchor), mean(f1, ~anchor)] for f1 in f1s])

@@ -7,11 +7,12 @@ fitted on top of a predictor is fitted on samples of the validation split.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from ml_collections import ConfigDict
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.data import events as events_lib
@@ -24,6 +25,14 @@ from behaviorlm_jax.score import label_tree
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawn:
+  """The samples of every arm of a run: positions int64, sorted."""
+
+  test: np.ndarray  # At least one.
+  validation: np.ndarray  # None of them: nothing is fitted.
+
+
+@dataclasses.dataclass(frozen=True)
 class Scored:
   """What a model says of samples of one split."""
 
@@ -32,29 +41,38 @@ class Scored:
   questions: list[np.ndarray]  # Token ids of each prompt.
 
 
-def draw_samples(
-  events: events_lib.Events, split: str, most: int, config: ConfigDict
-) -> np.ndarray:
-  """Positions int64 of at most `most` samples (0: all), sorted."""
-  size = int(samples_lib.behavior_counts(events, split, config).sum())
-  if not most or size <= most:
-    return samples_lib.eligible(events, split, config)
-  rng = seeds.stream(config.seed, 'evaluation', split)
-  # Ranks, which a pass finds: not every log's samples fit in memory.
-  ranks = np.sort(rng.choice(size, most, replace=False))
-  return samples_lib.of_split(events, split, config).at(ranks)
+def draw_splits(
+  events: events_lib.Events, settings: Mapping[str, Any], min_context: int, seed: int
+) -> Drawn:
+  """Draws the evaluated samples; refuses a log that has none to test on.
 
-
-def test_samples(events: events_lib.Events, config: ConfigDict) -> np.ndarray:
-  """The evaluated samples; refuses a log that has none."""
-  samples = draw_samples(events, 'test', config.eval.max_samples, config)
-  if not len(samples):
+  `settings`: the section `eval` of the config.
+  """
+  test = draw_samples(events, 'test', settings['max_samples'], min_context, seed)
+  if not len(test):
     raise InputError(
       'data.events: the test split has no sample with '
-      f'{config.plan.min_context} events before it; give users more events '
+      f'{min_context} events before it; give users more events '
       'or lower plan.min_context.'
     )
-  return samples
+  validation = np.zeros(0, np.int64)
+  if settings['fit']:
+    most = settings['validation_samples']
+    validation = draw_samples(events, 'validation', most, min_context, seed)
+  return Drawn(test, validation)
+
+
+def draw_samples(
+  events: events_lib.Events, split: str, most: int, min_context: int, seed: int
+) -> np.ndarray:
+  """Positions int64 of at most `most` samples (0: all), sorted."""
+  found = samples_lib.of_split(events, split, min_context)
+  size = int(found.counts.sum())
+  if not most or size <= most:
+    return found.all()
+  rng = seeds.stream(seed, 'evaluation', split)
+  # Ranks, which a pass finds: not every log's samples fit in memory.
+  return found.at(np.sort(rng.choice(size, most, replace=False)))
 
 
 def summarize(
@@ -62,70 +80,53 @@ def summarize(
 ) -> dict[str, dict[str, int | float]]:
   """metrics.by_group of scores [n, Y]."""
   return metrics.by_group(
-    events.behavior[samples], label_tree.best(scores), samples_lib.anchor_mask(events)
+    events.behavior[samples], label_tree.best(scores), events.anchors
   )
 
 
 def write_arm(
   folder: Path,
   prompts: prompts_lib.Prompts,
+  counts: baselines.Counts,
   test: Scored,
   validation: Scored | None,
-  config: ConfigDict,
 ) -> None:
   """Writes what one arm predicted, and how good that is.
 
-  Args:
-    folder: of the stage.
-    prompts: data.prompts.Prompts.
-    test: Scored.
-    validation: Scored, or None: nothing is fitted.
-    config: the whole config.
+  `validation`: None where nothing is fitted, with `counts` or without.
   """
   events = prompts.events
   summary = summarize(events, test.samples, test.scores)
-  table = _predictions(prompts, test.samples, test.questions, test.scores)
+  table = _predictions(prompts, test)
   if validation is not None:
     summary['fitted'] = {}
-    for name, (numbers, scores) in fitted(events, test, validation, config).items():
+    for name, (numbers, scores) in fitted(counts, test, validation).items():
       summary['fitted'][name] = {
         'validation_samples': len(validation.samples),
         **numbers,
         **summarize(events, test.samples, scores),
       }
-      first = [events.behaviors[b].name for b in label_tree.best(scores, 1)[:, 0]]
+      first = _names(events, label_tree.best(scores, 1)[:, 0])
       table = table.append_column(name, pa.array(first))
     # All of log p: reports and sweeps draw curves over tau from it.
-    files.write_parquet(
-      folder / 'log_probs.parquet',
-      pa.concat_tables(
-        [_log_probs('validation', validation), _log_probs('test', test)]
-      ),
-    )
+    log_probs = [_log_probs('validation', validation), _log_probs('test', test)]
+    files.write_parquet(folder / 'log_probs.parquet', pa.concat_tables(log_probs))
   files.write_parquet(folder / 'predictions.parquet', table)
   # Last, because its presence says that the stage is finished.
   files.write_json(folder / 'evaluation.json', summary)
 
 
 def fitted(
-  events: events_lib.Events, test: Scored, validation: Scored, config: ConfigDict
+  counts: baselines.Counts, test: Scored, validation: Scored
 ) -> dict[str, tuple[dict[str, float], np.ndarray]]:
   """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
   # markov: of the count models the one whose scores are log-probabilities.
-  counted = [
-    baselines.scores('markov', events, part.samples, config.data.history, config.seed)
-    for part in (validation, test)
-  ]
-  prior = adjust.log_prior(samples_lib.train_counts(events))
-  numbers = adjust.fit(
-    label_tree.log_softmax(validation.scores),
-    counted[0],
-    prior,
-    events.behavior[validation.samples],
-  )
-  log_p = label_tree.log_softmax(test.scores)
+  counted = [counts.scores('markov', part.samples) for part in (validation, test)]
+  log_p = [label_tree.log_softmax(part.scores) for part in (validation, test)]
+  true = counts.events.behavior[validation.samples]
+  numbers = adjust.fit(log_p[0], counted[0], counts.log_prior, true)
   return {
-    name: (found, adjust.apply(found, log_p, counted[1], prior))
+    name: (found, adjust.apply(found, log_p[1], counted[1], counts.log_prior))
     for name, found in numbers.items()
   }
 
@@ -141,37 +142,34 @@ def _log_probs(split: str, scored: Scored) -> pa.Table:
   )
 
 
-def _predictions(
-  prompts: prompts_lib.Prompts,
-  samples: np.ndarray,
-  questions: list[np.ndarray],
-  scores: np.ndarray,
-) -> pa.Table:
-  events = prompts.events
-  true = events.behavior[samples]
-  log_probs = label_tree.log_softmax(scores)
-  top = label_tree.best(scores)
-  name = lambda b: events.behaviors[b].name
+def _predictions(prompts: prompts_lib.Prompts, test: Scored) -> pa.Table:
+  events, samples = prompts.events, test.samples
+  true, top = events.behavior[samples], label_tree.best(test.scores)
+  log_p = label_tree.log_softmax(test.scores)
+  top_log_p = np.take_along_axis(log_p, top, axis=1)
+  tokens = [question.tolist() for question in test.questions]
   return pa.table(
     {
       'sample': pa.array(samples, pa.int64()),
       'user': [events.users[u] for u in events.user[samples]],
       'time': pa.array(events.time[samples], pa.timestamp('s')),
       'group': [events.behaviors[b].group for b in true],
-      'behavior': [name(b) for b in true],
-      'predicted': [name(b) for b in top[:, 0]],
-      'log_prob': pa.array(log_probs[np.arange(len(true)), true], pa.float32()),
-      'top5': [[name(b) for b in row] for row in top],
-      'top5_log_prob': pa.array(
-        np.take_along_axis(log_probs, top, axis=1).tolist(), pa.list_(pa.float32())
-      ),
-      'prompt_tokens': pa.array([q.tolist() for q in questions], pa.list_(pa.int32())),
-      'in_context': [in_context(prompts, p) for p in samples],
+      'behavior': _names(events, true),
+      'predicted': _names(events, top[:, 0]),
+      'log_prob': pa.array(log_p[np.arange(len(true)), true], pa.float32()),
+      'top5': [_names(events, row) for row in top],
+      'top5_log_prob': pa.array(top_log_p.tolist(), pa.list_(pa.float32())),
+      'prompt_tokens': pa.array(tokens, pa.list_(pa.int32())),
+      'in_context': [_in_context(prompts, sample) for sample in samples],
     }
   )
 
 
-def in_context(prompts: prompts_lib.Prompts, position: int) -> bool:
+def _names(events: events_lib.Events, behaviors: np.ndarray) -> list[str]:
+  return [events.behaviors[b].name for b in behaviors]
+
+
+def _in_context(prompts: prompts_lib.Prompts, position: int) -> bool:
   """Whether the true behavior stands in its question's context."""
   behavior = prompts.events.behavior
   # What the question shows; the log may know more of the user's past.
@@ -179,16 +177,10 @@ def in_context(prompts: prompts_lib.Prompts, position: int) -> bool:
   return bool((past == behavior[position]).any())
 
 
-def write_baselines(
-  path: Path, events: events_lib.Events, samples: np.ndarray, config: ConfigDict
-) -> None:
+def write_baselines(path: Path, counts: baselines.Counts, samples: np.ndarray) -> None:
   """Writes the metrics of every free baseline on the same samples."""
   result = {
-    name: summarize(
-      events,
-      samples,
-      baselines.scores(name, events, samples, config.data.history, config.seed),
-    )
+    name: summarize(counts.events, samples, counts.scores(name, samples))
     for name in baselines.NAMES
   }
   files.write_json(path, result)

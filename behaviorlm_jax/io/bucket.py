@@ -2,9 +2,8 @@
 
 A work directory is worked on in a local copy of each host's own, under the
 cache folder: events are memory-mapped, files written beside and renamed, which
-a bucket can do neither of. `push` brings what process 0 wrote to the bucket,
-`pull` from there to the other hosts; processes.on_primary calls both. Only checkpoints
-go straight to the bucket (`place`), as Orbax lets every host write its part.
+a bucket can do neither of. `Mirror.push` brings what process 0 wrote to the bucket,
+`Mirror.pull` from there to the other hosts; cluster.workspace calls both.
 
 contents.txt in the bucket lists what the work directory holds and is written
 last: what a run was pushing when it was killed is not there yet. An object may
@@ -24,15 +23,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from absl import logging as absl_logging
-from etils import epath
-
 from behaviorlm_jax.errors import InputError
 
 PREFIX = 'gs://'
 _CONTENTS = 'contents{}.txt'
 SHARDS = 'events.shards'  # What process 0 joins; each task lists its own.
-_mirror = None  # The one that this process works in.
 
 
 class Unreachable(Exception):
@@ -43,72 +38,10 @@ def is_address(place: str | Path) -> bool:
   return str(place).startswith(PREFIX)
 
 
-def open_workdir(address: str, cache: Path, process: int, part: str = '') -> Path:
-  """The local folder of a work directory in a bucket, as the bucket has it.
-
-  Args:
-    address: gs://BUCKET/NAME.
-    cache: folder for local copies.
-    process: of this host; several on one machine have a copy each.
-    part: a name, of what is done beside others; it has only its own files.
-
-  Raises:
-    InputError: the bucket cannot be read, or holds something else; the package
-      for it is missing; another process works in the same copy.
-    Unreachable: it may be reached later.
-  """
-  global _mirror
-  close_workdir()
-  bucket = Bucket(address, '--workdir')
-  mirror = Mirror(
-    bucket,
-    _copies(cache, bucket.address, part or process),
-    writes=bool(part) or process == 0,
-    part=part,
-  )
-  mirror.lock()  # Before it is changed: another process may work in it.
-  mirror.pull()
-  absl_logging.info('%s is worked on in %s.', bucket.address, mirror.folder)
-  _mirror = mirror
-  return mirror.folder
-
-
-def close_workdir() -> None:
-  """From here on this process works in a local folder, if in any."""
-  global _mirror
-  if _mirror:
-    _mirror.unlock()
-  _mirror = None
-
-
-def push() -> None:
-  """Brings what this process wrote since the last time to the bucket, if the
-  work directory lies in one."""
-  if _mirror:
-    _mirror.push()
-
-
-def pull() -> None:
-  """Brings what others pushed to this process, if the work directory lies in a
-  bucket."""
-  if _mirror:
-    _mirror.pull()
-
-
-def place(path: Path) -> Path | epath.Path:
-  """Where something that all hosts write belongs: in the bucket, if any; an
-  absolute path else."""
-  if not _mirror:
-    return path.absolute()
-  name = path.relative_to(_mirror.folder).as_posix()
-  return epath.Path(f'{_mirror.bucket.address}/{name}')
-
-
-def named(text: str) -> str:
-  """A text for the user, who knows the address and not the local copy."""
-  if not _mirror:
-    return text
-  return text.replace(str(_mirror.folder), _mirror.bucket.address)
+def copy_folder(cache: Path, what: str, kind: str) -> Path:
+  """Where in the cache a copy of `what` belongs."""
+  digest = hashlib.sha256(what.encode()).hexdigest()[:16]
+  return cache / 'buckets' / f'{digest}-{kind}'
 
 
 def fetch_copy(
@@ -135,25 +68,9 @@ def fetch_copy(
   objects = {name: digest for name, digest in objects.items() if wanted(name)}
   # Another content has another folder: no file of an older one is left in it.
   version = json.dumps([bucket.address, sorted(objects.items())])
-  target = _copies(cache, version, 'read') / PurePosixPath(address).name
-  bucket.get(
-    {
-      target / name: (name, digest)
-      for name, digest in objects.items()
-      if _differs(target / name, digest)
-    }
-  )
+  target = copy_folder(cache, version, 'read') / PurePosixPath(address).name
+  bucket.get(target, objects)
   return target
-
-
-def _copies(cache: Path, what: str, kind: str | int) -> Path:
-  digest = hashlib.sha256(what.encode()).hexdigest()[:16]
-  return cache / 'buckets' / f'{digest}-{kind}'
-
-
-def _differs(path: Path, digest: str | None) -> bool:
-  """Whether there is no file of this MD5; None: the bucket does not know it."""
-  return digest is None or not path.is_file() or _md5(path) != digest
 
 
 def _md5(path: Path) -> str:
@@ -180,12 +97,11 @@ class Bucket:
       ) from error
     # What it raises is said here, without its tracebacks.
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-    retried = gcsfs.retry.RETRIABLE_EXCEPTIONS
     self._refused = (
       OSError,
       gcsfs.retry.HttpError,
       exceptions.GoogleAuthError,
-      *retried,
+      *gcsfs.retry.RETRIABLE_EXCEPTIONS,
     )
     self._passing = lambda error: (
       gcsfs.retry.is_retriable(error) or isinstance(error, exceptions.TransportError)
@@ -211,9 +127,8 @@ class Bucket:
       if isinstance(error, OSError) and error.errno is not None:
         raise  # The local disk.
       raise InputError(
-        f'{self._field}: {self.address} refuses ({reason}); see that the '
-        'bucket exists and this machine may read and write it, then run the '
-        'same command again.'
+        f'{self._field}: {self.address} refuses ({reason}); see that the bucket exists '
+        'and this machine may read and write it, then run the same command again.'
       ) from error
 
   def objects(self) -> dict[str, str | None]:
@@ -221,14 +136,14 @@ class Bucket:
 
     Objects that were put together in the bucket have no MD5.
     """
+    root = self.address[len(PREFIX) :]
     with self._explained():
       try:
         found = self._fs.find(self.address, detail=True)
       except FileNotFoundError:
         # Nothing there, or no such bucket? This raises of the second.
-        self._fs.ls(self.address[len(PREFIX) :].split('/')[0])
+        self._fs.ls(root.split('/')[0])
         return {}
-    root = self.address[len(PREFIX) :]
     # Names that end with / stand for folders.
     return {
       name[len(root) :].lstrip('/'): facts.get('md5Hash')
@@ -237,47 +152,56 @@ class Bucket:
       or (name.startswith(root + '/') and not name.endswith('/'))
     }
 
-  def read(self, name: str) -> str | None:
-    """The text of an object, or None if there is none."""
+  def read(self, name: str) -> str:
+    """The text of an object."""
     with self._explained():
-      try:
-        return self._fs.cat_file(self._full(name)).decode()
-      except FileNotFoundError:
-        return None
+      return self._fs.cat_file(self._full(name)).decode()
 
   def write(self, name: str, text: str) -> None:
     with self._explained():
       self._fs.pipe_file(self._full(name), text.encode())
 
-  def get(self, wanted: Mapping[Path, tuple[str, str | None]]) -> None:
-    """Fetches {local path: (name, MD5 or None)}; each file appears whole."""
-    if not wanted:
+  def get(self, folder: Path, wanted: Mapping[str, str | None]) -> None:
+    """Fetches objects {name: MD5} that the folder does not have; each appears whole.
+
+    None: the bucket does not know the MD5, so it is fetched.
+    """
+    missing = {
+      name: folder / name
+      for name, digest in wanted.items()
+      if digest is None
+      or not (folder / name).is_file()
+      or _md5(folder / name) != digest
+    }
+    if not missing:
       return
     # Two hosts on one machine may fetch the same.
-    beside = {path: path.with_name(f'{path.name}.{os.getpid()}.tmp') for path in wanted}
-    for path in wanted:
+    suffix = f'.{os.getpid()}.tmp'
+    beside = {
+      name: path.with_name(path.name + suffix) for name, path in missing.items()
+    }
+    for path in missing.values():
       path.parent.mkdir(parents=True, exist_ok=True)
     with self._explained():
       self._fs.get(
-        [self._full(name) for name, _ in wanted.values()],
-        [str(path) for path in beside.values()],
+        [self._full(name) for name in missing], [str(path) for path in beside.values()]
       )
-    for path, temporary in beside.items():
-      name, digest = wanted[path]
-      if digest is not None and _md5(temporary) != digest:
+    for name, path in missing.items():
+      digest = wanted[name]
+      if digest is not None and _md5(beside[name]) != digest:
         # Cut off on the way, or written anew since it was listed.
         raise Unreachable(
           f'{self._field}: {self._full(name)} arrived with another MD5 than '
           f'{digest}; run the same command again'
         )
-      temporary.replace(path)
+      beside[name].replace(path)
 
-  def put(self, given: Mapping[Path, str]) -> None:
-    """Writes {local path: name}."""
+  def put(self, folder: Path, names: Iterable[str]) -> None:
+    """Writes files of a folder, each under its name."""
     with self._explained():
       self._fs.put(
-        [str(path) for path in given],
-        [self._full(name) for name in given.values()],
+        [str(folder / name) for name in names],
+        [self._full(name) for name in names],
         consistency='md5',  # What arrives there is compared, too.
       )
 
@@ -285,7 +209,8 @@ class Bucket:
 class Mirror:
   """A local folder that is kept as a bucket has it, or the other way round.
 
-  `writes`: whether this is the process that pushes; `part`: see open_workdir.
+  `writes`: whether this is the process that pushes; `part`: a name, of what is done
+  beside others and has only its own files.
   """
 
   def __init__(self, bucket: Bucket, folder: Path, writes: bool, part: str = ''):
@@ -293,27 +218,21 @@ class Mirror:
     self._writes, self._whole = writes, not part
     self._list = _CONTENTS.format(part and f'-{part}')
     self._same = {}  # {name: (what the disk says, MD5)} of what both have.
-    self._lock = None
 
-  def lock(self) -> None:
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
     """Refuses a copy in which another process works."""
     self.folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder: inside of it `pull` would delete the file.
-    self._lock = os.open(
-      self.folder.with_name(self.folder.name + '.lock'), os.O_CREAT | os.O_RDWR
-    )
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      self.unlock()
-      raise InputError(
-        f'--workdir: another process on this machine works in {self.folder}, '
-        f'its copy of {self.bucket.address}; wait for it, or end it.'
-      ) from error
-
-  def unlock(self) -> None:
-    if self._lock is not None:
-      os.close(self._lock)
+    with open(self.folder.with_name(self.folder.name + '.lock'), 'w') as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise InputError(
+          f'--workdir: another process on this machine works in {self.folder}, '
+          f'its copy of {self.bucket.address}; wait for it, or end it.'
+        ) from error
+      yield
 
   def _files(self) -> dict[str, tuple[int, int]]:
     """{name: what tells a change} of the local folder."""
@@ -326,9 +245,11 @@ class Mirror:
         found[name] = stat.st_size, stat.st_mtime_ns
     return found
 
-  def _listed(self) -> set[str]:
-    """Names that the lists hold; the writer's own is made, or mended."""
-    found = self.bucket.objects()
+  def _listed(self, found: Iterable[str]) -> set[str]:
+    """Names that the lists hold; the writer's own is made, or mended.
+
+    `found`: the objects that are there.
+    """
     lists = fnmatch.filter(found, _CONTENTS.format('*'))
     if found and not lists:
       raise InputError(
@@ -336,26 +257,26 @@ class Mirror:
         f'as {min(found)}, but no {self._list}: it is no work directory that '
         'this program began; give another name.'
       )
-    texts = {
-      name: self.bucket.read(name) or ''
+    names = {
+      name: self.bucket.read(name).splitlines()
       for name in lists
       if self._whole or name == self._list
     }
-    own = texts.get(self._list)
+    own = names.get(self._list)
     # Without names that a user deleted: what is pushed to their place counts
     # when all of it is there.
-    mended = [name for name in (own or '').splitlines() if name in found]
-    if self._writes and (own is None or len(mended) < own.count('\n')):
+    mended = [name for name in own or () if name in found]
+    if self._writes and own != mended:
       self._write_list(mended)
-      texts[self._list] = '\n'.join(mended)
-    return {name for text in texts.values() for name in text.splitlines()}
+      names[self._list] = mended
+    return {name for listed in names.values() for name in listed}
 
   def _write_list(self, names: Iterable[str]) -> None:
     self.bucket.write(self._list, ''.join(f'{name}\n' for name in sorted(names)))
 
   def pull(self) -> None:
     """Makes the local folder hold what the bucket does, and nothing else."""
-    listed = self._listed()
+    listed = self._listed(self.bucket.objects())
     # Shards are for process 0 to join, and for nobody once they are joined.
     if self._whole and (not self._writes or 'events/config.json' in listed):
       listed = {name for name in listed if not name.startswith(f'{SHARDS}/')}
@@ -369,15 +290,15 @@ class Mirror:
     for folder, _, _ in os.walk(self.folder, topdown=False):
       with contextlib.suppress(OSError):  # Of those that hold something.
         os.rmdir(folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
     self.bucket.get(
+      self.folder,
       {
-        self.folder / name: (name, digest)
+        name: digest
         for name, digest in digests.items()
         if self._same.get(name) != (files.get(name), digest)
-        and _differs(self.folder / name, digest)
-      }
+      },
     )
-    self.folder.mkdir(parents=True, exist_ok=True)
     files = self._files()
     self._same = {name: (files[name], digests[name]) for name in digests}
 
@@ -395,18 +316,15 @@ class Mirror:
         ' run the same command again.'
       )
     changed = {
-      name: _md5(self.folder / name)
+      name: (stat, _md5(self.folder / name))
       for name, stat in files.items()
-      if self._same.get(name, (None,))[0] != stat
+      if name not in self._same or self._same[name][0] != stat
     }
     if not changed:
       return
     # Objects first, then the list that names them: see the module.
-    self.bucket.put({self.folder / name: name for name in changed})
+    self.bucket.put(self.folder, changed)
     self._write_list(
       name for name in files if not (self._whole and name.startswith(f'{SHARDS}/'))
     )
-    self._same = {
-      name: (stat, changed.get(name) or self._same[name][1])
-      for name, stat in files.items()
-    }
+    self._same |= changed

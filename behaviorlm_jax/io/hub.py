@@ -6,11 +6,8 @@
 
 A revision is a branch, a tag or a commit; a slash in it is not supported.
 huggingface_hub fetches, into its own cache and by its own settings (HF_HOME,
-HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
-
-Invariants: a pinned address holds a commit, so it names the same bytes on any
-day, and no network is needed once they are cached; whatever the hub, the
-network or the disk refuses is one sentence.
+HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). A pinned address holds a commit: it names the
+same bytes on any day, and needs no network once they are cached.
 """
 
 import contextlib
@@ -80,13 +77,10 @@ class _Wanted:
 
 
 def pin_commit(address: str, field: str, earlier: Iterable[str] = ()) -> str:
-  """Returns `address` with a commit as its revision.
+  """The address of a config field with a commit as its revision.
 
-  Args:
-    address: with or without a revision.
-    field: the config field that holds it, for error messages.
-    earlier: addresses of this field that were pinned before; the first that
-      names the same thing decides, where `address` gives no revision.
+  `earlier`: what this field was pinned to before; the first that names the same
+  thing decides, where `address` gives no revision.
   """
   wanted = _parse(address, field)
   if wanted.revision is None:
@@ -141,6 +135,11 @@ def repository(address: str) -> tuple[str, str | None] | None:
   return None if wanted.path else (wanted.repo, wanted.revision)
 
 
+def leaves_folder(path: str) -> bool:
+  """Whether a path may lead out of the folder that it should lie in."""
+  return '\\' in path or not {'', '.', '..'}.isdisjoint(path.split('/'))
+
+
 def _parse(address: str, field: str) -> _Wanted:
   match = _ADDRESS.fullmatch(address)
   if not match:
@@ -153,7 +152,7 @@ def _parse(address: str, field: str) -> _Wanted:
       f'({_first_line(error).rstrip(".")}); correct it.'
     ) from error
   path = match['path']
-  if path and ('\\' in path or {'', '.', '..'} & set(path.split('/'))):
+  if path and leaves_folder(path):
     raise InputError(
       f'{field}: the file {path!r} leaves its repository; give a relative '
       "path without '..'."
@@ -184,44 +183,39 @@ def _reason(error: Exception, wanted: _Wanted) -> str:
   match error:
     case errors.GatedRepoError():
       return (
-        'is gated; ask for access on its page and set HF_TOKEN to a '
-        f'token of that account, or {_INSTEAD}'
+        'is gated; ask for access on its page and set HF_TOKEN to a token of that '
+        f'account, or {_INSTEAD}'
       )
     case errors.RepositoryNotFoundError():
       return (
-        f'is no public {wanted.kind} of {constants.ENDPOINT}; correct '
-        'the name (data sets begin with hf://datasets/), or set HF_TOKEN '
-        'if it is private'
+        f'is no public {wanted.kind} of {constants.ENDPOINT}; correct the name (data '
+        'sets begin with hf://datasets/), or set HF_TOKEN if it is private'
       )
     case errors.RevisionNotFoundError():
       return (
-        f'asks for the revision {wanted.revision!r}, which does not '
-        'exist; give a branch, tag or commit of this repository'
+        f'asks for the revision {wanted.revision!r}, which does not exist; give a '
+        'branch, tag or commit of this repository'
       )
     case errors.RemoteEntryNotFoundError():
       return (
-        f'does not exist: the repository has no file {wanted.path!r} '
-        'there; correct the path'
+        f'does not exist: the repository has no file {wanted.path!r} there; correct '
+        'the path'
       )
     case errors.HfHubHTTPError():
-      return _status(error.response.status_code)
+      code = error.response.status_code
+      if code in (401, 403):
+        return (
+          f'is refused by {constants.ENDPOINT} with HTTP status {code}; set HF_TOKEN '
+          f'to a token that may read it, or {_INSTEAD}'
+        )
+      return (
+        f'could not be fetched: {constants.ENDPOINT} answered with HTTP status {code}; '
+        f'try again later, or {_INSTEAD}'
+      )
   said = f'{type(error).__name__}: {_first_line(error)}'.rstrip('.')
   return (
-    f'is not in the cache and could not be fetched from '
-    f'{constants.ENDPOINT} ({said}); check network and disk, or '
-    f'{_INSTEAD}'
-  )
-
-
-def _status(code: int) -> str:
-  if code in (401, 403):
-    return (
-      f'is refused by {constants.ENDPOINT} with HTTP status {code}; set '
-      f'HF_TOKEN to a token that may read it, or {_INSTEAD}'
-    )
-  return (
-    f'could not be fetched: {constants.ENDPOINT} answered with HTTP '
-    f'status {code}; try again later, or {_INSTEAD}'
+    f'is not in the cache and could not be fetched from {constants.ENDPOINT} ({said}); '
+    f'check network and disk, or {_INSTEAD}'
   )
 
 

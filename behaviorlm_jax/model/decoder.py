@@ -17,24 +17,21 @@ H query heads, K key-value heads, C head_dim, V vocab, R LoRA rank.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from behaviorlm_jax.model import attention, families
+from behaviorlm_jax.model import attention, families, products
 
-PROJECTIONS = (
-  'q_proj',
-  'k_proj',
-  'v_proj',
-  'o_proj',
-  'gate_proj',
-  'up_proj',
-  'down_proj',
+# The products of a layer, any of which an adapter may change.
+PROJECTIONS = tuple(
+  name.removeprefix('layers.')
+  for name in families.LLAMA_NAMES
+  if name.endswith('_proj')
 )
 # What the backward pass finds saved; the rest of a layer it computes again.
 REMAT_POLICIES = {
@@ -46,139 +43,17 @@ REMAT_POLICIES = {
 
 
 # (q, k, v) -> y, or (q, k, v, memory_k, memory_v) -> y: see Decoder.__call__.
-Attend = Callable[..., jax.Array]
-Cache = tuple[jax.Array, jax.Array]  # Keys and values.
+Attend = Callable[..., Array]
+Cache = tuple[Array, Array]  # Keys and values.
+Rotate = Callable[[Array], Array]  # Heads [B, L, heads, C], by their positions.
 # (x, a logical axis or None for each of its axes) -> x.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 _ROWS = ('batch', None, None)  # Logical axes of [B, L, D]
 _TABLE = ('vocab', None)  # and of [V, D] where it is used.
 
 
-def _contract(
-  x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]
-) -> jax.Array:
-  """Sum of products over the given axes, in float32, `x`'s dtype inside."""
-  # TF32 would lose half of the digits that float32 is asked for.
-  precision = 'highest' if x.dtype == jnp.float32 else None
-  # Adapters come as float32 masters and are rounded here, where they are used.
-  return jax.lax.dot_general(
-    x,
-    y.astype(x.dtype),
-    ((x_axes, y_axes), ((), ())),
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
-
-
-@jax.custom_vjp
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x [..., in] times w [out, in] -> float32 [..., out].
-
-  Left to itself, the gradient of a bfloat16 product with a float32 result is a
-  float32 product, at half the speed; here it is a bfloat16 product, too.
-  """
-  return _contract(x, w, (x.ndim - 1,), (1,))
-
-
-def _dot_forward(
-  x: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _dot(x, w), (x, w)
-
-
-def _dot_backward(
-  saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  x, w = saved
-  dy = dy.astype(x.dtype)
-  dx = _contract(dy, w, (dy.ndim - 1,), (0,))
-  # The base is not trained: nobody asks for the gradient of w, and its product
-  # is dropped as dead code.
-  return dx.astype(x.dtype), _outer(dy, x).astype(w.dtype)
-
-
-def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Sum over all rows of x [..., m] and y [..., n]: float32 [m, n]."""
-  rows = tuple(range(x.ndim - 1))
-  return _contract(x, y, rows, rows)
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lora_dot(
-  scale: float, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
-) -> jax.Array:
-  """x W' + scale (x A') B' -> float32 [..., out]; a, b: float32 masters.
-
-  One rule for the sum, so that its gradients add up in float32 and x is
-  rounded once; see _dot.
-  """
-  return _lora_dot_forward(scale, x, w, a, b)[0]
-
-
-def _lora_dot_forward(
-  scale: float, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  last = (x.ndim - 1,)
-  # Kept by the remat policy 'products': R numbers a position, for a product over
-  # all of x.
-  low = checkpoint_name(_contract(x, a, last, (1,)), 'product').astype(x.dtype)
-  y = _contract(x, w, last, (1,)) + scale * _contract(low, b, last, (1,))
-  return y, (x, w, a, b, low)
-
-
-def _lora_dot_backward(
-  scale: float, saved: tuple[jax.Array, ...], dy: jax.Array
-) -> tuple[jax.Array, ...]:
-  x, w, a, b, low = saved
-  dy, last = dy.astype(x.dtype), (x.ndim - 1,)
-  dlow = (scale * _contract(dy, b, last, (0,))).astype(x.dtype)
-  # Added in float32 and rounded once, below.
-  dx = _contract(dy, w, last, (0,)) + _contract(dlow, a, last, (0,))
-  # The narrow factor first: XLA for CPU transposes the first one in memory, and
-  # the wide one costs more to transpose than to multiply. The barrier keeps it
-  # from turning the product round again.
-  return (
-    dx.astype(x.dtype),
-    _outer(dy, x).astype(w.dtype),
-    # dlow has the scale already; that of B is put in here.
-    _outer(dlow, x),
-    jax.lax.optimization_barrier(scale * _outer(low, dy)).T,
-  )
-
-
-_lora_dot.defvjp(_lora_dot_forward, _lora_dot_backward)
-
-
-def _as_bits(y: jax.Array) -> jax.Array:
-  bits = jax.lax.bitcast_convert_type(y.astype(jnp.bfloat16), jnp.uint16)
-  bits = checkpoint_name(bits, 'product')
-  return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-
-
-@jax.custom_vjp
-def _keep_bits(y: jax.Array) -> jax.Array:
-  """y as bfloat16, saved for the backward pass as integers.
-
-  XLA for CPU would convert the saved arrays of all layers to float32 and back
-  to write one layer's.
-  """
-  return _as_bits(y)
-
-
-# Not _keep_bits again: remat policies see no name inside a custom gradient.
-_keep_bits.defvjp(
-  # The zero tells y's dtype: residuals are arrays. Rounding lets gradients
-  # through.
-  lambda y: (_as_bits(y), jnp.zeros((), y.dtype)),
-  lambda like, dy: (dy.astype(like.dtype),),
-)
-
-
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
   # Hugging Face rounds to the dtype of x before the weight comes in; here the
@@ -186,27 +61,16 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   return x32 * scale * weight
 
 
-def rope_frequencies(config: families.DecoderConfig) -> jax.Array:
-  """Inverse frequencies, float32 [C / 2], with Llama 3 scaling if asked for.
-
-  Llama 3.1 stretches wavelengths longer than original_length / low_freq_factor
-  by `factor`, keeps those shorter than original_length / high_freq_factor and
-  interpolates between (formula: transformers, modeling_rope_utils.py).
-  """
+def rope_frequencies(config: families.DecoderConfig) -> Array:
+  """Inverse frequencies, float32 [C / 2], with Llama 3 scaling if asked for."""
   exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
   frequencies = config.rope_theta ** (-exponents / config.head_dim)
-  scaling = config.rope_scaling
-  if scaling is None:
+  if config.rope_scaling is None:
     return frequencies
-  # How often each frequency goes round within the context of the pretraining.
-  turns = scaling.original_length * frequencies / (2 * math.pi)
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  # 1: as it is, of short wavelengths; 0: stretched by the whole factor.
-  keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-  return frequencies * (keep + (1 - keep) / scaling.factor)
+  return frequencies * config.rope_scaling.multipliers(frequencies)
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
   """Rotary embedding of x [B, L, heads, C]; halves, as Hugging Face does."""
   # Dimension i turns with i + C / 2. GGUF's pairs (2 i, 2 i + 1) are undone at
   # import (gguf_import.unpermute).
@@ -216,29 +80,26 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-  """y = x W' + (alpha / R) (x A') B' with all layers' weights stacked."""
+  """y = x W' + (alpha / R) (x A') B' with all layers' weights stacked.
 
-  def __init__(
-    self,
-    kernel: jax.Array,
-    lora: tuple[jax.Array, jax.Array] | None = None,
-    scale: float = 1.0,
-  ):
-    """kernel [layers, out, in]; lora None or (A [layers, R, in], B [.., R])."""
+  kernel [layers, out, in]; lora None, or a [layers, R, in] and b [.., out, R].
+  """
+
+  def __init__(self, kernel: Array, lora: Mapping[str, Array] | None, scale: float):
     self.kernel = nnx.Param(kernel)
     self.scale = scale
     self.has_lora = lora is not None
     if lora is not None:
-      self.lora_a = nnx.LoRAParam(lora[0])
-      self.lora_b = nnx.LoRAParam(lora[1])
+      self.lora_a = nnx.LoRAParam(lora['a'])
+      self.lora_b = nnx.LoRAParam(lora['b'])
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     """float32 [..., out] of x [..., in], which is rounded to kernel's dtype."""
     kernel = self.kernel[...]
     x = x.astype(kernel.dtype)
     if not self.has_lora:
-      return _dot(x, kernel)
-    return _lora_dot(self.scale, x, kernel, self.lora_a[...], self.lora_b[...])
+      return products.dot(x, kernel)
+    return products.lora_dot(self.scale, x, kernel, self.lora_a[...], self.lora_b[...])
 
 
 class Layer(nnx.Module):
@@ -247,14 +108,13 @@ class Layer(nnx.Module):
   def __init__(
     self,
     config: families.DecoderConfig,
-    params: Mapping[str, jax.Array],
-    lora: Mapping[str, tuple[jax.Array, jax.Array]],
+    params: Mapping[str, Array],
+    lora: Mapping[str, Mapping[str, Array]],
     scale: float,
     between: jnp.dtype,
     constrain: Constrain,
   ):
-    """between: dtype of what flows between the products; constrain: see
-    Execution."""
+    """`between`: dtype of what flows between the products."""
     self.config = config
     self.between = between
     self.constrain = constrain
@@ -265,18 +125,13 @@ class Layer(nnx.Module):
       setattr(self, name, Linear(kernel, lora.get(name), scale))
 
   def __call__(
-    self,
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    attend: Attend,
-    memory: Cache | None,
-  ) -> tuple[jax.Array, Cache]:
+    self, x: Array, rotate: Rotate, attend: Attend, memory: Cache | None
+  ) -> tuple[Array, Cache]:
     """x [B, L, D] -> the same; also this layer's keys, values [B, L, K, C]."""
     eps = self.config.norm_eps
     x = self.constrain(x, _ROWS)
     y = _rms_norm(x, self.attention_norm[...], eps)
-    attended, cache = self._attend(y, cos, sin, attend, memory)
+    attended, cache = self._attend(y, rotate, attend, memory)
     # What products return is float32, so is the sum; it is rounded once.
     x = self._keep(self.constrain(x + attended, _ROWS))
     y = _rms_norm(x, self.mlp_norm[...], eps)
@@ -288,32 +143,25 @@ class Layer(nnx.Module):
     x = self.constrain(x + self.down_proj(y), _ROWS)
     return x.astype(self.between), cache
 
-  def _keep(self, y: jax.Array) -> jax.Array:
+  def _keep(self, y: Array) -> Array:
     # The name has the remat policy 'products' save it.
     return checkpoint_name(y.astype(self.between), 'product')
 
-  def _round(self, y: jax.Array) -> jax.Array:
+  def _round(self, y: Array) -> Array:
     """The same, in the weights' dtype: what products or their like take up."""
-    dtype = self.o_proj.kernel[...].dtype
-    if dtype == self.between:
-      return self._keep(y)
-    return _keep_bits(y)
+    same = self.o_proj.kernel[...].dtype == self.between
+    return self._keep(y) if same else products.keep_bits(y)
 
   def _attend(
-    self,
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    attend: Attend,
-    memory: Cache | None,
-  ) -> tuple[jax.Array, Cache]:
+    self, x: Array, rotate: Rotate, attend: Attend, memory: Cache | None
+  ) -> tuple[Array, Cache]:
     batch, length = x.shape[:2]
     heads = lambda y, axis: self.constrain(
       y.reshape(batch, length, -1, self.config.head_dim), ('batch', None, axis, None)
     )
-    q = self._round(_rotate(heads(self.q_proj(x), 'heads'), cos, sin))
+    q = self._round(rotate(heads(self.q_proj(x), 'heads')))
     # Keys are cached turned: a position in a segment never changes.
-    k = self._round(_rotate(heads(self.k_proj(x), 'kv_heads'), cos, sin))
+    k = self._round(rotate(heads(self.k_proj(x), 'kv_heads')))
     v = self._round(heads(self.v_proj(x), 'kv_heads'))
     y = attend(q, k, v) if memory is None else attend(q, k, v, *memory)
     return self.o_proj(y.reshape(batch, length, -1)), (k, v)
@@ -346,29 +194,25 @@ class Decoder(nnx.Module):
   def __init__(
     self,
     config: families.DecoderConfig,
-    params: Mapping[str, jax.Array],
-    lora: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+    params: Mapping[str, Array],
+    lora: Mapping[str, Mapping[str, Array]] | None = None,
     scale: float = 1.0,
     how: Execution = _PLAIN,
   ):
     """Wraps arrays (or ShapeDtypeStructs); nothing is initialised here.
 
-    Args:
-      config: dimensions.
-      params: base weights by our names (families.parameter_shapes), compute dtype.
-      lora: {projection: (A, B)}, float32, or None for the bare base model.
-      scale: alpha / rank.
-      how: changes speed and memory alone.
+    params: base weights by our names (families.parameter_shapes), in the compute
+    dtype; lora: an adapter (see model.lora), or None for the bare base; scale:
+    alpha / rank.
     """
     self.config = config
     self.constrain = how.constrain
     self.remat = how.remat
     self.packed = how.packed
     self.on_cpu = (how.backend or jax.default_backend()) == 'cpu'
-    dtype = params['embed'].dtype
     # A CPU has no bfloat16 arithmetic outside of products: each operation would
     # convert there and back. Accelerators want the smaller arrays.
-    between = jnp.dtype(jnp.float32) if self.on_cpu else dtype
+    between = jnp.dtype(jnp.float32) if self.on_cpu else params['embed'].dtype
     self.embed = nnx.Param(params['embed'])
     self.final_norm = nnx.Param(params['final_norm'])
     self.layers = Layer(config, params, lora or {}, scale, between, how.constrain)
@@ -377,53 +221,45 @@ class Decoder(nnx.Module):
 
   def __call__(
     self,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: Array,
+    positions: Array,
     attend: Attend,
     memory: Cache | None = None,
     keep_cache: bool = False,
-  ) -> tuple[jax.Array, Cache | None]:
-    """Hidden states after the final norm.
+  ) -> tuple[Array, Cache | None]:
+    """Hidden states [B, L, D] after the final norm, in the compute dtype.
 
     Args:
       tokens: int32 [B, L].
-      positions: int32 [B, L], position of each token in its own segment.
+      positions: int32 [B, L], of each token in its own segment.
       attend: (q, k, v) -> y, attention among these tokens alone; with `memory`
         (q, k, v, memory_k, memory_v) -> y. See model.attention for shapes.
       memory: keys and values of earlier tokens, each [layers, B, M, K, C].
-      keep_cache: also return keys and values of these tokens.
-
-    Returns:
-      Hidden states [B, L, D] in the compute dtype, and the cache or None.
+      keep_cache: also return keys and values of these tokens, else None.
     """
     table = self.constrain(self._bits(self.embed[...]), _TABLE)
     embedded = self.constrain(self._unpacked(table[tokens]), _ROWS)
     x = embedded.astype(self.layers.between)
-    # For attention that leaves precision open; _contract asks for its own.
+    # For attention that leaves precision open; model.products asks for its own.
     precise = 'highest' if embedded.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precise):
       # In float32: beyond 256 bfloat16 skips positions.
       angles = positions[..., None] * rope_frequencies(self.config)
       # Both halves of a head turn by the same angles, all heads alike.
       angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-      x, cache = self._scan(
-        x, jnp.cos(angles), jnp.sin(angles), attend, memory, keep_cache
-      )
+      rotate = functools.partial(_rotate, cos=jnp.cos(angles), sin=jnp.sin(angles))
+      x, cache = self._scan(x, rotate, attend, memory, keep_cache)
     x = _rms_norm(x, self.final_norm[...], self.config.norm_eps)
     return x.astype(embedded.dtype), cache
 
   def packed_hidden(
-    self,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    keep_cache: bool = False,
-  ) -> tuple[jax.Array, Cache | None]:
+    self, tokens: Array, positions: Array, segments: Array, keep_cache: bool = False
+  ) -> tuple[Array, Cache | None]:
     """Hidden states of packed rows; segments int32 [B, L], 0 is padding."""
     attend = functools.partial(self.packed, segments=segments)
     return self(tokens, positions, attend, keep_cache=keep_cache)
 
-  def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+  def prefill(self, tokens: Array, lengths: Array) -> tuple[Array, Cache]:
     """Runs prompts int32 [B, P] padded on the right; lengths int32 [B].
 
     Returns the hidden state after each prompt [B, D] and the keys and values.
@@ -434,24 +270,21 @@ class Decoder(nnx.Module):
     # keys are in the cache: whoever reads that has to mask them.
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     hidden, cache = self.packed_hidden(tokens, positions, segments, keep_cache=True)
-    last = hidden[jnp.arange(batch), lengths - 1]
-    return last, cache
+    return hidden[jnp.arange(batch), lengths - 1], cache
 
   def _scan(
     self,
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    x: Array,
+    rotate: Rotate,
     attend: Attend,
     memory: Cache | None,
     keep_cache: bool,
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[Array, Cache | None]:
     graphdef, state = nnx.split(self.layers)
 
-    def block(x: jax.Array, scanned: tuple) -> tuple[jax.Array, Cache | None]:
+    def block(x: Array, scanned: tuple) -> tuple[Array, Cache | None]:
       state, memory = self._unpacked(scanned)
-      layer = nnx.merge(graphdef, state)
-      x, cache = layer(x, cos, sin, attend, memory)
+      x, cache = nnx.merge(graphdef, state)(x, rotate, attend, memory)
       return x, self._bits(cache) if keep_cache else None
 
     if self.remat != 'none':
@@ -482,18 +315,17 @@ class Decoder(nnx.Module):
     cast = lambda x: jax.lax.bitcast_convert_type(x, wanted) if x.dtype == given else x
     return jax.tree.map(cast, state)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
+  def logits(self, hidden: Array) -> Array:
     """Float32 logits [..., V] of hidden states [..., D]."""
-    return _dot(hidden, self._head)
+    return products.dot(hidden, self._head)
 
-  def logits_of(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+  def logits_of(self, hidden: Array, tokens: Array) -> Array:
     """Those float32 [n] of one token [n] after each hidden state [n, D]."""
     # One row of the head for each state, not all V of them.
     rows = self._head[tokens].astype(hidden.dtype)
-    products = hidden.astype(jnp.float32) * rows.astype(jnp.float32)
-    return jnp.sum(products, axis=-1)
+    return jnp.sum(hidden.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
 
   @property
-  def _head(self) -> jax.Array:
+  def _head(self) -> Array:
     head = self.embed if self.config.tied else self.head
     return self.constrain(head[...], _TABLE)

@@ -7,9 +7,13 @@ so one of our parameters `layers.*` is one Hugging Face tensor per layer.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 from behaviorlm_jax.errors import InputError
+
+_Array = TypeVar('_Array')  # numpy's or jax's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,20 @@ class RopeScaling:
   low_freq_factor: float
   high_freq_factor: float
   original_length: int
+
+  def multipliers(self, frequencies: _Array) -> _Array:
+    """What each inverse frequency [C / 2] is multiplied by.
+
+    Wavelengths above original_length / low_freq_factor are stretched by
+    `factor`, those below original_length / high_freq_factor kept, those between
+    interpolated (formula: transformers, modeling_rope_utils.py).
+    """
+    # How often each goes round within the context of the pretraining.
+    turns = self.original_length * frequencies / (2 * math.pi)
+    low, high = self.low_freq_factor, self.high_freq_factor
+    # 1: as it is, of short wavelengths; 0: stretched by the whole factor.
+    keep = ((turns - low) / (high - low)).clip(0.0, 1.0)
+    return keep + (1 - keep) / self.factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +57,47 @@ class DecoderConfig:
   rope_scaling: RopeScaling | None = None
   max_length: int = 8192
 
+  @property
+  def queries(self) -> int:
+    return self.heads * self.head_dim
 
-# Ours -> Hugging Face; '{}' stands for the layer.
-LLAMA_NAMES = {
-  'embed': 'model.embed_tokens.weight',
-  'layers.attention_norm': 'model.layers.{}.input_layernorm.weight',
-  'layers.q_proj': 'model.layers.{}.self_attn.q_proj.weight',
-  'layers.k_proj': 'model.layers.{}.self_attn.k_proj.weight',
-  'layers.v_proj': 'model.layers.{}.self_attn.v_proj.weight',
-  'layers.o_proj': 'model.layers.{}.self_attn.o_proj.weight',
-  'layers.mlp_norm': 'model.layers.{}.post_attention_layernorm.weight',
-  'layers.gate_proj': 'model.layers.{}.mlp.gate_proj.weight',
-  'layers.up_proj': 'model.layers.{}.mlp.up_proj.weight',
-  'layers.down_proj': 'model.layers.{}.mlp.down_proj.weight',
-  'final_norm': 'model.norm.weight',
-  'head': 'lm_head.weight',  # absent when tied
+  @property
+  def keys(self) -> int:
+    return self.kv_heads * self.head_dim
+
+
+# Ours -> Hugging Face's, where '{}' stands for the layer, and the shape of one
+# such tensor in fields of DecoderConfig.
+_LLAMA = {
+  'embed': ('model.embed_tokens.weight', ('vocab', 'embed')),
+  'layers.attention_norm': ('model.layers.{}.input_layernorm.weight', ('embed',)),
+  'layers.q_proj': ('model.layers.{}.self_attn.q_proj.weight', ('queries', 'embed')),
+  'layers.k_proj': ('model.layers.{}.self_attn.k_proj.weight', ('keys', 'embed')),
+  'layers.v_proj': ('model.layers.{}.self_attn.v_proj.weight', ('keys', 'embed')),
+  'layers.o_proj': ('model.layers.{}.self_attn.o_proj.weight', ('embed', 'queries')),
+  'layers.mlp_norm': ('model.layers.{}.post_attention_layernorm.weight', ('embed',)),
+  'layers.gate_proj': ('model.layers.{}.mlp.gate_proj.weight', ('mlp', 'embed')),
+  'layers.up_proj': ('model.layers.{}.mlp.up_proj.weight', ('mlp', 'embed')),
+  'layers.down_proj': ('model.layers.{}.mlp.down_proj.weight', ('embed', 'mlp')),
+  'final_norm': ('model.norm.weight', ('embed',)),
+  'head': ('lm_head.weight', ('vocab', 'embed')),  # absent when tied
 }
+LLAMA_NAMES = {ours: theirs for ours, (theirs, _) in _LLAMA.items()}
 
-_LLAMA_3 = dict(rope_theta=5e5, norm_eps=1e-5, max_length=131072)
+_LLAMA_3_8B = DecoderConfig(
+  vocab=128256,
+  layers=32,
+  embed=4096,
+  mlp=14336,
+  heads=32,
+  kv_heads=8,
+  head_dim=128,
+  rope_theta=5e5,
+  norm_eps=1e-5,
+  tied=False,
+  rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+  max_length=131072,
+)
 
 PRESETS = {
   'tiny': DecoderConfig(
@@ -84,67 +125,31 @@ PRESETS = {
     norm_eps=1e-5,
     tied=True,
   ),
-  'llama-3.2-1b': DecoderConfig(
-    vocab=128256,
+  'llama-3.2-1b': dataclasses.replace(
+    _LLAMA_3_8B,
     layers=16,
     embed=2048,
     mlp=8192,
-    heads=32,
-    kv_heads=8,
     head_dim=64,
     tied=True,
     rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
-    **_LLAMA_3,
   ),
-  'llama-3.1-8b': DecoderConfig(
-    vocab=128256,
-    layers=32,
-    embed=4096,
-    mlp=14336,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    tied=False,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
-    **_LLAMA_3,
-  ),
-  'llama-3.1-70b': DecoderConfig(
-    vocab=128256,
-    layers=80,
-    embed=8192,
-    mlp=28672,
-    heads=64,
-    kv_heads=8,
-    head_dim=128,
-    tied=False,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
-    **_LLAMA_3,
+  'llama-3.1-8b': _LLAMA_3_8B,
+  'llama-3.1-70b': dataclasses.replace(
+    _LLAMA_3_8B, layers=80, embed=8192, mlp=28672, heads=64
   ),
 }
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Our parameter -> its shape; `layers.*` begin with the layer axis."""
-  queries = config.heads * config.head_dim
-  keys = config.kv_heads * config.head_dim
-  per_layer = {
-    'attention_norm': (config.embed,),
-    'q_proj': (queries, config.embed),
-    'k_proj': (keys, config.embed),
-    'v_proj': (keys, config.embed),
-    'o_proj': (config.embed, queries),
-    'mlp_norm': (config.embed,),
-    'gate_proj': (config.mlp, config.embed),
-    'up_proj': (config.mlp, config.embed),
-    'down_proj': (config.embed, config.mlp),
-  }
-  table = {'embed': (config.vocab, config.embed)}
-  for name, shape in per_layer.items():
-    table[f'layers.{name}'] = (config.layers, *shape)
-  table['final_norm'] = (config.embed,)
-  if not config.tied:
-    table['head'] = (config.vocab, config.embed)
-  return table
+  shapes = {}
+  for name, (_, axes) in _LLAMA.items():
+    stack = ('layers',) if name.startswith('layers.') else ()
+    shapes[name] = tuple(getattr(config, axis) for axis in (*stack, *axes))
+  if config.tied:
+    del shapes['head']
+  return shapes
 
 
 def hf_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -164,10 +169,7 @@ def hf_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def from_hf(config: dict, where: str) -> DecoderConfig:
   """Reads a Hugging Face `config.json`; refuses what we do not implement.
 
-  Args:
-    config: the parsed file. transformers 5 keeps the rotary settings in
-      `rope_parameters`, older versions in `rope_theta` and `rope_scaling`.
-    where: what to call the file in error messages.
+  `where` is what error messages call the file.
   """
   _refuse_unsupported(config, where)
   heads = _size(config, 'num_attention_heads', where)
@@ -180,9 +182,11 @@ def from_hf(config: dict, where: str) -> DecoderConfig:
       f'key-value heads of width {head_dim}; the first must be a multiple of '
       'the second and the width even.'
     )
-  # What a file leaves out is what transformers' LlamaConfig has then.
+  # transformers 5 keeps rotary settings in `rope_parameters`, older versions in
+  # `rope_theta` and `rope_scaling`.
   rope = dict(config.get('rope_scaling') or {})
   rope |= config.get('rope_parameters') or {}
+  # What a file leaves out is what transformers' LlamaConfig has then.
   theta = rope.get('rope_theta', config.get('rope_theta')) or 1e4
   return DecoderConfig(
     vocab=_size(config, 'vocab_size', where),
@@ -207,31 +211,29 @@ def _refuse_unsupported(config: dict, where: str) -> None:
       f'model.address: {where} has model_type {kind!r}; supported is '
       "'llama' (SmolLM2, Llama 2 and 3)."
     )
-  supported = {
-    'attention_bias': (False,),
-    'mlp_bias': (False,),
-    'hidden_act': ('silu',),
-    'partial_rotary_factor': (1.0,),
-    'quantization_config': (),
+  only = {
+    'attention_bias': False,
+    'mlp_bias': False,
+    'hidden_act': 'silu',
+    'partial_rotary_factor': 1.0,
+    'quantization_config': None,
   }
   # transformers 5 has partial_rotary_factor among these.
   config = config | (config.get('rope_parameters') or {})
-  for key, values in supported.items():
-    value = config.get(key)
-    if value is not None and value not in values:
-      only = f'{values[0]!r}' if values else 'its absence'
+  for key, supported in only.items():
+    if config.get(key) not in (None, supported):
+      wanted = 'its absence' if supported is None else repr(supported)
       raise InputError(
-        f'model.address: {where} has {key}={value!r}; only {only} is '
+        f'model.address: {where} has {key}={config[key]!r}; only {wanted} is '
         'supported, choose another model.'
       )
 
 
 def _size(config: dict, key: str, where: str, default: int = 0) -> int:
-  value = config.get(key)
-  value = default if value is None else value
+  given = config.get(key)
+  value = default if given is None else given
   # JSON's true is an int in Python, too.
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    given = config.get(key)
     found = f'lacks {key}' if given is None else f'has {key}={given!r}'
     raise InputError(f'model.address: {where} {found}; a positive integer is needed.')
   return value
@@ -247,25 +249,28 @@ def _scaling(rope: dict, where: str) -> RopeScaling | None:
       f'model.address: {where} has rotary type {kind!r}; supported are '
       "'default' and 'llama3'."
     )
-  keys = ('factor', 'low_freq_factor', 'high_freq_factor')
-  missing = {*keys, 'original_max_position_embeddings'} - set(rope)
+  factors = ('factor', 'low_freq_factor', 'high_freq_factor')
+  length = 'original_max_position_embeddings'
+  missing = {*factors, length} - set(rope)
   if missing:
     raise InputError(
       f'model.address: {where} lacks {", ".join(sorted(missing))} in its '
       "'llama3' rotary settings; add them."
     )
-  return RopeScaling(
-    *(float(rope[key]) for key in keys), int(rope['original_max_position_embeddings'])
-  )
+  return RopeScaling(*(float(rope[key]) for key in factors), int(rope[length]))
 
 
 def to_hf(config: DecoderConfig) -> dict:
-  """The `config.json` of a `LlamaForCausalLM` with these dimensions.
-
-  The rotary settings stand under their older names, which transformers 4 and
-  5 both read.
-  """
-  scaling = config.rope_scaling
+  """The `config.json` of a `LlamaForCausalLM` with these dimensions."""
+  rope_scaling = None
+  if scaling := config.rope_scaling:
+    rope_scaling = {
+      'rope_type': 'llama3',
+      'factor': scaling.factor,
+      'low_freq_factor': scaling.low_freq_factor,
+      'high_freq_factor': scaling.high_freq_factor,
+      'original_max_position_embeddings': scaling.original_length,
+    }
   return {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',
@@ -282,13 +287,7 @@ def to_hf(config: DecoderConfig) -> dict:
     'rms_norm_eps': config.norm_eps,
     'tie_word_embeddings': config.tied,
     'max_position_embeddings': config.max_length,
+    # Under their older names, which transformers 4 and 5 both read.
     'rope_theta': config.rope_theta,
-    'rope_scaling': scaling
-    and {
-      'rope_type': 'llama3',
-      'factor': scaling.factor,
-      'low_freq_factor': scaling.low_freq_factor,
-      'high_freq_factor': scaling.high_freq_factor,
-      'original_max_position_embeddings': scaling.original_length,
-    },
+    'rope_scaling': rope_scaling,
   }

@@ -1,8 +1,8 @@
 """LoRA: initialisation as PEFT's, and the PEFT folder in both directions.
 
 An adapter is `{projection: {'a': [layers, R, in], 'b': [layers, out, R]}}` in
-float32, the stacked form of PEFT's `lora_A.weight` and `lora_B.weight`. B
-starts at zero, so step 0 is exactly the base model.
+float32: PEFT's matrices, stacked. B starts at zero, so step 0 is exactly the base
+model.
 """
 
 import json
@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax import Array
 from safetensors import numpy as safetensors_numpy
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 from behaviorlm_jax.model import decoder, families
 
-Adapter = dict[str, dict[str, jax.Array]]  # See the module.
+Adapter = dict[str, dict[str, Array]]  # See the module.
 
 
 def shapes(
@@ -42,17 +43,14 @@ def shapes(
 
 
 def init(
-  config: families.DecoderConfig, rank: int, targets: Sequence[str], key: jax.Array
+  config: families.DecoderConfig, rank: int, targets: Sequence[str], key: Array
 ) -> Adapter:
-  """A fresh adapter.
-
-  A is uniform in +-1/sqrt(in): PEFT's kaiming_uniform_(a=sqrt(5)) has the
-  bound sqrt(6 / ((1 + 5) * in)). B is zero.
-  """
+  """A fresh adapter: A uniform in +-1/sqrt(in), B zero."""
   adapter = {}
   # Sorted, so that the order of lora.targets changes no draw.
   for name, shape in sorted(shapes(config, rank, targets).items()):
     key, draw = jax.random.split(key)
+    # As PEFT's kaiming_uniform_(a=sqrt(5)): sqrt(6 / ((1 + 5) * in)).
     bound = shape['a'][-1] ** -0.5
     a = jax.random.uniform(draw, shape['a'], jnp.float32, -bound, bound)
     adapter[name] = {'a': a, 'b': jnp.zeros(shape['b'], jnp.float32)}
@@ -61,7 +59,7 @@ def init(
 
 def attach(
   config: families.DecoderConfig,
-  params: Mapping[str, jax.Array],
+  params: Mapping[str, Array],
   adapter: Adapter | None,
   alpha: float,
   **options: object,
@@ -75,14 +73,16 @@ def attach(
     return decoder.Decoder(config, params, how=how)
   # One rank for all projections: _load refuses a rank_pattern.
   rank = next(iter(adapter.values()))['a'].shape[1]
-  pairs = {name: (ab['a'], ab['b']) for name, ab in adapter.items()}
-  return decoder.Decoder(config, params, pairs, alpha / rank, how)
+  return decoder.Decoder(config, params, adapter, alpha / rank, how)
 
 
-def _module(name: str, layer: int) -> str:
-  """PEFT's path of one projection, from the same table as the import."""
-  hf = families.LLAMA_NAMES[f'layers.{name}'].format(layer)
-  return 'base_model.model.' + hf.removesuffix('.weight')
+_SIDES = {'a': 'lora_A', 'b': 'lora_B'}  # Ours -> PEFT's.
+
+
+def _key(name: str, layer: int, side: str) -> str:
+  """PEFT's name of one side of a projection."""
+  module = families.LLAMA_NAMES[f'layers.{name}'].format(layer)
+  return f'base_model.model.{module.removesuffix(".weight")}.{_SIDES[side]}.weight'
 
 
 def export(
@@ -92,14 +92,10 @@ def export(
   base: str | Path,
   revision: str | None = None,
 ) -> None:
-  """Writes `adapter` as a PEFT folder.
+  """Writes `adapter` as a PEFT folder, which is replaced whole.
 
-  Args:
-    folder: is replaced whole.
-    adapter: see the module.
-    alpha: of the adapter; PEFT scales by alpha / rank.
-    base: folder or hub name of the base model, for those who load it.
-    revision: of a hub name.
+  `base` is the folder or hub name of the base model, for those who load it, and
+  `revision` that of a hub name; PEFT scales by alpha / rank.
   """
   folder = Path(folder)
   # A folder is no file that a rename replaces: whole beside its place first, so
@@ -108,12 +104,11 @@ def export(
   shutil.rmtree(half, ignore_errors=True)  # Of a run that was killed.
   half.mkdir(parents=True)
   tensors = {}
-  for name, ab in adapter.items():
-    for side, matrix in (('lora_A', ab['a']), ('lora_B', ab['b'])):
-      for layer, one in enumerate(np.asarray(matrix, np.float32)):
-        key = f'{_module(name, layer)}.{side}.weight'
+  for name, sides in adapter.items():
+    for side, matrices in sides.items():
+      for layer, matrix in enumerate(np.asarray(matrices, np.float32)):
         # safetensors writes memory as it lies, without a look at strides.
-        tensors[key] = np.ascontiguousarray(one)
+        tensors[_key(name, layer, side)] = np.ascontiguousarray(matrix)
   safetensors_numpy.save_file(
     tensors, half / 'adapter_model.safetensors', {'format': 'pt'}
   )
@@ -137,8 +132,7 @@ def export(
 def read_adapter(folder: str | Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   """Reads a PEFT folder: the adapter (numpy, float32) and its alpha.
 
-  Raises:
-    InputError: a file is missing or damaged, or holds another kind of adapter.
+  Raises InputError where a file is missing, damaged or of another kind of adapter.
   """
   try:
     return _load(Path(folder))
@@ -169,15 +163,13 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], float]:
   tensors = safetensors_numpy.load_file(folder / 'adapter_model.safetensors')
   adapter = {}
   for name in settings['target_modules']:
-    sides = {}
-    for short, side in (('a', 'lora_A'), ('b', 'lora_B')):
-      layers, layer = [], 0
+    adapter[name] = {}
+    for side in _SIDES:
+      matrices = []
       # Popped, so that what is left in the end is what we do not know.
-      while (key := f'{_module(name, layer)}.{side}.weight') in tensors:
-        layers.append(tensors.pop(key).astype(np.float32))
-        layer += 1
-      sides[short] = np.stack(layers)
-    adapter[name] = sides
+      while (key := _key(name, len(matrices), side)) in tensors:
+        matrices.append(tensors.pop(key).astype(np.float32))
+      adapter[name][side] = np.stack(matrices)
   if tensors:
     raise ValueError(f'{len(tensors)} more tensors, such as {min(tensors)}')
   return adapter, settings['lora_alpha']

@@ -42,6 +42,8 @@ _CHATML = (
 
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
+# (Hugging Face's name, shape, index) -> that slice of the tensor.
+Tensor = Callable[[str, tuple[int, ...], Index], np.ndarray]
 Place = Callable[[str, tuple[int, ...], np.dtype, Read], object]
 
 
@@ -71,46 +73,33 @@ def open_base(address: str) -> Base:
   return _folder_base(address, path)
 
 
-def read_params(
-  base: Base, dtype: np.typing.DTypeLike, place: Place | None = None
-) -> dict:
-  """Reads every parameter of `families.parameter_shapes`, layers stacked.
-
-  Args:
-    base: what `open_base` returned.
-    dtype: of the result, float32 or bfloat16.
-    place: `(name, shape, dtype, read) -> array`, where `read(index)` returns
-      the slice `index` of the stacked parameter; for sharded arrays `read` is
-      the callback of `jax.make_array_from_callback`. By default everything
-      is read into numpy arrays.
-  """
-  dtype = np.dtype(dtype)
-  place = place or _read_all
-  # It has the signature of Files.tensor, and Hugging Face's names.
-  tensor = _random_tensor
-  if base.folder is not None:
-    tensor = safetensors_files.Files(base.folder, base.config).tensor
-  result = {}
-  for name, shape in families.parameter_shapes(base.config).items():
-    read = _reader(tensor, name, shape, dtype)
-    result[name] = place(name, shape, dtype, read)
-  return result
-
-
 def _read_all(
   name: str, shape: tuple[int, ...], dtype: np.dtype, read: Read
 ) -> np.ndarray:
-  del name, dtype
   return read((slice(None),) * len(shape))
 
 
-def _reader(
-  tensor: Callable[[str, tuple[int, ...], Index], np.ndarray],
-  name: str,
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-) -> Read:
-  """`read(index)` of one parameter; `tensor` fetches Hugging Face's."""
+def read_params(
+  base: Base, dtype: np.typing.DTypeLike, place: Place = _read_all
+) -> dict:
+  """Reads every parameter of `families.parameter_shapes`, as float32 or bfloat16.
+
+  `place` is `(name, shape, dtype, read) -> array`, where `read(index)` returns the
+  slice `index` of the stacked parameter, as the callback of
+  `jax.make_array_from_callback` does. By default all is read into numpy arrays.
+  """
+  dtype, tensor = np.dtype(dtype), _random_tensor
+  if base.folder is not None:
+    stored = safetensors_files.stored_tensors(base.folder, base.config)
+    tensor = lambda name, shape, index: stored[name].data[index]
+  return {
+    name: place(name, shape, dtype, _reader(tensor, name, shape, dtype))
+    for name, shape in families.parameter_shapes(base.config).items()
+  }
+
+
+def _reader(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Read:
+  """`read(index)` of one parameter."""
   theirs = families.LLAMA_NAMES[name]
 
   def read(index: Index) -> np.ndarray:
@@ -214,13 +203,9 @@ def _folder_base(address: str, folder: Path) -> Base:
   where = folder / 'config.json'
   config = families.from_hf(safetensors_files.read_json_object(where), str(where))
   stored = safetensors_files.stored_tensors(folder, config)
-  return Base(
-    config,
-    _load_tokenizer(folder, config),
-    address,
-    folder,
-    _fingerprint(folder, {item.file for item in stored.values()}),
-  )
+  fingerprint = _fingerprint(folder, {item.file for item in stored.values()})
+  tokenizer = _load_tokenizer(folder, config)
+  return Base(config, tokenizer, address, folder, fingerprint)
 
 
 def _load_tokenizer(

@@ -45,8 +45,8 @@ class Listing:
 class Table:
   """Rows of str, Mono, bool, int, float (three decimals) or None."""
 
-  head: tuple[str, ...]
-  rows: list[Sequence[object]]
+  head: Sequence[str] = ()
+  rows: Sequence[Sequence[object]] = ()
   caption: str = ''
 
   def __bool__(self) -> bool:
@@ -84,9 +84,6 @@ def shown(value: object) -> str:
   return f'{value:.3f}' if isinstance(value, float) else str(value)
 
 
-# --- Markdown --------------------------------------------------------------
-
-
 def markdown(blocks: Iterable[Block]) -> str:
   """The blocks as one Markdown text."""
   return '\n\n'.join(_markdown(block) for block in blocks) + '\n'
@@ -94,51 +91,40 @@ def markdown(blocks: Iterable[Block]) -> str:
 
 def _markdown(block: Block) -> str:
   match block:
-    case Heading():
+    case Heading(level, text):
       # Signs at the end of a heading would be taken for its end.
-      text = escape(block.text).replace('#', '\\#')
-      return '#' * block.level + ' ' + text
+      return '#' * level + ' ' + escape(text).replace('#', '\\#')
     case Text():
       return ''.join(map(_inline, block.parts))
-    case Listing():
+    case Listing(text):
       # Indented: the only code block that no text can close.
-      return '\n'.join('    ' + line for line in block.text.splitlines())
-    case Table():
-      caption = escape(block.caption) + '\n\n' if block.caption else ''
-      return caption + _table(block)
-    case Figure():
-      return (
-        f'![{escape(block.alt)}]({block.path})\n\n'
-        f'**{escape(block.title)}.** {escape(block.caption)}'
-      )
-    case Details():
-      return (
-        f'<details>\n<summary>{html.escape(block.summary)}</summary>'
-        f'\n\n{markdown(block.blocks)}\n</details>'
-      )
+      return '\n'.join('    ' + line for line in text.splitlines())
+    case Table(head, rows, caption):
+      lines = [_row(map(_inline, line)) for line in (head, *rows)]
+      lines.insert(1, _row(['---'] * len(head)))
+      return (escape(caption) + '\n\n' if caption else '') + '\n'.join(lines)
+    case Figure(path, title, caption, alt):
+      return f'![{escape(alt)}]({path})\n\n**{escape(title)}.** {escape(caption)}'
+    case Details(summary, inner):
+      summary = f'<summary>{html.escape(summary)}</summary>'
+      return f'<details>\n{summary}\n\n{markdown(inner)}\n</details>'
   raise AssertionError(block)
 
 
-def _table(block: Table) -> str:
-  lines = [block.head, *block.rows]
-  lines = ['| ' + ' | '.join(map(_cell, line)) + ' |' for line in lines]
-  lines.insert(1, '| ' + ' | '.join(['---'] * len(block.head)) + ' |')
-  return '\n'.join(lines)
+def _row(cells: Iterable[str]) -> str:
+  return '| ' + ' | '.join(cells) + ' |'
 
 
-def _cell(value: object) -> str:
-  return _inline(value) if isinstance(value, Mono) else escape(shown(value))
-
-
-def _inline(part: str) -> str:
+def _inline(part: object) -> str:
+  """A part of a Text, or a cell of a Table."""
   if isinstance(part, Strong):
     return f'**{escape(part)}**'
-  return f'`{part}`' if isinstance(part, Mono) else escape(part)
+  return f'`{part}`' if isinstance(part, Mono) else escape(shown(part))
 
 
-def escape(value: object) -> str:
+def escape(text: str) -> str:
   """Text made harmless in Markdown: one line, no markup, no column break."""
-  text = re.sub(r'\s*[\r\n]\s*', ' ', str(value))
+  text = re.sub(r'\s*[\r\n]\s*', ' ', text)
   for character in '\\`*~&[]<|':
     text = text.replace(character, '\\' + character)
   return re.sub(r'(?<!\w)_|_(?!\w)', r'\\_', text)  # a_b is no markup.

@@ -1,22 +1,21 @@
 """Worked examples of the report: single predictions, stage beside stage."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.blocks import Block, Heading, Listing, Strong, Table, Text
+from behaviorlm_jax.report.run_files import RunFiles, StageFiles
 
 EXAMPLES = 10
 PROMPT_LINES = 6
 
 
 def pick(
-  groups: Sequence[str] | np.ndarray,
-  right: np.ndarray,
-  count: int = EXAMPLES,
-  seed: int = 0,
+  groups: np.ndarray, right: np.ndarray, count: int = EXAMPLES, seed: int = 0
 ) -> np.ndarray:
   """Rows for worked examples: int64[<= count], a mix of group and outcome.
 
@@ -35,57 +34,51 @@ def pick(
 
 
 def show(
-  run: run_files.RunFiles, decode: Callable[[list[int]], str] | None = None
+  run: RunFiles, decode: Callable[[list[int]], str] | None = None
 ) -> list[Block]:
   """Blocks of ten predictions of the last stage, the other stages beside."""
   if not run.predicting:
     return []
   final = run.predicting[-1]
-  chosen = pick(final.column('group'), final.right)
+  samples = final.column('sample')[pick(final.column('group'), final.right)]
+  found = {stage.name: _rows(stage, samples) for stage in run.predicting}
+  when = '%A %Y-%m-%d' + ' %H:%M' * run.summary['clock']
+  blocks = []
+  for number, sample in enumerate(samples.tolist(), 1):
+    # A stage of another draw of test events may not have this one.
+    rows = {name: rows[sample] for name, rows in found.items() if sample in rows}
+    row = rows[final.name]
+    blocks += _question(number, row, when)
+    if decode:
+      # Its end alone: the question, and the last of what the model was shown.
+      lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
+      blocks.append(Listing('\n'.join(lines)))
+    choices = [(name, *_first_choice(other)) for name, other in rows.items()]
+    blocks.append(Table(('stage', 'first choice', 'p', 'right'), choices))
+    top = zip(row['top5'], np.exp(row['top5_log_prob']), strict=True)
+    listed = ' · '.join(f'{name} {p:.3f}' for name, p in top)
+    blocks.append(Text(f'Top five of {final.name}: {listed}'))
+  return blocks
+
+
+def _question(number: int, row: dict, when: str) -> list[Block]:
+  outcome = 'right' if row['predicted'] == row['behavior'] else 'wrong'
   return [
-    block
-    for number, i in enumerate(chosen, 1)
-    for block in _example(run, final, number, int(i), decode)
-  ]
-
-
-def _example(
-  run: run_files.RunFiles,
-  final: run_files.Stage,
-  number: int,
-  index: int,
-  decode: Callable[[list[int]], str] | None,
-) -> list[Block]:
-  row = final.predictions.slice(index, 1).to_pylist()[0]
-  outcome = 'right' if final.right[index] else 'wrong'
-  where = 'in' if row['in_context'] else 'not in'
-  when = '%A %Y-%m-%d' + ' %H:%M' * run.summary.get('clock', True)
-  blocks = [
     Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
     Text(
       f'User {row["user"]}, {row["time"]:{when}}; the true behavior, ',
       Strong(row['behavior']),
-      f', stands {where} the context.',
+      f', stands {"in" if row["in_context"] else "not in"} the context.',
     ),
   ]
-  if decode:
-    lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
-    blocks.append(Listing('\n'.join(lines)))
-  choices = []
-  for stage in run.predicting:
-    found = stage.find(row['sample'])
-    if found:
-      choices.append(
-        (
-          stage.name,
-          found['top5'][0],
-          float(np.exp(found['top5_log_prob'][0])),
-          found['top5'][0] == found['behavior'],
-        )
-      )
-  blocks.append(Table(('stage', 'first choice', 'p', 'right'), choices))
-  top = ' · '.join(
-    f'{name} {np.exp(log_prob):.3f}'
-    for name, log_prob in zip(row['top5'], row['top5_log_prob'], strict=True)
-  )
-  return [*blocks, Text(f'Top five of {final.name}: {top}')]
+
+
+def _rows(stage: StageFiles, samples: np.ndarray) -> dict[int, dict]:
+  """{sample: its row}, of those that the stage predicted."""
+  chosen = pc.is_in(stage.predictions.column('sample'), pa.array(samples))
+  return {row['sample']: row for row in stage.predictions.filter(chosen).to_pylist()}
+
+
+def _first_choice(row: dict) -> tuple[str, float, bool]:
+  first = row['top5'][0]
+  return first, float(np.exp(row['top5_log_prob'][0])), first == row['behavior']

@@ -1,6 +1,5 @@
 """What a log holds, as a run would read it; no model, nothing is written."""
 
-import collections
 import re
 import tempfile
 from pathlib import Path
@@ -18,20 +17,7 @@ _BAR = 40  # characters of the longest bar
 _CONSTANT = 0.5  # share of events at one minute of the day
 _GREATEST = 0.1  # share of the log that one user has
 _REPEATED = 0.2  # share of rows that repeat the one before
-_NOBODY = frozenset(
-  (
-    '0',
-    '-1',
-    '?',
-    '-',
-    'unknown',
-    'anonymous',
-    'guest',
-    '(null)',
-    '(none)',
-    '00000000-0000-0000-0000-000000000000',
-  )
-)
+_NOBODY = r'0|-1|[?-]|unknown|anonymous|guest|\((null|none)\)|0{8}(-0{4}){3}-0{12}'
 _NUMBER = r'[+-]?\d+(?:[.,]\d+)?'
 
 
@@ -42,37 +28,40 @@ def look(config: ConfigDict) -> None:
     place = Path(folder) / 'events'
     summary = events_lib.prepare(config.data, config.data.events, place, config.seed)
     events = events_lib.open_events(place)
+    sizes = np.bincount(events.user, minlength=len(events.users))
+    odd = [
+      *summary['warnings'],
+      *_odd_names(events),
+      *_odd_shares(events, sizes, summary),
+    ]
     parts = [
       _rows(summary),
-      _users(events),
+      _users(sizes[sizes > 0]),
       _behaviors(events, summary),
-      _hours(events, summary['clock']),
-      _odd(events, summary),
+      _hours(events),
+      ['odd' if odd else 'nothing odd', *(f'  - {text}' for text in odd)],
     ]
     print('\n\n'.join('\n'.join(lines) for lines in parts))
-    evaluation.test_samples(events, config)  # Refuses a log without any.
+    # Refuses a log without any sample.
+    evaluation.draw_splits(events, config.eval, config.plan.min_context, config.seed)
 
 
 def _rows(summary: dict) -> list[str]:
   dropped = summary['duplicates'] + summary['repeats']
-  lines = [
+  splits = ', '.join(f'{n:,} {name}' for name, n in summary['splits'].items())
+  return [
     f'layout     {summary["layout"]}',
     f'times      {summary["times"]}',
     f'rows       {summary["rows"]:,} = {summary["events"]:,} kept + '
     f'{dropped:,} dropped + {summary["rejected"]:,} rejected',
     f'dropped    {summary["duplicates"]:,} duplicates, '
     f'{summary["repeats"]:,} immediate repeats (data.collapse_repeats)',
-  ]
-  lines += [f'rejected   {n:,}: {reason}' for reason, n in summary['reasons'].items()]
-  return [
-    *lines,
-    'splits     ' + ', '.join(f'{n:,} {name}' for name, n in summary['splits'].items()),
+    *(f'rejected   {n:,}: {reason}' for reason, n in summary['reasons'].items()),
+    f'splits     {splits}',
   ]
 
 
-def _users(events: events_lib.Events) -> list[str]:
-  sizes = np.bincount(events.user, minlength=len(events.users))
-  sizes = sizes[sizes > 0]
+def _users(sizes: np.ndarray) -> list[str]:
   low, middle, high = np.percentile(sizes, (10, 50, 90))
   return [
     f'users      {len(sizes):,}, of {sizes.min():,} to {sizes.max():,} '
@@ -82,75 +71,73 @@ def _users(events: events_lib.Events) -> list[str]:
 
 
 def _behaviors(events: events_lib.Events, summary: dict) -> list[str]:
-  listed = list(enumerate(events.behaviors))
-  if len(listed) > 2 * _LISTED:
-    listed = [*listed[:_LISTED], None, *listed[-_LISTED:]]
   lines = [
-    f'behaviors  {summary["behaviors"]:,}: {summary["anchors"]:,} '
-    f'anchors, {summary["tails"]:,} tail, {summary["unseen"]:,} in the '
-    'test split alone'
+    f'  {item.count:>9,}  {item.group:<6}  {item.name}' for item in events.behaviors
   ]
-  for item in listed:
-    lines.append(
-      '  ...'
-      if item is None
-      else f'  {item[1].count:>9,}  {item[1].group:<6}  {item[1].name}'
-    )
-  return lines
+  if len(lines) > 2 * _LISTED:
+    lines[_LISTED:-_LISTED] = ['  ...']
+  return [
+    f'behaviors  {summary["behaviors"]:,}: {summary["anchors"]:,} anchors, '
+    f'{summary["tails"]:,} tail, {summary["unseen"]:,} in the test split alone',
+    *lines,
+  ]
 
 
-def _hours(events: events_lib.Events, clock: bool) -> list[str]:
+def _hours(events: events_lib.Events) -> list[str]:
   """A bar for each hour of the day; of a log without a clock, each weekday."""
-  if clock:
+  if events.clock:
+    what, names = 'hour of the day', [f'{hour:02d}:00' for hour in range(24)]
     counts = np.bincount(events.time % DAY // 3600, minlength=24)
-    names = [f'{hour:02d}:00' for hour in range(24)]
   else:
+    what, names = 'weekday', WEEKDAYS
     # Day 0 was a Thursday, WEEKDAYS[3].
     counts = np.bincount((events.time // DAY + 3) % 7, minlength=7)
-    names = WEEKDAYS
-  return ['events by ' + ('hour of the day' if clock else 'weekday')] + [
+  return [f'events by {what}'] + [
     f'  {name:<5} {"█" * round(_BAR * n / max(counts)):<{_BAR}} {n:,}'
     for name, n in zip(names, counts.tolist(), strict=True)
   ]
 
 
-def _odd(events: events_lib.Events, summary: dict) -> list[str]:
-  found = list(summary['warnings'])
+def _odd_names(events: events_lib.Events) -> list[str]:
   names = [item.name for item in events.behaviors]
   numbers = [name for name in names if re.fullmatch(_NUMBER, name)]
+  nobody = [name for name in events.users if re.fullmatch(_NOBODY, name.lower())]
+  found = []
   if numbers:
     found.append(
       f'{len(numbers)} of {len(names)} behaviors are numbers, such as '
       f'{numbers[0]!r}: names that mean something predict better '
       '(data.columns.behavior)'
     )
-  sizes = np.bincount(events.user, minlength=len(events.users))
-  first = int(sizes.argmax())
-  if sizes[first] >= _GREATEST * len(events.user) and len(sizes) > 10:
-    found.append(
-      f'user {events.users[first]!r} has {sizes[first] / sizes.sum():.0%} of '
-      'all events: a test account, a shared device, or a default id?'
-    )
-  nobody = [name for name in events.users if name.lower() in _NOBODY]
   if nobody:
     found.append(
       f'users that look like nobody: {", ".join(map(repr, nobody))} '
       "(--config.data.nulls=\"('null', 'none', ...)\" leaves out all that it names)"
     )
-  if summary['clock']:
-    minute, n = collections.Counter((events.time % DAY // 60).tolist()).most_common(1)[
-      0
-    ]
-    if n > _CONSTANT * len(events.time):
-      found.append(
-        f'{n / len(events.time):.0%} of events are at '
-        f'{minute // 60:02d}:{minute % 60:02d}: the log may hold dates whose '
-        'clock means nothing'
-      )
-  if summary['repeats'] > _REPEATED * summary['rows']:
+  return found
+
+
+def _odd_shares(
+  events: events_lib.Events, sizes: np.ndarray, summary: dict
+) -> list[str]:
+  found, total = [], len(events.user)
+  first = int(sizes.argmax())
+  if sizes[first] >= _GREATEST * total and len(sizes) > 10:
     found.append(
-      f'{summary["repeats"] / summary["rows"]:.0%} of rows repeat the '
-      'behavior before them and are dropped; data.collapse_repeats=False '
-      'keeps them'
+      f'user {events.users[first]!r} has {sizes[first] / total:.0%} of all events: a '
+      'test account, a shared device, or a default id?'
     )
-  return ['odd' if found else 'nothing odd', *(f'  - {text}' for text in found)]
+  minutes = np.bincount(events.time % DAY // 60)
+  minute = int(minutes.argmax())
+  if events.clock and minutes[minute] > _CONSTANT * total:
+    found.append(
+      f'{minutes[minute] / total:.0%} of events are at {minute // 60:02d}:'
+      f'{minute % 60:02d}: the log may hold dates whose clock means nothing'
+    )
+  repeated = summary['repeats'] / summary['rows']
+  if repeated > _REPEATED:
+    found.append(
+      f'{repeated:.0%} of rows repeat the behavior before them and are dropped; '
+      'data.collapse_repeats=False keeps them'
+    )
+  return found

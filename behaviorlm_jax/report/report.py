@@ -11,17 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from behaviorlm_jax.io import files
-from behaviorlm_jax.report import (
-  blocks,
-  compare,
-  examples,
-  figures,
-  page,
-  run_files,
-  tables,
-)
+from behaviorlm_jax.report import blocks, compare, examples, figures, page, tables
 from behaviorlm_jax.report.blocks import Block, Details, Heading, Strong, Text
-from behaviorlm_jax.report.verdict import verdict
+from behaviorlm_jax.report.run_files import read_run, RunFiles
+from behaviorlm_jax.report.verdict import Outcome, verdict
 
 
 def write_report(
@@ -29,64 +22,63 @@ def write_report(
 ) -> None:
   """Writes report.md, report.html and the figures of report/ in `workdir`.
 
-  Args:
-    decode: callable, token ids to text; shows the end of example prompts.
+  `decode` turns token ids into text; it shows the end of example prompts.
   """
-  run = run_files.read_run(Path(workdir))
-  content = contents(run, title, decode)
+  run = read_run(Path(workdir))
+  outcome = compare.outcome(run)
+  content = [Heading(1, title), *_first_screen(run, outcome)]
+  for heading, body in _sections(run, outcome, decode).items():
+    # A stage that did not run leaves no block, and an empty section no heading.
+    body = list(filter(None, body))
+    if body:
+      content += [Heading(2, heading), *body]
   files.write_text(run.workdir / 'report.md', blocks.markdown(content))
   files.write_text(run.workdir / 'report.html', page.html(title, content, run.workdir))
 
 
-def contents(
-  run: run_files.RunFiles, title: str, decode: Callable[[list[int]], str] | None = None
-) -> list[Block]:
-  """All that the report says, as blocks; draws the figures on the way."""
-  outcome = compare.outcome(run)
+def _first_screen(run: RunFiles, outcome: Outcome | None) -> list[Block]:
+  """What is read if nothing else is."""
+  said = [Text(' '.join([*_data(run), *_headlines(run)]))]
+  if outcome:
+    said.insert(0, Text(Strong('Verdict.'), ' ' + verdict(outcome), lead=True))
+  return said
+
+
+def _sections(
+  run: RunFiles, outcome: Outcome | None, decode: Callable[[list[int]], str] | None
+) -> dict[str, list[Block]]:
+  """In the order of a reader's questions: what came out, then of what and how.
+
+  Draws the figures on the way.
+  """
   many = tables.behaviors(run)
-  # In the order of a reader's questions: what came out, then of what and how.
-  sections = {
+  summary = f'Scores of all {len(many.rows):,} behaviors'
+  return {
     'Results': [tables.results(run), tables.groups(run), tables.changes(outcome)],
     'Figures': figures.draw(run, outcome),
     'True behavior in the context or not': [tables.context(run)],
     'What the model still knows': [tables.retention(run)],
-    'Every behavior': many
-    and [Details(f'Scores of all {len(many.rows):,} behaviors', [many])],
+    'Every behavior': [many and Details(summary, [many])],
     'Worked examples': examples.show(run, decode),
     'Data': [tables.data(run)],
     'Time': [tables.times(run)],
-    'Files and configuration': [tables.files(run), tables.config(run)],
+    'Configuration': [tables.config(run)],
   }
-  content = [Heading(1, title)]
-  if outcome:
-    content.append(Text(Strong('Verdict.'), ' ' + verdict(outcome), lead=True))
-  content.append(Text(summary_text(run)))
-  for heading, body in sections.items():
-    body = [block for block in body or [] if block]
-    if body:
-      content += [Heading(2, heading), *body]
-  return content
 
 
-def summary_text(run: run_files.RunFiles) -> str:
+def _data(run: RunFiles) -> list[str]:
+  """Sentences on the log and the model."""
   anchors = int(run.anchor.sum())
-  events, users = (run.summary.get(key, 0) for key in ('events', 'users'))
-  text = [
-    f'The log holds {events:,} events of {users:,} users and '
-    f'{len(run.behaviors):,} behaviors that can be predicted, {anchors:,} of '
-    f'them anchors and {len(run.behaviors) - anchors:,} tail.'
+  models = {stage.config['model']['address'] for stage in run.stages if stage.config}
+  return [
+    f'The log holds {run.summary["events"]:,} events of {run.summary["users"]:,} users '
+    f'and {len(run.behaviors):,} behaviors that can be predicted, {anchors:,} of '
+    f'them anchors and {len(run.behaviors) - anchors:,} tail.',
+    *([f'The model is {", ".join(sorted(models))}.'] if models else []),
   ]
-  model = {
-    str(address)
-    for s in run.stages
-    if (address := s.config.get('model', {}).get('address'))
-  }
-  if model:
-    text.append(f'The model is {", ".join(sorted(model))}.')
-  return ' '.join(text + _headlines(run))
 
 
-def _headlines(run: run_files.RunFiles) -> list[str]:
+def _headlines(run: RunFiles) -> list[str]:
   """The three main scores, stage by stage, beside the best baseline."""
   if not run.scored:
     return []
@@ -94,7 +86,7 @@ def _headlines(run: run_files.RunFiles) -> list[str]:
   text = [
     f'Scored are n = {last["all"]["n"]:,} events of the test split '
     f'({last["anchor"]["n"]:,} anchor, {last["tail"]["n"]:,} tail), in the '
-    'order ' + ' → '.join(stage.name for stage in run.scored) + '.'
+    f'order {" → ".join(stage.name for stage in run.scored)}.'
   ]
   for name, (group, key) in compare.SCORES.items():
     line = ' → '.join(f'{s.evaluation[group][key]:.3f}' for s in run.scored)

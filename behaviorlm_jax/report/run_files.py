@@ -9,7 +9,6 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +17,13 @@ import pyarrow.parquet as pq
 
 from behaviorlm_jax.data.events import Events, open_events
 from behaviorlm_jax.evaluate import adjust, metrics
+from behaviorlm_jax.evaluate.baselines import Counts
 
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 
 
-_Missing = TypeVar('_Missing')
-
-
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageFiles:
   """The files of one stage; None or empty where a file is missing."""
 
   key: str
@@ -44,10 +41,6 @@ class Stage:
   def one_stage(self) -> bool:
     """Whether stage 'one' made it, which stands in the place of stage b."""
     return self.config.get('stage') == 'one'
-
-  @property
-  def ablations(self) -> list[str]:
-    return list(self.config.get('ablations') or [])
 
   @functools.cached_property
   def steps(self) -> list[dict]:
@@ -76,29 +69,25 @@ class Stage:
   def column(self, name: str) -> np.ndarray:
     return np.array(self.predictions.column(name).to_pylist())
 
-  def find(self, sample: int) -> dict | None:
-    """The prediction row of an event, or None where it was not evaluated."""
-    index = pc.index(self.predictions.column('sample'), sample).as_py()
-    if index < 0:  # Arrow's word for: not there.
-      return None
-    return self.predictions.slice(index, 1).to_pylist()[0]
-
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-  """What the work directory holds, in the form that the sections need."""
-
   workdir: Path
   summary: dict
   behaviors: list[dict]  # the candidate list: name, train_count, group
-  unseen: int  # behaviors of the test split only
   baselines: dict[str, dict]
-  stages: list[Stage]
-  sasrec: Stage | None = None  # The baseline that is trained.
+  stages: list[StageFiles]
+  sasrec: StageFiles | None = None  # The baseline that is trained.
 
   @functools.cached_property
   def events(self) -> Events:
     return open_events(self.workdir / 'events')
+
+  @functools.cached_property
+  def baseline_counts(self) -> Counts:
+    """The free baselines, fitted as in the run: all of its stages share these."""
+    config = self.predicting[-1].config
+    return Counts(self.events, config['data']['history'], config['seed'])
 
   @functools.cached_property
   def ids(self) -> dict[str, int]:
@@ -113,31 +102,30 @@ class RunFiles:
     """int64 [Y], training events of each behavior."""
     return np.array([b['train_count'] for b in self.behaviors])
 
-  @functools.cached_property
+  @property
   def log_prior(self) -> np.ndarray:
     """float64 [Y]: how frequent each behavior is in the training split."""
     return adjust.log_prior(self.counts)
 
-  @functools.cached_property
+  @property
   def by_frequency(self) -> np.ndarray:
     """Indices of the behaviors, the most frequent in training first."""
     return np.argsort(-self.counts, kind='stable')
 
-  @functools.cached_property
-  def scored(self) -> list[Stage]:
+  @property
+  def scored(self) -> list[StageFiles]:
     return [s for s in self.stages if s.evaluation]
 
-  @functools.cached_property
-  def predicting(self) -> list[Stage]:
+  @property
+  def predicting(self) -> list[StageFiles]:
     return [s for s in self.stages if s.predictions is not None]
 
-  def per_behavior(self, stage: Stage) -> np.ndarray:
+  def per_behavior(self, stage: StageFiles) -> np.ndarray:
     """Precision, recall, F1 and support of every behavior: float64[4, Y]."""
-    return metrics.per_behavior(
-      self.encode(stage.column('behavior')),
-      self.encode(stage.column('predicted')),
-      len(self.behaviors),
+    true, predicted = (
+      self.encode(stage.column(name)) for name in ('behavior', 'predicted')
     )
+    return metrics.per_behavior(true, predicted, len(self.behaviors))
 
   def encode(self, names: Iterable[str]) -> np.ndarray:
     return np.array([self.ids[name] for name in names], np.int64)
@@ -150,27 +138,25 @@ class RunFiles:
 
 def read_run(workdir: Path) -> RunFiles:
   behaviors = read_json(workdir / 'events/behaviors.json', [])
-  # Unseen ones are the last of the list, so ids stay those of the events.
-  known = [row for row in behaviors if row['group'] != 'unseen']
-  found = {
-    key: Stage(
+  stages = {
+    key: StageFiles(
       key,
       folder,
       read_json(folder / 'config.json', {}),
-      read_json(folder / 'evaluation.json', None),
+      read_json(folder / 'evaluation.json'),
       read_parquet(folder / 'predictions.parquet'),
     )
     for key in (*STAGES, 'sasrec')
     if (folder := workdir / key).is_dir()
   }
-  sasrec = found.pop('sasrec', None)
+  sasrec = stages.pop('sasrec', None)
   return RunFiles(
     workdir,
     read_json(workdir / 'events/summary.json', {}),
-    known,
-    len(behaviors) - len(known),
+    # Unseen ones are the last of the list, so ids stay those of the events.
+    [row for row in behaviors if row['group'] != 'unseen'],
     read_json(workdir / 'baselines.json', {}),
-    list(found.values()),
+    list(stages.values()),
     sasrec if sasrec and sasrec.evaluation else None,  # It may still be in training.
   )
 
@@ -181,25 +167,19 @@ def plan_targets(path: Path) -> np.ndarray:
   segments = pc.list_flatten(rows.column('segments').combine_chunks())
   # Conversations have no targets, and their start is no event.
   windows = segments.filter(pc.equal(segments.field('kind'), 'window'))
-  return (
-    pc.list_flatten(windows.field('targets'))
-    .to_numpy(zero_copy_only=False)
-    .astype(np.int64)
-  )
+  targets = pc.list_flatten(windows.field('targets'))
+  return targets.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def read_json(path: Path, missing: _Missing) -> dict | list | _Missing:
-  if not path.is_file():
-    return missing
-  return json.loads(path.read_text(encoding='utf-8'))
+def read_json(path: Path, missing: dict | list | None = None) -> dict | list | None:
+  return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else missing
 
 
 def read_json_lines(path: Path) -> list[dict]:
   if not path.is_file():
     return []
-  return [
-    json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line
-  ]
+  lines = path.read_text(encoding='utf-8').splitlines()
+  return [json.loads(line) for line in lines if line]
 
 
 def read_parquet(path: Path) -> pa.Table | None:

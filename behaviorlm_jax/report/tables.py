@@ -1,26 +1,14 @@
 """The tables of the report, as blocks; a table without rows is left out."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.report import run_files
 from behaviorlm_jax.report.blocks import Mono, Table
+from behaviorlm_jax.report.run_files import RunFiles
 from behaviorlm_jax.report.verdict import Outcome
 
-FILES = (  # of the work directory, in the order in which they come to be
-  ('events/', 'the sorted log, its behaviors, counts and rejected rows'),
-  ('base/', 'evaluation and predictions of the untuned model'),
-  ('baselines.json', 'scores of the free baselines'),
-  (
-    'a_tuning/',
-    'stage 1: config, plan, metrics, checkpoints, adapter, evaluation, predictions',
-  ),
-  (
-    'b_tuning/',
-    'stage 2: the same files, and difficulty.parquet where samples were scored',
-  ),
-  ('report/', 'the figures of this page'),
-)
 FITTED = {
   'adjusted': 'adjusted',
   'mixed': 'with counts',
@@ -28,43 +16,17 @@ FITTED = {
 }
 
 
-def data(run: run_files.RunFiles) -> Table:
-  anchors = int(run.anchor.sum())
+def data(run: RunFiles) -> Table:
   rows = [(key.replace('_', ' '), _value(value)) for key, value in run.summary.items()]
-  rows += [
-    (name, value)
-    for name, value in (
-      ('behaviors', len(run.behaviors)),
-      ('anchors', anchors),
-      ('tails', len(run.behaviors) - anchors),
-      ('unseen', run.unseen),
-    )
-    if name not in run.summary
-  ]
   return Table(('what', 'value'), rows)
 
 
-def _scored(run: run_files.RunFiles) -> list[tuple[str, dict]]:
-  """(name, evaluation) of baselines and stages that have one."""
-  rows = list(run.baselines.items())
-  for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
-    rows.append((stage.name, stage.evaluation))
-    fitted = stage.evaluation.get('fitted', {})
-    rows += [
-      (f'{stage.name}, {FITTED[name]}', scores) for name, scores in fitted.items()
-    ]
-  return rows
-
-
-def results(run: run_files.RunFiles) -> Table:
+def results(run: RunFiles) -> Table:
   # The names of evaluate.metrics: what is shown can be found in evaluation.json.
   keys = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
-  rows = [
-    (name, *(scores['all'][key] for key in keys)) for name, scores in _scored(run)
-  ]
   return Table(
     ('all behaviors', *(key.replace('_', ' ') for key in keys)),
-    rows,
+    _scores(run, [('all', key) for key in keys]),
     'Every predictor on the same test events, as fractions: first the free '
     'baselines, which only count, then the stages. With counts: mixed with '
     'markov; adjusted: rare names raised or lowered; both as the validation '
@@ -72,40 +34,93 @@ def results(run: run_files.RunFiles) -> Table:
   )
 
 
-def groups(run: run_files.RunFiles) -> Table:
-  keys = ('accuracy@1', 'precision_weighted', 'f1_macro')
-  names = [(group, key) for group in ('anchor', 'tail') for key in ('n', *keys)]
-  rows = [
-    (name, *(scores[group][key] for group, key in names))
-    for name, scores in _scored(run)
-  ]
-  head = [f'{group} {key.replace("_", " ")}' for group, key in names]
+def groups(run: RunFiles) -> Table:
+  keys = ('n', 'accuracy@1', 'precision_weighted', 'f1_macro')
+  columns = [(group, key) for group in ('anchor', 'tail') for key in keys]
   return Table(
-    ('by group', *head),
-    rows,
+    ('by group', *(f'{group} {key.replace("_", " ")}' for group, key in columns)),
+    _scores(run, columns),
     'Frequent (anchor) and rare (tail) behaviors apart; n test events each.',
   )
 
 
-def retention(run: run_files.RunFiles) -> Table:
+def _scores(run: RunFiles, columns: Sequence[tuple[str, str]]) -> list[tuple]:
+  """A row per predictor, with these (group, key) of its evaluation."""
+  named = dict(run.baselines)
+  # SASRec is trained, too, but a baseline: it stands between both.
+  for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
+    named[stage.name] = stage.evaluation
+    for kind, evaluation in stage.evaluation.get('fitted', {}).items():
+      named[f'{stage.name}, {FITTED[kind]}'] = evaluation
+  return [
+    (name, *(evaluation[group][key] for group, key in columns))
+    for name, evaluation in named.items()
+  ]
+
+
+def changes(outcome: Outcome | None) -> Table:
+  """Each comparison of the verdict in numbers."""
+  if not outcome:
+    return Table()
+  rows = [
+    (
+      change.score,
+      change.other,
+      change.before,
+      change.after,
+      change.size,
+      *(change.interval or (None, None)),
+      'within its uncertainty' if change.outcome == 'within' else change.outcome,
+    )
+    for changes in outcome.contrasts.values()
+    for change in changes
+  ]
+  head = ('score', 'compared with', 'its score', outcome.final, 'change')
+  intervals = (
+    f' The intervals come from 1,000 redraws of the {outcome.users:,} users, the '
+    'same for both sides.'
+  )
+  return Table(
+    (*head, '95 % from', '95 % to', 'reads as'),
+    rows,
+    f'What {outcome.final} changed.{intervals if outcome.users > 1 else ""}',
+  )
+
+
+def context(run: RunFiles) -> Table:
+  """How much of each stage's skill is copying from its context."""
+  rows = []
+  # Not the baselines: of these scores alone are kept, no predictions.
+  for stage in run.predicting:
+    inside, log_prob = stage.column('in_context'), stage.column('log_prob')
+    row = [stage.name]
+    for part in (inside, ~inside):
+      # The mean of nothing is shown as missing, not as 0.
+      means = [float(v[part].mean()) for v in (stage.right, log_prob) if part.any()]
+      row += [int(part.sum()), *(means or [None, None])]
+    rows.append(row)
+  wheres, columns = ('in context', 'not in context'), ('n', 'accuracy@1', 'mean log p')
+  return Table(
+    ('stage', *(f'{where}: {column}' for where in wheres for column in columns)),
+    rows,
+    'Test events whose true behavior stands in the context that the model '
+    'was shown, and those where it does not; log p in nats.',
+  )
+
+
+def retention(run: RunFiles) -> Table:
   """What each stage still knows of the untuned model."""
   columns = ('perplexity', 'perplexity_ratio', 'kl_to_base')
-  found = [
-    (stage.name, stage.retention['conversations'])
-    for stage in run.stages
-    if stage.retention
-  ]
+  found = {s.name: s.retention['conversations'] for s in run.stages if s.retention}
   if not found:
-    return Table((), [])
-  rows = [
-    (name, *(_with_interval(values, column) for column in columns))
-    for name, values in found
-  ]
-  head = [column.replace('_', ' ') for column in columns]
-  n = found[-1][1]['n']  # The same conversations for every stage.
+    return Table()
+  n = next(iter(found.values()))['n']  # The same conversations for every stage.
   return Table(
-    ('stage', *head),
-    rows,
+    ('stage', *(column.replace('_', ' ') for column in columns)),
+    [
+      (name, *(_with_interval(values, column) for column in columns))
+      for name, values in found.items()
+    ],
     'Held-out conversations: perplexity of their answer tokens, its ratio to '
     'the untuned model and the KL divergence from it in nats per token '
     f'(n = {n:,} conversations). Brackets: 95 % intervals.',
@@ -118,200 +133,87 @@ def _with_interval(values: dict, name: str) -> str:
   return f'{values[name]:.3f}{around}'
 
 
-def changes(outcome: Outcome | None) -> Table:
-  """Each comparison of the verdict in numbers."""
-  words = {'within': 'within its uncertainty', 'unknown': 'unknown'}
-  if not outcome:
-    return Table((), [])
-  rows = [
-    (
-      change.score,
-      change.other,
-      change.before,
-      change.after,
-      change.size,
-      *(change.interval or (None, None)),
-      words.get(change.outcome, change.outcome),
-    )
-    for changes in outcome.contrasts.values()
-    for change in changes
-  ]
-  return Table(
-    (
-      'score',
-      'compared with',
-      'its score',
-      outcome.final,
-      'change',
-      '95 % from',
-      '95 % to',
-      'reads as',
-    ),
-    rows,
-    f'What {outcome.final} changed. The intervals come from 1,000 redraws '
-    f'of the {outcome.users:,} users, the same for both sides.'
-    if outcome.users > 1
-    else f'What {outcome.final} changed.',
-  )
-
-
-def context(run: run_files.RunFiles) -> Table:
-  """How much of each stage's skill is copying from its context."""
-  head = ['stage']
-  for where in ('in context', 'not in context'):
-    head += [f'{where}: {what}' for what in ('n', 'accuracy@1', 'mean log p')]
-  rows = []
-  # Not the baselines: of these scores alone are kept, no predictions.
-  for stage in run.predicting:
-    inside, log_prob = stage.column('in_context'), stage.column('log_prob')
-    row = [stage.name]
-    for mask in (inside, ~inside):
-      row += [int(mask.sum())]
-      row += [
-        # The mean of nothing is shown as missing, not as 0.
-        float(values[mask].mean()) if mask.any() else None
-        for values in (stage.right, log_prob)
-      ]
-    rows.append(row)
-  return Table(
-    tuple(head),
-    rows,
-    'Test events whose true behavior stands in the context that the model '
-    'was shown, and those where it does not; log p in nats.',
-  )
-
-
-def behaviors(run: run_files.RunFiles) -> Table:
+def behaviors(run: RunFiles) -> Table:
   """Every behavior, most frequent first."""
-  stages = [(stage, run.per_behavior(stage)) for stage in run.predicting]
+  stages = {stage.name: run.per_behavior(stage) for stage in run.predicting}
   if not stages:
-    return Table((), [])
-  support = stages[-1][1][3]
-  head = ['behavior', 'group', 'training events', 'test events']
-  for stage, _ in stages:
-    head += [f'{stage.name}: recall', f'{stage.name}: F1']
+    return Table()
+  support = list(stages.values())[-1][3]
+  names = [f'{stage}: {score}' for stage in stages for score in ('recall', 'F1')]
   rows = []
   for i in run.by_frequency:
     row = run.behaviors[i]
+    # Of precision, recall, F1 and support.
+    scores = [float(score) for found in stages.values() for score in found[1:3, i]]
     rows.append(
-      (
-        row['name'],
-        row['group'],
-        row['train_count'],
-        int(support[i]),
-        *(float(scores[k][i]) for _, scores in stages for k in (1, 2)),
-      )
+      (row['name'], row['group'], row['train_count'], int(support[i]), *scores)
     )
   return Table(
-    tuple(head),
+    ('behavior', 'group', 'training events', 'test events', *names),
     rows,
     'Sorted by training events. Recall and F1 are '
     'fractions; without a test event both are 0.',
   )
 
 
-def times(run: run_files.RunFiles) -> Table:
-  """How fast each stage was trained; columns only for what was noted."""
-  columns = {
-    name: []
-    for name in (
+def times(run: RunFiles) -> Table:
+  """How fast each stage was trained."""
+  return Table(
+    (
+      'stage',
       'steps',
       'first step after (s)',
       'seconds per step (median)',
       'tokens per second',
       'targets per second',
       'wasted positions (share)',
-    )
-  }
-  trained = [stage for stage in run.stages if stage.steps]
-  # A step notes what it can tell; a column that none has filled is left out.
-  for stage in trained:
-    for column, value in zip(columns.values(), _speed(stage.steps), strict=True):
-      column.append(value)
-  kept = {
-    name: values
-    for name, values in columns.items()
-    if any(value is not None for value in values)
-  }
-  rows = [
-    (stage.name, *values)
-    for stage, *values in zip(trained, *kept.values(), strict=True)
-  ]
-  return Table(
-    ('stage', *kept),
-    rows,
+    ),
+    [(stage.name, *_speed(stage.steps)) for stage in run.stages if stage.steps],
     'Compilation counts for the first step only; '
     'the rates are those of the steps after it.',
   )
 
 
 def _speed(steps: list[dict]) -> tuple[float | None, ...]:
-  """The values of a row of `times`; None for what no step noted."""
-  noted = lambda key: [row[key] for row in steps if row.get(key) is not None]
-  first, seconds, padding = map(noted, ('seconds_to_first_step', 'seconds', 'padding'))
-  tokens, targets = _rate(steps, 'tokens'), _rate(steps, 'samples')
+  """The values of a row of `times`; None for what was not measured."""
+  # A step that waited for a compilation, as the first does, is not timed.
+  waited = [row for row in steps if 'seconds_to_first_step' in row]
+  timed = [row for row in steps if 'seconds' in row]
+  seconds, tokens, targets = (
+    [row[key] for row in timed] for key in ('seconds', 'tokens', 'samples')
+  )
   return (
     len(steps),
-    first[0] if first else None,
+    waited[0]['seconds_to_first_step'] if waited else None,
     # Not the mean: a step that waited for the disk would move it.
-    float(np.median(seconds)) if seconds else None,
-    None if tokens is None else round(tokens),
-    targets,
-    float(np.mean(padding)) if padding else None,
+    float(np.median(seconds)) if timed else None,
+    # Sum over sum: a mean of rates would count short steps as much as long ones.
+    round(sum(tokens) / sum(seconds)) if timed else None,
+    sum(targets) / sum(seconds) if timed else None,
+    float(np.mean([row['padding'] for row in steps])),
   )
 
 
-def _rate(steps: list[dict], key: str) -> float | None:
-  """Sum of `key` per second over the steps that noted both."""
-  pairs = [
-    (row[key], row['seconds']) for row in steps if key in row and 'seconds' in row
-  ]
-  if not pairs:
-    return None
-  # Sum over sum: a mean of rates would count short steps as much as long ones.
-  amount, seconds = map(sum, zip(*pairs, strict=True))
-  return amount / seconds
-
-
-def files(run: run_files.RunFiles) -> Table:
-  return Table(
-    ('file', 'content'),
-    [(Mono(name), what) for name, what in FILES if (run.workdir / name).exists()],
-  )
-
-
-def config(run: run_files.RunFiles) -> Table:
+def config(run: RunFiles) -> Table:
   """One row per trained stage; the whole config is in its config.json."""
   taught = ('steps', 'learning_rate', 'interpolation', 'softmax', 'prior')
   rows = []
   for stage in run.stages:
-    if stage.config and stage.key != 'base':
-      name = 'a' if stage.key == 'a_tuning' else 'one' if stage.one_stage else 'b'
-      own = config_lib.stage_of(stage.config, name)
-      rows.append(
-        (
-          stage.name,
-          *(_value(stage.config['train'][key]) for key in ('batch', 'length')),
-          *(_value(getattr(own, key)) for key in taught),
-          _value(stage.config.get('seed')),
-          _value(stage.ablations),
-          Mono(f'{stage.key}/config.json'),
-        )
-      )
-  head = (
-    'stage',
-    'batch (rows)',
-    'length (tokens)',
-    'steps',
-    'learning rate',
-    'interpolation',
-    'softmax',
-    'prior',
-    'seed',
-    'ablations',
-    'whole config',
-  )
-  return Table(head, rows)
+    if not stage.config or stage.key == 'base':
+      continue
+    name = 'a' if stage.key == 'a_tuning' else 'one' if stage.one_stage else 'b'
+    own = config_lib.stage_of(stage.config, name)
+    # Of all fields those that runs differ in; the rest is in the file that is named.
+    values = (
+      *(stage.config['train'][key] for key in ('batch', 'length')),
+      *(getattr(own, key) for key in taught),
+      *(stage.config[key] for key in ('seed', 'ablations')),
+    )
+    whole = Mono(f'{stage.key}/config.json')
+    rows.append((stage.name, *map(_value, values), whole))
+  names = (key.replace('_', ' ') for key in taught)
+  head = ('stage', 'batch (rows)', 'length (tokens)', *names)
+  return Table((*head, 'seed', 'ablations', 'whole config'), rows)
 
 
 def _value(value: object) -> object:

@@ -8,6 +8,7 @@ within its uncertainty, whatever its size.
 import dataclasses
 from collections.abc import Sequence
 
+Interval = tuple[float, float]  # (low, high)
 FEW = 50  # test samples below which a group's scores are a hint only
 FEW_USERS = 10  # below which redrawing users says little
 
@@ -20,7 +21,7 @@ class Change:
   other: str  # the other predictor
   before: float  # score of the other
   after: float  # score of the final stage
-  interval: tuple[float, float] | None  # (low, high) of after - before; None: unknown
+  interval: Interval | None  # of after - before; None: unknown
 
   @property
   def size(self) -> float:
@@ -41,76 +42,62 @@ class Outcome:
   """The final stage's scores and what they mean beside others."""
 
   final: str
-  scores: dict[str, tuple[float, tuple[float, float] | None]]  # name: value, interval
+  scores: dict[str, tuple[float, Interval | None]]  # name: value, interval
   samples: dict[str, int]  # group: test samples, for 'all', 'anchor', 'tail'
   users: int
   contrasts: dict[str, list[Change]]  # what it is compared with: not empty
 
 
 def verdict(outcome: Outcome) -> str:
-  """Three to six sentences; empty where nothing was scored."""
-  if not outcome.samples['all']:
-    return ''
-  sentences = [_level(outcome)]
-  sentences += [
-    _contrast(against, changes) for against, changes in outcome.contrasts.items()
+  """Three to six sentences."""
+  scores = [
+    f'{name} {value:.3f}{_brackets(interval)}'
+    for name, (value, interval) in outcome.scores.items()
+  ]
+  sentences = [
+    f'On {_count(outcome.samples["all"], "test event")} of '
+    f'{_count(outcome.users, "user")}, {outcome.final} reaches {_join(scores)}.',
+    *(_contrast(against, changes) for against, changes in outcome.contrasts.items()),
   ]
   if outcome.users > 1:
     sentences.append('Brackets hold 95 % intervals from redrawn users.')
-  return ' '.join(sentences + _warnings(outcome))
-
-
-def _level(outcome: Outcome) -> str:
-  scores = _join(
-    [
-      f'{name} {value:.3f}' + (f' ({_range(interval)})' if interval else '')
-      for name, (value, interval) in outcome.scores.items()
-    ]
-  )
-  return (
-    f'On {_count(outcome.samples["all"], "test event")} of '
-    f'{_count(outcome.users, "user")}, {outcome.final} reaches {scores}.'
-  )
+  warnings = _warnings(outcome)
+  if warnings:
+    sentences.append(f'Caution: {"; ".join(warnings)}.')
+  return ' '.join(sentences)
 
 
 def _contrast(against: str, changes: Sequence[Change]) -> str:
   # Else each change names its own: every score has another best baseline.
   same = len({change.other for change in changes}) == 1
   told = {
-    outcome: [_change(c, same) for c in changes if c.outcome == outcome]
+    outcome: _join([_change(c, same) for c in changes if c.outcome == outcome])
     for outcome in ('better', 'worse', 'within', 'unknown')
   }
-  clear = [
-    f'{outcome} in {_join(told[outcome])}'
-    for outcome in ('better', 'worse')
-    if told[outcome]
-  ]
   if told['unknown']:
     # A single user: no intervals, so nothing can be called better.
-    return f'Against {against} it differs by {_join(told["unknown"])}.'
+    return f'Against {against} it differs by {told["unknown"]}.'
   if all(c.size == 0 and c.interval == (0, 0) for c in changes):
     names = _join([change.score for change in changes])
     return f'Against {against}, nothing changed in {names}.'
+  clear = [f'{word} in {told[word]}' for word in ('better', 'worse') if told[word]]
   if not clear:
     return (
-      f'Against {against}, no change is larger than its uncertainty: '
-      f'{_join(told["within"])}.'
+      f'Against {against}, no change is larger than its uncertainty: {told["within"]}.'
     )
-  text = f'Against {against} it is {" and ".join(clear)}, larger than the uncertainty'
-  if told['within']:
-    text += f'; within it: {_join(told["within"])}'
-  return text + '.'
+  rest = f'; within it: {told["within"]}' if told['within'] else ''
+  return (
+    f'Against {against} it is {" and ".join(clear)}, larger than the uncertainty{rest}.'
+  )
 
 
 def _change(change: Change, same: bool) -> str:
-  text = f'{change.score} {change.size:+.3f}'
-  if not same:
-    text += f' against {change.other}'
-  return text + (f' ({_range(change.interval)})' if change.interval else '')
+  other = '' if same else f' against {change.other}'
+  return f'{change.score} {change.size:+.3f}{other}{_brackets(change.interval)}'
 
 
 def _warnings(outcome: Outcome) -> list[str]:
-  """One sentence on what weakens the numbers, or none."""
+  """What weakens the numbers."""
   samples, text = outcome.samples, []
   few = [
     f'{samples[group]} {group}'
@@ -128,18 +115,17 @@ def _warnings(outcome: Outcome) -> list[str]:
     text.append('all events are of one user, so no uncertainty can be given')
   elif outcome.users < FEW_USERS:
     text.append(f'with {outcome.users} users the intervals are rough')
-  return ['Caution: ' + '; '.join(text) + '.'] if text else []
+  return text
 
 
 def _join(parts: list[str]) -> str:
   """'a', 'a and b', 'a, b and c'."""
-  return ' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))
+  return ' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))
 
 
 def _count(number: int, what: str) -> str:
   return f'{number:,} {what}' + ('' if number == 1 else 's')
 
 
-def _range(interval: tuple[float, float]) -> str:
-  low, high = interval
-  return f'{low:.3f} to {high:.3f}'
+def _brackets(interval: Interval | None) -> str:
+  return f' ({interval[0]:.3f} to {interval[1]:.3f})' if interval else ''

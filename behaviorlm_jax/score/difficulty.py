@@ -25,31 +25,24 @@ from behaviorlm_jax.score import label_tree
 
 
 def compute(name: str, scores: np.ndarray, true: np.ndarray) -> np.ndarray:
-  """The difficulty `name` of samples: float64 [n].
-
-  Args:
-    name: one of the module's, not 'random'.
-    scores: s(y) float [n, Y].
-    true: ids int [n].
-  """
-  if name == 'margin':
-    return _margin(scores, true)
-  loss = nll(scores, true)
+  """The difficulty float64 [n] of the module's `name`, of s(y) [n, Y] and ids [n]."""
   match name:
     case 'nll':
-      return loss
+      return nll(scores, true)
     case 'error':
-      return -np.expm1(-loss)  # 1 - p, with the digits of a p near 1, too.
+      # 1 - p, with the digits of a p near 1, too.
+      return -np.expm1(-nll(scores, true))
+    case 'margin':
+      return _margin(scores, true)
   raise AssertionError(name)
 
 
 def nll(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
   """-log p(true | prompt) [n] over the list, of s [n, Y]; in nats."""
-  rows = np.arange(len(true))
-  return -label_tree.log_softmax(scores)[rows, true]
+  return -label_tree.log_softmax(scores)[np.arange(len(true)), true]
 
 
-def _margin(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
+def _margin(scores, true):
   rows = np.arange(len(true))
   rivals = np.array(scores, np.float64)  # A copy: the caller's stay as they are.
   rivals[rows, true] = -np.inf
@@ -65,7 +58,6 @@ def write_difficulty(
   difficulty: np.ndarray,
   made_from: str,
 ) -> None:
-  """Writes the table: sample, behavior, group, score."""
   # Name and group are for readers and the report; `read_difficulty` needs neither.
   behaviors = [events.behaviors[b] for b in events.behavior[positions]]
   table = pa.table(

@@ -22,6 +22,7 @@ nothing and says nothing, so names end where they differ from all others
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import attention, decoder
+from behaviorlm_jax.model import blocked_attention, decoder
 
 TOP = 5  # Best answers that are told.
 
@@ -70,11 +71,11 @@ class Tree:
 
     All, where none has: there is one answer alone.
     """
-    path = self.path(answer)
-    found = np.flatnonzero(self._fan_out[self.edge_nodes[path]] > 1)
-    return found if len(found) else np.arange(len(path))
+    nodes = self.edge_nodes[self.path(answer)]
+    found = np.flatnonzero(self._fan_out[nodes] > 1)
+    return found if len(found) else np.arange(len(nodes))
 
-  @functools.cached_property
+  @functools.cached_property  # Asked for with every target of a row.
   def _fan_out(self) -> np.ndarray:
     """int64 [1 + N], how many edges leave each node."""
     return np.bincount(self.edge_nodes)
@@ -95,24 +96,23 @@ def build(answers: Iterable[Sequence[int]]) -> Tree:
   Raises:
     InputError: two answers are equal, or one is the beginning of another.
   """
+  answers = list(map(tuple, answers))
   nodes, edges = {(): 0}, {}  # {beginning of an answer: its number}.
   # Sorted, answers of one beginning lie together: a node's descendants follow it
   # at once, which `_attention` needs.
-  for answer in sorted(map(tuple, answers)):
+  for answer in sorted(answers):
     for i in range(len(answer)):
-      if i:  # The root is there.
-        nodes.setdefault(answer[:i], len(nodes))
+      nodes.setdefault(answer[:i], len(nodes))
       edges.setdefault(answer[: i + 1], len(edges))
-  whole = set(map(tuple, answers))
   # An answer that is an inner node goes on as another one and ends at no leaf.
-  if len(whole) < len(answers) or whole & set(nodes):
+  if len(set(answers)) < len(answers) or nodes.keys() & set(answers):
     raise InputError(
       'data.events: two behavior names have the same tokens, or '
       'one begins with all of another; rename one of them.'
     )
   inner = [prefix for prefix in nodes if prefix]
   paths = np.full((len(answers), max(map(len, answers))), len(edges), np.int32)
-  for y, answer in enumerate(map(tuple, answers)):
+  for y, answer in enumerate(answers):
     for i in range(len(answer)):
       paths[y, i] = edges[answer[: i + 1]]
   return Tree(
@@ -127,15 +127,12 @@ def build(answers: Iterable[Sequence[int]]) -> Tree:
 
 def shortest(answers: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
   """The answers as tuples, each cut behind its first token of its own."""
-  answers = list(map(tuple, answers))
-  count = collections.Counter(  # Of answers that begin like this.
-    answer[:i] for answer in answers for i in range(1, len(answer) + 1)
-  )
+  beginnings = [
+    [tuple(answer[:i]) for i in range(1, len(answer) + 1)] for answer in answers
+  ]
+  count = collections.Counter(itertools.chain.from_iterable(beginnings))
   # There is one in what `build` takes: no answer is another, or its beginning.
-  own = lambda answer: next(
-    i for i in range(1, len(answer) + 1) if count[answer[:i]] == 1
-  )
-  return [answer[: own(answer)] for answer in answers]
+  return [next(one for one in mine if count[one] == 1) for mine in beginnings]
 
 
 def tree_scores(
@@ -148,19 +145,13 @@ def tree_scores(
 ) -> jax.Array:
   """Log-probabilities float32 [B, Y] of a tree's answers after prompts.
 
-  Args:
-    model: that has run the prompts.
-    tree: of the answers.
-    last: [B, D], hidden state of each prompt's last token.
-    cache: keys and values of the prompts.
-    lengths: int32 [B], tokens of the prompts.
-    softmax: score.softmax.
+  Of these the model has the hidden state `last` [B, D] of the last token, keys and
+  values `cache`, and `lengths` int32 [B] in tokens. `softmax`: score.softmax.
   """
-  batch, width = last.shape[0], cache[0].shape[2]
-  nodes = len(tree.tokens)
+  width = cache[0].shape[2]
   hidden = last[:, None]  # Of node 0.
-  if nodes:
-    tokens = jnp.broadcast_to(jnp.asarray(tree.tokens), (batch, nodes))
+  if len(tree.tokens):
+    tokens = jnp.broadcast_to(tree.tokens, (len(last), len(tree.tokens)))
     # A child of the root, of depth 1, comes right after the prompt's last token,
     # whose position is the prompt's length less one.
     positions = lengths[:, None] + tree.depths - 1
@@ -242,26 +233,21 @@ def _attention(tree: Tree, prompt: jax.Array) -> decoder.Attend:
   def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array
   ) -> jax.Array:
-    q, blocks = attention.scaled(q), []
+    q, blocks = blocked_attention.scaled(q), []
     for begin in range(0, len(tree.tokens), _BLOCK):
-      block = tree.ancestors[begin : begin + _BLOCK]
+      rows = slice(begin, begin + _BLOCK)
+      above = tree.ancestors[rows]
       # From the first ancestor of any of them to their last. A node follows its
       # ancestors closely, so that is little more than the block.
-      seen = slice(int(block.any(axis=0).argmax()), begin + len(block))
+      seen = slice(int(above.any(axis=0).argmax()), begin + len(above))
       keys = jnp.concatenate([prompt_k, k[:, seen]], axis=1)
       values = jnp.concatenate([prompt_v, v[:, seen]], axis=1)
-      above = block[:, seen]
-      shape = (len(prompt), 1, len(block))
+      shape = (len(prompt), 1, len(above))  # Every query, whatever its head.
+      masks = (prompt[:, None, None], above[:, seen])
       mask = jnp.concatenate(
-        [
-          jnp.broadcast_to(prompt[:, None, None], (*shape, prompt.shape[1])),
-          jnp.broadcast_to(above, (*shape, above.shape[1])),
-        ],
-        axis=-1,
+        [jnp.broadcast_to(mask, (*shape, mask.shape[-1])) for mask in masks], axis=-1
       )
-      blocks.append(
-        attention.grouped(q[:, begin : begin + len(block)], keys, values, mask)
-      )
+      blocks.append(blocked_attention.grouped(q[:, rows], keys, values, mask))
     return jnp.concatenate(blocks, axis=1)
 
   return attend

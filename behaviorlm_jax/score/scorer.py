@@ -1,19 +1,20 @@
 """Scores prompts in batches of similar length, one compilation per width."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.model import decoder, lora
 from behaviorlm_jax.score import label_tree as labels_lib
 
 WIDTH = 32  # Prompts are padded to a multiple of this many tokens.
+NAMES_PER_PASS = 256  # Whose label tree is run at once, over the vocabulary.
 # (base weights, an adapter or None) -> the decoder that runs them.
 Attach = Callable[[Mapping[str, jax.Array], lora.Adapter | None], decoder.Decoder]
+Batch = dict[str, np.ndarray]  # tokens int32 [B, L] and lengths int32 [B].
 
 
 class Places(Protocol):
@@ -32,38 +33,29 @@ class Places(Protocol):
     self, shape: tuple[int, ...], dtype: np.dtype
   ) -> jax.ShapeDtypeStruct: ...
 
-  def put_same(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]: ...
+  def put_same(self, batch: Batch) -> dict[str, jax.Array]: ...
 
 
 class Scorer:
-  """s(y) of every behavior after each prompt.
-
-  Attributes:
-    batch: prompts of a pass.
-    trees: label_tree.Tree of each pass over the names.
-  """
+  """s(y) of every behavior after each prompt."""
 
   def __init__(
     self,
     attach: Attach,
     params: Mapping[str, jax.Array],
     labels: Sequence[Sequence[int]],
-    score: ConfigDict,
+    score: Mapping[str, Any],
     layout: Places,
+    names_per_pass: int = NAMES_PER_PASS,
   ):
     """Compiles nothing yet.
 
-    Args:
-      attach: (params, adapter) -> decoder.
-      params: base weights.
-      labels: answer tokens of each behavior.
-      score: the config's section.
-      layout: train.sharding.Layout.
+    `labels`: answer tokens of each behavior; `score`: the config's section. Fewer
+    `names_per_pass` change no score, and take less memory.
     """
     self.layout, self.params = layout, params
-    rows = layout.row_parts
-    self.batch = -(-score.batch // rows) * rows  # Up: devices divide it evenly.
-    softmax, step = score.softmax, score.names_per_pass
+    self.batch = round_up(score['batch'], layout.row_parts)  # Devices share it evenly.
+    softmax, step = score['softmax'], names_per_pass
     labels_lib.build(labels)  # Refuses clashes, of names of different passes, too.
     if softmax == 'names':  # Over all names, so they stay together.
       labels, step = labels_lib.shortest(labels), len(labels)
@@ -74,13 +66,10 @@ class Scorer:
     # The weights are an argument: what is closed over becomes a constant of the
     # program, and a copy.
     def run(
-      adapter: lora.Adapter | None,
-      params: Mapping[str, jax.Array],
-      tokens: jax.Array,
-      lengths: jax.Array,
+      adapter: lora.Adapter | None, params: Mapping[str, jax.Array], batch: Batch
     ) -> jax.Array:
-      model = attach(params, adapter)
-      last, cache = model.prefill(tokens, lengths)  # Once for all trees.
+      model, lengths = attach(params, adapter), batch['lengths']
+      last, cache = model.prefill(batch['tokens'], lengths)  # Once for all trees.
       parts = [
         labels_lib.tree_scores(model, tree, last, cache, lengths, softmax)
         for tree in self.trees
@@ -97,54 +86,54 @@ class Scorer:
     prompts: Sequence[np.ndarray],
     progress: Callable[[int], None] = lambda n: None,
   ) -> np.ndarray:
-    """Scores all prompts.
+    """s(y) float32 [n, Y] of all prompts, in nats; adapter None: the base model.
 
-    Args:
-      adapter: LoRA weights or None for the base model.
-      prompts: list of int32 arrays.
-      progress: called with the number of prompts of each finished batch.
-
-    Returns:
-      float32 [n, Y]: s(y), in nats.
+    `progress`: called with the number of prompts of each finished batch.
     """
     scores = [None] * len(prompts)
-    # By length: neighbors need little padding, and a width is compiled for once.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for begin in range(0, len(order), self.batch):
-      chosen = order[begin : begin + self.batch]
-      found = self._batch(adapter, [prompts[i] for i in chosen])
+    for chosen, batch in padded_batches(prompts, self.batch):
       # The last batch has rows without a prompt, at its end.
-      for i, row in zip(chosen, found, strict=False):
+      for i, row in zip(chosen, self._batch(adapter, batch), strict=False):
         scores[i] = row
       progress(len(chosen))
     return np.stack(scores)
 
-  def lower(self, adapter: lora.Adapter | None, width: int) -> jax.stages.Lowered:
-    """jax.stages.Lowered of what scores one batch.
-
-    Args:
-      adapter: as of a call, or jax.ShapeDtypeStruct of that.
-      width: tokens of the longest prompt.
-    """
-    width = -(-width // WIDTH) * WIDTH
-    tokens = self.layout.abstract_rows((self.batch, width), np.int32)
-    lengths = self.layout.abstract_rows((self.batch,), np.int32)
-    return self._score.lower(adapter, self.params, tokens, lengths)
-
-  def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [B, L] and lengths int32 [B]; the last is the longest."""
-    width = -(-len(prompts[-1]) // WIDTH) * WIDTH
-    tokens = np.zeros((self.batch, width), np.int32)
-    # Rows without a prompt have one token: a state is read at length - 1.
-    lengths = np.ones(self.batch, np.int32)
-    for row, prompt in enumerate(prompts):
-      tokens[row, : len(prompt)] = prompt
-      lengths[row] = len(prompt)
-    placed = self.layout.put_same({'t': tokens, 'n': lengths})
-    return placed['t'], placed['n']
-
-  def _batch(
-    self, adapter: lora.Adapter | None, prompts: Sequence[np.ndarray]
-  ) -> np.ndarray:
+  def _batch(self, adapter, batch):
     """s(y) [batch, Y]."""
-    return np.asarray(self._score(adapter, self.params, *self._pad(prompts)))
+    return np.asarray(self._score(adapter, self.params, self.layout.put_same(batch)))
+
+  def lower(self, adapter: lora.Adapter | None, width: int) -> jax.stages.Lowered:
+    """What scores a batch whose longest prompt has `width` tokens, lowered.
+
+    `adapter`: as of a call, or jax.ShapeDtypeStruct of that.
+    """
+    abstract = self.layout.abstract_rows
+    batch = {
+      'tokens': abstract((self.batch, round_up(width, WIDTH)), np.int32),
+      'lengths': abstract((self.batch,), np.int32),
+    }
+    return self._score.lower(adapter, self.params, batch)
+
+
+def padded_batches(
+  prompts: Sequence[np.ndarray], size: int
+) -> Iterator[tuple[list[int], Batch]]:
+  """Yields batches of `size` rows, and the indices of the prompts in each.
+
+  By length: neighbors need little padding, and a width is compiled for once.
+  """
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  for begin in range(0, len(order), size):
+    chosen = order[begin : begin + size]
+    tokens = np.zeros((size, round_up(len(prompts[chosen[-1]]), WIDTH)), np.int32)
+    # Rows without a prompt have one token: a state is read at length - 1.
+    lengths = np.ones(size, np.int32)
+    for row, i in enumerate(chosen):
+      lengths[row] = len(prompts[i])
+      tokens[row, : lengths[row]] = prompts[i]
+    yield chosen, {'tokens': tokens, 'lengths': lengths}
+
+
+def round_up(count: int, unit: int) -> int:
+  """The next multiple of `unit`."""
+  return -(-count // unit) * unit

@@ -33,7 +33,7 @@ def _parse(argv):
     rest = flags.FLAGS(argv)
     _CONFIG.value.lock()  # A missing file fails only here.
     return rest
-  except cli.UNUSABLE as error:
+  except Exception as error:
     text = [line.strip() for line in str(error).split('\n') if line.strip()]
     cli.fail(f'{text[-1] if text else error!r}; see configs/ablations.py.')
 

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +20,10 @@ from pyarrow import parquet
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 from behaviorlm_jax.report import compare
-
-if TYPE_CHECKING:  # These import this module.
-  from behaviorlm_jax.sweep import jobs, results
+from behaviorlm_jax.sweep.job import Job
 
 FOLDER = 'choices'  # In the folder of the rows.
-Choices = tuple[dict[str, compare.Arm], dict[str, np.ndarray]]  # See `read_choices`.
+Score = tuple[str, str, float, int]  # group, metric, value, n
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
   [
@@ -38,16 +35,22 @@ _SCHEMA = pa.schema(
 )
 
 
+@dataclasses.dataclass
+class Predictor:
+  """What one predictor chose for the test events of a run, and its scores."""
+
+  arm: compare.Arm | None = None  # None: it is compared with nothing.
+  by_tau: np.ndarray | None = None  # ids int64 [T, n], adjust.first_choices.
+  scores: list[Score] = dataclasses.field(default_factory=list)  # Of finished runs.
+
+
 def digest(
   names: Sequence[str], anchor: np.ndarray, samples: np.ndarray, true: np.ndarray
 ) -> str:
   """Of what test events are: hex digits.
 
-  Args:
-    names: of the behaviors, by id.
-    anchor: bool [Y].
-    samples: positions int64 [n].
-    true: ids int64 [n].
+  `names`: of behaviors, by id; `anchor`: bool [Y]; `samples`: positions int64
+  [n]; `true`: ids int64 [n].
   """
   # No name holds a line end (data.log.names), so the joined text is unambiguous.
   found = hashlib.sha256('\n'.join(names).encode())
@@ -56,76 +59,66 @@ def digest(
   return found.hexdigest()
 
 
-def write_choices(folder: Path, job: 'jobs.Job', found: 'results.Finished') -> None:
-  """Keeps the choices of a run's own predictors (results.Finished)."""
+def write_choices(
+  folder: Path, job: Job, own: Mapping[str, Predictor], events: str
+) -> None:
+  """Keeps the choices of a run's own predictors; `events`: their digest."""
+  listed = lambda array: None if array is None else array.tolist()
   rows = [
     {
       'predictor': name,
-      'predicted': found.arms[name].predicted.tolist(),
-      'log_p': _list(found.arms[name].log_p),
-      'by_tau': _list(found.by_tau.get(name)),
+      'predicted': own[name].arm.predicted.tolist(),
+      'log_p': listed(own[name].arm.log_p),
+      'by_tau': listed(own[name].by_tau),
     }
-    for name in sorted(found.own)  # A set: the same file every time.
+    for name in sorted(own)
   ]
   path = _path(folder, job)
   path.parent.mkdir(parents=True, exist_ok=True)
   files.write_parquet(
     path,
     pa.Table.from_pylist(rows, _SCHEMA),
-    {'settings': job.settings, 'digest': found.digest},
+    {'settings': job.settings, 'digest': events},
   )
 
 
 def read_choices(
-  folder: Path, job: 'jobs.Job', at_hand: Mapping[str, compare.Arm]
-) -> Choices:
-  """({name: compare.Arm}, {name: ids int64 [T, n]}) of a run elsewhere.
+  folder: Path, job: Job, at_hand: Mapping[str, compare.Arm]
+) -> dict[str, Predictor]:
+  """The predictors of a run elsewhere, of which `folder` has rows.
 
-  The second has first choices at each tau. Both are empty where nothing was
-  kept of a run of these settings, or no run at hand has its test events.
-
-  Args:
-    folder: of the rows.
-    job: of the run.
-    at_hand: {digest: compare.Arm}, one of each finished run, whichever.
-
-  Raises:
-    InputError: the file is damaged.
+  None where nothing was kept of a run of these settings, or no run at hand has
+  its test events; `at_hand`: {digest: any of its arms}. A damaged file is an
+  InputError.
   """
   path = _path(folder, job)
   if not path.is_file():
-    return {}, {}
+    return {}
   try:
     table = parquet.read_table(path)
   except pa.ArrowException as error:
     raise InputError(
-      f'{path} cannot be read ({error}); delete it, or copy it '
-      'again from where it was written.'
+      f'{path} cannot be read ({error}); delete it, or copy it again from where it was '
+      'written.'
     ) from error
   facts = table.schema.metadata or {}
   like = at_hand.get(facts.get(b'digest', b'').decode())
   if like is None or facts.get(b'settings', b'').decode() != job.settings:
-    return {}, {}
-  rows = {row['predictor']: row for row in table.to_pylist()}
-  arms = {
-    name: dataclasses.replace(  # Of `like` what is the same for all predictors.
-      like,
-      predicted=np.array(row['predicted'], np.int64),
-      # None stays None: there is no log p of what is adjusted.
-      log_p=row['log_p'] and np.array(row['log_p']),
+    return {}
+  array = lambda values, kind=None: values and np.array(values, kind)  # Or None.
+  return {
+    row['predictor']: Predictor(
+      dataclasses.replace(  # Of `like` what is the same for all predictors.
+        like,
+        predicted=np.array(row['predicted'], np.int64),
+        # There is no log p of what is adjusted.
+        log_p=array(row['log_p']),
+      ),
+      array(row['by_tau'], np.int64),
     )
-    for name, row in rows.items()
-  }
-  return arms, {
-    name: np.array(row['by_tau'], np.int64)
-    for name, row in rows.items()
-    if row['by_tau']
+    for row in table.to_pylist()
   }
 
 
-def _list(array: np.ndarray | None) -> list | None:
-  return None if array is None else array.tolist()
-
-
-def _path(folder: Path, job: 'jobs.Job') -> Path:
+def _path(folder: Path, job: Job) -> Path:
   return Path(folder, FOLDER, job.log, f'seed{job.seed}', f'{job.name}.parquet')

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from behaviorlm_jax import seeds
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import ownership, workspace
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.data.log import columns
 from behaviorlm_jax.io import files
@@ -26,7 +26,7 @@ FROM = 50
 
 
 def thinned_names(run: run_files.RunFiles) -> list[str]:
-  """Of the behaviors that were thinned in a run_files.RunFiles, or could be."""
+  """Of the behaviors that were thinned, or could be."""
   tails = [b for b in run.behaviors if b['group'] == 'tail']
   frequent = [b['name'] for b in tails if b['train_count'] >= FROM]
   return run.summary.get('thinned', frequent)
@@ -36,8 +36,9 @@ def thin(config: ConfigDict, workdir: Path, shots: int) -> None:
   """Prepares a run's events with `shots` of each such behavior in training."""
   whole = workdir / 'whole'
   shutil.rmtree(whole, ignore_errors=True)  # Of a sweep that was killed.
-  config = workspace.pin_addresses(config, ['data.events'], [])
-  events, folder = prepared.load_events(config, whole), whole / 'events'
+  config = ownership.pin_addresses(config, ['data.events'])
+  events = prepared.load_events(config, workspace.local(whole))
+  folder = whole / 'events'
   run, kept = run_files.read_run(whole), np.ones(len(events.user), bool)
   behaviors = run_files.read_json(folder / 'behaviors.json', None)
   for name in thinned_names(run):

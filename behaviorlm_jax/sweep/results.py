@@ -1,27 +1,25 @@
 """What finished runs say, as rows (sweep.rows): scores of each run, and paired
 differences of predictors over all of them."""
 
+import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax.cluster import workspace
-from behaviorlm_jax.evaluate import adjust
+from behaviorlm_jax.cluster import ownership
+from behaviorlm_jax.evaluate import adjust, metrics
 from behaviorlm_jax.report import compare, run_files
 from behaviorlm_jax.score import difficulty, label_tree
 from behaviorlm_jax.sweep import choices, few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
-
-if TYPE_CHECKING:  # It imports this module.
-  from behaviorlm_jax.sweep import jobs as jobs_lib
+from behaviorlm_jax.sweep.job import Job
 
 METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro', 'ndcg@5')
 # Ends the name of a method at the anchor macro-F1 of its control.
@@ -59,7 +57,7 @@ _LOSSES = {'drawn': 'names', 'natural': 'natural', 'uniform': 'balanced'}
 
 def _as_hashed(config):
   """{name: value} under the names of when committed rows were hashed."""
-  values = workspace.flat(workspace.as_dict(config))
+  values = ownership.flat(ownership.as_dict(config))
   for old, new in config_lib.RENAMED.items():
     values[old] = values.pop(new)
   for stage, old in (('a', 'train.loss'), ('b', 'train.balanced_loss')):
@@ -72,115 +70,126 @@ def _as_hashed(config):
 
 
 class Finished:
-  """The predictors of one finished run.
+  """The predictors of one finished run."""
 
-  Attributes:
-    evaluations: {name: evaluation}.
-    retention: {name: what evaluate.retention measured}.
-    arms: {name: compare.Arm}, of those that may be compared.
-    log_p: {name: float [n, Y]}, of those that a curve is drawn of.
-    by_tau: {name: ids int64 [T, n]} of the same, adjust.first_choices.
-    digest: of its test events, choices.digest.
-    own: names of the predictors that other runs do not bring along.
-    cost: {name: {metric: value}} of rows_lib.COST.
-    few_targets: {name: value} of rows_lib.FEW_TARGETS.
-  """
-
-  def __init__(self, job: 'jobs_lib.Job'):
-    """`job`: what has log, seed, name, method, folder and config of a run."""
-    run, whole = run_files.read_run(job.folder), job.method.shots is None
-    # What any run brings along is told of the whole log alone.
-    self.evaluations = dict(run.baselines) if whole else {}
-    self.retention, self.arms = {}, {}
-    self.log_p, self.by_tau, self.few_targets = {}, {}, {}
-    self.anchor, self.cost, self.own = run.anchor, {}, set()
-    self.deciles = dict(
-      zip(rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True)
-    )
-    self.few_shot = np.isin(
-      [b['name'] for b in run.behaviors], few_shot.thinned_names(run)
-    )
+  def __init__(self, job: Job):
+    self._run = run = run_files.read_run(job.folder)
     last = run.scored[-1]
-    self.true = run.encode(last.column('behavior'))
+    self._counted = compare.counted(run, last, 'markov')
+    self.true = run.encode(last.column('behavior'))  # ids int64 [n].
     self.digest = choices.digest(run.ids, run.anchor, last.column('sample'), self.true)
-    counted = compare.counted(run, last, 'markov')
-    for stage in run.scored:
-      name = _method(job, stage)
-      if name:
-        names = self._add(run, stage, name, counted)
-        if name == job.name:
-          self.own |= names
-        self.cost[name] = _cost(job, stage)
-        if not whole and self.few_shot.any():
-          self.few_targets[name] = _few_targets(run, stage, self.few_shot)
-    if run.sasrec:
-      names = self._add(run, run.sasrec, 'sasrec', counted)
-      if not job.config.stages:  # Else it comes along, as counts do.
-        self.own |= names
-    if whole:
-      self._curve('markov', counted, run.log_prior)
-      for name, scores in (
-        ('markov', counted),
-        ('markov_adjusted', compare.counted(run, last, 'markov_adjusted')),
-      ):
-        self.arms[name] = compare.arm(run, last, label_tree.best(scores, 1)[:, 0])
+    self.groups = _groups(run)
+    self.predictors: dict[str, choices.Predictor] = {}
+    self.own = set()  # Names of those that other runs do not bring along.
+    # What any run brings along is told of the whole log alone.
+    if job.method.shots is None:
+      self._add_baselines(last)
+    own = job.name if job.config.stages else 'sasrec'
+    for stage in (*run.scored, run.sasrec):
+      if stage and (name := _method(job, stage)):
+        names = self._add_stage(stage, name)
+        if name == own:
+          self.own = names
+        if stage.key in ('a_tuning', 'b_tuning'):
+          self.predictors[name].scores += self._training(job, stage)
+
+  def _add_baselines(self, last: run_files.StageFiles) -> None:
+    adjusted = compare.counted(self._run, last, 'markov_adjusted')
+    compared = {'markov': self._counted, 'markov_adjusted': adjusted}
+    for name, evaluation in self._run.baselines.items():
+      arm = None
+      if name in compared:
+        predicted = label_tree.best(compared[name], 1)[:, 0]
+        arm = compare.arm(self._run, last, predicted)
+      self._add(name, evaluation, arm, self._counted if name == 'markov' else None)
+
+  def _add_stage(self, stage: run_files.StageFiles, name: str) -> set[str]:
+    """A stage's predictor and those that are fitted on top of it; their names."""
+    run, fitted = self._run, stage.evaluation.get('fitted', {})
+
+    def arm(column: str, log_p: np.ndarray | None) -> compare.Arm:
+      found = compare.arm(run, stage, run.encode(stage.column(column)))
+      return dataclasses.replace(found, log_p=log_p)
+
+    log_p = stage.log_p('test')
+    self._add(name, stage.evaluation, arm('predicted', stage.column('log_prob')), log_p)
+    self.predictors[name].scores += [
+      (part, metric, stage.retention[part][metric], stage.retention[part]['n'])
+      for part, metric in rows_lib.RETENTION
+      if part in stage.retention
+    ]
+    for kind, evaluation in fitted.items():
+      mixed = of_true = None  # What is adjusted is no distribution.
+      if kind == 'mixed' and log_p is not None:
+        mixed = adjust.mix_log_p(log_p, self._counted, evaluation['a'], evaluation['b'])
+        of_true = mixed[np.arange(len(self.true)), self.true]
+      self._add(f'{name}_{kind}', evaluation, arm(kind, of_true), mixed)
+    return {name, *(f'{name}_{kind}' for kind in fitted)}
 
   def _add(
     self,
-    run: run_files.RunFiles,
-    stage: run_files.Stage,
     name: str,
-    counted: np.ndarray,
-  ) -> set[str]:
-    """A stage's predictor and those fitted on top of it; returns all names."""
-    fitted = stage.evaluation.get('fitted', {})
-    self.retention[name] = stage.retention
-    columns = {name: 'predicted', **{f'{name}_{kind}': kind for kind in fitted}}
-    self.evaluations |= {
-      name: stage.evaluation,
-      **{f'{name}_{kind}': scores for kind, scores in fitted.items()},
-    }
-    for called, column in columns.items():
-      self.arms[called] = compare.arm(run, stage, run.encode(stage.column(column)))
-    # The predictor's own log p alone stands in its predictions; `mixed` follows
-    # from it below, and what is adjusted is no distribution.
-    self.arms[name] = dataclasses.replace(
-      self.arms[name], log_p=stage.column('log_prob')
-    )
-    log_p = stage.log_p('test')
+    evaluation: Mapping,
+    arm: compare.Arm | None,
+    log_p: np.ndarray | None,
+  ) -> None:
+    """Adds a predictor; `log_p`: float [n, Y], of those that have a curve."""
+    scores = [
+      (group, metric, evaluation[group][metric], evaluation[group]['n'])
+      for group in metrics.GROUPS
+      for metric in METRICS
+    ]
+    by_tau = None
+    if arm:
+      scores += self._f1(arm)
     if log_p is not None:
-      self._curve(name, log_p, run.log_prior)
-      mixed, weights = f'{name}_mixed', fitted['mixed']
-      self._curve(
-        mixed,
-        adjust.mix_log_p(log_p, counted, weights['a'], weights['b']),
-        run.log_prior,
-      )
-      self.arms[mixed] = dataclasses.replace(
-        self.arms[mixed], log_p=self.log_p[mixed][np.arange(len(self.true)), self.true]
-      )
-    return set(columns)
+      scores += self._losses(log_p)
+      by_tau = adjust.first_choices(log_p, self._run.log_prior)
+    self.predictors[name] = choices.Predictor(arm, by_tau, scores)
 
-  def _curve(self, name: str, log_p: np.ndarray, prior: np.ndarray) -> None:
-    self.log_p[name] = log_p
-    self.by_tau[name] = adjust.first_choices(log_p, prior)
+  def _f1(self, arm: compare.Arm) -> Iterator[choices.Score]:
+    for group in (*rows_lib.DECILES, 'few_shot'):
+      members = self.groups[group]
+      if members.any():  # Fewer than ten behaviors leave some tenths empty.
+        yield group, 'f1_macro', arm.macro_f1(members), int(members[arm.true].sum())
+
+  def _losses(self, log_p: np.ndarray) -> Iterator[choices.Score]:
+    losses = difficulty.nll(log_p, self.true)
+    for group in metrics.GROUPS:
+      part = losses[self.groups[group][self.true]]
+      if len(part):
+        yield group, 'nll', float(part.mean()), len(part)
+
+  def _training(self, job: Job, stage: run_files.StageFiles) -> Iterator[choices.Score]:
+    """What a stage took, and of a thinned log what it taught."""
+    for metric, value in _cost(job, stage).items():
+      yield 'training', metric, value, 1
+    thinned = self.groups['few_shot']
+    if job.method.shots is not None and thinned.any():
+      targets = run_files.plan_targets(stage.folder / 'plan.parquet')
+      count = int(thinned.sum())
+      taught = thinned[self._run.events.behavior[targets]].sum()
+      yield *rows_lib.FEW_TARGETS, float(taught / count), count
 
 
-def _few_targets(
-  run: run_files.RunFiles, stage: run_files.Stage, few_shot: np.ndarray
-) -> float:
-  """Targets that a stage's plan has of each of these behaviors, the mean."""
-  targets = run_files.plan_targets(stage.folder / 'plan.parquet')
-  return few_shot[run.events.behavior[targets]].sum() / few_shot.sum()
+def _groups(run: run_files.RunFiles) -> dict[str, np.ndarray]:
+  """Behaviors bool [Y] of which there are scores."""
+  ids, names = np.arange(len(run.behaviors)), [b['name'] for b in run.behaviors]
+  tenths = zip(rows_lib.DECILES, np.array_split(run.by_frequency, 10), strict=True)
+  return {
+    'all': np.ones_like(run.anchor),
+    'anchor': run.anchor,
+    'tail': ~run.anchor,
+    'few_shot': np.isin(names, few_shot.thinned_names(run)),
+    **{name: np.isin(ids, members) for name, members in tenths},
+  }
 
 
-def _cost(job: 'jobs_lib.Job', stage: run_files.Stage) -> dict[str, float]:
+def _cost(job: Job, stage: run_files.StageFiles) -> dict[str, float]:
   """What the training of a stage, and of the one it began with, took."""
-  if stage.key == 'base':
-    return {}
   folders = [stage.folder]
-  if stage.key == 'b_tuning' and workspace.needs_stage_a(job.config):
-    origin = workspace.stage_a_adapter(job.config, job.folder)
+  if stage.key == 'b_tuning' and ownership.needs_stage_a(job.config):
+    origin = ownership.stage_a_adapter(job.config, job.folder)
     folders.append(origin.parent)
   steps = [run_files.read_json_lines(folder / 'metrics.jsonl') for folder in folders]
   return {
@@ -195,8 +204,10 @@ def _seconds(steps: Sequence[Mapping]) -> float:
   return len(steps) * float(np.mean(timed)) if timed else 0.0
 
 
-def _method(job: 'jobs_lib.Job', stage: run_files.Stage) -> str | None:
+def _method(job: Job, stage: run_files.StageFiles) -> str | None:
   """What a stage's predictor is called in the tables, or None: left out."""
+  if stage.key == 'sasrec':
+    return 'sasrec'
   if stage.key == 'base':
     return 'untuned' if job.method.shots is None else None
   # On the way to stage b it is no method: another job may stop there.
@@ -206,186 +217,125 @@ def _method(job: 'jobs_lib.Job', stage: run_files.Stage) -> str | None:
 
 
 def add_rows(
-  jobs: Sequence['jobs_lib.Job'],
+  jobs: Sequence[Job],
   contrasts: Iterable[tuple[str, str]],
   rows: rows_lib.Rows,
   folder: Path,
 ) -> None:
-  """Adds the rows of finished runs to `rows`.
+  """Adds the rows of finished runs to `rows`; those of the same name are replaced.
+
+  Of a difference the rows that have one of its seeds or other settings go; one
+  of the same settings over all of its seeds and more stays instead.
 
   Args:
     jobs: runs, finished or not.
     contrasts: [(method, control)].
-    rows: Rows; those of the same name are replaced. Of a difference the rows
-      that have one of its seeds or other settings go; one of the same settings
-      over all of its seeds and more stays instead.
     folder: where the choices of finished runs are written; those of others are
       read there, and stand for them in differences.
   """
-  arms, curves, settings, at_hand = {}, {}, {}, {}
-
-  def add(
-    job: 'jobs_lib.Job',
-    names: Iterable[str],
-    found_arms: Mapping[str, compare.Arm],
-    by_tau: Mapping[str, np.ndarray],
-  ) -> None:
-    for name, arm in found_arms.items():
-      arms.setdefault((job.log, name), {})[job.seed] = arm
-    for name, chosen in by_tau.items():
-      curves.setdefault((job.log, name), {})[job.seed] = chosen
-    settings.update({(job.log, name): job.settings for name in names})
-
+  predictors, settings, at_hand = collections.defaultdict(dict), {}, {}
   # Finished ones first: what others chose is read by their test events.
-  for job in jobs:
+  for job in sorted(jobs, key=lambda job: not job.finished):
     if job.finished:
-      found = Finished(job)
-      _add_scores(job, found, rows)
-      add(job, found.own, found.arms, found.by_tau)
-      choices.write_choices(folder, job, found)
+      run = Finished(job)
+      _add_scores(job, run, rows)
+      found = {name: one for name, one in run.predictors.items() if one.arm}
+      own = {name: found[name] for name in run.own}
+      choices.write_choices(folder, job, own, run.digest)
       # Any predictor will do: samples, users and anchors are the same for all.
-      at_hand[found.digest] = next(iter(found.arms.values()))
-  for job in jobs:
-    if not job.finished:
-      kept, by_tau = choices.read_choices(folder, job, at_hand)
-      add(job, kept, kept, by_tau)
+      at_hand[run.digest] = next(iter(found.values())).arm
+    else:
+      found = own = choices.read_choices(folder, job, at_hand)
+    settings.update({(job.log, name): job.settings for name in own})
+    for name, predictor in found.items():
+      predictors[job.log, name][job.seed] = predictor
   for log in dict.fromkeys(job.log for job in jobs):
     for method, control in contrasts:
-      before, after = (arms.get((log, name), {}) for name in (control, method))
       name = method.removesuffix(_MATCHED)
-      if name != method:  # Anchors as good as the control's, seed by seed.
-        own = arms.get((log, name), {})
-        after = {
-          seed: compare.matched(before[seed], own[seed], by_tau)
-          for seed, by_tau in curves.get((log, name), {}).items()
-          if seed in before
-        }
-      used = '/'.join(settings.get((log, found), '') for found in (name, control))
-      _contrast(_Difference(log, method, control, used), before, after, rows)
+      used = '/'.join(settings.get((log, one), '') for one in (name, control))
+      named = {'data': log, 'method': method, 'control': control, 'settings': used}
+      pairs = _pairs(predictors[log, control], predictors[log, name], name != method)
+      if pairs and _of_same_events(named, pairs.values()):
+        _add_differences(named, pairs, rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Difference:
-  """What names the rows of a difference."""
+def _pairs(
+  before: Mapping[int, choices.Predictor],
+  after: Mapping[int, choices.Predictor],
+  matched: bool,
+) -> dict[int, tuple[compare.Arm, compare.Arm]]:
+  """{seed: arms of both}; `matched`: anchors as good as the control's."""
+  pairs = {}
+  for seed in sorted(before.keys() & after.keys()):
+    one, other, by_tau = before[seed].arm, after[seed].arm, after[seed].by_tau
+    if not matched:
+      pairs[seed] = one, other
+    elif by_tau is not None:
+      pairs[seed] = one, compare.matched(one, other, by_tau)
+  return pairs
 
-  log: str
-  method: str
-  control: str
-  settings: str  # Of both.
 
-
-def _add_scores(job: 'jobs_lib.Job', found: Finished, rows: rows_lib.Rows) -> None:
-  """Adds what one run says by itself."""
-  run = {'data': job.log, 'seed': job.seed, 'settings': job.settings}
-
-  def add(method: str, group: str, metric: str, value: float, n: int) -> None:
-    rows.add(
-      'results.csv', **run, method=method, group=group, metric=metric, value=value, n=n
+def _of_same_events(
+  named: Mapping[str, str], pairs: Iterable[tuple[compare.Arm, compare.Arm]]
+) -> bool:
+  same = all(
+    np.array_equal(getattr(one, name), getattr(other, name))
+    for one, other in pairs
+    for name in ('true', 'user', 'anchor')
+  )
+  if not same:
+    logging.warning(
+      '%(method)s and %(control)s were evaluated on different events of %(data)s: '
+      'no difference is shown.',
+      named,
     )
+  return same
 
-  for name, measured in found.retention.items():
-    for part, metric in rows_lib.RETENTION:
-      if part in measured:
-        add(name, part, metric, measured[part][metric], measured[part]['n'])
-  for name, evaluation in found.evaluations.items():
-    for group in ('all', 'anchor', 'tail'):
-      for metric in METRICS:
-        add(name, group, metric, evaluation[group][metric], evaluation[group]['n'])
-  for name, cost in found.cost.items():
-    for metric, value in cost.items():
-      add(name, 'training', metric, value, 1)
-  for name, arm in found.arms.items():
-    for group, members in found.deciles.items():
-      if len(members):  # Fewer than ten behaviors leave some tenths empty.
-        add(
-          name,
-          group,
-          'f1_macro',
-          arm.macro_f1(members),
-          int(np.isin(arm.true, members).sum()),
-        )
-    if found.few_shot.any():
-      add(
-        name,
-        *rows_lib.FEW_SHOT,
-        arm.macro_f1(found.few_shot),
-        int(found.few_shot[arm.true].sum()),
-      )
-  for name, value in found.few_targets.items():
-    add(name, *rows_lib.FEW_TARGETS, float(value), int(found.few_shot.sum()))
-  for name, log_p in found.log_p.items():
-    losses = difficulty.nll(log_p, found.true)
-    for group, chosen in (
-      ('all', np.ones_like(found.anchor)),
-      ('anchor', found.anchor),
-      ('tail', ~found.anchor),
-    ):
-      part = losses[chosen[found.true]]
-      if len(part):
-        add(name, group, 'nll', float(part.mean()), len(part))
-    points = adjust.trade_off(found.by_tau[name], found.true, found.anchor)
+
+def _add_scores(job: Job, run: Finished, rows: rows_lib.Rows) -> None:
+  """Adds what one run says by itself."""
+  common = {'data': job.log, 'seed': job.seed, 'settings': job.settings}
+  for name, predictor in run.predictors.items():
+    named = {**common, 'method': name}
+    for group, metric, value, n in predictor.scores:
+      rows.add('results.csv', **named, group=group, metric=metric, value=value, n=n)
+    if predictor.by_tau is None:
+      continue
+    points = adjust.trade_off(predictor.by_tau, run.true, run.groups['anchor'])
     for tau, (anchor, tail) in zip(adjust.TAUS, points, strict=True):
-      rows.add(
-        'trade_off.csv',
-        **run,
-        method=name,
-        tau=tau,
-        anchor=float(anchor),
-        tail=float(tail),
-      )
+      rows.add('trade_off.csv', **named, tau=tau, anchor=anchor, tail=tail)
 
 
-def _contrast(
-  what: _Difference,
-  before: Mapping[int, compare.Arm],
-  after: Mapping[int, compare.Arm],
+def _add_differences(
+  named: Mapping[str, str],
+  pairs: Mapping[int, tuple[compare.Arm, compare.Arm]],
   rows: rows_lib.Rows,
 ) -> None:
-  """Adds the differences of {seed: Arm}."""
-  seeds = sorted(set(after) & set(before))
-  pairs = [(before[seed], after[seed]) for seed in seeds]
-  if not pairs:
-    return
-  for one, other in pairs:
-    if not all(
-      np.array_equal(getattr(one, name), getattr(other, name))
-      for name in ('true', 'user', 'anchor')
-    ):
-      logging.warning(
-        '%s and %s were evaluated on different events of %s: no difference is shown.',
-        what.method,
-        what.control,
-        what.log,
-      )
-      return
+  """Adds what differs in {seed: (before, after)}; `named`: what names its rows."""
+  seeds, arms = set(pairs), list(pairs.values())
   for score in (*compare.SCORES, *compare.LOG_P):
     if score in compare.LOG_P and not all(
       one.log_p is not None and other.log_p is not None and one.counted(score).any()
-      for one, other in pairs
+      for one, other in arms
     ):
       continue
-    known = rows.seeds_of(
-      what.log, what.method, what.control, score, settings=what.settings
-    )
+    known = rows.differences(**named, metric=score)
     # A committed row over these seeds and more says more than these alone.
-    if any(found > set(seeds) for found in known.values()):
+    if any(found > seeds for found in known.values()):
       continue
     for key, found in known.items():
-      if not found or found & set(seeds):  # A seed counts once.
+      if not found or found & seeds:  # A seed counts once.
         del rows.tables['differences.csv'][key]
-    value, change, interval = compare.paired(pairs, score)
+    before, change, interval = compare.paired(arms, score)
     low, high = interval or (None, None)
     rows.add(
       'differences.csv',
-      data=what.log,
-      method=what.method,
-      control=what.control,
+      **named,
       metric=score,
-      seeds=' '.join(map(str, seeds)),
-      n=sum(len(arm.true) for arm, _ in pairs),
-      before=value,
+      seeds=' '.join(map(str, pairs)),
+      n=sum(len(arm.true) for arm, _ in arms),
+      before=before,
       change=change,
       low=low,
       high=high,
-      settings=what.settings,
     )

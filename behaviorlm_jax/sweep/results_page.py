@@ -1,7 +1,9 @@
 """The page of many runs: tables.md and its figures, from nothing but rows."""
 
+import operator
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,111 +14,40 @@ from behaviorlm_jax.io import files
 from behaviorlm_jax.report import blocks, plots
 from behaviorlm_jax.sweep import few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
+from behaviorlm_jax.sweep.rows import Row
 
-SCORES = (
-  ('all', 'accuracy@1'),
-  ('all', 'precision_weighted'),
-  ('anchor', 'f1_macro'),
-  ('tail', 'f1_macro'),
-  ('all', 'nll'),
-)  # Of the main table.
 Column = tuple[str, str]  # (group, metric)
-
-
-def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> None:
-  """Writes tables.md and its figures of the rows in a folder.
-
-  Args:
-    folder: of the rows.
-    methods: names in the order of the tables; others follow.
-    drawn: names of those that have a curve in the figure.
-  """
-  rows = rows_lib.read_folder(folder)
-  if not rows.of('results.csv'):
-    raise InputError(
-      f'{folder} has no results.csv with rows; give the folder of a sweep.'
-    )
-  content = [blocks.Heading(1, 'Results of the runs so far')]
-  for log in sorted({row['data'] for row in rows.of('results.csv')}):
-    content += [
-      blocks.Heading(2, log),
-      *_tables(
-        rows,
-        log,
-        methods,
-        SCORES,
-        'mean and, of several seeds, '
-        'standard deviation; other seeds have other test events. nll: '
-        'mean -log p of what happened, in nats; lower is better.',
-      ),
-      *(
-        _tables(
-          rows,
-          log,
-          methods,
-          (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
-          f'tail behaviors with {few_shot.FROM} training events '
-          'or more: mean F1, and targets of each that were taught, on '
-          'average, again and again or not. markov counts all training '
-          'events; what is mixed with it, those that its run could read.',
-        )
-        if _shots(rows)
-        else ()
-      ),
-      _differences(rows, log),
-      *_tables(
-        rows,
-        log,
-        methods,
-        rows_lib.RETENTION,
-        'what each model still knows, on held-out conversations.',
-      ),
-      *_tables(
-        rows,
-        log,
-        methods,
-        rows_lib.COST,
-        'what training took, both stages: seconds of its steps, and targets.',
-      ),
-    ]
-  content += _figures(folder, rows, methods, drawn)
-  files.write_text(folder / 'tables.md', blocks.markdown(content))
-
-
-def _figures(
-  folder: Path, rows: rows_lib.Rows, methods: Sequence[str], drawn: Sequence[str]
-) -> list[blocks.Block]:
-  """Draws what the rows allow."""
-  retention = {  # That of the untuned model is 1.
-    log: others
-    for log, found in _marks(rows, methods, rows_lib.RETENTION[0]).items()
-    if (others := {name: found[name] for name in found if name != 'untuned'})
-  }
-  # Seconds of steps, the first of COST; its targets are in the table alone.
-  minutes = {
-    log: {name: [seconds / 60 for seconds in found[name]] for name in found}
-    for log, found in _marks(rows, methods, rows_lib.COST[0]).items()
-  }
-  ratio = 'perplexity, over that of the untuned model'
-  drawings = (
-    (
-      _curves(rows, drawn),
-      lambda path, panels: plots.trade_off_curves(path, panels, adjust.TAUS),
-      _TRADE_OFF,
-    ),
-    (_shots(rows), plots.few_shot, _FEW_SHOT),
-    (_deciles(rows, drawn), plots.deciles, _DECILES),
-    (retention, lambda path, panels: plots.marks(path, panels, ratio, 1), _RETENTION),
-    (minutes, lambda path, panels: plots.marks(path, panels, 'minutes'), _COST),
-  )
-  content = []
-  for panels, draw, figure in drawings:
-    if panels:
-      draw(folder / figure.path, panels)
-      content.append(figure)
-  return content
-
-
+# Columns of each table, and what is said above it.
+_SCORES = (
+  (
+    ('all', 'accuracy@1'),
+    ('all', 'precision_weighted'),
+    ('anchor', 'f1_macro'),
+    ('tail', 'f1_macro'),
+    ('all', 'nll'),
+  ),
+  'mean and, of several seeds, standard deviation; other seeds have other test '
+  'events. nll: mean -log p of what happened, in nats; lower is better.',
+)
+_FEW = (
+  (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
+  f'tail behaviors with {few_shot.FROM} training events or more: mean F1, and '
+  'targets of each that were taught, on average, again and again or not. markov '
+  'counts all training events; what is mixed with it, those that its run could read.',
+)
+_KNOWN = (rows_lib.RETENTION, 'what each model still knows, on held-out conversations.')
+_TRAINING = (
+  rows_lib.COST,
+  'what training took, both stages: seconds of its steps, and targets.',
+)
+_CHANGES = (
+  'Paired differences on the same test events, the mean over the seeds and then '
+  'each by itself. Intervals are of 1,000 redraws of the users, and know nothing of '
+  'the chance in training, nor of the machine. What is called matched is adjusted by '
+  'the largest tau at which its anchor macro-F1 is that of what it stands against, or '
+  'better, or else by that of its best anchors; these very events choose it, once for '
+  'all redraws.'
+)
 _TRADE_OFF = blocks.Figure(
   'trade_off.png',
   'Anchors against tail',
@@ -153,108 +84,154 @@ _COST = blocks.Figure(
   'Whatever ran beside them or on another machine shows here, too.',
   'Marks of the minutes of training per method.',
 )
+# What may follow the name of a method: a predictor that is fitted on its own.
+_KIND = re.compile(f'_({"|".join(adjust.NAMES)})$')
+
+
+def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> None:
+  """Writes tables.md and its figures of the rows in a folder.
+
+  Args:
+    methods: names in the order of the tables; others follow.
+    drawn: names of those that have a curve in the figure.
+  """
+  rows = rows_lib.read_folder(folder)
+  by_log = _grouped(rows.of('results.csv'), 'data')
+  if not by_log:
+    raise InputError(
+      f'{folder} has no results.csv with rows; give the folder of a sweep.'
+    )
+  differences = _grouped(rows.of('differences.csv'), 'data')
+  content = [blocks.Heading(1, 'Results of the runs so far')]
+  for log, scores in by_log.items():
+    content += [
+      blocks.Heading(2, log),
+      *_tables(scores, methods, *_SCORES),
+      *(_tables(scores, methods, *_FEW) if _shots(scores) else ()),
+      _differences(differences.get(log, [])),
+      *_tables(scores, methods, *_KNOWN),
+      *_tables(scores, methods, *_TRAINING),
+    ]
+  content += _figures(folder, rows, methods, drawn)
+  files.write_text(folder / 'tables.md', blocks.markdown(content))
+
+
+def _grouped(rows: Iterable[Row], *columns: str) -> dict[object, list[Row]]:
+  """Rows by the value of a column, or the values of several, ascending."""
+  key, found = operator.itemgetter(*columns), {}
+  for row in rows:
+    found.setdefault(key(row), []).append(row)
+  return dict(sorted(found.items()))
+
+
+def _figures(
+  folder: Path, rows: rows_lib.Rows, methods: Sequence[str], drawn: Sequence[str]
+) -> list[blocks.Block]:
+  """Draws what the rows allow."""
+  scores = _grouped(rows.of('results.csv'), 'data')
+  curves = _grouped(rows.of('trade_off.csv'), 'data')
+  marks = partial(_marks, methods=methods)
+  # What is drawn, of which rows, and how.
+  drawings = (
+    (
+      _TRADE_OFF,
+      curves,
+      partial(_curves, drawn=drawn),
+      partial(plots.trade_off_curves, taus=adjust.TAUS),
+    ),
+    (_FEW_SHOT, scores, _shots, plots.few_shot),
+    (_DECILES, scores, partial(_deciles, drawn=drawn), plots.deciles),
+    (
+      _RETENTION,
+      scores,
+      partial(marks, column=rows_lib.RETENTION[0]),
+      partial(plots.marks, x='perplexity, over that of the untuned model', line=1),
+    ),
+    (
+      _COST,  # Seconds of steps; targets are in the table alone.
+      scores,
+      partial(marks, column=rows_lib.COST[0], unit=60),
+      partial(plots.marks, x='minutes'),
+    ),
+  )
+  content = []
+  for figure, by_log, lines, draw in drawings:
+    panels = {log: found for log, part in by_log.items() if (found := lines(part))}
+    if panels:
+      draw(folder / figure.path, panels)
+      content.append(figure)
+  return content
 
 
 def _tables(
-  rows: rows_lib.Rows,
-  log: str,
-  methods: Sequence[str],
-  columns: Sequence[Column],
-  caption: str,
+  rows: Iterable[Row], methods: Sequence[str], columns: Sequence[Column], caption: str
 ) -> list[blocks.Table]:
-  """Tables with a row per method that has one of these (group, metric) columns.
+  """Tables with a row per method that has one of these columns, of one log.
 
   One for each set of seeds that a method has, of all methods that have them:
   other seeds have other test events.
   """
-  values = {}  # {method: {column: {seed: row}}}
-  for row in rows.of('results.csv'):
-    column = row['group'], row['metric']
-    if row['data'] == log and column in columns:
-      values.setdefault(row['method'], {}).setdefault(column, {})[row['seed']] = row
-  seeds = {name: frozenset().union(*found.values()) for name, found in values.items()}
+  found = [row for row in rows if (row['group'], row['metric']) in columns]
+  by_method = _grouped(found, 'method')
+  seeds = {
+    name: frozenset(row['seed'] for row in part) for name, part in by_method.items()
+  }
+  head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
   # Most seeds first. A method with more seeds than a table shows stands in it with
   # those alone: so all of its rows are of the same test events.
   return [
-    _table(
-      {
-        name: values[name]
-        for name in sorted(values, key=lambda n: _place(n, methods))
+    blocks.Table(
+      ('method', 'n', *head),
+      [
+        _line(name, by_method[name], columns, shown)
+        for name in _ordered(by_method, methods)
         if seeds[name] >= shown
-      },
-      shown,
-      columns,
-      caption,
+      ],
+      f'{_named(shown)}: {caption}',
     )
     for shown in sorted(set(seeds.values()), key=len, reverse=True)
   ]
 
 
-def _table(
-  values: Mapping[str, Mapping[Column, Mapping[int, rows_lib.Row]]],
-  seeds: Set[int],
-  columns: Sequence[Column],
-  caption: str,
-) -> blocks.Table:
-  """`values`: {method: {column: {seed: row}}}, of which `seeds` are shown."""
-  shown = []
-  for name, found in values.items():
-    found = [
-      {
-        seed: found[column][seed]
-        for seed in sorted(seeds)
-        if seed in found.get(column, {})
-      }
-      for column in columns
-    ]
-    first = next(filter(None, found))  # A method here has one column at least.
-    shown.append(
-      (
-        name,
-        sum(row['n'] for row in first.values()),
-        *(_cell(part, seeds) for part in found),
-      )
-    )
-  head = [f'{group} {metric.replace("_", " ")}' for group, metric in columns]
-  return blocks.Table(('method', 'n', *head), shown, f'{_named(seeds)}: {caption}')
+def _line(
+  name: str, rows: Sequence[Row], columns: Sequence[Column], seeds: Set[int]
+) -> tuple[object, ...]:
+  """A method's row of a table, of these seeds."""
+  shown = [row for row in rows if row['seed'] in seeds]
+  by_column = _grouped(shown, 'group', 'metric')
+  parts = [by_column.get(column, []) for column in columns]
+  first = next(filter(None, parts))  # A method here has one column at least.
+  count = sum(row['n'] for row in first)
+  return name, count, *(_cell(part, seeds) for part in parts)
 
 
-def _cell(part: Mapping[int, rows_lib.Row], seeds: Set[int]) -> str | None:
-  """Mean and spread of {seed: row}; says so if it is not of all `seeds`."""
-  if not part:
+def _cell(rows: Sequence[Row], seeds: Set[int]) -> str | None:
+  """Mean and spread, a row for each seed; says so if some have none."""
+  if not rows:
     return None
-  text = _spread([row['value'] for row in part.values()])
-  return text if len(part) == len(seeds) else f'{text} ({_named(part).lower()})'
+  values = [row['value'] for row in rows]
+  text = f'{np.mean(values):.3f}'
+  if len(rows) > 1:
+    # Of a sample: the seeds stand for all that might have been taken.
+    text += f' ± {np.std(values, ddof=1):.3f}'
+  if len(rows) == len(seeds):
+    return text
+  return f'{text} ({_named({row["seed"] for row in rows}).lower()})'
 
 
-def _named(seeds: Set[int] | Mapping[int, object]) -> str:
+def _named(seeds: Set[int]) -> str:
   return ('Seed ' if len(seeds) == 1 else 'Seeds ') + ', '.join(map(str, sorted(seeds)))
 
 
-def _spread(values: Sequence[float]) -> str:
-  if len(values) == 1:
-    return f'{values[0]:.3f}'
-  # Of a sample: the seeds stand for all that might have been taken.
-  return f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}'
+def _ordered(names: Iterable[str], methods: Sequence[str]) -> list[str]:
+  """In the order of the methods, what is fitted on one behind it, others last."""
+  places = {method: i for i, method in enumerate(methods)}
+  place = lambda name: places.get(_KIND.sub('', name), len(places))
+  return sorted(names, key=lambda name: (place(name), name))
 
 
-def _place(name: str, methods: Sequence[str]) -> tuple[int, str]:
-  """Sorts a method's variants behind it."""
-  found = [
-    i
-    for i, method in enumerate(methods)
-    if name == method or name.startswith(f'{method}_')
-  ]
-  # Where one method's name begins with another's, a variant is of the longer one.
-  longest = max(found, key=lambda i: len(methods[i]), default=len(methods))
-  return longest, name
-
-
-def _differences(rows: rows_lib.Rows, log: str) -> blocks.Table:
-  found = {}
-  for row in rows.of('differences.csv'):
-    if row['data'] == log:
-      found.setdefault((row['method'], row['control'], row['metric']), []).append(row)
+def _differences(rows: Iterable[Row]) -> blocks.Table:
+  """Of one log, a row per pair and score."""
   return blocks.Table(
     ('method', 'against', 'score', 'its score', 'change', 'by seeds (95 % interval)'),
     [
@@ -264,128 +241,93 @@ def _differences(rows: rows_lib.Rows, log: str) -> blocks.Table:
         _over_seeds(parts, 'change'),
         '; '.join(map(_one_difference, parts)),
       )
-      for names, parts in found.items()
+      for names, parts in _grouped(rows, 'method', 'control', 'metric').items()
     ],
-    'Paired differences on the same test events, the mean over the seeds and '
-    'then each by itself. Intervals are of 1,000 redraws of the users, and '
-    'know nothing of the chance in training, nor of the machine. What is '
-    'called matched is adjusted by the largest tau at which its anchor '
-    'macro-F1 is that of what it stands against, or better, or else by that '
-    'of its best anchors; these very events choose it, once for all redraws.',
+    _CHANGES,
   )
 
 
-def _over_seeds(parts: Sequence[rows_lib.Row], column: str) -> float:
+def _over_seeds(rows: Sequence[Row], column: str) -> float:
   """The mean over seeds; a row may be that of several."""
-  return float(
-    np.average(
-      [row[column] for row in parts],
-      # As if each of its seeds had a row of its own.
-      weights=[len(row['seeds'].split()) for row in parts],
-    )
-  )
+  # As if each of its seeds had a row of its own.
+  weights = [len(row['seeds'].split()) for row in rows]
+  return float(np.average([row[column] for row in rows], weights=weights))
 
 
-def _one_difference(row: rows_lib.Row) -> str:
+def _one_difference(row: Row) -> str:
   text = f'{row["seeds"].replace(" ", ", ")}: {row["change"]:+.3f}'
   if row['low'] is None:  # A single user.
     return text
   return f'{text} ({row["low"]:+.3f} to {row["high"]:+.3f})'
 
 
-def _curves(
-  rows: rows_lib.Rows, drawn: Sequence[str]
-) -> dict[str, dict[str, np.ndarray]]:
-  """{log: {method: float [T, 2]}}, means over the seeds."""
-  return {
-    log: {
-      name: np.array([np.mean(points[tau], axis=0) for tau in sorted(points)])
-      for name, points in lines.items()
-    }
-    for log, lines in _lines(
-      rows.of('trade_off.csv'),
-      drawn,
-      lambda row: row['tau'],
-      lambda row: (row['anchor'], row['tail']),
-    ).items()
-  }
+def _curves(rows: Iterable[Row], drawn: Sequence[str]) -> dict[str, np.ndarray]:
+  """{method: anchor and tail float [T, 2]}, means over the seeds."""
+  both = lambda row: (row['anchor'], row['tail'])
+  lines = _lines(rows, drawn, lambda row: row['tau'], both)
+  return {name: np.array(list(points.values())) for name, points in lines.items()}
 
 
 def _deciles(
-  rows: rows_lib.Rows, drawn: Sequence[str]
-) -> dict[str, dict[str, dict[int, float]]]:
-  """{log: {method: {decile: mean F1}}}."""
-  lines = _lines(
-    [row for row in rows.of('results.csv') if row['group'] in rows_lib.DECILES],
-    drawn,
-    lambda row: rows_lib.DECILES[row['group']],
-    lambda row: row['value'],
-  )
-  return {
-    log: {
-      name: {i: float(np.mean(points[i])) for i in sorted(points)}
-      for name, points in lines[log].items()
-    }
-    for log in lines
-  }
+  rows: Iterable[Row], drawn: Sequence[str]
+) -> dict[str, dict[int, np.ndarray]]:
+  """{method: {decile: mean F1}}."""
+  found = [row for row in rows if row['group'] in rows_lib.DECILES]
+  tenth = lambda row: rows_lib.DECILES[row['group']]
+  return _lines(found, drawn, tenth, lambda row: row['value'])
 
 
 def _lines(
-  rows: Sequence[rows_lib.Row],
+  rows: Iterable[Row],
   drawn: Sequence[str],
-  x: Callable[[rows_lib.Row], float],
-  y: Callable[[rows_lib.Row], object],
-) -> dict[str, dict[str, dict[float, list]]]:
-  """{log: {method: {x: [y of each seed]}}}, of the seeds that all lines have."""
+  x: Callable[[Row], float],
+  y: Callable[[Row], object],
+) -> dict[str, dict[float, np.ndarray]]:
+  """{method: {x: mean y}}, over the seeds that all lines have."""
+  by_method = _grouped([row for row in rows if row['method'] in drawn], 'method')
+  # Other seeds have other test events, and lines are to be compared.
+  seeds = [{row['seed'] for row in found} for found in by_method.values()]
+  common = set.intersection(*seeds) if seeds else set()
+  return {
+    name: _means((x(row), y(row)) for row in by_method[name] if row['seed'] in common)
+    for name in drawn
+    if common and name in by_method
+  }
+
+
+def _means(points: Iterable[tuple[float, object]]) -> dict[float, np.ndarray]:
+  """{x: mean of its ys}, x ascending."""
   found = {}
-  for row in rows:
-    if row['method'] in drawn:
-      found.setdefault(row['data'], {}).setdefault(row['method'], {}).setdefault(
-        row['seed'], []
-      ).append(row)
-  lines = {}
-  for log, seeds in sorted(found.items()):
-    # Other seeds have other test events, and lines are to be compared.
-    common = set.intersection(*map(set, seeds.values()))
-    if common:
-      lines[log] = {name: {} for name in drawn if name in seeds}
-    for name, points in lines.get(log, {}).items():
-      for row in (row for seed in common for row in seeds[name][seed]):
-        points.setdefault(x(row), []).append(y(row))
-  return lines
+  for x, y in points:
+    found.setdefault(x, []).append(y)
+  return {x: np.mean(found[x], axis=0) for x in sorted(found)}
 
 
 def _marks(
-  rows: rows_lib.Rows, methods: Sequence[str], column: Column
-) -> dict[str, dict[str, list[float]]]:
-  """{log: {method: values of a (group, metric), a seed each}}."""
-  found = {}
-  for row in rows.of('results.csv'):
-    if (row['group'], row['metric']) == column:
-      values = found.setdefault(row['data'], {})
-      values.setdefault(row['method'], []).append(row['value'])
+  rows: Iterable[Row], methods: Sequence[str], column: Column, unit: float = 1
+) -> dict[str, list[float]]:
+  """{method: values of a column in `unit`s, a seed each}.
+
+  Without the untuned model, whose ratio of perplexities is 1.
+  """
+  by_column = _grouped(rows, 'group', 'metric')
+  by_method = _grouped(by_column.get(column, []), 'method')
   return {
-    log: {
-      name: values[name] for name in sorted(values, key=lambda n: _place(n, methods))
-    }
-    for log, values in sorted(found.items())
+    name: [row['value'] / unit for row in by_method[name]]
+    for name in _ordered(by_method, methods)
+    if name != 'untuned'
   }
 
 
-def _shots(rows: rows_lib.Rows) -> dict[str, dict[str, dict[int, float]]]:
-  """{log: {method: {shots: mean F1}}} of methods called NAME_N_shots."""
-  found = {}
-  for row in rows.of('results.csv'):
-    # What follows names a variant, such as _adjusted, with a line of its own.
-    match = re.fullmatch(r'(.+)_(\d+)_shots(.*)', row['method'])
+def _shots(rows: Iterable[Row]) -> dict[str, dict[int, np.ndarray]]:
+  """{line: {shots: mean F1}} of methods called NAME_N_shots.
+
+  What is adjusted is a line of its own; what is mixed is not drawn.
+  """
+  lines = {}
+  for row in rows:
+    match = re.fullmatch(r'(.+)_(\d+)_shots(_adjusted)?', row['method'])
     if match and (row['group'], row['metric']) == rows_lib.FEW_SHOT:
-      lines = found.setdefault(row['data'], {}).setdefault(match[1] + match[3], {})
-      lines.setdefault(int(match[2]), []).append(row['value'])
-  return {
-    log: {
-      name: {shots: float(np.mean(values[shots])) for shots in sorted(values)}
-      for name, values in lines.items()
-      if 'mixed' not in name
-    }
-    for log, lines in found.items()
-  }
+      line = match[1] + (match[3] or '')
+      lines.setdefault(line, []).append((int(match[2]), row['value']))
+  return {name: _means(points) for name, points in lines.items()}

@@ -30,20 +30,18 @@ DECILES = {f'decile_{i}': i for i in range(1, 11)}
 FEW_SHOT = 'few_shot', 'f1_macro'
 FEW_TARGETS = 'few_shot', 'targets'
 Row = dict[str, str | int | float | None]
-# Columns of each file; those before `:` name a row.
+# Columns that name a row of each file, and the others.
 _FILES = {
-  'results.csv': 'data method seed group metric : value n settings',
-  'differences.csv': 'data method control metric seeds : n before change low '
-  'high settings',
-  'trade_off.csv': 'data method seed tau : anchor tail settings',
-}
-_NUMBERS = {
-  'seed': int,
-  'n': int,
-  **dict.fromkeys(
-    ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'), float
+  'results.csv': ('data method seed group metric', 'value n settings'),
+  'differences.csv': (
+    'data method control metric seeds',
+    'n before change low high settings',
   ),
+  'trade_off.csv': ('data method seed tau', 'anchor tail settings'),
 }
+_NUMBERS = dict.fromkeys(('seed', 'n'), int) | dict.fromkeys(
+  ('value', 'before', 'change', 'low', 'high', 'tau', 'anchor', 'tail'), float
+)
 
 
 @dataclasses.dataclass
@@ -54,43 +52,31 @@ class Rows:
 
   def add(self, name: str, **row: str | int | float | None) -> None:
     # A row of the same key is replaced: newer results stand for older ones.
-    key = tuple(row[column] for column in _columns(name)[0])
+    key = tuple(row[column] for column in _FILES[name][0].split())
     self.tables[name][key] = row
 
   def of(self, name: str) -> list[Row]:
     return list(self.tables[name].values())
 
-  def seeds_of(self, *difference: str, settings: str) -> dict[tuple, set[int]]:
-    """{key: its seeds, or none where its settings are others}; `difference`:
-    log, method, control and metric."""
+  def differences(self, settings: str, **named: str) -> dict[tuple, set[int]]:
+    """{key: its seeds, or none where its settings are others} of rows so named."""
     return {
       key: {int(seed) for seed in row['seeds'].split() if row['settings'] == settings}
       for key, row in self.tables['differences.csv'].items()
-      if key[:-1] == difference  # But for the seeds.
+      if row | named == row
     }
-
-
-def _columns(name: str) -> tuple[list[str], list[str]]:
-  """Those that name a row, and the others."""
-  key, values = _FILES[name].split(':')
-  return key.split(), values.split()
 
 
 def read_folder(folder: Path) -> Rows:
   """The rows that stand in a folder; none where a file is missing."""
   rows = Rows({name: {} for name in _FILES})
+  read = lambda column, text: _NUMBERS.get(column, str)(text) if text else None
   for name in _FILES:
     path = folder / name
     if path.is_file():
       with path.open(encoding='utf-8', newline='') as lines:
         for row in csv.DictReader(lines):
-          rows.add(
-            name,
-            **{
-              column: _NUMBERS.get(column, str)(text) if text else None
-              for column, text in row.items()
-            },
-          )
+          rows.add(name, **{column: read(column, row[column]) for column in row})
   return rows
 
 
@@ -98,7 +84,7 @@ def write_folder(folder: Path, rows: Rows) -> None:
   """Writes the three files."""
   for name in _FILES:
     text, found = io.StringIO(), rows.tables[name]
-    columns = [*_columns(name)[0], *_columns(name)[1]]
+    columns = ' '.join(_FILES[name]).split()
     writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writeheader()
     for key in sorted(found):  # In git, a new run then shows as its own lines.

@@ -31,7 +31,6 @@ def method(
   """One method of a sweep.
 
   Args:
-    ablations: names.
     start: method whose stage a it starts from; '': it runs its own.
     seeds: 1 runs seed 0 alone, 3 also 1 and 2.
     fields: {section: {field: value}} to change, or {field: value}.
@@ -47,3 +46,8 @@ def method(
       'shots': shots,
     }
   )
+
+
+def contrasts(controls: Mapping[str, Iterable[str]]) -> tuple[tuple[str, str], ...]:
+  """Pairs (method, control), of {method: its controls}."""
+  return tuple((name, other) for name, others in controls.items() for other in others)

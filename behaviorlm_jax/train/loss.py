@@ -21,15 +21,10 @@ from behaviorlm_jax.model import decoder
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Names:
-  """What may follow each node of the tree of names (score.label_tree).
+  """What may follow each node of the tree of names (score.label_tree)."""
 
-  Attributes:
-    tokens: int32 [nodes, F]; -1 is none.
-    bonus: float32 [nodes, F], added to the logits of these tokens.
-  """
-
-  tokens: np.ndarray
-  bonus: np.ndarray
+  tokens: np.ndarray  # int32 [nodes, F]; -1 is none.
+  bonus: np.ndarray  # float32 [nodes, F], added to the logits of these tokens.
 
   def losses(self, logits: jax.Array, tokens: jax.Array, nodes: jax.Array) -> jax.Array:
     """Negative log-likelihoods float32 [...] of tokens int32 [...].
@@ -57,7 +52,7 @@ _NEVER = 1e-3
 def names_of(
   tree: NameTree, drawn: np.ndarray | None = None, kept: np.ndarray | None = None
 ) -> Names:
-  """The Names of a label_tree.Tree.
+  """The Names of a label_tree.Tree; without `drawn` there is no bonus.
 
   Teaching moves scores towards how often each name is drawn, in `drawn`, float
   [Y] of any sum. The bonus of a token, log drawn - log kept of the names below
@@ -66,12 +61,12 @@ def names_of(
   loss of Menon et al. (Long-tail learning via logit adjustment, ICLR 2021) for
   the prior drawn / kept, and with equal ones in `kept` the balanced softmax of
   Ren et al. (Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS
-  2020). Both at every node: where drawn / kept differs among the names below a
-  token, their sums are used, whatever the context says of which it will be.
-  Without `drawn` there is no bonus.
+  2020).
   """
   bonus = np.zeros(len(tree.edge_tokens))
   if drawn is not None:
+    # At every node: where drawn / kept differs among the names below a token, their
+    # sums are used, whatever the context says of which it will be.
     kept = np.asarray(kept, np.float64) / np.sum(kept)
     drawn = np.maximum(np.asarray(drawn) / np.sum(drawn), _NEVER * kept)
     bonus = np.log(_below(tree, drawn)) - np.log(_below(tree, kept))
@@ -95,21 +90,14 @@ def _over_vocabulary(logits, tokens):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
-  """Weighted negative log-likelihood of a batch's answer tokens.
+  """Weighted negative log-likelihood of a batch's answer tokens."""
 
-  Attributes:
-    attach: (params, adapter) -> decoder.Decoder.
-    groups: G, of rows as they lie on devices; each keeps its own answers.
-    answers: N, the most of some weight that a group has (plan.most_answers).
-      Rows differ in how many they have, and the head runs on G x N of them.
-      None: on all B x A.
-    names: Names, or None: over the vocabulary.
-  """
-
-  attach: Callable[[dict, dict], decoder.Decoder]
-  groups: int = 1
+  attach: Callable[[dict, dict], decoder.Decoder]  # Of params and adapter.
+  groups: int = 1  # G, of rows as they lie on devices; each keeps its own answers.
+  # N, the most of some weight that a group has (plan.most_answers). Rows differ in
+  # how many they have, and the head runs on G x N of them. None: on all B x A.
   answers: int | None = None
-  names: Names | None = None
+  names: Names | None = None  # None: over the vocabulary.
 
   def sums(
     self, adapter: dict, params: dict, batch: dict

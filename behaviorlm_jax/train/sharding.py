@@ -1,8 +1,8 @@
 """One table decides where every array lives; jit does the rest.
 
-Arrays have logical axes, `config.sharding` sends logical axes to axes of the
-mesh, and nothing else in the project places arrays. A dimension that its mesh
-axes do not divide is replicated, and the log names it.
+Arrays have logical axes, TABLE sends these to axes of the mesh, and nothing else
+in the project places arrays. A dimension that its mesh axes do not divide is
+replicated, and the log names it.
 """
 
 import dataclasses
@@ -15,12 +15,23 @@ import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families, lora
 
 AXES = ('data', 'fsdp', 'tensor')
+# Which axes of the mesh divide a logical axis. No array has two logical axes that
+# share one: a mesh axis can divide one dimension alone.
+TABLE = {
+  'batch': ('data', 'fsdp'),
+  'layers': (),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
+  'rank': (),
+}
 Logical = Sequence[str | None]  # Axes of an array; None: never divided.
 Shape = tuple[int, ...]
 Read = Callable[[tuple[slice, ...]], np.ndarray]  # Of a part of a weight.
@@ -44,19 +55,18 @@ PARAM_AXES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-  """The devices and the table: where arrays of given logical axes live."""
+  """The devices, and where arrays of given logical axes live on them."""
 
   mesh: jax.sharding.Mesh
-  table: dict[str, tuple[str, ...]]  # {logical axis: mesh axes, as a tuple}.
   head_dim: int = 1  # Of the model.
 
   def of(self, model: families.DecoderConfig) -> Self:
-    """The same for a model (families.DecoderConfig), whose heads stay whole."""
+    """The same for a model, whose heads stay whole."""
     return dataclasses.replace(self, head_dim=model.head_dim)
 
   @property
   def row_parts(self) -> int:
-    """Among how many devices the rows of a batch are divided."""
+    """Among how many devices a batch is divided."""
     return self._parts('batch')
 
   @functools.cached_property
@@ -83,74 +93,62 @@ class Layout:
     return NamedSharding(self.mesh, PartitionSpec())
 
   def _parts(self, axis: str) -> int:
-    return int(np.prod([self.mesh.shape[name] for name in self.table[axis]]))
+    return int(np.prod([self.mesh.shape[name] for name in TABLE[axis]]))
 
   def sharding(self, axes: Logical, shape: Shape, name: str = '') -> NamedSharding:
-    """NamedSharding of an array with the given logical axes and shape."""
+    """Of an array with these logical axes; `name` for the log, if it is to know."""
     spec = []
     for axis, size in zip(axes, shape, strict=True):
-      target = self.table[axis] if axis else ()
-      if axis and size % self._parts(axis):
-        if name:
-          logging.info(
-            '%s: %d %s cannot be divided by %s (%d); each device has all.',
-            name,
-            size,
-            axis,
-            ' x '.join(target),
-            self._parts(axis),
-          )
-        target = ()
-      spec.append(target or None)
-    # A mesh axis can divide one dimension alone; what is replicated uses none.
-    used = [name for target in spec for name in target or ()]
-    if len(set(used)) < len(used):
-      raise InputError(
-        f'{name or "an activation"} is divided along {", ".join(used)} by '
-        f'{", ".join(f"sharding.{a}" for a in axes if a and self.table[a])}; '
-        'give them different axes of the mesh.'
-      )
+      divided = axis is not None and size % self._parts(axis) == 0
+      if axis and name and not divided:
+        logging.info(
+          '%s: %d %s cannot be divided by %s (%d); each device has all.',
+          name,
+          size,
+          axis,
+          ' x '.join(TABLE[axis]),
+          self._parts(axis),
+        )
+      spec.append(TABLE[axis] if divided else None)
     return NamedSharding(self.mesh, PartitionSpec(*spec))
 
   def weight(self, axes: Logical, shape: Shape, name: str) -> NamedSharding:
-    """`sharding` of a weight: heads stay whole."""
+    """`sharding` of a weight."""
+    # Heads stay whole: half of one on either device would need both everywhere.
     units = [self.head_dim if axis in ('heads', 'kv_heads') else 1 for axis in axes]
-    # Half of a head on either device would need both for each position.
     counts = [size // unit for size, unit in zip(shape, units, strict=True)]
     return self.sharding(axes, counts, name)
 
   def constrain(self, x: jax.Array, axes: Logical) -> jax.Array:
-    """Says in a compiled function how an activation is divided."""
+    """`x`, divided so in a compiled function."""
     if self.mesh.size == 1:
       return x
     return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
   def rows(self, shape: Shape) -> NamedSharding:
-    """Sharding of an array whose first axis is the batch."""
+    """Of an array whose first axis is the batch."""
     return self.sharding(('batch', *(None,) * (len(shape) - 1)), shape)
 
   def host_rows(self, batch: int) -> list[int]:
-    """The rows of a batch that devices of this host hold: a sorted list."""
+    """The rows of a batch that devices of this host hold, sorted."""
     # They need not be neighbors, as a mesh follows the wires between devices; and a
     # set, as several devices may hold the same.
-    parts = self.rows((batch,)).addressable_devices_indices_map((batch,))
-    return sorted(
-      {row for (rows,) in parts.values() for row in range(*rows.indices(batch))}
-    )
+    parts = self.rows((batch,)).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (rows,) in parts for row in range(*rows.indices(batch))})
 
   def adapter(
     self, shapes: Mapping[str, Mapping[str, Shape]]
   ) -> dict[str, dict[str, NamedSharding]]:
-    """Shardings of an adapter, from its shapes (see lora.shapes)."""
-    result = {}
+    """Of an adapter, from its shapes (see lora.shapes)."""
+    places = {}
     # As the weights that they are added to, so that no product moves them.
     for name, shape in shapes.items():
       layers, out, into = PARAM_AXES[f'layers.{name}']
-      result[name] = {
+      places[name] = {
         'a': self.weight((layers, 'rank', into), shape['a'], f'{name} a'),
         'b': self.weight((layers, out, 'rank'), shape['b'], f'{name} b'),
       }
-    return result
+    return places
 
   def place(self, name: str, shape: Shape, dtype: np.dtype, read: Read) -> jax.Array:
     """`place` of weights.read_params: every device reads its own slices."""
@@ -176,10 +174,7 @@ class Layout:
   def put_rows(
     self, batch: Mapping[str, np.ndarray], rows: int
   ) -> dict[str, jax.Array]:
-    """The rows of a batch that a host has read (host_rows), as global arrays.
-
-    `rows`: how many the global batch has.
-    """
+    """A host's rows (host_rows) of a batch of `rows`, as global arrays."""
     places = {row: place for place, row in enumerate(self.host_rows(rows))}
 
     def put(x: np.ndarray) -> jax.Array:
@@ -208,44 +203,22 @@ class Layout:
 
 
 def make_layout(
-  config: ConfigDict, devices: Sequence[jax.Device] | None = None
+  mesh: Mapping[str, int],
+  train: Mapping[str, int],
+  devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-  """The Layout over all devices; train.batch must divide by its rows.
+  """The Layout over all devices, or over others to compile for.
 
-  `devices`: others than this run's, to compile for.
+  `mesh` and `train`: sections of the config; a batch must divide by its rows.
   """
-  table = {axis: tuple(names) for axis, names in config.sharding.items()}
-  for axis, names in table.items():
-    if len(set(names) & set(AXES)) < len(names):
-      raise InputError(
-        f'sharding.{axis} is {names}; give axes of the mesh, '
-        f'each once: {", ".join(AXES)}.'
-      )
   devices = jax.devices() if devices is None else devices
-  shape = [config.mesh[axis] for axis in AXES]
-  if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-    raise InputError(
-      f'mesh is {dict(zip(AXES, shape, strict=True))}; every '
-      'axis must be positive and at most one -1.'
-    )
-  if -1 in shape:
-    known = -int(np.prod(shape))  # Of the other axes: the -1 turns the sign.
-    # At least 1; where it does not divide them, the product below is another one.
-    shape[shape.index(-1)] = max(1, len(devices) // known)
-  if np.prod(shape) != len(devices):
-    raise InputError(
-      f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
-      f'there are {len(devices)} devices; make the product equal.'
-    )
-  ordered = _arrange(shape, devices)
-  layout = Layout(
-    jax.sharding.Mesh(ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3),
-    table,
-  )
-  batch, accumulate = config.train.batch, config.train.accumulate
+  ordered = _arrange(_mesh_shape(mesh, len(devices)), devices)
+  axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  layout = Layout(jax.sharding.Mesh(ordered, AXES, axis_types=axis_types))
+  batch, accumulate = train['batch'], train['accumulate']
   # Every micro-batch is divided by itself.
   if batch % (layout.row_parts * accumulate):
-    axes = ' x '.join(f'mesh.{name}' for name in table['batch']) or 'one device'
+    axes = ' x '.join(f'mesh.{name}' for name in TABLE['batch'])
     raise InputError(
       f'train.batch is {batch}, but {axes} is {layout.row_parts} '
       f'and train.accumulate is {accumulate}; the batch must be a '
@@ -254,7 +227,27 @@ def make_layout(
   return layout
 
 
-def _arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _mesh_shape(mesh, count):
+  """Devices along each of AXES, `count` in all; what -1 stands for is found."""
+  shape = [mesh[axis] for axis in AXES]
+  if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
+    raise InputError(
+      f'mesh is {dict(zip(AXES, shape, strict=True))}; every '
+      'axis must be positive and at most one -1.'
+    )
+  if -1 in shape:
+    known = -int(np.prod(shape))  # Of the other axes: the -1 turns the sign.
+    # At least 1; where it does not divide them, the product below is another one.
+    shape[shape.index(-1)] = max(1, count // known)
+  if np.prod(shape) != count:
+    raise InputError(
+      f'mesh.data x fsdp x tensor is {" x ".join(map(str, shape))}, but '
+      f'there are {count} devices; make the product equal.'
+    )
+  return shape
+
+
+def _arrange(shape, devices):
   """The devices as an array of the mesh's shape, neighbors on wires.
 
   Slices of TPUs, which only a slower network joins, divide the data axis.

@@ -1,17 +1,15 @@
 """The training of one stage: a plan and a first adapter in, the last one out."""
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.cluster.workspace import Workspace
 from behaviorlm_jax.data import loader
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.io import bucket
 from behaviorlm_jax.train import checkpoints as checkpoints_lib
 from behaviorlm_jax.train import loop, sharding
 from behaviorlm_jax.train import step as step_lib
@@ -20,19 +18,12 @@ from behaviorlm_jax.train.loss import Loss, Names
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A frozen base on its devices, and how an adapter is put on it.
+  """A frozen base on its devices, and how an adapter is put on it."""
 
-  Attributes:
-    attach: (params, adapter) -> decoder.Decoder.
-    params: weights of the base.
-    layout: where they lie.
-    shapes: of the adapter, {name: {'a': shape, 'b': shape}}.
-  """
-
-  attach: Callable
-  params: dict
-  layout: sharding.Layout
-  shapes: dict
+  attach: Callable  # (params, adapter) -> decoder.Decoder
+  params: dict  # Weights of the base.
+  layout: sharding.Layout  # Where they lie.
+  shapes: dict  # Of the adapter: {name: {'a': shape, 'b': shape}}.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,27 +38,23 @@ class Lesson:
 class Trainer:
   """Trains the adapter of a model for a stage."""
 
-  def __init__(self, model: Model, stage: config_lib.Stage, train: ConfigDict):
+  def __init__(
+    self, model: Model, stage: config_lib.Stage, train: Mapping[str, int | float]
+  ):
     """`train`: the config's section."""
-    self.model, self.stage, self.train = model, stage, train
-    self.optimizer, self._schedule = step_lib.make_optimizer(stage, train)
-    self.places = step_lib.state_shardings(model.layout, model.shapes, self.optimizer)
+    self.model, self.stage = model, stage
+    self.batch, self.accumulate = train['batch'], train['accumulate']
+    self.tuner = step_lib.Tuner(stage, train, model.layout, model.shapes)
 
   def step(self, lesson: Lesson) -> Callable:
     """step.make_step of what a lesson teaches."""
-    return step_lib.make_step(
-      self._loss(lesson, self.train.accumulate),
-      self.optimizer,
-      self._schedule,
-      self.train.accumulate,
-      self.places,
-      self.model.layout,
-    )
+    loss = self._loss(lesson, self.accumulate)
+    return step_lib.make_step(loss, self.tuner, self.accumulate)
 
   def _loss(self, lesson, accumulate):
     parts = self.model.layout.row_parts
     # Of the whole plan, so that one compilation serves all of its batches.
-    answers = plan_lib.most_answers(lesson.plan, self.train.batch, accumulate, parts)
+    answers = plan_lib.most_answers(lesson.plan, self.batch, accumulate, parts)
     return Loss(self.model.attach, parts, answers, lesson.names)
 
   def fit(
@@ -75,46 +62,41 @@ class Trainer:
     lesson: Lesson,
     adapter: dict,
     validation: Lesson | None,
-    folder: Path,
-    checkpoint: ConfigDict,
+    workspace: Workspace,
+    every: int,
   ) -> dict:
-    """Trains, or goes on, in a stage's folder; returns the adapter at the end.
+    """Trains, or goes on, in the stage's folder; returns the adapter at the end.
 
-    `checkpoint`: the config's section.
+    `every`: steps between checkpoints, each of which is validated.
     """
-    state = step_lib.init_state(adapter, self.optimizer, self.places)
+    folder = workspace.folder / self.stage.folder
     saved = checkpoints_lib.Checkpoints(
-      bucket.place(folder / 'checkpoints'),
-      checkpoint.keep,
-      plan_lib.content_hash(lesson.plan),
+      workspace.place(folder / 'checkpoints'), plan_lib.content_hash(lesson.plan)
     )
-    state = saved.restore_latest(state, checkpoint.every)
+    state = saved.restore_latest(self.tuner.begin(adapter), every)
     section = 'b' if self.stage.name == 'b' else 'a'
     rate = f'{section}.learning_rate (it is {self.stage.learning_rate})'
+    step = self.step(lesson)
     state = loop.run(
-      loop.Task(folder, self.stage.steps, checkpoint.every, rate),
+      loop.Task(workspace, folder, self.stage.steps, every, rate),
       state,
-      self._advance(lesson),
-      self._batches(lesson, int(state['step']), self.train.workers),
+      lambda state, batch: step(state, self.model.params, batch),
+      self._batches(lesson, int(state['step'])),
       saved,
       self._validator(validation, folder.name),
     )
     # From the disk, as a run has it that finds the stage trained.
-    adapter = saved.restore_adapter(saved.latest_step(), state)
+    adapter = saved.restore_adapter(state)
     saved.close()
     return adapter
 
-  def _advance(self, lesson):
-    step = self.step(lesson)
-    return lambda state, batch: step(state, self.model.params, batch)
-
-  def _batches(self, lesson, step, threads=1):
+  def _batches(self, lesson, step):
     """Batches on the devices, from a step on."""
-    rows, layout = self.train.batch, self.model.layout
+    layout = self.model.layout
     found = loader.batches(
-      lesson.plan, lesson.assemble, rows, step, layout.host_rows(rows), threads
+      lesson.plan, lesson.assemble, self.batch, step, layout.host_rows(self.batch)
     )
-    return (layout.put_rows(batch, rows) for batch in found)
+    return (layout.put_rows(batch, self.batch) for batch in found)
 
   def _validator(self, lesson, name):
     """adapter -> {'val_loss'}, or {} where there is nothing to validate on."""
@@ -127,8 +109,8 @@ class Trainer:
     def validate(adapter: dict) -> dict:
       loss = weight = 0.0
       for batch in self._batches(lesson, 0):
-        one, w = sums(adapter, self.model.params, batch)
-        loss, weight = loss + float(one), weight + float(w)
+        one, its_weight = sums(adapter, self.model.params, batch)
+        loss, weight = loss + float(one), weight + float(its_weight)
       return {'val_loss': loss / weight}
 
     return validate
@@ -137,10 +119,9 @@ class Trainer:
 def abstract_arguments(trainer: Trainer, lesson: Lesson) -> tuple:
   """(state, params, batch) of a step, as jax.ShapeDtypeStruct."""
   model = trainer.model
-  state = step_lib.abstract_state(model.shapes, trainer.optimizer, trainer.places)
   # All rows of a plan have the shapes of its first.
   row = lesson.assemble(lesson.plan.rows[0])
   batch = jax.tree.map(
-    lambda x: model.layout.abstract_rows((trainer.train.batch, *x.shape), x.dtype), row
+    lambda x: model.layout.abstract_rows((trainer.batch, *x.shape), x.dtype), row
   )
-  return state, model.params, batch
+  return trainer.tuner.abstract(), model.params, batch

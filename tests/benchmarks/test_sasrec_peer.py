@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.evaluate import sasrec
 
 sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
@@ -16,20 +15,19 @@ import sasrec_peer
 
 
 @pytest.fixture
-def config():
-  config = config_lib.default()
-  config.sasrec.update(
-    {
-      'steps': 60,
-      'batch': 16,
-      'history': 6,
-      'width': 16,
-      'dropout': 0.0,
-      'learning_rate': 1e-2,
-    }
+def recipe():
+  return sasrec.Recipe(
+    steps=60,
+    width=16,
+    layers=2,
+    weekday=True,
+    min_context=2,
+    seed=0,
+    history=6,
+    batch=16,
+    dropout=0.0,
+    learning_rate=1e-2,
   )
-  config.plan.min_context = 2
-  return config
 
 
 @pytest.fixture
@@ -48,11 +46,11 @@ def events():
   )
 
 
-def test_windows_are_those_of_ours_from_the_left(events, config):
+def test_windows_are_those_of_ours_from_the_left(events, recipe):
   events.behavior[3::11] = 5  # Not known in training.
   ends = np.array([22, 33, 100, 359])
-  rows, last = sasrec_peer.stack(events, ends, config)
-  ours = sasrec.windows(events, ends, config)
+  rows, last = sasrec_peer.stack(events, ends, recipe)
+  ours = sasrec.windows(events, ends, recipe)
   learned = sasrec.targets(events, ours, 'train')
   for row in range(len(ends)):
     real = ours['real'][row]
@@ -65,10 +63,10 @@ def test_windows_are_those_of_ours_from_the_left(events, config):
     assert (rows[4, row, int(last[row]) + 1 :] == -1).all()
 
 
-def test_the_peer_learns_what_follows(events, config):
-  ends = sasrec_peer.positions(events, 'test', config)
+def test_the_peer_learns_what_follows(events, recipe):
+  ends = sasrec_peer.positions(events, 'test', recipe)
   assert len(ends) == 60
   accuracy, log_p = sasrec_peer.scores(
-    sasrec_peer.train(events, config, 0), events, ends, config
+    sasrec_peer.train(events, recipe), events, ends, recipe
   )
   assert accuracy > 0.6 and log_p > np.log(1 / 5) + 0.5

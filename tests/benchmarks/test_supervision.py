@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data.plan import Segment
 from behaviorlm_jax.errors import InputError
 
 sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
@@ -38,8 +39,8 @@ def test_context_stays_between_min_context_and_history(context):
 
 def test_work_sums_targets_with_their_context_and_pairs_of_each_segment():
   segments = [
-    {'start': 10, 'targets': [14, 15, 18], 'length': 3, 'answers': 7},
-    {'start': 0, 'targets': [8], 'length': 2, 'answers': 1},
+    Segment('window', 10, 19, [14, 15, 18], [1.0] * 3, length=3, answers=7),
+    Segment('window', 0, 9, [8], [1.0], length=2, answers=1),
   ]
   assert arms.work(segments) == {
     'targets': 4,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from behaviorlm_jax.cluster import preemption, processes
+from behaviorlm_jax.cluster import preemption, processes, workspace
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -48,20 +48,19 @@ def test_four_devices_make_what_one_makes(run_command, tmp_path, assert_same_num
   assert_same_numbers(tmp_path / 'work')
 
 
-def test_one_table_of_difficulty_gives_one_plan(run_two, finished, copy_run):
-  workdir = copy_run(
-    'b_tuning/plan.parquet',
-    'b_tuning/evaluation.json',
-    'b_tuning/adapter',
-    'b_tuning/checkpoints',
-  )
-  code, err = run_two(workdir)
+def test_one_table_of_difficulty_gives_one_plan(run_two, run_command, copy_run):
+  workdir = copy_run('b_tuning')
+  fields = {'difficulty.score': 'nll', 'stages': ('b',)}
+  done = run_command(workdir, fields)
+  assert done.returncode == 0, done.stderr[-3000:]
+  plan = workdir / 'b_tuning/plan.parquet'
+  facts = parquet.read_schema(plan).metadata
+  for path in (plan, plan.with_name('evaluation.json')):
+    path.unlink()
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  code, err = run_two(workdir, *flags)
   assert code == 0, err[-3000:]
-  facts = [
-    parquet.read_schema(folder / 'b_tuning/plan.parquet').metadata
-    for folder in (workdir, finished)
-  ]
-  assert facts[0] == facts[1]  # Its hash, too.
+  assert parquet.read_schema(plan).metadata == facts  # Its hash, too.
 
 
 def test_sigterm_stops_all_at_one_step_which_is_saved(start_two, copy_run, read_rows):
@@ -250,9 +249,10 @@ def test_local_launcher_wants_a_number():
 
 
 def test_one_process_decides_by_itself(tmp_path):
+  alone = workspace.local(tmp_path)
   assert processes.is_primary() and not processes.several()
   assert processes.on_primary(lambda x: x + 1, 1) == 2
-  assert processes.exists(tmp_path) and not processes.exists(tmp_path / 'none')
+  assert alone.exists(tmp_path) and not alone.exists(tmp_path / 'none')
   assert processes.shared([3]) == [3]
   assert processes.every(True) and not processes.every(False)
   processes.assert_same({'anything': os.urandom(4).hex()})

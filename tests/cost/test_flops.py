@@ -15,17 +15,22 @@ def repeated(x, w):
   return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
 
 
-def test_a_product_counts_a_multiplication_and_an_addition_each():
-  assert flops.count(jnp.matmul, X, W) == ONE
+def either(x, w):
+  return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
+
+
+@pytest.mark.parametrize(
+  'function, products',
+  [(jnp.matmul, 1), (jax.jit(repeated), 5), (either, 2)],
+  ids=['one', 'of a loop, as often as it runs', 'of alternatives, the most'],
+)
+def test_products_count_a_multiplication_and_an_addition_each(function, products):
+  assert flops.count(function, X, W) == products * ONE
 
 
 def test_batches_of_products_count_each():
   batches = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (X, W)]
   assert flops.count(jnp.matmul, *batches) == 3 * ONE
-
-
-def test_the_body_of_a_loop_counts_as_often_as_it_runs():
-  assert flops.count(jax.jit(repeated), X, W) == 5 * ONE
 
 
 def test_a_gradient_costs_two_more_products_and_remat_one_more():
@@ -39,11 +44,6 @@ def test_a_gradient_costs_two_more_products_and_remat_one_more():
   again = jax.checkpoint(plain, prevent_cse=False)
   assert flops.count(loss(plain), X, W) == 5 * 3 * ONE
   assert flops.count(loss(again), X, W) == 5 * 4 * ONE
-
-
-def test_of_alternatives_the_largest_counts():
-  either = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
-  assert flops.count(either, X, W) == 2 * ONE
 
 
 def test_a_loop_of_unknown_length_is_refused():

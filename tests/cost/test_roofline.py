@@ -2,12 +2,18 @@
 
 import types
 
+import jax
 import pytest
 
 from behaviorlm_jax.cost import chips, hlo, roofline
 
 V5E = chips.CHIPS['TPU v5 lite']
 V5P = chips.CHIPS['TPU v5']
+REFUSAL = (
+  'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total '
+  'memory required for HLO temporaries (17.25G) exceeds available HBM (15.75G). HLO '
+  'module: jit_f.'
+)
 
 
 def slice_of(*sides):
@@ -75,10 +81,23 @@ def test_a_program_that_cannot_be_read_has_its_memory_still():
   assert 'fits' in text and 'between chips: not known' in text
 
 
-def test_what_does_not_fit_is_told_by_how_much():
-  refused = cost(over=3 * 2**29)
+def test_what_is_refused_is_told_by_how_much():
+  def lowered(message):
+    def refuse():
+      raise jax.errors.JaxRuntimeError(message)
+
+    return types.SimpleNamespace(compile=refuse)
+
+  devices = [types.SimpleNamespace(device_kind='TPU v5 lite')] * 4
+  refused = roofline.measure(lowered(REFUSAL), devices, 8, 4)
+  assert (refused.chip, refused.flops, refused.needed) == ('TPU v5e', 2, 1)
   assert not refused.fits
   assert 'does not fit: too large by 1.50 GiB' in refused.table()
+  with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+    roofline.measure(lowered('INTERNAL: something else'), devices)
+
+
+def test_what_does_not_fit_is_told_by_how_much():
   large = cost(peak=16 * 2**30, traffic=1.0)
   assert not large.fits
   assert 'does not fit, 0.25 GiB too large' in large.table()

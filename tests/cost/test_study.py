@@ -8,16 +8,11 @@ import pytest
 
 from behaviorlm_jax import run as run_lib
 from behaviorlm_jax import setup
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.cost import programs, study
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.evaluate import evaluation
+from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import loop, sharding, trainer
-
-REFUSAL = (
-  'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on '
-  'HBM, the total memory required for HLO temporaries (17.25G) '
-  'exceeds available HBM (15.75G). HLO module: jit_f.'
-)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compile_once')]
 
@@ -41,7 +36,12 @@ def open_run(make_run_config, tmp_path):
 
   def make(fields, shapes_only):
     config = study.settle(make_run_config({'stages': ('a',), **fields}))
-    return setup.open_setup(config, tmp_path, sharding.make_layout(config), shapes_only)
+    return setup.open_setup(
+      config,
+      workspace.local(tmp_path),
+      sharding.make_layout(config.mesh, config.train),
+      shapes_only,
+    )
 
   return make
 
@@ -82,14 +82,11 @@ def test_the_step_compiled_ahead_is_the_one_that_trains(
 def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
   ahead = open_run({}, shapes_only=True)
   this = open_run({}, shapes_only=False)
-  prompts = [
-    this.prompts.question(sample)
-    for sample in evaluation.test_samples(this.events, this.config)
-  ]
-  longest = sorted(prompts, key=len)[-this.scorer.batch :]
+  prompts = [this.prompts.question(sample) for sample in this.samples.test]
+  *_, (_, longest) = scorer_lib.padded_batches(prompts, this.scorer.batch)
   adapter = setup.first_adapter(this, 'a')
   real = this.scorer._score.lower(
-    adapter, this.model.params, *this.scorer._pad(longest)
+    adapter, this.model.params, this.scorer.layout.put_same(longest)
   )
   lowered, batch = programs.scoring(ahead)
   assert batch == this.scorer.batch
@@ -116,22 +113,14 @@ def test_products_needed_leave_out_what_is_computed_twice(open_run):
   assert len({needed for _, needed in counts.values()}) == 1
 
 
-def test_a_program_that_is_too_large_is_told_by_how_much():
-  assert study._excess(REFUSAL) == 1.5 * 2**30
-  assert study._excess('INTERNAL: something else') is None
-
-
 def test_stage_b_is_planned_without_difficulty(make_run_config):
   config = make_run_config({'stages': ('b',), 'difficulty.score': 'nll'})
   assert study.settle(config).difficulty.score == 'random'
 
 
 def test_a_topology_without_libtpu_is_one_sentence():
-  with pytest.raises(
-    InputError,
-    match='--topology=v5e:4x4 cannot be compiled '
-    r"for \(.*\); install '.\[tpu\]'",
-  ):
+  sentence = r"--topology=v5e:4x4 cannot be compiled for \(.*\); install '.\[tpu\]'"
+  with pytest.raises(InputError, match=sentence):
     study.devices_of('v5e:4x4', 1)
 
 

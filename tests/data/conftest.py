@@ -2,15 +2,19 @@
 
 import datetime
 
-import ml_collections
 import numpy as np
 import pytest
 import tokenizers
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from behaviorlm_jax.data import events
+from behaviorlm_jax import config as config_lib
+from behaviorlm_jax.data import events, prompts
+from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.data.log import splits
 from behaviorlm_jax.errors import InputError
+from behaviorlm_jax.model import weights
 
 HEADER = 'user,time,behavior'
 CHATML = (
@@ -21,25 +25,17 @@ CHATML = (
 
 
 def make_config(**fields):
-  data = ml_collections.ConfigDict(
-    {
-      'columns': {
-        'user': 'user',
-        'time': 'time',
-        'behavior': 'behavior',
-        'place': '',
-        'group': '',
-      },
-      'csv': {'delimiter': '', 'quote': '', 'escape': ''},
-      'time_format': '',
-      'time_zone': '',
-      'nulls': ('null', 'nan', '\\n'),
-      'collapse_repeats': True,
-      'max_rejected': 0.01,
-      'split': (0.8, 0.1, 0.1),
-      'anchor_share': 0.01,
-    }
+  """The whole config, with fields like plan__window=8 changed."""
+  config = config_lib.default()
+  config.data.instruction = 'Go on.'
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
   )
+  return config
+
+
+def make_log_config(**fields):
+  data = config_lib.default().data
   for name, value in fields.items():
     section = data.columns if name in data.columns else data
     section[name] = value
@@ -54,7 +50,7 @@ def make_minute(i: int) -> str:
 @pytest.fixture
 def log_config():
   """The `data` section of a config, with some fields changed."""
-  return make_config
+  return make_log_config
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def prepare():
     path = tmp_path / name
     path.write_text('\n'.join([header, *lines]) + '\n')
     folder = tmp_path / 'work' / 'events'
-    summary = events.prepare(make_config(**fields), str(path), folder, seed)
+    summary = events.prepare(make_log_config(**fields), str(path), folder, seed)
     return events.open_events(folder), summary, folder
 
   return write_and_read
@@ -106,23 +102,54 @@ def names():
   return lambda log: [log.behaviors[i].name for i in log.behavior]
 
 
-def byte_symbols():
-  """GPT-2's printable character for every byte, in the order of the bytes."""
-  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  others = [b for b in range(256) if b not in printable]
-  return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
-
-
 @pytest.fixture
 def chatml():
   """The template of `make_tokenizer`."""
   return CHATML
 
 
+@pytest.fixture(scope='session')
+def byte_tokenizer():
+  """That of the tiny random model; its ids are GPT-2's of bytes."""
+  return weights.open_base('random://tiny').tokenizer
+
+
+@pytest.fixture
+def prompts_of(byte_tokenizer):
+  """Makes the Prompts of events, with fields of the `data` section changed."""
+
+  def make(events, tokenizer=None, **fields):
+    data = make_config().data
+    data.update(fields)
+    return prompts.Prompts(
+      events, tokenizer or byte_tokenizer, data.instruction, data.history, data.weekday
+    )
+
+  return make
+
+
+@pytest.fixture
+def make_windows(table, prompts_of):
+  """Makes Windows over samples of a table, with fields of a config changed."""
+
+  def make(events=None, split='train', anchors_only=False, **fields):
+    config, events = make_config(**fields), events or table
+    plan = config.plan
+    return plan_lib.Windows(
+      prompts_of(events, history=config.data.history),
+      samples_lib.of_split(events, split, plan.min_context, anchors_only),
+      plan.window,
+      plan.targets_per_row,
+      config.train.length,
+    )
+
+  return make
+
+
 @pytest.fixture
 def make_tokenizer():
   def make(template=CHATML, trim_offsets=False, **special):
-    vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
+    vocab = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
       add_prefix_space=False

@@ -32,6 +32,17 @@ def write(tmp_path, *items):
   return path
 
 
+@pytest.fixture
+def read(tmp_path, make_tokenizer):
+  def write_and_read(*talks, tokenizer=None, length=100):
+    """Conversations of a file of these messages; by default as ChatML."""
+    path = write(tmp_path, *talks)
+    tokenizer = tokenizer or make_tokenizer()
+    return conversations.read_conversations(path, tokenizer, length)
+
+  return write_and_read
+
+
 def said(conversation):
   """The answer tokens as one list, in order."""
   return conversation.tokens[conversation.answers].tolist()
@@ -46,9 +57,8 @@ def refused(path, tokenizer, *parts):
     assert part in message
 
 
-def test_exact_tokens_and_mask_of_two_turns(tmp_path, make_tokenizer):
-  path = write(tmp_path, talk('ab', 'cd', 'e', 'f'))
-  (read,) = conversations.read_conversations(path, make_tokenizer(), 100)
+def test_exact_tokens_and_mask_of_two_turns(read):
+  (found,) = read(talk('ab', 'cd', 'e', 'f'))
   pieces = [
     ([START, *b'user\n', *b'ab', END, *b'\n'], False),
     ([START, *b'assistant\n'], False),
@@ -59,39 +69,35 @@ def test_exact_tokens_and_mask_of_two_turns(tmp_path, make_tokenizer):
     ([*b'f', END], True),
     ([*b'\n'], False),
   ]
-  assert read.tokens.tolist() == [t for tokens, _ in pieces for t in tokens]
-  assert read.answers.tolist() == [a for p, a in pieces for _ in p]
-  assert read.tokens.dtype == np.int32
-  assert read.answers.dtype == bool
+  assert found.tokens.tolist() == [t for tokens, _ in pieces for t in tokens]
+  assert found.answers.tolist() == [a for p, a in pieces for _ in p]
+  assert (found.tokens.dtype, found.answers.dtype) == (np.int32, bool)
 
 
-def test_plain_format_closes_answers_with_the_eos_token(tmp_path, make_tokenizer):
-  path = write(tmp_path, talk('ab', 'cd'))
+def test_plain_format_closes_answers_with_the_eos_token(read, make_tokenizer):
   tokenizer = make_tokenizer(None, eos_token='<eos>')
-  (read,) = conversations.read_conversations(path, tokenizer, 100)
+  (found,) = read(talk('ab', 'cd'), tokenizer=tokenizer)
   asked = [*b'User: ab\nAssistant:']
-  assert read.tokens.tolist() == [*asked, *b' cd', EOS, *b'\n']
-  assert read.answers.tolist() == [False] * len(asked) + [True] * 4 + [False]
+  assert found.tokens.tolist() == [*asked, *b' cd', EOS, *b'\n']
+  assert found.answers.tolist() == [False] * len(asked) + [True] * 4 + [False]
   assert tokenizer.chat_template is None
 
 
-def test_plain_format_without_eos_closes_answers_with_the_newline(
-  tmp_path, make_tokenizer
-):
-  path = write(tmp_path, talk('ab', 'cd', 'e', 'f'))
-  (read,) = conversations.read_conversations(path, make_tokenizer(None), 100)
+def test_plain_format_without_eos_closes_answers_with_the_newline(read, make_tokenizer):
+  (found,) = read(talk('ab', 'cd', 'e', 'f'), tokenizer=make_tokenizer(None))
   text = b'User: ab\nAssistant: cd\nUser: e\nAssistant: f\n'
-  assert read.tokens.tolist() == [*text]
-  assert said(read) == [*b' cd\n f\n']
+  assert found.tokens.tolist() == [*text]
+  assert said(found) == [*b' cd\n f\n']
 
 
-def test_plain_template_set_on_a_tokenizer_reads_the_same(tmp_path, make_tokenizer):
-  path = write(tmp_path, talk('ab', 'cd'))
-  none = make_tokenizer(None, eos_token='<eos>', bos_token='<|im_start|>')
-  plain = make_tokenizer(
-    chat.PLAIN_TEMPLATE, eos_token='<eos>', bos_token='<|im_start|>'
+def test_plain_template_set_on_a_tokenizer_reads_the_same(read, make_tokenizer):
+  (a,), (b,) = (
+    read(
+      talk('ab', 'cd'),
+      tokenizer=make_tokenizer(template, eos_token='<eos>', bos_token='<|im_start|>'),
+    )
+    for template in (None, chat.PLAIN_TEMPLATE)
   )
-  (a,), (b,) = (conversations.read_conversations(path, t, 100) for t in (none, plain))
   assert a.tokens.tolist() == b.tokens.tolist()
   assert a.answers.tolist() == b.answers.tolist()
   assert a.tokens[0] == START
@@ -99,49 +105,39 @@ def test_plain_template_set_on_a_tokenizer_reads_the_same(tmp_path, make_tokeniz
 
 @pytest.mark.parametrize('trim_offsets', [False, True])
 def test_mask_is_exact_for_blanks_and_characters_of_many_bytes(
-  tmp_path, trim_offsets, make_tokenizer
+  read, trim_offsets, make_tokenizer
 ):
-  path = write(tmp_path, talk('é 😀', '😀  né \n\n x', '東', '京'))
   tokenizer = make_tokenizer(trim_offsets=trim_offsets)
-  (read,) = conversations.read_conversations(path, tokenizer, 200)
-  first, second = '😀  né \n\n x'.encode(), '京'.encode()
-  assert said(read) == [*first, END, *second, END]
+  talks = talk('é 😀', '😀  né \n\n x', '東', '京')
+  (found,) = read(talks, tokenizer=tokenizer, length=200)
+  assert said(found) == [*'😀  né \n\n x'.encode(), END, *'京'.encode(), END]
 
 
-def test_end_of_turn_is_not_looked_for_inside_the_content(tmp_path, make_tokenizer):
-  path = write(tmp_path, talk('a', 'end <|im_end|> im_end'))
-  (read,) = conversations.read_conversations(path, make_tokenizer(), 100)
-  assert said(read) == [*b'end ', END, *b' im_end', END]
+def test_end_of_turn_is_not_looked_for_inside_the_content(read):
+  (found,) = read(talk('a', 'end <|im_end|> im_end'))
+  assert said(found) == [*b'end ', END, *b' im_end', END]
 
 
-def test_end_text_and_blanks_around_contents_are_dropped(tmp_path, make_tokenizer):
+def test_end_text_and_blanks_around_contents_are_dropped(read):
   dirty = talk(' ab\n', 'cd <|endoftext|>\n<|endoftext|> ')
-  path = write(tmp_path, dirty, talk('ab', 'cd'))
-  a, b = conversations.read_conversations(path, make_tokenizer(), 100)
+  a, b = read(dirty, talk('ab', 'cd'))
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
-def test_empty_answers_are_skipped_and_counted_in_one_warning(
-  tmp_path, caplog, make_tokenizer
-):
-  path = write(tmp_path, talk('a', '<|endoftext|>'), talk('b', 'c'), talk('d', ' '))
+def test_empty_answers_are_skipped_and_counted_in_one_warning(read, caplog):
   with caplog.at_level(logging.WARNING):
-    (read,) = conversations.read_conversations(path, make_tokenizer(), 100)
-  assert said(read) == [*b'c', END]
+    (found,) = read(talk('a', '<|endoftext|>'), talk('b', 'c'), talk('d', ' '))
+  assert said(found) == [*b'c', END]
   (record,) = caplog.records
   assert 'of 3 conversations 2 left out (2 with' in record.getMessage()
 
 
-def test_long_ones_are_cut_and_skipped_when_no_answer_is_left(
-  tmp_path, caplog, make_tokenizer
-):
-  tokenizer = make_tokenizer()
+def test_long_ones_are_cut_and_skipped_when_no_answer_is_left(read, caplog):
   # 'assistant' starts at token 9 and its content at token 20.
-  path = write(tmp_path, talk('a', 'bcdef'), talk('a' * 9, 'b'))
   with caplog.at_level(logging.WARNING):
-    (read,) = conversations.read_conversations(path, tokenizer, 22)
-  assert len(read.tokens) == 22
-  assert said(read) == [*b'bc']
+    (found,) = read(talk('a', 'bcdef'), talk('a' * 9, 'b'), length=22)
+  assert len(found.tokens) == 22
+  assert said(found) == [*b'bc']
   (record,) = caplog.records
   assert '1 left out (0 with an empty answer, 1 with' in record.getMessage()
   assert record.getMessage().endswith('and 1 cut at their end')
@@ -152,17 +148,14 @@ def test_nothing_left_is_refused(tmp_path, make_tokenizer):
   refused(path, make_tokenizer(), 'of 1 conversations 1 left out', '100')
 
 
-def test_a_clean_file_warns_of_nothing(tmp_path, caplog, make_tokenizer):
+def test_a_clean_file_warns_of_nothing(read, caplog):
   with caplog.at_level(logging.WARNING):
-    conversations.read_conversations(
-      write(tmp_path, talk('a', 'b')), make_tokenizer(), 100
-    )
+    read(talk('a', 'b'))
   assert not caplog.records
 
 
-def test_what_follows_the_last_answer_is_dropped(tmp_path, make_tokenizer):
-  path = write(tmp_path, talk('a', 'b', 'c'), talk('a', 'b'))
-  a, b = conversations.read_conversations(path, make_tokenizer(), 100)
+def test_what_follows_the_last_answer_is_dropped(read):
+  a, b = read(talk('a', 'b', 'c'), talk('a', 'b'))
   assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -178,19 +171,19 @@ def test_a_conversation_that_the_template_refuses_is_an_input_error(
 
 
 def test_a_system_message_goes_to_the_user_where_the_template_has_none(
-  tmp_path, make_tokenizer, chatml
+  read, make_tokenizer, chatml
 ):
   strict = (
     "{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('no system') }}{% endif %}" + chatml
   )
   system = {'role': 'system', 'content': 'be brief'}
-  path = write(tmp_path, [system, *talk('a', 'b')])
-  (folded,) = conversations.read_conversations(path, make_tokenizer(strict), 100)
+  messages = [system, *talk('a', 'b')]
+  (folded,) = read(messages, tokenizer=make_tokenizer(strict))
   user = [START, *b'user\nbe brief\n\na', END, *b'\n']
   assert folded.tokens.tolist()[: len(user)] == user
   assert said(folded) == [*b'b', END]
-  (kept,) = conversations.read_conversations(path, make_tokenizer(), 100)
+  (kept,) = read(messages)
   assert kept.tokens.tolist()[:16] == [START, *b'system\nbe brief']
 
 

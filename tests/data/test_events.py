@@ -345,9 +345,3 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, history, prepare):
   assert [path.name for path in folder.parent.iterdir()] == ['events']
   assert not (folder / 'place.npz').exists()
   assert not old.exists()
-
-
-def test_a_folder_of_an_older_version_is_refused(tmp_path):
-  (tmp_path / 'part-00000.arrow').write_text('')
-  with pytest.raises(InputError, match=r'older version.*another --workdir'):
-    events.open_events(tmp_path)

@@ -1,14 +1,13 @@
 """The loader: exact arrays, exact resume, hosts, threads and errors."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import conversations, loader
 from behaviorlm_jax.data import plan as plan_lib
-from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.score import label_tree
 
@@ -27,26 +26,26 @@ def make_talks():
 
 
 @pytest.fixture
-def prompts(make_events, make_tokenizer):
+def prompts(make_events, make_tokenizer, prompts_of):
   """Byte tokens; lines such as '00:00 a'."""
-  data = config_lib.default().data
-  data.update(instruction='Go on.', weekday=False)
   generator = np.random.default_rng(0)
   histories = ['abcab'] + [''.join(generator.choice(list('abc'), 30)) for _ in range(3)]
-  return prompts_lib.Prompts(make_events(histories), make_tokenizer(None), data)
+  return prompts_of(make_events(histories), make_tokenizer(None), weekday=False)
 
 
 @pytest.fixture
-def plan(prompts):
+def windows(prompts):
+  """Of at most 8 events and 3 targets, in rows of 160 tokens."""
+  samples = samples_lib.of_split(prompts.events, 'train', 4)
+  return plan_lib.Windows(prompts, samples, 8, 3, 160)
+
+
+@pytest.fixture
+def plan(windows):
   """A plan with packed windows and conversations."""
-  config = config_lib.default()
-  config.train.update(batch=BATCH, length=160)
-  config.plan.update(window=8, targets_per_row=3)
   rng = np.random.default_rng(0)
-  windows = plan_lib.Windows(prompts, config)
-  samples = samples_lib.of_split(prompts.events, 'train', config)
-  stream = plan_lib.mix(plan_lib.tile(windows, samples, rng), make_talks(), 0.2, rng)
-  return plan_lib.take(stream, config, STEPS, '')
+  stream = plan_lib.mix(plan_lib.tile(windows, rng), make_talks(), 0.2, rng)
+  return plan_lib.take(stream, STEPS * BATCH, 160, '')
 
 
 @pytest.fixture
@@ -71,15 +70,9 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
     np.array([70, 71, 72, 73], np.int32), np.array([0, 1, 1, 0], bool)
   )
   row = [
-    {'kind': 'window', 'start': 0, 'stop': 2, 'targets': [1], 'weights': [0.5]},
-    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [], 'weights': []},
-    {
-      'kind': 'window',
-      'start': 2,
-      'stop': 5,
-      'targets': [2, 4],
-      'weights': [0.25, 1.0],
-    },
+    plan_lib.Segment('window', 0, 2, [1], [0.5], 40, 3),
+    plan_lib.Segment('conversation', 0, 0, [], [], 4, 2),
+    plan_lib.Segment('window', 2, 5, [2, 4], [0.25, 1.0], 48, 6),
   ]
   arrays = loader.Assembler(prompts, [talk], 110, 16)(row)
   first = HEADER + b'00:00 a\n01:00 b\n'
@@ -105,20 +98,14 @@ def test_a_row_of_packed_segments_becomes_these_arrays(prompts):
   assert arrays['tokens'][predicted].tolist() == expected['answer_tokens'][:11]
 
 
-def test_within_names_only_what_tells_them_apart_is_taught(prompts):
+def test_within_names_only_what_tells_them_apart_is_taught(prompts, windows):
   """Of the answers ' a', ' b' and ' c' all begin alike."""
   talk = conversations.Conversation(
     np.array([70, 71, 72], np.int32), np.array([0, 1, 1], bool)
   )
   row = [
-    {'kind': 'conversation', 'start': 0, 'stop': 0, 'targets': [], 'weights': []},
-    {
-      'kind': 'window',
-      'start': 2,
-      'stop': 5,
-      'targets': [2, 4],
-      'weights': [0.25, 1.0],
-    },
+    plan_lib.Segment('conversation', 0, 0, [], [], 3, 2),
+    plan_lib.Segment('window', 2, 5, [2, 4], [0.25, 1.0], 48, 2),
   ]
   tree = label_tree.build(label_tree.shortest(prompts.labels))
   arrays = loader.Assembler(prompts, [talk], 60, 8, tree)(row)
@@ -128,7 +115,7 @@ def test_within_names_only_what_tells_them_apart_is_taught(prompts):
   assert arrays['tokens'][taught].tolist() == [71, 72, *b'cb']
   assert arrays['answer_nodes'].tolist() == [-1, -1, 1, 1, -1, -1, -1, -1]
   assert arrays['answer_weights'].tolist() == [1, 1, 0.25, 1, 0, 0, 0, 0]
-  windows = plan_lib.Windows(prompts, config_lib.default(), tree)
+  windows = dataclasses.replace(windows, tree=tree)
   assert windows.make(0, [4], [1.0]).answers == 1
 
 
@@ -136,13 +123,13 @@ def test_a_planned_row_has_the_tokens_and_answers_of_its_plan(plan, assemble):
   assert any(len(row) > 1 for row in plan.rows)
   for row in plan.rows:
     arrays = assemble(row)
-    used = sum(segment['length'] for segment in row)
+    used = sum(segment.length for segment in row)
     assert (arrays['segments'] > 0).sum() == used
     for number, segment in enumerate(row, start=1):
       inside = arrays['segments'] == number
-      assert inside.sum() == segment['length']
+      assert inside.sum() == segment.length
       where = arrays['answer_positions'][arrays['answer_weights'] > 0]
-      assert inside[where].sum() == segment['answers']
+      assert inside[where].sum() == segment.answers
 
 
 # Order.

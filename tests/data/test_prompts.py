@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import logging
 
 import numpy as np
@@ -52,39 +53,26 @@ LLAMA_3 = (
 INST = '{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}'
 
 
-def make_data(**fields):
-  data = config_lib.default().data
-  data.instruction = 'Go on.'
-  data.update(fields)
-  return data
-
-
-@pytest.fixture(scope='module')
-def byte_tokenizer():
-  return weights.open_base('random://tiny').tokenizer
-
-
 @pytest.fixture
-def make_prompts(byte_tokenizer, make_events):
+def make_prompts(prompts_of, make_events):
   def make(tokenizer=None, **fields):
-    table = make_events(HISTORIES, TIMES, PLACES)
-    return prompts_lib.Prompts(table, tokenizer or byte_tokenizer, make_data(**fields))
+    return prompts_of(make_events(HISTORIES, TIMES, PLACES), tokenizer, **fields)
 
   return make
 
 
-def expected_text(prompts, start, stop):
+def expected_text(prompts, start, stop, weekday=True):
   """The text of a window, written without any of the code under test."""
-  log, data, lines = prompts.events, prompts.data, ''
+  log, lines = prompts.events, ''
   for i in range(start, stop):
     time = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(log.time[i]))
     place = f' ({log.places[log.place[i]]})' if log.place[i] >= 0 else ''
-    parts = ['%a'] * data.weekday + ['%H:%M'] * log.clock
+    parts = ['%a'] * weekday + ['%H:%M'] * log.clock
     lines += time.strftime(' '.join(parts))
     lines += f'{place} {log.behaviors[log.behavior[i]].name}\n'
   header = chat.render(
     prompts.tokenizer,
-    [{'role': 'user', 'content': data.instruction}],
+    [{'role': 'user', 'content': 'Go on.'}],
     add_generation_prompt=True,
   )
   return header + ('' if header[-1].isspace() else '\n') + lines
@@ -132,14 +120,14 @@ def test_the_weekday_can_be_left_out(make_prompts):
   )
 
 
-def test_lines_of_a_log_of_dates_alone_have_no_clock(byte_tokenizer, make_events):
+def test_lines_of_a_log_of_dates_alone_have_no_clock(prompts_of, make_events):
   table = dataclasses.replace(make_events(HISTORIES, TIMES, PLACES), clock=False)
   for fields, text in (
     ({}, 'Thu Coffee Shop\nThu (Mall)'),
     ({'weekday': False}, ' Coffee Shop\n (Mall)'),
   ):
-    prompts = prompts_lib.Prompts(table, byte_tokenizer, make_data(**fields))
-    assert byte_tokenizer.decode(prompts.question(1)) == HEADER + text
+    prompts = prompts_of(table, **fields)
+    assert prompts.tokenizer.decode(prompts.question(1)) == HEADER + text
 
 
 @pytest.mark.parametrize(
@@ -157,13 +145,13 @@ def test_lines_of_a_log_of_dates_alone_have_no_clock(byte_tokenizer, make_events
   ],
 )
 def test_times_also_before_1970_and_around_midnight(
-  seconds, text, byte_tokenizer, make_events
+  seconds, text, prompts_of, make_events
 ):
   assert prompts_lib.time_text(seconds, True) == text
   assert prompts_lib.time_text(seconds, False) == text[4:]
   table = make_events(['a'], [seconds])
-  prompts = prompts_lib.Prompts(table, byte_tokenizer, make_data())
-  assert byte_tokenizer.decode(prompts.question(0)) == HEADER + text
+  prompts = prompts_of(table)
+  assert prompts.tokenizer.decode(prompts.question(0)) == HEADER + text
 
 
 def test_a_tokenizer_without_chat_template_works_with_a_warning(
@@ -208,48 +196,45 @@ def nasty_table(make_events):
   return make_events([names[:40], names[40:]], times, places)
 
 
-def check_pieces(dated, tokenizer):
+def check_pieces(prompts_of, dated, tokenizer=None):
   undated = dataclasses.replace(dated, clock=False)
-  for table, fields in (
-    (dated, {}),
-    (dated, {'weekday': False}),
-    (undated, {}),
-    (undated, {'weekday': False}),
-  ):
-    prompts = prompts_lib.Prompts(table, tokenizer, make_data(**fields))
+  for table, weekday in itertools.product((dated, undated), (True, False)):
+    prompts = prompts_of(table, tokenizer, weekday=weekday)
     for start, stop in ((0, 24), (20, 40), (40, 63), (62, 63)):
       tokens, spans = prompts.window(start, stop)
-      text = expected_text(prompts, start, stop)
+      text = expected_text(prompts, start, stop, weekday)
       assert tokens.tolist() == prompts.encode(text).tolist()
       for i, (begin, end) in zip(range(start, stop), spans, strict=True):
         label = prompts.labels[table.behavior[i]]
         assert tokens[begin:end].tolist() == label.tolist()
-        assert tokenizer.decode(label) == (
+        assert prompts.tokenizer.decode(label) == (
           f' {table.behaviors[table.behavior[i]].name}\n'
         )
 
 
-def test_pieces_are_the_tokens_of_the_whole_text_in_bytes(byte_tokenizer, make_events):
-  check_pieces(nasty_table(make_events), byte_tokenizer)
+def test_pieces_are_the_tokens_of_the_whole_text_in_bytes(prompts_of, make_events):
+  check_pieces(prompts_of, nasty_table(make_events))
 
 
 @pytest.mark.parametrize('template', [LLAMA_3, INST, None])
-def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(make_events, template):
+def test_pieces_are_the_tokens_of_the_whole_text_in_llama_3(
+  prompts_of, make_events, template
+):
   table = nasty_table(make_events)
-  written = prompts_lib.Prompts(table, trained_llama_3([], template), make_data())
+  written = prompts_of(table, trained_llama_3([], template))
   texts = [expected_text(written, *part) for part in ((0, 40), (41, 63))] * 3
   tokenizer = trained_llama_3(texts, template)
   merged = {')\n', '!\n', ' (', ' Bar'} & {
     tokenizer.decode([i]) for i in range(len(tokenizer))
   }
   assert len(merged) == 4  # Merges that a wrong cut would tear.
-  check_pieces(table, tokenizer)
+  check_pieces(prompts_of, table, tokenizer)
 
 
 @pytest.mark.slow
-def test_pieces_are_the_tokens_of_the_whole_text_in_smollm2(make_events):
+def test_pieces_are_the_tokens_of_the_whole_text_in_smollm2(prompts_of, make_events):
   base = weights.open_base(config_lib.SMOLLM2)
-  check_pieces(nasty_table(make_events), base.tokenizer)
+  check_pieces(prompts_of, nasty_table(make_events), base.tokenizer)
 
 
 # Text of the log and control tokens.
@@ -305,9 +290,9 @@ def check_ordinary(tokenizer):
       ), line
 
 
-def check_controls(table, tokenizer):
+def check_controls(prompts):
   """Names and places of the table are text; the header alone has controls."""
-  prompts = prompts_lib.Prompts(table, tokenizer, make_data())
+  table, tokenizer = prompts.events, prompts.tokenizer
   controls = {
     i
     for i, token in tokenizer.added_tokens_decoder.items()
@@ -349,12 +334,11 @@ def tokenizer_with_words(make_tokenizer):
 
 
 def test_a_log_cannot_write_control_tokens(
-  byte_tokenizer, tokenizer_with_words, make_events
+  prompts_of, tokenizer_with_words, make_events
 ):
   table = controls_table(make_events)
-  check_controls(table, byte_tokenizer)
-  check_controls(table, tokenizer_with_words)
-  check_controls(table, trained_llama_3(CONTROLS, LLAMA_3))
+  for tokenizer in (None, tokenizer_with_words, trained_llama_3(CONTROLS, LLAMA_3)):
+    check_controls(prompts_of(table, tokenizer))
 
 
 def test_ordinary_names_keep_their_tokens(
@@ -373,18 +357,9 @@ def test_a_tokenizer_stays_as_it_was(make_prompts, byte_tokenizer):
   assert byte_tokenizer.encode('<|pad|>', add_special_tokens=False) == [258]
 
 
-def test_a_control_token_that_is_also_text_is_refused(make_events):
-  vocab = [
-    ('<unk>', 0.0),
-    ('<pad>', 0.0),
-    ('▁', -1.0),
-    ('\n', -1.0),
-    ('(', -1.0),
-    (')', -1.0),
-  ]
-  vocab += [
-    (letter, -2.0) for letter in 'abcdefghijklmnopqrstuvwxyz0123456789GTWFSMU:.A-<>'
-  ]
+def test_a_control_token_that_is_also_text_is_refused(prompts_of, make_events):
+  letters = '▁\n()abcdefghijklmnopqrstuvwxyz0123456789GTWFSMU:.A-<>'
+  vocab = [('<unk>', 0.0), ('<pad>', 0.0), *((letter, -2.0) for letter in letters)]
   tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
     prepend_scheme='never', split=False
@@ -401,19 +376,17 @@ def test_a_control_token_that_is_also_text_is_refused(make_events):
       'rename it in the log'
     ),
   ):
-    prompts_lib.Prompts(named, fast, make_data())
+    prompts_of(named, fast)
   placed = make_events([['gym', 'bar']], [0, 60], ['', '<pad>'])
-  prompts = prompts_lib.Prompts(placed, fast, make_data())
-  prompts.question(0)
   with pytest.raises(InputError, match="the place '<pad>'"):
-    prompts.check_lengths(1000, 1000)
+    prompts_of(placed, fast)
 
 
 @pytest.mark.slow
-def test_smollm2_takes_names_as_text(make_events):
+def test_smollm2_takes_names_as_text(prompts_of, make_events):
   tokenizer = weights.open_base(config_lib.SMOLLM2).tokenizer
   check_ordinary(tokenizer)
-  check_controls(controls_table(make_events), tokenizer)
+  check_controls(prompts_of(controls_table(make_events), tokenizer))
 
 
 # Windows and questions.
@@ -431,18 +404,16 @@ def test_a_question_and_its_answer_are_a_window(make_prompts):
 
 
 @pytest.mark.parametrize('fields', [{}, {'weekday': False}])
-def test_window_length_is_the_length_of_the_window(make_prompts, fields):
+def test_window_lengths_are_the_lengths_of_the_windows(make_prompts, fields):
   prompts = make_prompts(**fields)
-  for start in range(4):
-    for stop in range(start + 1, 5):
-      tokens, _ = prompts.window(start, stop)
-      assert prompts.window_length(start, stop) == len(tokens)
+  starts, stops = np.array([0, 0, 1, 1, 2]), np.array([1, 2, 2, 4, 5])
+  lengths = [len(prompts.window(*ends)[0]) for ends in zip(starts, stops, strict=True)]
+  assert prompts.window_lengths(starts, stops).tolist() == lengths
 
 
-def test_nothing_of_the_target_or_after_it_leaks(byte_tokenizer, make_events):
+def test_nothing_of_the_target_or_after_it_leaks(prompts_of, make_events):
   table = nasty_table(make_events)
-  data = make_data(history=6)
-  prompts = prompts_lib.Prompts(table, byte_tokenizer, data)
+  prompts = prompts_of(table, history=6)
   for target in range(3, 63, 4):
     other = {
       name: getattr(table, name).copy() for name in ('behavior', 'time', 'place')
@@ -450,9 +421,7 @@ def test_nothing_of_the_target_or_after_it_leaks(byte_tokenizer, make_events):
     other['behavior'][target:] = (other['behavior'][target:] + 1) % table.known
     other['time'][target + 1 :] += 100_000
     other['place'][target + 1 :] = 0
-    changed = prompts_lib.Prompts(
-      dataclasses.replace(table, **other), byte_tokenizer, data
-    )
+    changed = prompts_of(dataclasses.replace(table, **other), history=6)
     question = prompts.question(target).tolist()
     assert changed.question(target).tolist() == question
     if target + 1 not in (40, 63):  # The next question does show the change.

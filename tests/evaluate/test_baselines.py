@@ -55,7 +55,7 @@ def train_frequency(events):
 def test_counts_of_the_past_order_the_candidates(name, reach):
   events = make_events()
   samples = test_samples(events)
-  result = baselines.scores(name, events, samples, history=5)
+  result = baselines.Counts(events, history=5).scores(name, samples)
   assert result.shape == (len(samples), 6) and result.dtype == np.float32
   frequency = [train_frequency(events)[y] for y in range(6)]
   for row, p in zip(result, samples, strict=True):
@@ -67,7 +67,7 @@ def test_counts_of_the_past_order_the_candidates(name, reach):
 def test_hour_counts_come_from_training_events_of_that_hour():
   events = make_events(1)
   samples = test_samples(events)
-  result = baselines.scores('hour_frequent', events, samples)
+  result = baselines.Counts(events).scores('hour_frequent', samples)
   frequency = [train_frequency(events)[y] for y in range(6)]
   for row, p in zip(result, samples, strict=True):
     hour = events.time[p] // 3600 % 24
@@ -83,7 +83,7 @@ def test_transition_tables_equal_counting_by_hand():
   events = make_events(2)
   samples = test_samples(events)
   own = baselines.user_transitions(events, samples)
-  everyone = baselines.train_transitions(events, samples)
+  everyone = baselines.Counts(events).transitions(samples)
   pairs = collections.Counter(
     (events.behavior[q], events.behavior[q + 1])
     for q in range(len(events.user) - 1)
@@ -100,18 +100,19 @@ def test_transition_tables_equal_counting_by_hand():
 def test_scanning_in_blocks_changes_nothing(monkeypatch):
   events = make_events(3)
   samples = test_samples(events)
-  whole = [baselines.scores(n, events, samples) for n in baselines.NAMES]
+  whole = baselines.Counts(events)
+  want = [whole.scores(name, samples) for name in baselines.NAMES]
   monkeypatch.setattr(baselines, 'BLOCK', 7)
-  for name, want in zip(baselines.NAMES, whole, strict=True):
-    got = baselines.scores(name, events, samples)
-    np.testing.assert_array_equal(got, want)
+  parts = baselines.Counts(events)
+  found = [parts.scores(name, samples) for name in baselines.NAMES]
+  np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize('name', baselines.NAMES)
 def test_target_and_everything_after_it_change_nothing(name):
   events = make_events(4)
   samples = test_samples(events)
-  before = baselines.scores(name, events, samples)
+  before = baselines.Counts(events).scores(name, samples)
   for i, p in list(enumerate(samples))[::5]:
     changed = types.SimpleNamespace(**vars(events))
     changed.behavior = events.behavior.copy()
@@ -121,13 +122,13 @@ def test_target_and_everything_after_it_change_nothing(name):
     changed.behavior[later] = (changed.behavior[later] + 1) % 6
     later[p] = False  # the time of the question itself is known
     changed.time[later] += 5000
-    after = baselines.scores(name, changed, samples[i : i + 1])
+    after = baselines.Counts(changed).scores(name, samples[i : i + 1])
     np.testing.assert_array_equal(after[0], before[i])
 
 
 def test_markov_gives_log_probabilities():
   events = make_events(5)
-  result = baselines.scores('markov', events, test_samples(events))
+  result = baselines.Counts(events).scores('markov', test_samples(events))
   np.testing.assert_allclose(np.exp(result).sum(1), 1, rtol=1e-5)
 
 
@@ -135,11 +136,9 @@ def test_markov_learns_a_cycle_that_counts_cannot_see():
   known, n = 5, 60
   events = make_events(users=6, known=known, lengths=(n, n + 1))
   events.behavior = np.arange(n * 6) % n % known
-  samples = test_samples(events)
+  samples, counts = test_samples(events), baselines.Counts(events)
   right = {
-    name: (
-      baselines.scores(name, events, samples).argmax(1) == events.behavior[samples]
-    ).mean()
+    name: (counts.scores(name, samples).argmax(1) == events.behavior[samples]).mean()
     for name in baselines.NAMES
   }
   assert right['markov'] == 1.0
@@ -148,10 +147,10 @@ def test_markov_learns_a_cycle_that_counts_cannot_see():
 
 def test_fit_draws_by_seed_and_needs_no_validation_events():
   events = make_events(6)
-  assert baselines.fit_weights(events, 3) == baselines.fit_weights(events, 3)
-  assert baselines.fit_weights(events) in baselines.GRID
+  one, other = (baselines.Counts(events, seed=3) for _ in range(2))
+  assert one.fitted == other.fitted and one.fitted[0] in baselines.GRID
   events.split = np.where(events.split == 1, 0, events.split)
-  assert baselines.fit_weights(events) == baselines.DEFAULT_WEIGHTS
+  assert baselines.Counts(events).fitted == (baselines.DEFAULT_WEIGHTS, 0.0)
 
 
 @pytest.mark.parametrize('name', baselines.NAMES)
@@ -159,11 +158,25 @@ def test_first_event_of_a_user_is_scored_without_a_past(name):
   events = make_events(7)
   events.split = np.where(events.user == 8, 2, events.split)  # whole groups
   start = int(events.first[-1])
-  result = baselines.scores(name, events, [start])
+  result = baselines.Counts(events).scores(name, [start])
   assert np.isfinite(result).all()
 
 
 def test_training_samples_are_refused():
   events = make_events()
   with pytest.raises(AssertionError, match='training'):
-    baselines.scores('markov', events, [5])
+    baselines.Counts(events).scores('markov', [5])
+
+
+def test_the_log_is_passed_over_once_for_all_that_is_asked(monkeypatch):
+  events, passes = make_events(), []
+  blocks = baselines._blocks
+  monkeypatch.setattr(
+    baselines,
+    '_blocks',
+    lambda *size, **more: passes.append(1) or blocks(*size, **more),
+  )
+  counts, samples = baselines.Counts(events), test_samples(events)
+  for name in baselines.NAMES * 2:
+    counts.scores(name, samples)
+  assert len(passes) == 2  # For the hours, and for the transitions.

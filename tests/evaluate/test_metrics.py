@@ -1,7 +1,6 @@
 """The metrics against hand-made cases and scikit-learn."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -51,25 +50,23 @@ def test_scores_equal_scikit_learn(seed):
       np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-@pytest.mark.parametrize('k', [3, 5])
+@pytest.mark.parametrize('k', [1, 3, 5])
 def test_accuracy_and_ndcg_equal_scikit_learn(k):
   true, ranked, anchor = random_case(7)
   score = np.zeros((len(true), 12))
   np.put_along_axis(score, ranked, np.arange(5, 0, -1.0)[None], 1)
   result = metrics.by_group(true, ranked, anchor)
-  for group, rows in (
-    ('all', true >= 0),
-    ('anchor', anchor[true]),
-    ('tail', ~anchor[true]),
-  ):
-    relevant = np.eye(12)[true[rows]]
+  members = {'all': true >= 0, 'anchor': anchor[true], 'tail': ~anchor[true]}
+  for group, rows in members.items():
     assert result[group]['n'] == rows.sum()
-    assert result[group][f'ndcg@{k}'] == pytest.approx(
-      sk.ndcg_score(relevant, score[rows], k=k, ignore_ties=True)
-    )
     assert result[group][f'accuracy@{k}'] == pytest.approx(
       sk.top_k_accuracy_score(true[rows], score[rows], k=k, labels=np.arange(12))
     )
+    if k > 1:
+      relevant = np.eye(12)[true[rows]]
+      assert result[group][f'ndcg@{k}'] == pytest.approx(
+        sk.ndcg_score(relevant, score[rows], k=k, ignore_ties=True)
+      )
 
 
 def test_precision_of_a_tail_behavior_pays_for_mistaken_anchors():
@@ -87,22 +84,6 @@ def test_macro_averages_over_behaviors_that_never_occur():
   assert result['all']['f1_weighted'] == 1.0
 
 
-def test_ndcg_and_accuracy_follow_the_rank():
-  ranked = [[0, 1, 2, 3, 4]] * 6
-  result = metrics.by_group(range(6), ranked, [True] * 6)['all']
-  gain = [1 / math.log2(rank + 1) for rank in range(1, 6)]
-  assert result['accuracy@1'] == pytest.approx(1 / 6)
-  assert result['accuracy@3'] == pytest.approx(3 / 6)
-  assert result['accuracy@5'] == pytest.approx(5 / 6)
-  assert result['ndcg@3'] == pytest.approx(sum(gain[:3]) / 6)
-  assert result['ndcg@5'] == pytest.approx(sum(gain) / 6)
-
-
-def test_weighted_recall_over_all_is_accuracy():
-  result = metrics.by_group(*random_case(3))['all']
-  assert result['recall_weighted'] == pytest.approx(result['accuracy@1'])
-
-
 def test_empty_group_and_empty_input_are_zeros():
   result = metrics.by_group([0, 1], [[0, 1], [1, 0]], [True, True])
   assert list(result) == ['all', 'anchor', 'tail']
@@ -118,23 +99,3 @@ def test_result_is_plain_json_with_the_documented_keys():
     assert list(scores) == KEYS
     assert type(scores['n']) is int
     assert all(type(scores[key]) is float for key in KEYS[1:])
-
-
-def test_bootstrap_is_seeded_and_covers_the_point_estimate():
-  true, ranked, anchor = random_case(5)
-  user = np.arange(len(true)) // 3
-  draws = metrics.bootstrap_macro_f1(true, ranked[:, 0], anchor, user)
-  again = metrics.bootstrap_macro_f1(true, ranked[:, 0], anchor, user)
-  np.testing.assert_array_equal(draws, again)
-  point = metrics.by_group(true, ranked, anchor)['anchor']['f1_macro']
-  low, high = np.quantile(draws, [0.025, 0.975])
-  assert low < point < high
-
-
-def test_bootstrap_draws_whole_users():
-  # One user: every redraw is the sample itself, so nothing may vary.
-  true, ranked, anchor = random_case(5)
-  draws = metrics.bootstrap_macro_f1(
-    true, ranked[:, 0], anchor, np.zeros(len(true)), draws=20
-  )
-  assert np.ptp(draws) < 1e-12 and draws[0] > 0

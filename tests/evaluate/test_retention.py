@@ -41,9 +41,12 @@ def make_adapter(base):
 
 def make_retention(base, talks, batch=2):
   config = config_lib.default()
-  layout = sharding.make_layout(config)
+  config.model.dtype = 'float32'
+  layout = sharding.make_layout(config.mesh, config.train)
   params = weights.read_params(base, np.float32, layout.place)
-  attach = step.attacher(base.config, config, layout, 'float32')
+  attach = step.attacher(
+    base.config, layout, config.model, config.train, config.lora.alpha
+  )
   return retention.Retention(attach, params, layout, talks, batch)
 
 
@@ -58,7 +61,8 @@ class Alphabet:
 
 
 def make_alphabet(talks):
-  layout = sharding.make_layout(config_lib.default())
+  config = config_lib.default()
+  layout = sharding.make_layout(config.mesh, config.train)
   attach = lambda params, adapter: Alphabet()
   return retention.Retention(attach, jnp.zeros(()), layout, talks)
 

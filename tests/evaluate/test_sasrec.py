@@ -8,20 +8,16 @@ import pytest
 import torch
 from flax import nnx
 
-from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.evaluate import baselines, sasrec
 from behaviorlm_jax.score import label_tree
 
 pytestmark = pytest.mark.slow
 
 
-def make_config(**fields):
-  config = config_lib.default()
-  config.sasrec.update(
-    {'steps': 20, 'batch': 8, 'history': 6, 'width': 16, 'dropout': 0.0, **fields}
-  )
-  config.plan.min_context = 2
-  return config
+def make_recipe(**fields):
+  small = {'steps': 20, 'batch': 8, 'history': 6, 'width': 16, 'dropout': 0.0}
+  told = {'weekday': True, 'min_context': 2, 'seed': 0}
+  return sasrec.Recipe(**{'layers': 2, **small, **told, **fields})
 
 
 def make_events(users=12, length=40, known=5, seed=0, follow=None):
@@ -44,8 +40,8 @@ def make_events(users=12, length=40, known=5, seed=0, follow=None):
   )
 
 
-def make_model(config, known=5):
-  model = sasrec.SasRec(config.sasrec, known, nnx.Rngs(0))
+def make_model(recipe, known=5):
+  model = sasrec.SasRec(recipe, known, nnx.Rngs(0))
   rng = np.random.default_rng(1)  # Biases and norms would be zeros and ones.
   nnx.update(
     model,
@@ -113,13 +109,13 @@ def in_torch(model, batch, heads):
 
 
 def test_logits_equal_torch():
-  config, events = make_config(), make_events()
+  recipe, events = make_recipe(), make_events()
   events.behavior[5::7] = events.known  # Not known in training.
-  model = make_model(config)
+  model = make_model(recipe)
   ends = np.array([39, 47, 100, 82])
-  batch = sasrec.windows(events, ends, config)
+  batch = sasrec.windows(events, ends, recipe)
   with torch.no_grad():
-    want = in_torch(model, batch, config.sasrec.heads).numpy()
+    want = in_torch(model, batch, recipe.heads).numpy()
   real = batch['real']
   assert not real.all()
   np.testing.assert_allclose(
@@ -128,9 +124,9 @@ def test_logits_equal_torch():
 
 
 def test_attention_drops_other_weights_in_each_window():
-  config = make_config(dropout=0.5).sasrec
-  block = sasrec.Block(config, nnx.Rngs(0))
-  x = jax.random.normal(jax.random.key(1), (1, 6, config.width))
+  recipe = make_recipe(dropout=0.5)
+  block = sasrec.Block(recipe, nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(1), (1, 6, recipe.width))
   block.train()
   found = block.attention(jax.numpy.repeat(x, 2, axis=0))
   assert not np.allclose(found[0], found[1])
@@ -140,21 +136,21 @@ def test_attention_drops_other_weights_in_each_window():
 
 
 def test_windows_hold_the_past_of_one_user_and_the_time_to_come():
-  config, events = make_config(), make_events()
-  batch = sasrec.windows(events, np.array([43, 79]), config)
+  recipe, events = make_recipe(), make_events()
+  batch = sasrec.windows(events, np.array([43, 79]), recipe)
   np.testing.assert_array_equal(batch['real'].sum(1), [3, 6])
   np.testing.assert_array_equal(batch['behavior'][1], events.behavior[73:79])
   np.testing.assert_array_equal(batch['behavior'][0, 3:], events.behavior[40:43])
   np.testing.assert_array_equal(batch['hour'][1], events.time[74:80] // 3600 % 24)
   np.testing.assert_array_equal(batch['day'][1], events.time[74:80] // 86400 % 7)
-  config.data.weekday = False
-  assert not sasrec.windows(events, np.array([43]), config)['day'].any()
+  recipe = make_recipe(weekday=False)
+  assert not sasrec.windows(events, np.array([43]), recipe)['day'].any()
 
 
 def test_later_events_change_nothing_before_them():
-  config, events = make_config(), make_events()
-  model, ends = make_model(config), np.array([39, 100])
-  batch = sasrec.windows(events, ends, config)
+  recipe, events = make_recipe(), make_events()
+  model, ends = make_model(recipe), np.array([39, 100])
+  batch = sasrec.windows(events, ends, recipe)
   before = np.asarray(model(batch))
   batch['behavior'][:, 4:] = (batch['behavior'][:, 4:] + 1) % events.known
   after = np.asarray(model(batch))
@@ -163,10 +159,10 @@ def test_later_events_change_nothing_before_them():
 
 
 def test_the_loss_is_cross_entropy_over_targets_alone():
-  config, events = make_config(), make_events()
-  model = make_model(config)
+  recipe, events = make_recipe(), make_events()
+  model = make_model(recipe)
   batch = sasrec.targets(
-    events, sasrec.windows(events, np.array([32, 43, 71]), config), 'train'
+    events, sasrec.windows(events, np.array([32, 43, 71]), recipe), 'train'
   )
   logits = np.asarray(model(batch), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -177,53 +173,51 @@ def test_the_loss_is_cross_entropy_over_targets_alone():
 
 
 def test_scores_are_those_of_the_last_place():
-  config, events = make_config(), make_events()
-  model, samples = make_model(config), np.array([39, 77, 118])
-  found = sasrec.predict_log_p(model, events, samples, config)
-  logits = np.asarray(model(sasrec.windows(events, samples, config)))[:, -1]
+  recipe, events = make_recipe(), make_events()
+  model, samples = make_model(recipe), np.array([39, 77, 118])
+  found = sasrec.predict_log_p(model, events, samples, recipe)
+  logits = np.asarray(model(sasrec.windows(events, samples, recipe)))[:, -1]
   np.testing.assert_allclose(found, label_tree.log_softmax(logits), atol=1e-5)
 
 
 def test_it_learns_what_two_events_decide_and_markov_cannot():
   follow = lambda a, b: (a + 2 * b + 1) % 5
   events = make_events(users=60, follow=follow)
-  config = make_config(steps=400, batch=32, learning_rate=5e-3)
+  recipe = make_recipe(steps=400, batch=32, learning_rate=5e-3)
   samples = np.flatnonzero(events.split == 2)
-  model = sasrec.fit_model(events, config)
+  model = sasrec.fit_model(events, recipe)
   hits = lambda scores: np.mean(scores.argmax(1) == events.behavior[samples])
-  assert hits(sasrec.predict_log_p(model, events, samples, config)) > 0.9
-  assert hits(baselines.scores('markov', events, samples)) < 0.6
+  assert hits(sasrec.predict_log_p(model, events, samples, recipe)) > 0.9
+  assert hits(baselines.Counts(events).scores('markov', samples)) < 0.6
 
 
 def test_only_the_training_split_teaches_and_a_seed_repeats():
-  config, events, other = make_config(), make_events(), make_events()
+  recipe, events, other = make_recipe(), make_events(), make_events()
   late = other.split == 2
   other.behavior[late] = (other.behavior[late] + 1) % other.known
-  one, two = (sasrec.fit_model(e, config) for e in (events, other))
+  one, two = (sasrec.fit_model(e, recipe) for e in (events, other))
   samples = np.flatnonzero(events.split == 1)
   first, second = (
-    sasrec.predict_log_p(model, events, samples, config) for model in (one, two)
+    sasrec.predict_log_p(model, events, samples, recipe) for model in (one, two)
   )
   np.testing.assert_array_equal(first, second)
-  config.seed = 1
-  third = sasrec.predict_log_p(
-    sasrec.fit_model(events, config), events, samples, config
-  )
+  model = sasrec.fit_model(events, make_recipe(seed=1))
+  third = sasrec.predict_log_p(model, events, samples, recipe)
   assert np.abs(first - third).max() > 1e-3
 
 
 def test_behaviors_that_training_does_not_know_share_one_id():
-  config, events = make_config(), make_events()
+  recipe, events = make_recipe(), make_events()
   events.behavior[41:43] = events.known, events.known + 3
-  window = sasrec.windows(events, np.array([44]), config)
+  window = sasrec.windows(events, np.array([44]), recipe)
   assert window['behavior'][0, -3:-1].tolist() == [events.known] * 2
   batch = sasrec.targets(events, window, 'train')
   np.testing.assert_array_equal(batch['weight'][0], [0, 0, 0, 0, 1, 1])
 
 
 def test_targets_are_those_of_the_split_alone():
-  config, events = make_config(), make_events()
-  window = sasrec.windows(events, np.array([32]), config)  # Training: to 29.
+  recipe, events = make_recipe(), make_events()
+  window = sasrec.windows(events, np.array([32]), recipe)  # Training: to 29.
   for split, want in (
     ('train', [1, 1, 1, 0, 0, 0]),
     ('validation', [0, 0, 0, 1, 1, 1]),
@@ -236,7 +230,7 @@ def test_targets_are_those_of_the_split_alone():
   'losses, best', [((3, 1, 2), 1), ((np.nan, np.nan, np.nan), None)]
 )
 def test_the_best_in_validation_is_kept(monkeypatch, losses, best):
-  seen, config = [], make_config(steps=3)
+  seen, recipe = [], make_recipe(steps=3)
   weights = lambda model: np.array(model.behaviors.embedding[...])
 
   def validate(model, *_):
@@ -244,7 +238,7 @@ def test_the_best_in_validation_is_kept(monkeypatch, losses, best):
     return losses[len(seen) - 1]
 
   monkeypatch.setattr(sasrec, '_validation', validate)
-  untrained = sasrec.SasRec(config.sasrec, 5, nnx.Rngs(config.seed))
-  model = sasrec.fit_model(make_events(), config)
+  untrained = sasrec.SasRec(recipe, 5, nnx.Rngs(recipe.seed))
+  model = sasrec.fit_model(make_events(), recipe)
   want = weights(untrained) if best is None else seen[best]
   np.testing.assert_array_equal(weights(model), want)

@@ -92,7 +92,7 @@ def test_a_missing_member_names_close_ones(index, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'member', ['/etc/passwd', '../secret', 'a/../../secret', 'a\\..\\b', 'C:/x']
+  'member', ['/etc/passwd', '../secret', 'a/../../secret', 'a\\..\\b', './x']
 )
 def test_a_member_that_leaves_its_folder_is_refused(index, tmp_path, member):
   with pytest.raises(InputError, match='leaves its folder'):

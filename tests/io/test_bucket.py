@@ -81,8 +81,6 @@ def use(service, monkeypatch, tmp_path):
   for name, value in service.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
-  yield
-  bucket.close_workdir()
 
 
 @pytest.fixture
@@ -152,23 +150,24 @@ def test_only_what_changed_is_fetched_and_pushed(mirror, monkeypatch):
   one, moved = mirror('one', writes=True), []
   write(one.folder, a='1', b='2')
   one.push()
-  for name in ('get', 'put'):
-    real = getattr(bucket.Bucket, name)
-    monkeypatch.setattr(
-      bucket.Bucket,
-      name,
-      lambda self, files, real=real, name=name: (
-        files and moved.append((name, sorted(map(str, files)))),
-        real(self, files),
-      ),
-    )
+  held = one.bucket._fs  # The one of all buckets here.
+
+  def note(name, real):
+    def noted(given, *rest, **options):
+      moved.append((name, sorted(path.rpartition('/')[2] for path in given)))
+      real(given, *rest, **options)
+
+    monkeypatch.setattr(held, name, noted)
+
+  note('get', held.get)
+  note('put', held.put)
   again = mirror('one')  # The same machine, a later run.
   write(one.folder, b='3')
   one.push()
   again.pull()
-  assert moved == [('put', [str(one.folder / 'b')])]
-  other = mirror('other')
-  assert moved[1:] == [('get', [str(other.folder / name) for name in 'ab'])]
+  assert moved == [('put', ['b'])]
+  mirror('other')
+  assert moved[1:] == [('get', ['a', 'b'])]
 
 
 def test_a_push_that_was_cut_short_did_not_happen(mirror, monkeypatch):
@@ -209,8 +208,8 @@ def test_what_a_user_deleted_in_the_bucket_is_gone(mirror, remove, monkeypatch):
   write(one.folder, events__config='1', events__part='2')
   real = bucket.Bucket.put
 
-  def killed(self, given):
-    real(self, dict(list(given.items())[:1]))
+  def killed(self, folder, names):
+    real(self, folder, sorted(names)[:1])
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -243,18 +242,24 @@ def test_a_place_that_holds_something_else_is_refused(mirror, address):
     mirror('one', writes=True)
 
 
-def test_two_processes_do_not_share_a_copy(address, tmp_path):
-  bucket.open_workdir(address, tmp_path, 0)
-  copy = bucket.Mirror(
-    bucket.Bucket(address, ''),
-    next(path for path in (tmp_path / 'buckets').iterdir() if path.is_dir()),
-    True,
-  )
-  with pytest.raises(InputError, match='another process on this machine works'):
-    copy.lock()
-  bucket.open_workdir(address, tmp_path, 1)  # Which ends the first.
-  copy.lock()
-  copy.unlock()
+def test_two_processes_do_not_share_a_copy(address):
+  for _ in range(2):  # The first is done before the second.
+    with workspace.opened(address) as one:
+      with (
+        pytest.raises(InputError, match=f'another process .* in {one.folder}'),
+        workspace.opened(address),
+      ):
+        raise AssertionError('it began')
+      with workspace.opened(address, '0-of-2') as other:
+        assert other.folder != one.folder
+
+
+def test_log_and_errors_name_the_address(address):
+  with (
+    pytest.raises(InputError, match=f'^{address}/a is wrong'),
+    workspace.opened(address) as one,
+  ):
+    raise InputError(f'{one.folder}/a is wrong')
 
 
 def test_a_file_or_folder_is_fetched_by_its_address(address, remove):
@@ -302,7 +307,7 @@ def test_what_arrives_damaged_is_not_taken(address, tmp_path):
   held = bucket.Bucket(address, '--workdir')
   held.write('log', 'whole')
   with pytest.raises(bucket.Unreachable, match='arrived with another MD5'):
-    held.get({tmp_path / 'log': ('log', 'another')})
+    held.get(tmp_path, {'log': 'another'})
   assert not (tmp_path / 'log').exists()
 
 
@@ -414,7 +419,8 @@ def test_a_log_is_prepared_in_a_bucket_shard_by_shard(
   for index in range(2):
     run_lib.run(make_run_config({'data.shard': f'{index}/2'}), address)
   config = make_run_config()
-  joined = prepared.load_events(config, workspace.make(address))
+  with workspace.opened(address) as opened:
+    joined = prepared.load_events(config, opened)
   assert (held() / 'events/summary.json').exists()
   run_lib.run(make_run_config({'data.shard': '2/3'}), address)  # For nothing.
   assert not any(
@@ -422,7 +428,7 @@ def test_a_log_is_prepared_in_a_bucket_shard_by_shard(
     for name in bucket.Bucket(address, '').objects()
     if name.startswith('events')
   )
-  whole = prepared.load_events(config, workspace.make(tmp_path / 'whole'))
+  whole = prepared.load_events(config, workspace.local(tmp_path / 'whole'))
   assert joined.fingerprint == whole.fingerprint
 
 

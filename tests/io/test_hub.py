@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from behaviorlm_jax.cluster import workspace
+from behaviorlm_jax.cluster import ownership
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import addresses
 from behaviorlm_jax.io import hub as hub_lib
@@ -362,27 +362,27 @@ def test_a_work_directory_keeps_its_commit(hub, make_run_config, tmp_path):
     'data.conversations': 'talks.jsonl',
   }
   config = make_run_config(fields)
-  pinned = workspace.pin(config, tmp_path)
+  pinned = ownership.pin(config, tmp_path)
   assert config.model.address == MODEL  # The caller's stays as it is.
   assert pinned.model.address == f'{MODEL}@{FIRST}'
   assert pinned.data.events == f'hf://datasets/org/logs@{FIRST}/2024/log.csv'
   assert pinned.data.conversations == 'talks.jsonl'
-  workspace.claim(tmp_path / 'base', pinned, {})
+  ownership.claim(tmp_path / 'base', pinned, {})
   hub.names['main'] = SECOND
-  again = workspace.pin(config, tmp_path)
-  assert workspace.as_dict(again) == workspace.as_dict(pinned)
-  workspace.check_config(again, tmp_path)
+  again = ownership.pin(config, tmp_path)
+  assert ownership.as_dict(again) == ownership.as_dict(pinned)
+  ownership.check_config(again, tmp_path)
   # A new work directory, another model and another file start from today's.
-  new = workspace.pin(config, tmp_path / 'new')
+  new = ownership.pin(config, tmp_path / 'new')
   assert new.model.address == f'{MODEL}@{SECOND}'
   for name, other in {
     'model.address': SHARDED,
     'data.events': 'hf://datasets/org/logs/2025.csv',
   }.items():
     hub.repos['org/sharded'][SECOND] = {}
-    changed = workspace.pin(make_run_config(fields | {name: other}), tmp_path)
+    changed = ownership.pin(make_run_config(fields | {name: other}), tmp_path)
     with pytest.raises(InputError, match=rf'{name} \(.*{FIRST}.*{SECOND}'):
-      workspace.check_config(changed, tmp_path)
+      ownership.check_config(changed, tmp_path)
 
 
 @pytest.mark.slow

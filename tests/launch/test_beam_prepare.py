@@ -48,7 +48,7 @@ def test_the_shards_of_all_elements_join_to_the_whole(tmp_path, log, prepare):
   config = config_lib.default()
   config.data.events = str(log)
   prints = {
-    prepared.load_events(config, workspace.make(tmp_path / name)).fingerprint
+    prepared.load_events(config, workspace.local(tmp_path / name)).fingerprint
     for name in ('beam', 'whole')
   }
   assert len(prints) == 1

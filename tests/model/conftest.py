@@ -46,11 +46,6 @@ def refused():
 
 
 @pytest.fixture
-def save_llama():
-  return save
-
-
-@pytest.fixture
 def cache(tmp_path, monkeypatch):
   """A cache of the test's own."""
   monkeypatch.setenv('BEHAVIORLM_CACHE', str(tmp_path / 'cache'))
@@ -61,11 +56,6 @@ def cache(tmp_path, monkeypatch):
 def write_gguf(cache):
   del cache  # converted files must not outlive the test
   return write
-
-
-@pytest.fixture
-def tiny_llama():
-  return tiny
 
 
 def save(folder, tied=True, **options):
@@ -90,6 +80,39 @@ def save(folder, tied=True, **options):
   model.save_pretrained(folder, **options)
   weights.open_base('random://tiny').tokenizer.save_pretrained(folder)
   return model
+
+
+def save_soft(folder, tied=True, **fields):
+  """Saves a random Llama whose attention is not one-hot; returns the model."""
+  model = save(folder, tied)
+  if fields:
+    config = model.config.to_dict() | fields
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
+  torch.manual_seed(1)
+  for parameter in model.parameters():
+    spread = 0.3 if parameter.ndim == 2 else 1.0
+    torch.nn.init.normal_(parameter, std=spread)
+  model.save_pretrained(folder)
+  return model.eval()
+
+
+def read(folder, dtype=np.float32):
+  """Config and parameters of a folder or file."""
+  base = weights.open_base(str(folder))
+  return base.config, weights.read_params(base, dtype)
+
+
+def stack(config, state):
+  """Our parameters, from Hugging Face weights {name: array}."""
+  result = {}
+  for name in families.parameter_shapes(config):
+    theirs = families.LLAMA_NAMES[name]
+    if '{}' in theirs:
+      layers = [state[theirs.format(layer)] for layer in range(config.layers)]
+      result[name] = np.stack(layers)
+    else:
+      result[name] = state[theirs]
+  return result
 
 
 def tiny(tied=True, seed=0):
@@ -147,7 +170,8 @@ def write(path, config, state, fields=None, extra=None, kind=None, pre='smollm')
   quantises the MLP of the first layer.
   """
   fields = fields or {}
-  writer = gguf.GGUFWriter(path, fields.get('architecture', 'llama'))
+  order = fields.get('order', gguf.GGUFEndian.LITTLE)
+  writer = gguf.GGUFWriter(path, fields.get('architecture', 'llama'), endianess=order)
   writer.add_block_count(config.layers)
   writer.add_context_length(config.max_length)
   writer.add_embedding_length(config.embed)
@@ -207,3 +231,11 @@ def add_tokenizer(writer, pre, fields):
   writer.add_eos_token_id(tokens.index('<|im_end|>'))
   writer.add_pad_token_id(tokens.index('<|im_end|>'))
   writer.add_chat_template('{{ messages[0]["content"] }}')
+
+
+# What tests call, by fixtures: no test imports this file.
+save_llama = pytest.fixture(lambda: save)
+save_soft_llama = pytest.fixture(lambda: save_soft)
+read_folder = pytest.fixture(lambda: read)
+stacked = pytest.fixture(lambda: stack)
+tiny_llama = pytest.fixture(lambda: tiny)

@@ -263,17 +263,19 @@ def test_auto_trains_with_the_reference_where_the_kernel_does_not_compile(
 
 def test_what_cudnn_lacks_is_said_in_its_words(monkeypatch):
   monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)
-  error = attention.compile_error(
-    'cudnn', jax.devices()[0], CONFIG, jnp.bfloat16, 2, 32
-  )
-  assert 'head dim must be' in error and error.endswith('got 20')
+  monkeypatch.setitem(attention._KERNEL_OF, 'cudnn', 'cpu')
+  with pytest.raises(InputError, match=r'\(.*head dim must be.* got 20\)'):
+    attention.choose_implementation(
+      'cudnn', jax.devices('cpu')[0], CONFIG, 'bfloat16', 2, 32
+    )
 
 
-def test_what_compiles_has_no_error():
-  error = attention.compile_error(
-    'reference', jax.devices()[0], CONFIG, jnp.bfloat16, 2, 32
+def test_a_kernel_that_compiles_is_chosen(monkeypatch):
+  monkeypatch.setitem(attention._KERNEL_OF, 'blocked', 'cpu')
+  chosen = attention.choose_implementation(
+    'blocked', jax.devices('cpu')[0], CONFIG, 'bfloat16', 2, 32
   )
-  assert error is None
+  assert chosen == 'blocked'
 
 
 def differences():

@@ -14,29 +14,17 @@ import transformers
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import chat
 from behaviorlm_jax.io import addresses
-from behaviorlm_jax.model import attention, decoder, families, lora, weights
+from behaviorlm_jax.model import (
+  attention,
+  blocked_attention,
+  decoder,
+  families,
+  lora,
+  weights,
+)
 
 LONG = 120  # tokens; rope scaling starts to matter beyond 64
 PLAIN = {'rope_type': 'default', 'rope_theta': 1e4}
-
-
-def make_llama(folder, save_llama, tied, **fields):
-  """Saves a random Llama whose attention is not one-hot; returns the model."""
-  model = save_llama(folder, tied)
-  if fields:
-    config = model.config.to_dict() | fields
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
-  torch.manual_seed(1)
-  for parameter in model.parameters():
-    spread = 0.3 if parameter.ndim == 2 else 1.0
-    torch.nn.init.normal_(parameter, std=spread)
-  model.save_pretrained(folder)
-  return model.eval()
-
-
-def read(folder, dtype=np.float32):
-  base = weights.open_base(str(folder))
-  return base.config, weights.read_params(base, dtype)
 
 
 def draw(shape, seed=0):
@@ -67,10 +55,10 @@ def reference(model, tokens):
 
 
 @pytest.fixture
-def untied(tmp_path, save_llama):
+def untied(tmp_path, save_soft_llama, read_folder):
   """Config and parameters; the embedding takes part as input alone."""
-  make_llama(tmp_path, save_llama, tied=False)
-  return read(tmp_path)
+  save_soft_llama(tmp_path, tied=False)
+  return read_folder(tmp_path)
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -92,9 +80,11 @@ def untied(tmp_path, save_llama):
     ),
   ],
 )
-def test_logits_equal_those_of_transformers(tmp_path, save_llama, tied, fields):
-  theirs = make_llama(tmp_path, save_llama, tied, **fields)
-  config, params = read(tmp_path)
+def test_logits_equal_those_of_transformers(
+  tmp_path, save_soft_llama, tied, fields, read_folder
+):
+  theirs = save_soft_llama(tmp_path, tied, **fields)
+  config, params = read_folder(tmp_path)
   tokens = draw((2, LONG))
   expected = reference(theirs, tokens)
   found = logits_of(config, params, tokens)
@@ -102,9 +92,11 @@ def test_logits_equal_those_of_transformers(tmp_path, save_llama, tied, fields):
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
-def test_rope_scaling_changes_the_logits_of_long_rows(tmp_path, save_llama):
-  make_llama(tmp_path, save_llama, tied=True)
-  config, params = read(tmp_path)
+def test_rope_scaling_changes_the_logits_of_long_rows(
+  tmp_path, save_soft_llama, read_folder
+):
+  save_soft_llama(tmp_path, tied=True)
+  config, params = read_folder(tmp_path)
   plain = dataclasses.replace(config, rope_scaling=None)
   tokens = draw((1, LONG))
   one = logits_of(config, params, tokens)
@@ -229,7 +221,7 @@ def test_saved_products_are_not_multiplied_again(untied, dtype):
 
   def loss(adapter, remat):
     model = lora.attach(
-      config, params, adapter, 4.0, remat=remat, packed=attention.blocked
+      config, params, adapter, 4.0, remat=remat, packed=blocked_attention.blocked
     )
     hidden, _ = model.packed_hidden(tokens, positions, jnp.ones_like(tokens))
     return hidden.astype(jnp.float32).sum()
@@ -299,57 +291,6 @@ def test_packed_logits_equal_those_of_each_segment_alone(untied):
   for part in (slice(0, 6), slice(6, 13)):
     alone = logits_of(*untied, PACKED['tokens'][None, part])[0]
     np.testing.assert_allclose(packed[part], alone, atol=1e-4)
-
-
-def test_custom_product_has_the_value_and_gradient_of_jax():
-  generator = np.random.default_rng(0)
-  draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
-  x, w, dy = draw(2, 3, 5), draw(7, 5), draw(2, 3, 7)
-  y, pull = jax.vjp(decoder._dot, x, w)
-  expected, theirs = jax.vjp(lambda x, w: x @ w.T, x, w)
-  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-  for found, value in zip(pull(dy), theirs(dy), strict=True):
-    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
-
-
-def test_gradient_of_a_float32_master_is_float32_after_a_bfloat16_product():
-  x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.float32)
-  y, pull = jax.vjp(decoder._dot, x, w)
-  dx, dw = pull(y)
-  assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-  np.testing.assert_array_equal(np.asarray(dx, np.float32), 35)
-  np.testing.assert_array_equal(dw, 10)
-
-
-def test_adapted_product_has_the_value_and_gradient_of_jax():
-  generator = np.random.default_rng(0)
-  draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
-  inputs = draw(2, 3, 5), draw(7, 5), draw(4, 5), draw(7, 4)
-  dy = draw(2, 3, 7)
-  y, pull = jax.vjp(functools.partial(decoder._lora_dot, 0.5), *inputs)
-  expected, theirs = jax.vjp(
-    lambda x, w, a, b: x @ w.T + 0.5 * (x @ a.T) @ b.T, *inputs
-  )
-  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-  for found, value in zip(pull(dy), theirs(dy), strict=True):
-    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
-
-
-def test_adapter_gradients_stay_float32_around_bfloat16_products():
-  x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((7, 5), jnp.bfloat16)
-  a, b = jnp.ones((4, 5)), jnp.ones((7, 4))
-  y, pull = jax.vjp(functools.partial(decoder._lora_dot, 1.0), x, w, a, b)
-  dx, dw, da, db = pull(jnp.ones_like(y))
-  assert [g.dtype for g in (y, dx, dw, da, db)] == [
-    jnp.float32,
-    jnp.bfloat16,
-    jnp.bfloat16,
-    jnp.float32,
-    jnp.float32,
-  ]
-  np.testing.assert_array_equal(y, 25)  # 5 of w, 4 x 5 of the adapter.
-  np.testing.assert_array_equal(da, 14)
-  np.testing.assert_array_equal(db, 10)
 
 
 def test_backends_differ_in_speed_alone(untied):

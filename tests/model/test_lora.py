@@ -12,9 +12,10 @@ import torch
 import transformers
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import decoder, lora, weights
+from behaviorlm_jax.model import decoder, families, lora
 
 RANK, ALPHA = 4, 12.0
+TINY = families.PRESETS['tiny']
 SUBSETS = [
   pytest.param(decoder.PROJECTIONS, id='all'),
   pytest.param(('v_proj', 'q_proj'), id='queries and values'),
@@ -22,24 +23,9 @@ SUBSETS = [
 ]
 
 
-def make_llama(folder, save_llama, tied):
-  """Saves a random Llama whose attention is not one-hot."""
-  model = save_llama(folder, tied)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      if parameter.ndim == 2:
-        parameter.mul_(0.3)
-  model.save_pretrained(folder)
-
-
-def read(folder, dtype=np.float32):
-  base = weights.open_base(str(folder))
-  return base.config, weights.read_params(base, dtype)
-
-
-def random_adapter(config, targets, rank=RANK):
+def random_adapter(config, targets):
   """A drawn as for training, B too, so that nothing is zero."""
-  adapter = lora.init(config, rank, targets, jax.random.key(0))
+  adapter = lora.init(config, RANK, targets, jax.random.key(0))
   generator = np.random.default_rng(0)
   for sides in adapter.values():
     b = generator.standard_normal(sides['b'].shape) * 0.1
@@ -60,10 +46,10 @@ def draw(shape):
   return tokens.astype(np.int32)
 
 
-def test_init_has_the_distribution_of_peft(tmp_path, save_llama):
+def test_init_has_the_distribution_of_peft(tmp_path, save_llama, read_folder):
   """Uniform draws of some thousand values come close to their bound."""
   theirs = save_llama(tmp_path)
-  config, rank = read(tmp_path)[0], 64
+  config, rank = read_folder(tmp_path)[0], 64
   ours = lora.init(config, rank, decoder.PROJECTIONS, jax.random.key(0))
   model = peft.get_peft_model(
     theirs, peft.LoraConfig(r=rank, target_modules=list(decoder.PROJECTIONS))
@@ -83,19 +69,18 @@ def test_init_has_the_distribution_of_peft(tmp_path, save_llama):
     assert not np.asarray(ours[name]['b']).any()
 
 
-def test_layers_and_projections_start_from_different_draws(tmp_path, save_llama):
-  save_llama(tmp_path)
-  adapter = lora.init(
-    read(tmp_path)[0], RANK, ('k_proj', 'q_proj', 'v_proj'), jax.random.key(0)
-  )
+def test_layers_and_projections_start_from_different_draws():
+  adapter = lora.init(TINY, RANK, ('k_proj', 'q_proj', 'v_proj'), jax.random.key(0))
   layers = [layer for name in adapter for layer in adapter[name]['a']]
-  assert len({np.asarray(layer).tobytes() for layer in layers}) == 9
+  assert len({np.asarray(layer).tobytes() for layer in layers}) == 3 * TINY.layers
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_step_zero_logits_equal_the_base_models_exactly(tmp_path, save_llama, dtype):
-  make_llama(tmp_path, save_llama, tied=True)
-  config, params = read(tmp_path, dtype)
+def test_step_zero_logits_equal_the_base_models_exactly(
+  tmp_path, save_soft_llama, dtype, read_folder
+):
+  save_soft_llama(tmp_path)
+  config, params = read_folder(tmp_path, dtype)
   adapter = lora.init(config, RANK, decoder.PROJECTIONS, jax.random.key(0))
   tokens = draw((2, 24))
   found = logits_of(config, params, adapter, tokens)
@@ -106,10 +91,10 @@ def test_step_zero_logits_equal_the_base_models_exactly(tmp_path, save_llama, dt
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('targets', SUBSETS)
 def test_peft_reads_our_folder_and_gives_our_logits(
-  tmp_path, save_llama, tied, targets
+  tmp_path, save_soft_llama, tied, targets, read_folder
 ):
-  make_llama(tmp_path / 'base', save_llama, tied)
-  config, params = read(tmp_path / 'base')
+  save_soft_llama(tmp_path / 'base', tied)
+  config, params = read_folder(tmp_path / 'base')
   adapter = random_adapter(config, targets)
   lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path / 'base')
   tokens = draw((2, 24))
@@ -126,9 +111,11 @@ def test_peft_reads_our_folder_and_gives_our_logits(
   assert np.abs(ours - bare).max() > 0.1
 
 
-def test_every_projection_of_an_adapter_moves_the_logits(tmp_path, save_llama):
-  make_llama(tmp_path, save_llama, tied=True)
-  config, params = read(tmp_path)
+def test_every_projection_of_an_adapter_moves_the_logits(
+  tmp_path, save_soft_llama, read_folder
+):
+  save_soft_llama(tmp_path)
+  config, params = read_folder(tmp_path)
   tokens = draw((1, 12))
   bare = logits_of(config, params, None, tokens)
   adapter = random_adapter(config, decoder.PROJECTIONS)
@@ -141,11 +128,17 @@ def test_every_projection_of_an_adapter_moves_the_logits(tmp_path, save_llama):
     assert np.abs(moved - bare).max() > 0.01, name
 
 
-def test_an_exported_adapter_is_read_back_exactly(tmp_path, save_llama):
-  save_llama(tmp_path)
-  adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'))
+@pytest.fixture
+def exported(tmp_path):
+  """An adapter, and the folder that holds it."""
+  adapter = random_adapter(TINY, ('up_proj', 'o_proj'))
   lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
-  found, alpha = lora.read_adapter(tmp_path / 'adapter')
+  return adapter, tmp_path / 'adapter'
+
+
+def test_an_exported_adapter_is_read_back_exactly(exported):
+  adapter, folder = exported
+  found, alpha = lora.read_adapter(folder)
   assert alpha == ALPHA
   assert jax.tree.structure(found) == jax.tree.structure(adapter)
   jax.tree.map(np.testing.assert_array_equal, found, adapter)
@@ -161,29 +154,24 @@ def test_an_exported_adapter_is_read_back_exactly(tmp_path, save_llama):
     ({'target_modules': ['o_proj']}, r'more tensors, such as .*up_proj'),
   ],
 )
-def test_other_kinds_of_adapters_are_refused(tmp_path, save_llama, fields, says):
-  save_llama(tmp_path)
-  adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'))
-  lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
-  path = tmp_path / 'adapter' / 'adapter_config.json'
+def test_other_kinds_of_adapters_are_refused(exported, fields, says):
+  _, folder = exported
+  path = folder / 'adapter_config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
   with pytest.raises(InputError, match=f'is no adapter .*{says}'):
-    lora.read_adapter(tmp_path / 'adapter')
+    lora.read_adapter(folder)
 
 
-def test_adapter_config_says_rank_alpha_targets_and_base(tmp_path, save_llama):
-  save_llama(tmp_path)
-  adapter = random_adapter(read(tmp_path)[0], ('up_proj', 'o_proj'), rank=3)
-  lora.export(tmp_path / 'adapter', adapter, ALPHA, tmp_path)
-  path = tmp_path / 'adapter' / 'adapter_config.json'
-  found = json.loads(path.read_text())
+def test_adapter_config_says_rank_alpha_targets_and_base(exported):
+  _, folder = exported
+  found = json.loads((folder / 'adapter_config.json').read_text())
   expected = {
     'peft_type': 'LORA',
-    'r': 3,
+    'r': RANK,
     'lora_alpha': ALPHA,
     'bias': 'none',
     'target_modules': ['o_proj', 'up_proj'],
-    'base_model_name_or_path': str(tmp_path),
+    'base_model_name_or_path': str(folder.parent),
   }
   assert expected.items() <= found.items()
 
@@ -191,9 +179,6 @@ def test_adapter_config_says_rank_alpha_targets_and_base(tmp_path, save_llama):
 @pytest.mark.parametrize(
   'targets, named', [(('q_proj', 'qproj'), 'qproj'), ((), 'empty')]
 )
-def test_targets_that_are_no_projections_are_refused(
-  tmp_path, save_llama, targets, named
-):
-  save_llama(tmp_path)
+def test_targets_that_are_no_projections_are_refused(targets, named):
   with pytest.raises(InputError, match=rf'^lora\.targets: .*{named}'):
-    lora.shapes(read(tmp_path)[0], RANK, targets)
+    lora.shapes(TINY, RANK, targets)

@@ -14,19 +14,10 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import families, weights
 
 
-def stacked(model):
-  """Our parameters, from the state dict of a transformers model."""
+def weights_of(model):
+  """Dimensions and float32 weights of a transformers model."""
   state = {k: v.float().numpy() for k, v in model.state_dict().items()}
-  config = weights.families.from_hf(model.config.to_dict(), 'model')
-  result = {}
-  for name in families.parameter_shapes(config):
-    theirs = families.LLAMA_NAMES[name]
-    result[name] = (
-      np.stack([state[theirs.format(layer)] for layer in range(config.layers)])
-      if '{}' in theirs
-      else state[theirs]
-    )
-  return result
+  return families.from_hf(model.config.to_dict(), 'model'), state
 
 
 def check_equal(found, expected):
@@ -37,7 +28,7 @@ def check_equal(found, expected):
 
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('options', [{}, {'max_shard_size': '20KB'}])
-def test_a_folder_is_read_back_equal(tmp_path, tied, options, save_llama):
+def test_a_folder_is_read_back_equal(tmp_path, tied, options, save_llama, stacked):
   model = save_llama(tmp_path, tied, **options)
   assert (tmp_path / 'model.safetensors').exists() == (not options)
   base = weights.open_base(str(tmp_path))
@@ -56,14 +47,14 @@ def test_a_folder_is_read_back_equal(tmp_path, tied, options, save_llama):
     rope_scaling=families.RopeScaling(8.0, 1.0, 4.0, 64),
   )
   assert base.folder == tmp_path
-  check_equal(weights.read_params(base, np.float32), stacked(model))
+  check_equal(weights.read_params(base, np.float32), stacked(*weights_of(model)))
 
 
-def test_bfloat16_files_are_read_in_both_types(tmp_path, save_llama):
+def test_bfloat16_files_are_read_in_both_types(tmp_path, save_llama, stacked):
   model = save_llama(tmp_path)
   model.to(torch.bfloat16).save_pretrained(tmp_path)
   base = weights.open_base(str(tmp_path))
-  expected = stacked(model)
+  expected = stacked(*weights_of(model))
   check_equal(weights.read_params(base, np.float32), expected)
   narrow = weights.read_params(base, ml_dtypes.bfloat16)
   assert {value.dtype for value in narrow.values()} == {np.dtype(ml_dtypes.bfloat16)}

@@ -13,7 +13,7 @@ from behaviorlm_jax.report import compare, run_files
 
 def stage(key, true, predicted, user, **config):
   names = lambda ids: [f'b{i}' for i in ids]
-  return run_files.Stage(
+  return run_files.StageFiles(
     key,
     None,
     config,
@@ -38,7 +38,7 @@ def run_of(*stages, anchors=2, count=5):
     }
     for i in range(count)
   ]
-  return run_files.RunFiles(None, {}, behaviors, 0, {}, list(stages))
+  return run_files.RunFiles(None, {}, behaviors, {}, list(stages))
 
 
 def case(seed=0, n=200, users=25):
@@ -113,23 +113,19 @@ def test_equal_predictions_differ_by_nothing():
   assert all(c.size == 0 and c.interval == (0, 0) for c in changes)
 
 
-def test_accuracy_shares_its_draws_with_macro_f1():
-  # With one behavior that is always right where it is true, macro-F1 of two
-  # behaviors and accuracy move alike only if the same users are drawn.
-  true, _, user = case(n=60, users=6)
-  true = true % 2
-  right = np.asarray(user) < 3
-  f1 = metrics.bootstrap_macro_f1(
-    true, np.where(right, true, 1 - true), np.array([True, True]), user
-  )
-  accuracy = compare.bootstrap_accuracy(right, user)
-  assert np.corrcoef(f1, accuracy)[0, 1] > 0.98
-
-
-def test_interval_of_accuracy_is_that_of_whole_users():
-  right, user = np.arange(100) < 50, np.arange(100) // 50
-  draws = compare.bootstrap_accuracy(right, user)
-  assert set(draws) == {0.0, 0.5, 1.0}
+def test_intervals_are_those_of_users_drawn_and_copied():
+  true, guess, user = case(n=60, users=6)
+  rng, draws = np.random.default_rng(0), []
+  for _ in range(1000):
+    drawn = rng.integers(6, size=6)
+    rows = np.concatenate([np.flatnonzero(user == one) for one in drawn])
+    f1 = metrics.per_behavior(true[rows], guess[rows], 5)[2]
+    draws.append([np.mean(true[rows] == guess[rows]), f1[2:].mean(), f1[:2].mean()])
+  low, high = np.quantile(draws - np.mean(draws, 0), [0.025, 0.975], axis=0)
+  outcome = compare.outcome(run_of(stage('a_tuning', true, guess, user)))
+  for i, score in enumerate(compare.SCORES):
+    value, interval = outcome.scores[score]
+    np.testing.assert_allclose(interval, (value + low[i], value + high[i]))
 
 
 def test_one_user_has_no_interval():
@@ -171,11 +167,15 @@ def test_the_best_baseline_is_counted_again_from_the_events(monkeypatch):
   run.baselines['markov'] = scores
   run.__dict__['events'] = types.SimpleNamespace()
 
-  def count(name, events, samples, history, seed):
-    assert (name, history, seed) == ('markov', 7, 3)
-    return np.eye(5)[true[samples]]
+  class Counts:
+    def __init__(self, events, history, seed):
+      assert (history, seed) == (7, 3)
 
-  monkeypatch.setattr(compare.baselines, 'scores', count)
+    def scores(self, name, samples):
+      assert name == 'markov'
+      return np.eye(5)[true[samples]]
+
+  monkeypatch.setattr(run_files, 'Counts', Counts)
   changes = compare.outcome(run).contrasts['the best count baseline (markov)']
   assert [c.before for c in changes] == [1.0, 1.0, 1.0]
   assert {c.outcome for c in changes} == {'worse'}

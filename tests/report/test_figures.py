@@ -24,45 +24,36 @@ def drawn(monkeypatch, tmp_path):
   return draw
 
 
-def cases():
-  many = ANCHOR.repeat(30)
-  change = Change('tail macro-F1', 'untuned', 0.1, 0.2, (0.05, 0.2))
-  steps = (range(1, 9), range(8), [4, 8], [3, 2])
-  yield (
-    'bars',
-    plots.stage_bars,
-    (
-      ['a', 'b'],
-      {('all', 'accuracy'): [0.1, 0.2], ('tail', 'tail macro-F1'): [0.3, 0.0]},
-    ),
-  )
-  yield 'changes', plots.change_intervals, ({'x': [change], 'y': [change] * 3},)
-  yield (
-    'f1',
-    plots.f1_against_frequency,
-    ({'A': COUNT / 90, 'B': COUNT / 100}, COUNT, ANCHOR),
-  )
-  yield (
-    'difficulty',
-    plots.difficulty_histogram,
-    (np.arange(8.0), np.array(['anchor', 'tail'] * 4)),
-  )
-  yield 'few', plots.drawn_targets, ({'A': COUNT, 'B': COUNT}, list('abcd'), ANCHOR)
-  yield 'many', plots.drawn_targets, ({'A': COUNT.repeat(30)}, ['x'] * 120, many)
-  yield 'loss', plots.loss_curves, ({'A': steps, 'B': steps},)
+CHANGE = Change('tail macro-F1', 'untuned', 0.1, 0.2, (0.05, 0.2))
+STEPS = (range(1, 9), range(8), [4, 8], [3, 2])
+LINES = {'x': {'a': {0: 0.1, 5: 0.2}, 'b': {5: 0.3}}, 'y': {'b': {5: 0.1}}}
+BARS = {('all', 'accuracy'): [0.1, 0.2], ('tail', 'tail macro-F1'): [0.3, 0.0]}
+CURVES = {'x': {'a': np.eye(3)[:, :2], 'b': np.eye(3)[:, 1:]}}
+FEW = ({'A': COUNT, 'B': COUNT}, list('abcd'), ANCHOR)
+MANY = ({'A': COUNT.repeat(30)}, ['x'] * 120, ANCHOR.repeat(30))
 
 
 @pytest.mark.parametrize(
-  ('function', 'args'), [pytest.param(f, a, id=i) for i, f, a in cases()]
+  ('function', 'args'),
+  [
+    (plots.stage_bars, (['a', 'b'], BARS)),
+    (plots.change_intervals, ({'x': [CHANGE], 'y': [CHANGE] * 3},)),
+    (plots.f1_against_frequency, ({'A': COUNT / 90, 'B': COUNT / 100}, COUNT, ANCHOR)),
+    (plots.drawn_targets, FEW),
+    (plots.drawn_targets, MANY),
+    (plots.loss_curves, ({'A': STEPS, 'B': STEPS},)),
+    (plots.trade_off_curves, (CURVES, (-1.0, 0.0, 1.0))),
+    (plots.few_shot, (LINES,)),
+    (plots.deciles, (LINES,)),
+    (plots.marks, ({'x': {'a': [1.0, 2.0]}, 'y': {'b': [0.5]}}, 'minutes')),
+  ],
 )
 def test_every_figure_names_its_axes(drawn, function, args):
   figure = drawn(function, *args)
-  assert figure.axes[-1].get_xlabel()
-  # Panels share the label of the first; names in place of numbers say enough.
-  first = figure.axes[0]
-  assert first.get_ylabel() or first.get_yticklabels()[0].get_text() == (
-    'tail macro-F1'
-  )
+  assert figure.get_supxlabel()
+  # Names in place of numbers say enough.
+  first = figure.axes[0].get_yticklabels()[0].get_text()
+  assert figure.get_supylabel() or first in ('tail macro-F1', 'a')
   assert figure.get_figwidth() in (plots.WIDTH, plots.WIDE)
 
 
@@ -72,9 +63,7 @@ def test_groups_differ_by_more_than_colour(drawn):
   )
   assert len({bar.get_hatch() for bar in bars.axes[0].patches}) == 3
   assert len(set(plots.MARKERS.values())) == 3
-  many = drawn(
-    plots.drawn_targets, {'A': COUNT.repeat(30)}, ['x'] * 120, ANCHOR.repeat(30)
-  )
+  many = drawn(plots.drawn_targets, *MANY)
   assert [line.get_xdata()[0] for line in many.axes[0].lines] == [60.5]
 
 

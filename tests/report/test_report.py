@@ -15,43 +15,22 @@ from behaviorlm_jax.evaluate import baselines, metrics
 from behaviorlm_jax.report import report, run_files
 from behaviorlm_jax.score import label_tree
 
-PLAN = pa.schema(
-  {
-    'step': pa.int32(),
-    'row': pa.int32(),
-    'segments': pa.list_(
-      pa.struct(
-        {
-          'kind': pa.string(),
-          'start': pa.int64(),
-          'stop': pa.int64(),
-          'targets': pa.list_(pa.int64()),
-          'weights': pa.list_(pa.float32()),
-          'length': pa.int32(),
-        }
-      )
-    ),
-  }
-)
 ATTACK = '<script>alert(1)</script>'
 CONTROL = '<|im_end|> #'
+SCORES = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
 
 
 class Work:
   """A work directory of a run that never was; `add_*` writes its files."""
 
-  def __init__(self, folder, count=20, n=120, seed=0):
-    self.folder, self.rng = folder, np.random.default_rng(seed)
+  def __init__(self, folder, count=20, n=120):
+    self.folder, self.rng = folder, np.random.default_rng(0)
     share = 1 / np.arange(1, count + 1) ** 1.3
     share /= share.sum()
     self.anchor = share > 0.05
     self.names = [f'Behavior {i} of the log' for i in range(count)]
-    self.names[:4] = [
-      ATTACK,
-      'Bar | Pub $x_1$',
-      'A very <b>long</b> name: ' + 'x' * 40,
-      CONTROL,
-    ]
+    long = 'A very <b>long</b> name: ' + 'x' * 40
+    self.names[:4] = [ATTACK, 'Bar | Pub $x_1$', long, CONTROL]
     self.true = self.rng.choice(count, n, p=share)
     self.true[: count // 2] = np.arange(count // 2)
     self.behavior = self.rng.choice(count, 3000, p=share)
@@ -59,22 +38,10 @@ class Work:
     self.behavior[self.samples] = self.true
     counts = np.bincount(self.behavior, minlength=count)
     behaviors = [
-      {
-        'name': name,
-        'count': int(c) + 5,
-        'train_count': int(c),
-        'share': c / 3000,
-        'group': 'anchor' if a else 'tail',
-      }
+      {'name': name, 'train_count': int(c), 'group': 'anchor' if a else 'tail'}
       for name, c, a in zip(self.names, counts, self.anchor, strict=True)
     ]
-    unseen = {
-      'name': 'only at the end',
-      'count': 2,
-      'train_count': 0,
-      'share': 0.0,
-      'group': 'unseen',
-    }
+    behaviors.append({'name': 'only at the end', 'train_count': 0, 'group': 'unseen'})
     rows = np.arange(3000)
     split = np.where(rows % 7 == 3, 1, 0)
     split[self.samples] = 2
@@ -85,9 +52,9 @@ class Work:
       split=split,
       first=rows // 75 * 75,
       known=count,
-      behaviors=[types.SimpleNamespace(**row) for row in [*behaviors, unseen]],
+      behaviors=[types.SimpleNamespace(**row) for row in behaviors],
     )
-    self.json('events/behaviors.json', [*behaviors, unseen])
+    self.json('events/behaviors.json', behaviors)
     self.json(
       'events/summary.json',
       {
@@ -95,7 +62,8 @@ class Work:
         'rejected': 3,
         'events': 3100,
         'users': 40,
-        'events_per_split': {'train': 2600, 'validation': 250, 'test': 250},
+        'clock': True,
+        'splits': {'train': 2600, 'validation': 250, 'test': 250},
         'warnings': ['1 behavior occurs only in the test split'],
       },
     )
@@ -105,6 +73,9 @@ class Work:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
 
+  def evaluation(self, stage):
+    return json.loads((self.folder / stage / 'evaluation.json').read_text())
+
   def ranked(self, skill):
     """Ids, best first; the truth gets a start of `skill`."""
     score = self.rng.random((len(self.true), len(self.names)))
@@ -112,19 +83,11 @@ class Work:
     return np.argsort(-score, 1)[:, :5]
 
   def add_baselines(self):
-    self.json(
-      'baselines.json',
-      {
-        name: metrics.by_group(
-          self.true,
-          label_tree.best(
-            baselines.scores(name, self.events, self.samples, history=9, seed=11)
-          ),
-          self.anchor,
-        )
-        for name in baselines.NAMES
-      },
-    )
+    counts, found = baselines.Counts(self.events, history=9, seed=11), {}
+    for name in baselines.NAMES:
+      top = label_tree.best(counts.scores(name, self.samples))
+      found[name] = metrics.by_group(self.true, top, self.anchor)
+    self.json('baselines.json', found)
 
   def add_predictions(self, stage, skill):
     ranked, n = self.ranked(skill), len(self.true)
@@ -132,32 +95,35 @@ class Work:
       f'{stage}/evaluation.json', metrics.by_group(self.true, ranked, self.anchor)
     )
     names = np.array(self.names)
+    hours = [datetime.timedelta(hours=i) for i in range(n)]
     start = datetime.datetime(2012, 4, 3, 18, 5)
-    pq.write_table(
-      pa.table(
-        {
-          'sample': self.samples,
-          'user': [f'u{i // 4}' for i in range(n)],
-          'time': pa.array(
-            [start + datetime.timedelta(hours=i) for i in range(n)], pa.timestamp('s')
-          ),
-          'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
-          'behavior': names[self.true],
-          'predicted': names[ranked[:, 0]],
-          'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
-          'top5': names[ranked].tolist(),
-          'top5_log_prob': [np.log([0.5, 0.2, 0.1, 0.05, 0.01]).tolist()] * n,
-          'prompt_tokens': pa.array([[i, 7] for i in range(n)], pa.list_(pa.int32())),
-          'in_context': self.rng.random(n) < 0.6,
-        }
-      ),
-      self.folder / stage / 'predictions.parquet',
-    )
+    columns = {
+      'sample': self.samples,
+      'user': [f'u{i // 4}' for i in range(n)],
+      'time': pa.array([start + hour for hour in hours], pa.timestamp('s')),
+      'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
+      'behavior': names[self.true],
+      'predicted': names[ranked[:, 0]],
+      'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
+      'top5': names[ranked].tolist(),
+      'top5_log_prob': [np.log([0.5, 0.2, 0.1, 0.05, 0.01]).tolist()] * n,
+      'prompt_tokens': [[i, 7] for i in range(n)],
+      'in_context': self.rng.random(n) < 0.6,
+    }
+    pq.write_table(pa.table(columns), self.folder / stage / 'predictions.parquet')
 
-  def add_training(self, stage, ablations=()):
+  def add_log_p(self, stage):
+    log_p = np.log(self.rng.dirichlet(np.ones(len(self.names)), 2 * len(self.true)))
+    split = ['validation', 'test'] * len(self.true)
+    table = pa.table({'split': split, 'log_p': log_p.tolist()})
+    pq.write_table(table, self.folder / stage / 'log_probs.parquet')
+
+  def add_training(self, stage, name=None):
+    """`name`: a | b | one, of the stage of the config."""
     self.json(
       f'{stage}/config.json',
       {
+        'model': {'address': 'hf://tiny'},
         'train': {'batch': 8, 'length': 512},
         'a': {
           'steps': 60,
@@ -170,17 +136,19 @@ class Work:
         },
         'b': {'softmax': 'names', 'prior': 'natural', 'conversation_share': 0.0},
         'seed': 11,
-        'stage': 'one' if 'one_stage' in ablations else stage[0],
+        'stage': name or stage[0],
         'data': {'history': 9},
-        'ablations': list(ablations),
+        'ablations': [],
       },
     )
-    rows = [{'step': i, 'loss': 5 / (1 + i / 9) + self.rng.random()} for i in range(60)]
-    for row in rows[9::10]:
-      row['val_loss'] = row['loss'] + 0.3
-    (self.folder / stage / 'metrics.jsonl').write_text(
-      ''.join(json.dumps(row) + '\n' for row in rows)
-    )
+    rows = [
+      {'step': i, 'loss': 5 / i, 'tokens': 900.0, 'samples': 30.0, 'padding': 0.25}
+      | ({'seconds': 3.0} if i > 1 else {'seconds_to_first_step': 12.0})
+      | ({} if i % 10 else {'val_loss': 5.3 / i})
+      for i in range(1, 61)
+    ]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (self.folder / stage / 'metrics.jsonl').write_text(lines)
     self.add_plan(stage, 50)
 
   def add_plan(self, stage, rows):
@@ -189,63 +157,22 @@ class Work:
     if stage == 'a_tuning':
       allowed = allowed[self.anchor[self.behavior]]
     self.drawn = self.rng.choice(allowed, (rows, 4))
-    pq.write_table(
-      pa.Table.from_pylist(
-        [
-          {
-            'step': i // 2,
-            'row': i % 2,
-            'segments': [
-              {
-                'kind': 'window',
-                'start': 0,
-                'stop': 32,
-                'length': 400,
-                'targets': targets,
-                'weights': [1.0] * 4,
-              },
-              {
-                'kind': 'conversation',
-                'start': 3,
-                'stop': 4,
-                'length': 100,
-                'targets': [5, 6],
-                'weights': [1.0, 1.0],
-              },
-            ],
-          }
-          for i, targets in enumerate(self.drawn.tolist())
-        ],
-        PLAN,
-      ),
-      self.folder / stage / 'plan.parquet',
-    )
-
-  def add_difficulty(self):
-    score = self.rng.gamma(3, 1, 400)
-    ids = self.rng.choice(len(self.names), 400)
-    score[self.anchor[ids]] *= 0.5
-    pq.write_table(
-      pa.table(
-        {
-          'sample': np.arange(400),
-          'behavior': np.array(self.names)[ids],
-          'group': np.where(self.anchor[ids], 'anchor', 'tail'),
-          'score': score,
-        }
-      ),
-      self.folder / 'b_tuning/difficulty.parquet',
-    )
+    conversation = {'kind': 'conversation', 'targets': [5, 6]}
+    rows = [
+      {'segments': [{'kind': 'window', 'targets': targets}, conversation]}
+      for targets in self.drawn.tolist()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), self.folder / stage / 'plan.parquet')
 
 
-def whole(folder, **options):
-  work = Work(folder, **options)
+def whole(folder):
+  work = Work(folder)
   work.add_baselines()
   for stage, skill in (('base', 0.1), ('a_tuning', 0.5), ('b_tuning', 0.6)):
     work.add_predictions(stage, skill)
+    work.add_log_p(stage)
     if stage != 'base':
       work.add_training(stage)
-  work.add_difficulty()
   return work
 
 
@@ -254,7 +181,7 @@ def decode(tokens):
 
 
 def write_report(work, **options):
-  """Writes the report of a Work and returns its text."""
+  """The text of a Work's report, which is written."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_files, 'open_events', lambda folder: work.events)
     report.write_report(work.folder, 'A run', **options)
@@ -304,14 +231,8 @@ def row_of(text, head, name):
 def test_whole_run_shows_every_section_and_plot(done):
   text = done.text
   images = sorted(path.name for path in (done.folder / 'report').iterdir())
-  assert images == [
-    'changes.png',
-    'difficulty.png',
-    'f1.png',
-    'loss.png',
-    'stages.png',
-    'targets.png',
-  ]
+  names = ('changes', 'f1', 'loss', 'stages', 'targets', 'trade_off')
+  assert images == [f'{name}.png' for name in names]
   for name in images:
     assert f'(report/{name})' in text
     assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
@@ -327,19 +248,9 @@ def test_whole_run_shows_every_section_and_plot(done):
 
 
 def test_tables_hold_the_numbers_of_the_files(done):
-  text = done.text
-  scores = json.loads((done.folder / 'b_tuning/evaluation.json').read_text())
-  assert row_of(text, 'all behaviors', 'B-Tuning')[1:] == [
-    f'{scores["all"][key]:.3f}'
-    for key in (
-      'accuracy@1',
-      'accuracy@3',
-      'accuracy@5',
-      'ndcg@5',
-      'f1_weighted',
-      'f1_macro',
-    )
-  ]
+  text, scores = done.text, done.work.evaluation('b_tuning')
+  results = row_of(text, 'all behaviors', 'B-Tuning')
+  assert results[1:] == [f'{scores["all"][key]:.3f}' for key in SCORES]
   group = row_of(text, 'by group', 'B-Tuning')
   assert group[5] == str(scores['tail']['n'])
   assert group[8] == f'{scores["tail"]["f1_macro"]:.3f}'
@@ -347,34 +258,25 @@ def test_tables_hold_the_numbers_of_the_files(done):
   inside = [r for r in table.to_pylist() if r['in_context']]
   want = np.mean([r['behavior'] == r['predicted'] for r in inside])
   assert row_of(text, 'stage', 'B-Tuning')[1:3] == [str(len(inside)), f'{want:.3f}']
+  assert '| A-Tuning | 60 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |' in text
 
 
-def test_summary_names_stages_and_baselines(done):
-  text = done.text.split('\n\n')[2]
-  scores = [
-    json.loads((done.folder / stage / 'evaluation.json').read_text())
-    for stage in run_files.STAGES
-  ]
-  tail = ' → '.join(f'{s["tail"]["f1_macro"]:.3f}' for s in scores)
-  assert f'Tail macro-F1: {tail} (best free baseline' in text
-  assert '3,100 events of 40 users' in text and 'n = 120' in text
-
-
-def test_verdict_stands_first_and_agrees_with_the_files(done):
-  text = done.text.split('\n\n')[1]
-  scores = [
-    json.loads((done.folder / stage / 'evaluation.json').read_text())
-    for stage in run_files.STAGES
-  ]
-  assert text.startswith('**Verdict.** On 120 test events of 30 users, B-Tun')
+def test_verdict_and_summary_stand_first_and_agree_with_the_files(done):
+  verdict, summary = done.text.split('\n\n')[1:3]
+  assert verdict.startswith('**Verdict.** On 120 test events of 30 users, B-Tun')
+  scores = [done.work.evaluation(stage) for stage in run_files.STAGES]
   for group, key, name in (
     ('all', 'accuracy@1', 'accuracy'),
     ('tail', 'f1_macro', 'tail macro-F1'),
   ):
     base, a, b = (score[group][key] for score in scores)
-    assert f'{name} {b:.3f}' in text
-    assert f'{name} {b - base:+.3f}' in text.split('Against')[1]
-    assert f'{name} {b - a:+.3f}' in text.split('Against')[2]
+    assert f'{name} {b:.3f}' in verdict
+    assert f'{name} {b - base:+.3f}' in verdict.split('Against')[1]
+    assert f'{name} {b - a:+.3f}' in verdict.split('Against')[2]
+    order = f'{base:.3f} → {a:.3f} → {b:.3f}'
+    assert f'{name}: {order} (best free baseline'.lower() in summary.lower()
+  assert '3,100 events of 40 users' in summary and 'n = 120' in summary
+  assert 'The model is hf://tiny.' in summary
 
 
 def test_changes_stand_beside_the_best_baseline_of_the_file(done):
@@ -420,23 +322,6 @@ def test_many_behaviors_fold_away_most_frequent_first(done):
   assert 'details' in Page(done.folder).tags
 
 
-def test_time_shows_only_what_was_noted(tmp_path):
-  work = Work(tmp_path)
-  work.add_training('a_tuning')
-  assert '| A-Tuning | 60 |\n' in write_report(work)
-  rows = [
-    {'step': i, 'loss': 1.0, 'tokens': 900.0, 'samples': 30.0, 'padding': 0.25}
-    | ({'seconds': 3.0} if i > 1 else {'seconds_to_first_step': 12.0})
-    for i in range(1, 9)
-  ]
-  (tmp_path / 'a_tuning/metrics.jsonl').write_text(
-    ''.join(json.dumps(row) + '\n' for row in rows)
-  )
-  assert '| A-Tuning | 8 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |' in write_report(
-    work
-  )
-
-
 def test_what_is_still_known_is_told_where_measured(done, tmp_path):
   assert 'What the model still knows' not in done.text
   work = Work(tmp_path)
@@ -457,19 +342,18 @@ def test_absent_stages_leave_no_rows(tmp_path):
   text = write_report(work)
   assert 'A-Tuning' in text
   assert 'B-Tuning' not in text and 'untuned' not in text
-  assert not (tmp_path / 'report/difficulty.png').exists()
 
 
 def test_a_directory_with_events_alone_still_reports(tmp_path):
   text = write_report(Work(tmp_path))
   headings = [line for line in text.splitlines() if line.startswith('## ')]
-  assert headings == ['## Data', '## Files and configuration']
+  assert headings == ['## Data']
 
 
 def test_one_stage_run_is_named_so(tmp_path):
   work = Work(tmp_path)
   work.add_predictions('b_tuning', 0.5)
-  work.add_training('b_tuning', ['one_stage'])
+  work.add_training('b_tuning', 'one')
   text = write_report(work)
   assert '| one stage | 60 |' in text and 'B-Tuning' not in text
 

@@ -31,24 +31,26 @@ def make_prompts(lengths=LENGTHS):
   return [generator.integers(0, 300, n).astype(np.int32) for n in lengths]
 
 
-def make_scorer(base, names=NAMES, **fields):
+def make_scorer(base, names=NAMES, softmax='vocabulary', names_per_pass=256):
   """A Scorer in float32 on all devices (here: one)."""
   config = config_lib.default()
-  config.score.update({'batch': 2, 'softmax': 'vocabulary'} | fields)
-  layout = sharding.make_layout(config)
+  config.model.dtype = 'float32'
+  layout = sharding.make_layout(config.mesh, config.train)
   params = weights.read_params(base, np.float32, layout.place)
-  attach = step.attacher(base.config, config, layout, 'float32')
-  answers = [np.array(name, np.int32) for name in names]
-  return scorer_lib.Scorer(attach, params, answers, config.score, layout)
+  attach = step.attacher(
+    base.config, layout, config.model, config.train, config.lora.alpha
+  )
+  score = {'batch': 2, 'softmax': softmax}
+  return scorer_lib.Scorer(attach, params, names, score, layout, names_per_pass)
 
 
-def scores_of(base, prompts, names=NAMES, **fields):
-  return make_scorer(base, names, **fields)(None, prompts)
+def scores_of(base, prompts, *arguments):
+  return make_scorer(base, *arguments)(None, prompts)
 
 
 def test_a_clash_between_two_chunks_is_refused(llama):
   with pytest.raises(InputError, match='two behavior names'):
-    make_scorer(llama[1], [[1, 2], [3], [4], [1, 2]], names_per_pass=2)
+    make_scorer(llama[1], [[1, 2], [3], [4], [1, 2]], 'vocabulary', 2)
 
 
 def test_scores_equal_one_forward_per_name(llama, brute_force):
@@ -71,7 +73,7 @@ def test_scores_equal_one_forward_per_name(llama, brute_force):
 def test_names_cut_into_chunks_score_as_the_whole_list(llama, chosen, chunk):
   prompts = make_prompts((40, 1, 17))
   whole = scores_of(llama[1], prompts)
-  parts = scores_of(llama[1], prompts, NAMES[chosen], names_per_pass=chunk)
+  parts = scores_of(llama[1], prompts, NAMES[chosen], 'vocabulary', chunk)
   np.testing.assert_allclose(parts, whole[:, chosen], rtol=0, atol=1e-4)
 
 
@@ -99,11 +101,11 @@ def within_names(model, prompts, names):
   return found
 
 
-@pytest.mark.parametrize('fields', [{}, {'names_per_pass': 2}])
-def test_scores_within_names_equal_a_softmax_over_what_goes_on(llama, fields):
+@pytest.mark.parametrize('chunk', [256, 2])
+def test_scores_within_names_equal_a_softmax_over_what_goes_on(llama, chunk):
   model, base = llama
   prompts = make_prompts()
-  found = scores_of(base, prompts, softmax='names', **fields)
+  found = scores_of(base, prompts, NAMES, 'names', chunk)
   np.testing.assert_allclose(
     found, within_names(model, prompts, NAMES), rtol=0, atol=1e-3
   )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prepared
 from behaviorlm_jax.report import run_files
@@ -41,13 +42,15 @@ def rows(events):
 
 
 def test_tails_keep_some_training_events_and_the_rest_stays(config, thinned, tmp_path):
-  whole = prepared.load_events(config, tmp_path / 'whole')
+  whole = prepared.load_events(config, workspace.local(tmp_path / 'whole'))
   every, earlier = rows(whole), set()
   some = {row[:2] for row in every if row[2] in TAILS and row[3] == 0}
   assert len(some) == 8 and len(set(every)) == len(every)
   for shots in (0, 1, 3, 100):
     folder = thinned(shots)
-    events = prepared.load_events(config, folder)  # A run takes them as its own.
+    events = prepared.load_events(
+      config, workspace.local(folder)
+    )  # A run takes them as its own.
     left = rows(events)
     assert [row for row in every if row in set(left)] == left
     gone = set(every) - set(left)

@@ -1,7 +1,6 @@
 """Sweeps: what runs, what is shared, what is not run again, the rows."""
 
 import csv
-import dataclasses
 import json
 import runpy
 import shutil
@@ -20,15 +19,17 @@ from behaviorlm_jax import measure
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
+from behaviorlm_jax.report import run_files
 from behaviorlm_jax.sweep import choices, few_shot, jobs, results, settings
 from behaviorlm_jax.sweep import rows as rows_lib
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+TABLES = ('results.csv', 'differences.csv', 'trade_off.csv')
 SHORT = {
   'a.steps': 2,
-  'b.steps': 2,
+  'difficulty.score': 'nll',
   'checkpoint.every': 2,
   'eval.max_samples': 20,
   'eval.validation_samples': 20,
@@ -75,9 +76,18 @@ def swept(tmp_path_factory, make_sweep):
   return folder
 
 
-def read(path):
+def read(path, *key, **where):
+  """{values of `key`: row} of a CSV file, of rows that are as `where` says."""
   with path.open(newline='') as lines:
-    return list(csv.DictReader(lines))
+    rows = [row for row in csv.DictReader(lines) if row | where == row]
+  return {tuple(row[column] for column in key): row for row in rows}
+
+
+def copied(swept, folder):
+  """`folder`, with the rows of a sweep."""
+  for name in TABLES:
+    shutil.copy(swept / name, folder / name)
+  return folder
 
 
 def test_runs_go_seed_by_seed_in_the_order_asked_for(make_sweep, tmp_path):
@@ -127,25 +137,14 @@ def test_settings_name_what_differs_from_the_defaults_but_for_seed_and_paths(
 
 
 def test_every_predictor_has_the_scores_of_its_evaluation(swept):
-  rows = {
-    (row['method'], row['seed'], row['group'], row['metric']): row
-    for row in read(swept / 'results.csv')
+  rows = read(swept / 'results.csv', 'seed', 'method', 'group', 'metric')
+  names = lambda seed: {key[1] for key in rows if key[0] == seed}
+  assert names('0') >= {
+    *('untuned', 'markov', 'markov_adjusted', 'user_frequent', 'stage_a', 'first'),
+    *('drawn', 'one', 'one_adjusted', 'first_mixed_adjusted'),
+    *('sasrec', 'sasrec_adjusted'),
   }
-  assert {key[0] for key in rows if key[1] == '0'} >= {
-    'untuned',
-    'stage_a',
-    'first',
-    'drawn',
-    'one',
-    'one_adjusted',
-    'first_mixed_adjusted',
-    'sasrec',
-    'sasrec_adjusted',
-    'markov',
-    'markov_adjusted',
-    'user_frequent',
-  }
-  assert {key[0] for key in rows if key[1] == '1'}.isdisjoint({'drawn', 'one'})
+  assert names('1').isdisjoint({'drawn', 'one'})
   for name, folder, kind in (
     ('sasrec_mixed', 'sasrec/sasrec', 'mixed'),
     ('stage_a', 'stage_a/a_tuning', None),
@@ -153,12 +152,10 @@ def test_every_predictor_has_the_scores_of_its_evaluation(swept):
   ):
     path = swept / 'walks/seed0' / folder / 'evaluation.json'
     found = json.loads(path.read_text())
-    found = found['fitted'][kind] if kind else found
-    row = rows[name, '0', 'tail', 'f1_macro']
-    np.testing.assert_allclose(
-      float(row['value']), found['tail']['f1_macro'], rtol=1e-4
-    )
-    assert int(row['n']) == found['tail']['n']
+    scores = (found['fitted'][kind] if kind else found)['tail']
+    row = rows['0', name, 'tail', 'f1_macro']
+    assert float(row['value']) == pytest.approx(scores['f1_macro'], rel=1e-4)
+    assert int(row['n']) == scores['n']
 
 
 def test_runs_share_the_untuned_scores_and_start_from_the_adapter(swept):
@@ -185,53 +182,38 @@ def test_deciles_go_from_the_most_frequent_behaviors_on(swept):
   f1 = sklearn.metrics.f1_score(
     true, predicted, labels=names, average=None, zero_division=0
   )
-  rows = {
-    row['group']: float(row['value'])
-    for row in read(swept / 'results.csv')
-    if row['method'] == 'one' and row['metric'] == 'f1_macro'
-  }
+  rows = read(swept / 'results.csv', 'group', method='one', metric='f1_macro')
   for i, part in enumerate(np.array_split(f1, 10), start=1):
     if len(part):
-      assert rows[f'decile_{i}'] == pytest.approx(part.mean(), abs=1e-5)
-  assert 'decile_1' in rows
+      found = float(rows[f'decile_{i}',]['value'])
+      assert found == pytest.approx(part.mean(), abs=1e-5)
+  assert ('decile_1',) in rows
 
 
 def test_nll_is_the_mean_over_the_events_of_a_group(swept):
-  table = parquet.read_table(
-    swept / 'walks/seed0/one/b_tuning/predictions.parquet'
-  ).to_pydict()
-  rows = {
-    row['group']: row
-    for row in read(swept / 'results.csv')
-    if (row['method'], row['metric']) == ('one', 'nll')
-  }
-  for group, row in rows.items():
-    part = [
-      -x
-      for x, g in zip(table['log_prob'], table['group'], strict=True)
-      if group in ('all', g)
-    ]
+  path = swept / 'walks/seed0/one/b_tuning/predictions.parquet'
+  table = parquet.read_table(path, columns=['group', 'log_prob']).to_pylist()
+  rows = read(swept / 'results.csv', 'group', method='one', metric='nll')
+  for (group,), row in rows.items():
+    part = [-event['log_prob'] for event in table if group in ('all', event['group'])]
     assert float(row['value']) == pytest.approx(np.mean(part), rel=1e-4)
     assert int(row['n']) == len(part)
-  assert {'all', 'anchor'} <= rows.keys()
+  assert {('all',), ('anchor',)} <= rows.keys()
 
 
 def test_cost_is_that_of_both_stages(swept):
-  rows = {
-    (row['method'], row['metric']): float(row['value'])
-    for row in read(swept / 'results.csv')
-    if row['group'] == 'training' and row['seed'] == '0'
-  }
+  rows = read(swept / 'results.csv', 'method', 'metric', group='training', seed='0')
+  found = lambda *key: float(rows[key]['value'])
   targets = lambda folder: sum(
     json.loads(line)['samples']
     for line in (swept / 'walks/seed0' / folder / 'metrics.jsonl').open()
   )
   alone = targets('stage_a/a_tuning')
-  assert rows['stage_a', 'targets'] == alone
+  assert found('stage_a', 'targets') == alone
   for name in ('first', 'drawn'):
-    assert rows[name, 'targets'] == alone + targets(f'{name}/b_tuning')
-  assert rows['one', 'targets'] == targets('one/b_tuning')
-  assert rows['one', 'seconds'] > 0
+    assert found(name, 'targets') == alone + targets(f'{name}/b_tuning')
+  assert found('one', 'targets') == targets('one/b_tuning')
+  assert found('one', 'seconds') > 0
 
 
 def test_finished_and_committed_runs_are_not_run_again(
@@ -241,9 +223,7 @@ def test_finished_and_committed_runs_are_not_run_again(
   monkeypatch.setattr(jobs, 'run_job', lambda job: ran.append(job.key))
   jobs.run_all(make_sweep(tmp_path / 'none'), swept)
   assert not ran
-  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
-    (tmp_path / name).write_bytes((swept / name).read_bytes())
-  jobs.run_all(make_sweep(tmp_path), tmp_path / 'empty')
+  jobs.run_all(make_sweep(copied(swept, tmp_path)), tmp_path / 'empty')
   assert not ran
   # Other settings are other runs, and so is the run that they start from.
   config = make_sweep(tmp_path)
@@ -286,41 +266,31 @@ def test_a_sweep_that_ended_while_it_scored_goes_on_to_the_same_rows(
   assert steps.read_bytes() == before  # Nothing was learned again.
   rows = lambda folder: [
     row
-    for row in read(folder / 'results.csv')
+    for row in read(folder / 'results.csv', 'method', 'group', 'metric').values()
     if row['method'].startswith('one') and row['metric'] != 'seconds'
   ]
   assert rows(tmp_path) == rows(swept) and rows(swept)
 
 
 def test_differences_are_paired_over_the_seeds_that_both_have(swept):
-  rows = {
-    (row['control'], row['metric']): row
-    for row in read(swept / 'differences.csv')
-    if row['method'] == 'first'
-  }
+  rows = read(swept / 'differences.csv', 'control', 'metric', method='first')
   assert {control for control, _ in rows} == {'one', 'one_adjusted', 'markov'}
   assert rows['markov', 'accuracy']['seeds'] == '0 1'
   assert rows['one', 'accuracy']['seeds'] == '0'
   for row in rows.values():
     low, change, high = (float(row[k]) for k in ('low', 'change', 'high'))
     assert low <= change <= high
-  scores = {
-    (row['method'], row['seed']): float(row['value'])
-    for row in read(swept / 'results.csv')
-    if (row['group'], row['metric']) == ('all', 'accuracy@1')
-  }
-  want = np.mean([scores['first', s] - scores['markov', s] for s in '01'])
-  np.testing.assert_allclose(
-    float(rows['markov', 'accuracy']['change']), want, atol=1e-5
+  scores = read(swept / 'results.csv', 'method', 'seed', 'metric', group='all')
+  gain = lambda method, control, seed, metric: (
+    float(scores[method, seed, metric]['value'])
+    - float(scores[control, seed, metric]['value'])
   )
-  nll = {
-    row['method']: float(row['value'])
-    for row in read(swept / 'results.csv')
-    if (row['group'], row['metric'], row['seed']) == ('all', 'nll', '0')
-  }
-  assert float(rows['one', 'log p']['change']) == pytest.approx(
-    nll['one'] - nll['first'], abs=1e-4
-  )
+  for control, metric, expected in (
+    ('markov', 'accuracy', [gain('first', 'markov', s, 'accuracy@1') for s in '01']),
+    ('one', 'log p', [gain('one', 'first', '0', 'nll')]),
+  ):
+    change = float(rows[control, metric]['change'])
+    assert change == pytest.approx(np.mean(expected), abs=1e-4)
   assert ('one_adjusted', 'log p') not in rows
 
 
@@ -340,34 +310,19 @@ def test_a_difference_replaces_those_over_some_of_its_seeds(
   swept, make_sweep, tmp_path, known, settings, kept
 ):
   rows = rows_lib.read_folder(tmp_path)
-  finished = [
-    job
-    for job in jobs.jobs(make_sweep(tmp_path), swept)
-    if job.finished and job.name == 'first'
-  ]
+  every = jobs.jobs(make_sweep(tmp_path), swept)
+  finished = [job for job in every if job.finished and job.name == 'first']
+  named = dict(data='walks', method='first', control='markov', metric='accuracy')
   rows.add(
     'differences.csv',
-    data='walks',
-    method='first',
-    control='markov',
-    metric='accuracy',
+    **named,
+    **dict.fromkeys(('n', 'before', 'change', 'low', 'high'), 0),
     seeds=known,
-    n=1,
-    before=0.0,
-    change=0.0,
-    low=None,
-    high=None,
     settings=f'{finished[0].settings}/{settings}',
   )
   results.add_rows(finished, (('first', 'markov'),), rows, tmp_path)
-  assert (
-    sorted(
-      found['seeds']
-      for found in rows.of('differences.csv')
-      if found['metric'] == 'accuracy'
-    )
-    == kept
-  )
+  found = [row['seeds'] for row in rows.of('differences.csv') if row | named == row]
+  assert sorted(found) == kept
 
 
 @pytest.fixture
@@ -393,10 +348,7 @@ def at_hand(swept, make_sweep, tmp_path):
 def differences(config, folder):
   """{(method, control, score): its row}, collected anew."""
   jobs.collect(config, jobs.jobs(config, folder), folder)
-  return {
-    (row['method'], row['control'], row['metric']): row
-    for row in read(folder / 'differences.csv')
-  }
+  return read(folder / 'differences.csv', 'method', 'control', 'metric')
 
 
 @pytest.mark.parametrize(
@@ -416,12 +368,9 @@ def test_runs_are_compared_with_those_that_ended_elsewhere(
   (tmp_path / 'all/walks').symlink_to(swept / 'walks')
   expected = differences(config, tmp_path / 'all')
   assert found.keys() == expected.keys()
-  assert {method for method, _, _ in found} == {
-    'first',
-    'first_matched',
-    'first_mixed',
-    'first_mixed_matched',
-  }
+  assert {method for method, _, _ in found} == (
+    {'first', 'first_matched', 'first_mixed', 'first_mixed_matched'}
+  )
   assert found['first', 'one', 'log p']['seeds'] == '0'
   assert found['first', 'stage_a', 'log p']['seeds'] == '0 1'
   for key, row in expected.items():
@@ -490,9 +439,7 @@ def test_kept_choices_hold_neither_behaviors_that_happened_nor_users(swept):
 
 
 def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
-  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
-    (tmp_path / name).write_bytes((swept / name).read_bytes())
-  jobs.report(make_sweep(tmp_path), tmp_path)
+  jobs.report(make_sweep(tmp_path), copied(swept, tmp_path))
   text = (tmp_path / 'tables.md').read_text()
   assert '## walks' in text and '| one_adjusted | 20 |' in text
   # Other seeds have other test events: they are shown apart.
@@ -506,17 +453,12 @@ def test_the_report_needs_nothing_but_the_rows(swept, tmp_path, make_sweep):
 
 
 def test_the_command_reports_and_explains(swept, tmp_path, command_environment):
-  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
-    (tmp_path / name).write_bytes((swept / name).read_bytes())
-  command = [
-    sys.executable,
-    '-m',
-    'behaviorlm_jax.sweep',
-    '--config=configs/ablations.py',
-    f'--workdir={tmp_path}',
-  ]
+  copied(swept, tmp_path)
+  command = (
+    f'-m behaviorlm_jax.sweep --config=configs/ablations.py --workdir={tmp_path}'
+  )
   call = lambda *more: subprocess.run(
-    [*command, *more],
+    [sys.executable, *command.split(), *more],
     cwd=ROOT,
     env=command_environment,
     capture_output=True,
@@ -538,9 +480,8 @@ def test_a_folder_without_rows_is_refused(tmp_path, make_sweep):
 
 
 def test_rows_survive_being_written_and_read(swept, tmp_path):
-  rows = rows_lib.read_folder(swept)
-  rows_lib.write_folder(tmp_path, rows)
-  for name in ('results.csv', 'differences.csv', 'trade_off.csv'):
+  rows_lib.write_folder(tmp_path, rows_lib.read_folder(swept))
+  for name in TABLES:
     assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
 
 
@@ -558,11 +499,8 @@ def test_contrasts_of_the_shipped_sweeps_name_what_they_run(tmp_path, name):
   every = jobs.jobs(config, tmp_path)
   assert len({job.key for job in every}) == len(every)
   known = {job.name for job in every} | {'untuned', 'markov', 'markov_adjusted'}
-  known |= {
-    f'{job.name}_{kind}'
-    for job in every
-    for kind in ('adjusted', 'mixed', 'mixed_adjusted', 'matched', 'mixed_matched')
-  }
+  kinds = (*adjust.NAMES, 'matched', 'mixed_matched')
+  known |= {f'{job.name}_{kind}' for job in every for kind in kinds}
   assert {name for pair in config.contrasts for name in pair} <= known
   assert len(set(config.contrasts)) == len(config.contrasts)
   assert all(method != control for method, control in config.contrasts)
@@ -578,21 +516,11 @@ def test_committed_rows_of_one_pass_are_known_by_the_hashes_of_its_jobs(tmp_path
 
 
 def test_the_main_controls_have_three_seeds(tmp_path):
-  three = {
-    job.name for job in jobs.jobs(shipped('controls'), tmp_path) if job.seed == 2
-  }
-  assert three == {
-    'no_balanced_stage',
-    'behaviorlm',
-    'one_stage',
-    'no_difficulty',
-    'all_behaviors_alone',
-    'all_behaviors_first',
-    'no_auxiliary',
-    'sasrec',
-    'one_stage_balanced_windows',
-    'balanced_softmax',
-  }
+  every = jobs.jobs(shipped('controls'), tmp_path)
+  once = {'over_vocabulary', 'no_balance', 'no_anchor_stage'}
+  assert {job.name for job in every} - {job.name for job in every if job.seed == 2} == (
+    once
+  )
 
 
 def test_a_run_of_few_shots_reads_a_log_of_its_own(make_sweep, tmp_path, monkeypatch):
@@ -604,9 +532,8 @@ def test_a_run_of_few_shots_reads_a_log_of_its_own(make_sweep, tmp_path, monkeyp
   config.contrasts = (('few', 'few_one'), ('few', 'stage_a'), ('few', 'markov'))
   jobs.run_all(config, tmp_path)
   whole, few, one = jobs.jobs(config, tmp_path)
-  assert (
-    few.settings != dataclasses.replace(few, method=settings.method(shots=3)).settings
-  )
+  assert few.settings == results.settings_hash(few.config, whole.settings, 2)
+  assert few.settings != results.settings_hash(few.config, whole.settings, 3)
   assert few.folder == tmp_path / 'walks/seed0_2_shots/few'
   events = events_lib.open_events(few.folder / 'events')
   # Siblings of as many shots share them, and what was measured on them.
@@ -614,18 +541,8 @@ def test_a_run_of_few_shots_reads_a_log_of_its_own(make_sweep, tmp_path, monkeyp
     assert (few.folder / name).read_text() == (one.folder / name).read_text()
   counts = {b.name: b.train_count for b in events.behaviors}
   assert counts['airport'] == counts['hotel'] == 2
-  rows = {
-    (row['method'], row['group'], row['metric']): row
-    for row in read(tmp_path / 'results.csv')
-  }
-  rows_parquet = parquet.read_table(few.folder / 'b_tuning/plan.parquet')
-  targets = [
-    t
-    for row in rows_parquet['segments'].to_pylist()
-    for segment in row
-    if segment['kind'] == 'window'
-    for t in segment['targets']
-  ]
+  rows = read(tmp_path / 'results.csv', 'method', 'group', 'metric')
+  targets = run_files.plan_targets(few.folder / 'b_tuning/plan.parquet')
   names = [events.behaviors[b].name for b in events.behavior[targets]]
   expected = (names.count('airport') + names.count('hotel')) / 2
   assert float(rows['few', 'few_shot', 'targets']['value']) == expected > 0
@@ -639,6 +556,5 @@ def test_a_run_of_few_shots_reads_a_log_of_its_own(make_sweep, tmp_path, monkeyp
   for name in ('markov', 'untuned'):  # Of the whole log.
     assert rows[name, 'all', 'f1_macro']['settings'] == whole.settings
   # Test events are the same, so all may be compared.
-  assert {
-    (row['method'], row['control']) for row in read(tmp_path / 'differences.csv')
-  } == set(config.contrasts)
+  found = read(tmp_path / 'differences.csv', 'method', 'control')
+  assert found.keys() == set(config.contrasts)

@@ -10,6 +10,7 @@ fields of that section, for one of several processes.
 import json
 import re
 import sys
+import types
 from unittest import mock
 
 import jax
@@ -56,7 +57,8 @@ def draw_batch(generator):
 def make_plan(batch):
   """A plan whose rows have as many answers as the batch's."""
   counts = (batch['answer_weights'] > 0).sum(axis=1)
-  return plan_lib.Plan([[{'answers': int(n)}] for n in counts], ANSWERS, '')
+  rows = [[types.SimpleNamespace(answers=int(n))] for n in counts]
+  return plan_lib.Plan(rows, ANSWERS, '')
 
 
 def collectives(text):
@@ -100,30 +102,30 @@ def train(sizes, whole, order):
   config.train.update({'batch': ROWS, 'accumulate': PARTS})
   config.a.update({'steps': STEPS, 'learning_rate': 1e-2})
   config.mesh.update(sizes)
+  config.model.dtype = 'float32'
   base = weights.open_base('random://tiny')
   devices = jax.devices()
   with mock.patch(
     'jax.devices', lambda: [devices[i] for i in order or range(len(devices))]
   ):
-    layout = sharding.make_layout(config).of(base.config)
+    layout = sharding.make_layout(config.mesh, config.train).of(base.config)
   reader = Reader(layout)
   params = weights.read_params(base, np.float32, reader)
   adapter = jax.device_get(
     lora.init(base.config, 4, decoder.PROJECTIONS, jax.random.key(0))
   )
-  optimizer, schedule = step_lib.make_optimizer(
-    config_lib.stage_of(config, 'a'), config.train
+  stage, shapes = config_lib.stage_of(config, 'a'), jax.tree.map(np.shape, adapter)
+  tuner = step_lib.Tuner(stage, config.train, layout, shapes)
+  attach = step_lib.attacher(
+    base.config, layout, config.model, config.train, config.lora.alpha
   )
-  shapes = jax.tree.map(np.shape, adapter)
-  places = step_lib.state_shardings(layout, shapes, optimizer)
-  attach = step_lib.attacher(base.config, config, layout, 'float32')
   batch, own = draw_batch(np.random.default_rng(0)), layout.host_rows(ROWS)
   plan = make_plan(batch)
   batch = layout.put_rows({name: x[own] for name, x in batch.items()}, ROWS)
-  state, losses = step_lib.init_state(adapter, optimizer, places), []
+  state, losses = tuner.begin(adapter), []
   answers = plan_lib.most_answers(plan, ROWS, PARTS, layout.row_parts)
   loss = loss_lib.Loss(attach, layout.row_parts, answers, loss_lib.names_of(TREE))
-  run = step_lib.make_step(loss, optimizer, schedule, PARTS, places, layout)
+  run = step_lib.make_step(loss, tuner, PARTS)
   compiled = run.lower(state, params, batch).compile()
   for _ in range(STEPS):
     state, metrics = compiled(state, params, batch)

@@ -18,7 +18,7 @@ WAIT = 10  # Seconds until the other hosts have written, if not told before.
 
 @pytest.fixture
 def checkpoints(tmp_path):
-  return checkpoints_lib.Checkpoints(tmp_path / 'checkpoints', 2, 'plan')
+  return checkpoints_lib.Checkpoints(tmp_path / 'checkpoints', 'plan')
 
 
 def state(step):

@@ -163,7 +163,7 @@ def make_layout(**fields):
   """On the one device of this process, as if it were a part of a mesh."""
   config = config_lib.default()
   config.update_from_flattened_dict(fields)
-  return sharding.make_layout(config)
+  return sharding.make_layout(config.mesh, config.train)
 
 
 def divided(layout, sizes, axes, shape, name='', head_dim=1):
@@ -173,11 +173,16 @@ def divided(layout, sizes, axes, shape, name='', head_dim=1):
   return tuple(layout.weight(axes, shape, name).spec)
 
 
-def test_the_table_of_the_config_decides():
+def test_the_table_decides():
   axes, shape = ('layers', 'heads', 'embed'), (2, 64, 64)
   assert divided(make_layout(), mesh(1, 2, 2), axes, shape) == (None, 'tensor', 'fsdp')
-  other = make_layout(**{'sharding.embed': (), 'sharding.layers': ('fsdp',)})
-  assert divided(other, mesh(1, 2, 2), axes, shape) == ('fsdp', 'tensor', None)
+
+
+def test_no_weight_has_two_axes_that_one_of_the_mesh_divides():
+  for axes in sharding.PARAM_AXES.values():
+    used = [name for axis in axes if axis for name in sharding.TABLE[axis]]
+    assert set(used) <= set(sharding.AXES)
+    assert len(set(used)) == len(used)
 
 
 def test_what_cannot_be_divided_is_whole_on_every_device_and_in_the_log(caplog):
@@ -193,8 +198,6 @@ def test_what_cannot_be_divided_is_whole_on_every_device_and_in_the_log(caplog):
 @pytest.mark.parametrize(
   'fields, message',
   [
-    ({'sharding.embed': ('fdsp',)}, r"sharding.embed is \('fdsp',\); give axes"),
-    ({'sharding.mlp': ('data', 'data')}, 'each once: data, fsdp, tensor'),
     ({'mesh.data': 3}, 'mesh.data x fsdp x tensor is 3 x 1 x 1, but there'),
     ({'train.batch': 3, 'train.accumulate': 2}, 'train.batch is 3, but'),
   ],
@@ -202,16 +205,6 @@ def test_what_cannot_be_divided_is_whole_on_every_device_and_in_the_log(caplog):
 def test_a_layout_that_cannot_be_is_refused(fields, message):
   with pytest.raises(InputError, match=message):
     make_layout(**fields)
-
-
-def test_one_axis_of_the_mesh_for_two_of_an_array_is_refused():
-  layout = make_layout(**{'sharding.heads': ('fsdp',)})
-  with pytest.raises(
-    InputError,
-    match=r'q_proj is divided along fsdp, fsdp by '
-    r'sharding\.heads, sharding\.embed',
-  ):
-    divided(layout, mesh(fsdp=2), ('layers', 'heads', 'embed'), (2, 64, 64), 'q_proj')
 
 
 def test_gather_gives_every_host_whole_arrays():

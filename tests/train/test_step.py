@@ -39,10 +39,6 @@ def make_config(**fields):
   return config
 
 
-def make_optimizer(config):
-  return step_lib.make_optimizer(config_lib.stage_of(config, 'a'), config.train)
-
-
 # One function and one `attach`, so that the tests share compilations.
 _gradient = jax.jit(step_lib.gradient, static_argnums=(0, 4))
 _losses = functools.cache(loss_lib.Loss)
@@ -55,48 +51,60 @@ def gradient(adapter, params, batch, attach, accumulate, *options):
 @pytest.fixture(scope='module')
 def attach(llama):
   config = make_config()
-  layout = sharding.make_layout(config)
-  return step_lib.attacher(llama.config, config, layout, 'float32')
+  config.model.dtype = 'float32'
+  layout = sharding.make_layout(config.mesh, config.train)
+  return step_lib.attacher(
+    llama.config, layout, config.model, config.train, config.lora.alpha
+  )
 
 
-def torch_loss(model, batch):
-  """The loss by its definition: full logits of every segment by itself."""
+def torch_loss(model, batch, tree=None, bonus=None):
+  """The loss by its definition: full logits of every segment by itself.
+
+  A token at a node is normalised within the node's edges, one by one.
+  """
   total = torch.zeros(())
+  answers = [
+    batch[f'answer_{name}'] for name in ('positions', 'tokens', 'weights', 'nodes')
+  ]
   for row, segments in enumerate(batch['segments']):
     for number in range(1, segments.max() + 1):
       where = np.flatnonzero(segments == number)
       tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
-      scores = torch.log_softmax(model(tokens[None]).logits[0], -1)
-      for position, token, weight in zip(
-        batch['answer_positions'][row],
-        batch['answer_tokens'][row],
-        batch['answer_weights'][row],
-        strict=True,
-      ):
-        if weight and position in where:
-          total = total - weight * scores[position - where[0], token]
+      logits = model(tokens[None]).logits[0]
+      for position, token, weight, node in zip(*(x[row] for x in answers), strict=True):
+        if not weight or position not in where:
+          continue
+        own, place = logits[position - where[0]], token
+        if node >= 0:
+          edges = np.flatnonzero(tree.edge_nodes == node)
+          options = tree.edge_tokens[edges].tolist()
+          own = own[options] + torch.tensor(bonus[edges])
+          place = options.index(token)
+        total = total - weight * torch.log_softmax(own, -1)[place]
   return total / batch['answer_weights'].sum()
 
 
-def torch_gradient(llama, adapter, folder, batch):
-  """Loss and gradient of the exported adapter by peft and autograd."""
+def torch_model(llama, adapter, folder, **options):
+  """The base with the exported adapter, as peft reads it."""
   lora.export(folder, adapter, make_config().lora.alpha, llama.folder)
   base = transformers.AutoModelForCausalLM.from_pretrained(
     llama.folder, dtype=torch.float32
   )
-  model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+  return peft.PeftModel.from_pretrained(base, folder, **options)
+
+
+def torch_gradient(model, batch, names):
+  """Loss and gradient of an adapter by autograd."""
   loss = torch_loss(model, batch)
   loss.backward()
-  found = {name: {'a': [], 'b': []} for name in adapter}
+  found = {name: {'a': [], 'b': []} for name in names}
   for path, parameter in model.named_parameters():  # in the order of layers
     for side, part in (('a', '.lora_A.'), ('b', '.lora_B.')):
       if part in path:
         name = path.split(part)[0].split('.')[-1]
         found[name][side].append(parameter.grad.numpy())
-  stacked = {
-    name: {side: np.stack(layers) for side, layers in ab.items()}
-    for name, ab in found.items()
-  }
+  stacked = jax.tree.map(np.stack, found, is_leaf=lambda x: isinstance(x, list))
   return loss.item(), stacked
 
 
@@ -113,7 +121,8 @@ def test_loss_and_gradient_equal_those_of_torch_and_peft(
   tmp_path, llama, params, adapter, attach, make_batch
 ):
   batch = make_batch(ROWS)
-  expected, theirs = torch_gradient(llama, adapter, tmp_path, batch)
+  model = torch_model(llama, adapter, tmp_path, is_trainable=True)
+  expected, theirs = torch_gradient(model, batch, adapter)
   loss, ours, weight = gradient(adapter, params, batch, attach, 1)
   assert float(weight) == pytest.approx(batch['answer_weights'].sum())
   assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -184,33 +193,6 @@ def taught(batch, tree, generator):
   }
 
 
-def torch_names_loss(model, batch, tree, bonus):
-  """Of tokens at a node, within the rows of its edges, one by one."""
-  total = torch.zeros(())
-  for row, segments in enumerate(batch['segments']):
-    for number in range(1, segments.max() + 1):
-      where = np.flatnonzero(segments == number)
-      tokens = torch.tensor(batch['tokens'][row, where], dtype=torch.long)
-      logits = model(tokens[None]).logits[0]
-      for position, token, weight, node in zip(
-        *(
-          batch[f'answer_{name}'][row]
-          for name in ('positions', 'tokens', 'weights', 'nodes')
-        ),
-        strict=True,
-      ):
-        if not weight or position not in where:
-          continue
-        own = logits[position - where[0]]
-        options = list(range(len(own)))
-        if node >= 0:
-          edges = np.flatnonzero(tree.edge_nodes == node)
-          options = tree.edge_tokens[edges].tolist()
-          own = own[options] + torch.tensor(bonus[edges])
-        total = total - weight * torch.log_softmax(own, -1)[options.index(token)]
-  return total / batch['answer_weights'].sum()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('drawn', [None, COUNTS])
 @pytest.mark.parametrize('accumulate, most', [(1, None), (2, 40)])
@@ -231,13 +213,9 @@ def test_names_are_taught_within_their_list(
     bonus = np.log(
       [sum(drawn[i] for i in names) / sum(KEPT[i] for i in names) for names in below]
     ).astype('f4')
-  lora.export(tmp_path, adapter, make_config().lora.alpha, llama.folder)
-  base = transformers.AutoModelForCausalLM.from_pretrained(
-    llama.folder, dtype=torch.float32
-  )
-  model = peft.PeftModel.from_pretrained(base, tmp_path)
   with torch.no_grad():
-    expected = torch_names_loss(model, batch, tree, bonus).item()
+    model = torch_model(llama, adapter, tmp_path)
+    expected = torch_loss(model, batch, tree, bonus).item()
   names = loss_lib.names_of(tree, drawn, KEPT)
   loss, _, _ = gradient(adapter, params, batch, attach, accumulate, 1, most, names)
   assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -288,15 +266,12 @@ class Trainer:
 
   def __init__(self, attach, params, adapter, **fields):
     config = make_config(**fields)
-    train, self.layout = config.train, sharding.make_layout(config)
-    self.params = params
-    optimizer, schedule = make_optimizer(config)
+    stage, train = config_lib.stage_of(config, 'a'), config.train
+    self.layout, self.params = sharding.make_layout(config.mesh, train), params
     shapes = jax.tree.map(np.shape, adapter)
-    places = step_lib.state_shardings(self.layout, shapes, optimizer)
-    self.state = step_lib.init_state(adapter, optimizer, places)
-    self.run = step_lib.make_step(
-      loss_lib.Loss(attach), optimizer, schedule, train.accumulate, places, self.layout
-    )
+    tuner = step_lib.Tuner(stage, train, self.layout, shapes)
+    self.state = tuner.begin(adapter)
+    self.run = step_lib.make_step(loss_lib.Loss(attach), tuner, train.accumulate)
 
   def __call__(self, batch):
     placed = self.layout.put_rows(batch, len(batch['tokens']))
@@ -337,15 +312,11 @@ def test_metrics_say_what_the_step_saw(params, adapter, attach, make_batch):
 def test_update_equals_that_of_torch_adamw(clip):
   """Linear warm-up from rate / warmup, cosine to zero, clipping, decay."""
   steps, warmup, rate = 5, 2, 0.03
-  optimizer, _ = make_optimizer(
-    make_config(
-      steps=steps,
-      warmup=warmup / steps,
-      learning_rate=rate,
-      weight_decay=0.1,
-      clip=clip,
-    )
+  config = make_config(
+    steps=steps, warmup=warmup / steps, learning_rate=rate, weight_decay=0.1, clip=clip
   )
+  stage = config_lib.stage_of(config, 'a')
+  optimizer, _ = step_lib.make_optimizer(stage, config.train)
   generator = np.random.default_rng(0)
   ours = {name: generator.normal(size=(4, 3)).astype('f4') for name in 'ab'}
   theirs = {

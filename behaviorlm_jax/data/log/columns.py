@@ -103,6 +103,12 @@ def write_table(path: Path, relation: duckdb.DuckDBPyRelation) -> None:
       writer.write_batch(batch)
 
 
+def write_names(con: duckdb.DuckDBPyConnection, folder: Path, table: str) -> None:
+  """Writes the names of a table of `number_names`, in the order of their numbers."""
+  names = con.sql(f'SELECT name FROM {table} ORDER BY id')
+  write_table(folder / f'{table}.arrow', names)
+
+
 def read_table(path: Path) -> pa.Table:
   """Maps what `write_table` wrote."""
   return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -13,7 +13,6 @@ import csv
 import dataclasses
 import hashlib
 import heapq
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 from absl import logging
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.data.log import columns, shards, sources, splits, times
 from behaviorlm_jax.data.log.splits import SPLITS
@@ -45,21 +43,21 @@ class _Shard:
   users: np.ndarray  # int32, ascending
   places: np.ndarray  # int32, and -1 at the end: no place
   names: np.ndarray  # int32
+  ends: tuple[float, float]  # of splits.cuts
   splits: np.ndarray | None = None  # int8 [users], where groups are split
 
-  def split(self, rows: slice, ends: tuple[float, float]) -> np.ndarray:
+  def split(self, rows: slice) -> np.ndarray:
     """int8: splits of the events of a slice."""
     user = self.columns['user'][rows]
     if self.splits is not None:
       return self.splits[user]
     begin = self.begins[user]
     nth = np.arange(rows.start, rows.stop) - begin + 1
-    return splits.by_time(nth, self.begins[user + 1] - begin, ends)
+    return splits.by_time(nth, self.begins[user + 1] - begin, self.ends)
 
 
 def join(
-  data: ConfigDict,
-  place: str | Path | sources.Log,
+  log: sources.Log,
   folders: Sequence[Path],
   folder: Path,
   seed: int,
@@ -67,48 +65,35 @@ def join(
 ) -> dict:
   """Makes `folder` of the shards `folders` of a log; returns its summary.
 
-  `place` is that of the log, for what is said of it; `origin` is written beside
-  the events as config.json.
+  `origin` is written beside the events as config.json.
   """
-  log, ends = sources.open_log(place), splits.cuts(data.split)
   facts = [json.loads((one / 'shard.json').read_text('utf-8')) for one in folders]
   _check_rows(facts, folders, log)
-  # Of all shards together: each has looked at its own malformed rows alone.
   lost = _lost(facts)
-  shards.check_rejected(
-    log,
-    data.max_rejected,
-    facts[0]['rows'],
-    lost['reasons'],
-    list(itertools.islice(_rejected(folders), 1)),  # The first line of all.
-  )
+  # Of all shards together: each has looked at its own malformed rows alone.
+  shards.check_rejected(log, lost, next(_rejected(folders), None))
   with shards.new_folder(folder) as (half, con):
-    parts = _open(con, folders)
+    parts = _open(con, folders, splits.cuts(log.settings.split))
     if facts[0]['grouped']:
-      _split_groups(parts, seed, ends)
-    names = [
-      name for (name,) in con.execute('SELECT name FROM names ORDER BY id').fetchall()
-    ]
-    counts = sum(_count(part, len(names), ends) for part in parts)
-    behaviors, order = splits.group_behaviors(names, counts, data.anchor_share)
+      _split_groups(parts, seed)
+    names = con.sql('SELECT name FROM names ORDER BY id').fetchall()
+    counts = sum(_count(part, len(names)) for part in parts)
+    behaviors, order = splits.group_behaviors(
+      [name for (name,) in names], counts, log.settings.anchor_share
+    )
     _check_training(behaviors, lost, log)
     for part in parts:  # From the order of code points to that of the list.
       part.names = order[part.names]
-    _write_names(con, half, behaviors)
-    digests, span = _write_events(parts, half, ends)
+    for table in ('users', 'places'):
+      columns.write_names(con, half, table)
+    listed = [dataclasses.asdict(item) for item in behaviors]
+    files.write_json(half / 'behaviors.json', listed)
+    digests, span = _write_events(parts, half)
     _write_rejected(folders, half / 'rejected.csv', log)
     summary = lost | _summary(sum(len(part.users) for part in parts), counts, behaviors)
-    form = times.Form(**facts[0]['form'])
-    summary |= {
-      'layout': facts[0]['layout'],
-      'clock': form.clock,
-      'times': _times(form, span, log, data.time_format),
-    }
-    summary['warnings'] = [
-      *_warnings(summary),
-      *_case_warnings(behaviors),
-      *_time_warnings(form, data.time_zone or any(fact['shifted'] for fact in facts)),
-    ]
+    summary |= _time_summary(facts, span, log)
+    summary['warnings'] = _warnings(summary) + _case_warnings(behaviors)
+    summary['warnings'] += _time_warnings(facts, log)
     # Of what was written, not of how: one process or many shards make the same.
     summary['fingerprint'] = _fingerprint(digests, half, behaviors)
     files.write_json(half / 'summary.json', summary)
@@ -118,17 +103,6 @@ def join(
   for warning in summary['warnings']:
     logging.warning('%s', warning)
   return summary
-
-
-def _write_names(con, half, behaviors):
-  """users.arrow, places.arrow and behaviors.json, each in the order of ids."""
-  for table in ('users', 'places'):
-    columns.write_table(
-      half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
-    )
-  files.write_json(
-    half / 'behaviors.json', [dataclasses.asdict(item) for item in behaviors]
-  )
 
 
 def _check_rows(facts: list[dict], folders: Sequence[Path], log: sources.Log) -> None:
@@ -178,22 +152,18 @@ def _write_rejected(folders: Sequence[Path], path: Path, log: sources.Log) -> No
       writer.writerow([*where, reason, text])
 
 
-def _open(con: duckdb.DuckDBPyConnection, folders: Sequence[Path]) -> list[_Shard]:
+def _open(
+  con: duckdb.DuckDBPyConnection, folders: Sequence[Path], ends: tuple[float, float]
+) -> list[_Shard]:
   """Opens the shards; leaves the tables users, places and names (id, name)."""
-  numbers = {table: _number(con, table, folders) for table in _TABLES}
+  users, places, names = (_number(con, table, folders) for table in _TABLES)
   parts = []
   for i, source in enumerate(folders):
     events = columns.read_table(source / 'users.arrow')['events'].to_numpy()
-    parts.append(
-      _Shard(
-        source,
-        np.concatenate([[0], np.cumsum(events, dtype=np.int64)]),
-        {name: columns.read_column(source, name) for name in shards.COLUMNS},
-        numbers['users'][i],
-        np.append(numbers['places'][i], np.int32(-1)),  # So index -1 stays -1.
-        numbers['names'][i],
-      )
-    )
+    begins = np.concatenate([[0], np.cumsum(events, dtype=np.int64)])
+    mapped = {name: columns.read_column(source, name) for name in shards.COLUMNS}
+    spots = np.append(places[i], np.int32(-1))  # So index -1 stays -1.
+    parts.append(_Shard(source, begins, mapped, users[i], spots, names[i], ends))
   return parts
 
 
@@ -217,25 +187,25 @@ def _number(
   ]
 
 
-def _split_groups(parts: list[_Shard], seed: int, ends: tuple[float, float]) -> None:
+def _split_groups(parts: list[_Shard], seed: int) -> None:
   """Whole groups of users to splits."""
   teams = [columns.read_table(part.folder / 'users.arrow')['group'] for part in parts]
   every = set().union(*(team.unique().to_pylist() for team in teams))
-  chosen = splits.split_groups(every, seed, ends)
+  chosen = splits.split_groups(every, seed, parts[0].ends)
   for part, team in zip(parts, teams, strict=True):
     coded = team.combine_chunks().dictionary_encode()
     split = np.array([chosen[name] for name in coded.dictionary.to_pylist()], np.int8)
     part.splits = split[coded.indices.to_numpy()]
 
 
-def _count(part: _Shard, names: int, ends: tuple[float, float]) -> np.ndarray:
+def _count(part: _Shard, names: int) -> np.ndarray:
   """int64 [names, splits]: events of a shard."""
   counts = np.zeros((names, len(SPLITS)), np.int64)
   size = int(part.begins[-1])
   for start in range(0, size, _BLOCK):
     rows = slice(start, min(start + _BLOCK, size))
     code = part.names[part.columns['behavior'][rows]].astype(np.int64)
-    code = code * len(SPLITS) + part.split(rows, ends)
+    code = code * len(SPLITS) + part.split(rows)
     counts += np.bincount(code, minlength=counts.size).reshape(counts.shape)
   return counts
 
@@ -244,56 +214,35 @@ def _check_training(
   behaviors: list[splits.Behavior], lost: dict, log: sources.Log
 ) -> None:
   """Refuses a log of which nothing can be learned."""
-  events = sum(item.count for item in behaviors)
-  if len(behaviors) == 1:
-    raise InputError(
-      f'{log.name} holds one behavior alone, {behaviors[0].name!r}, and at '
-      f'least 2 are needed{_said(lost)}: check data.columns.behavior'
-    )
-  if not any(item.train_count for item in behaviors):
-    raise InputError(
-      f'{log.name}: none of its {events} events falls into the training '
-      f'split{_said(lost)}: give longer histories (or more groups) or a '
-      'larger first fraction of data.split'
-    )
-  taught = [item.name for item in behaviors if item.train_count]
-  if len(taught) < 2:
-    raise InputError(
-      f'{log.name}: the training split holds 1 behavior, {taught[0]!r}, and '
-      f'at least 2 are needed{_said(lost)}: check data.columns.behavior and '
-      'data.split'
-    )
-
-
-def _said(lost: dict) -> str:
-  """What became of the rows that are no events, in brackets."""
-  return (
+  said = (
     f' (of {lost["rows"]} rows {lost["rejected"]} were malformed, '
     f'{lost["duplicates"]} duplicates and {lost["repeats"]} immediate '
     'repeats, see data.collapse_repeats)'
   )
-
-
-def _times(
-  form: times.Form, span: tuple[int, int], log: sources.Log, given: str
-) -> str:
-  """'ISO 8601, 2024-01-01 to 2024-03-09'; refuses a log of other years."""
-  first, last = (str(np.datetime64(int(t), 's'))[:10] for t in span)
-  if not given and (span[1] < times.FIRST or span[0] >= times.LAST):
+  taught = [item.name for item in behaviors if item.train_count]
+  if len(behaviors) == 1:
     raise InputError(
-      f'{log.name}: its times, read as {form.text}, lie from {first} to '
-      f'{last}, outside of {times.YEARS}; set data.time_format to what they '
-      f'are (one of {", ".join(times.WORDS)}, or a strptime pattern) or '
-      'check data.columns.time'
+      f'{log.name} holds one behavior alone, {behaviors[0].name!r}, and at '
+      f'least 2 are needed{said}: check data.columns.behavior'
     )
-  return f'{form.text}, {first} to {last}'
+  if not taught:
+    raise InputError(
+      f'{log.name}: none of its {sum(item.count for item in behaviors)} events falls '
+      f'into the training split{said}: give longer histories (or more groups) or a '
+      'larger first fraction of data.split'
+    )
+  if len(taught) == 1:
+    raise InputError(
+      f'{log.name}: the training split holds 1 behavior, {taught[0]!r}, and at least '
+      f'2 are needed{said}: check data.columns.behavior and data.split'
+    )
 
 
 # Writing.
 
 
 def _write_events(
-  parts: list[_Shard], folder: Path, ends: tuple[float, float]
+  parts: list[_Shard], folder: Path
 ) -> tuple[dict[str, str], tuple[int, int]]:
   """Writes the columns; returns {name: SHA-256} and the span of times."""
   sizes = np.zeros(sum(len(part.users) for part in parts), np.int64)
@@ -307,7 +256,7 @@ def _write_events(
       # The last user whose events still end inside, or one who alone has more.
       full = np.searchsorted(begins, begins[low] + _BLOCK, 'right') - 1
       high = max(low + 1, int(full))
-      written = writer.add(**_block(parts, begins, low, high, ends))
+      written = writer.add(**_block(parts, begins, low, high))
       for name, digest in hashes.items():
         digest.update(written[name])  # As written: DTYPES are little-endian.
       span += [written['time'].min(), written['time'].max()]
@@ -317,54 +266,79 @@ def _write_events(
 
 
 def _block(
-  parts: list[_Shard],
-  begins: np.ndarray,
-  low: int,
-  high: int,
-  ends: tuple[float, float],
+  parts: list[_Shard], begins: np.ndarray, low: int, high: int
 ) -> dict[str, np.ndarray]:
   """Columns of the events of users [low, high), each from its shard."""
-  base, stop = begins[low], begins[high]
-  block = {name: np.empty(stop - base, dtype) for name, dtype in columns.DTYPES.items()}
+  size = begins[high] - begins[low]
+  block = {name: np.empty(size, dtype) for name, dtype in columns.DTYPES.items()}
   for part in parts:
     # Of the dtype of users, of which numpy else makes a copy for every block.
-    one, end = part.begins[
-      np.searchsorted(part.users, np.array([low, high], part.users.dtype))
-    ]
-    rows = slice(int(one), int(end))
-    behavior, place, local, time = (
-      part.columns[name][rows] for name in ('behavior', 'place', 'user', 'time')
-    )
-    user = part.users[local]
+    bounds = np.array([low, high], part.users.dtype)
+    rows = slice(*part.begins[np.searchsorted(part.users, bounds)].tolist())
+    mapped = {name: column[rows] for name, column in part.columns.items()}
+    user = part.users[mapped['user']]
     first = begins[user]
     # Its user's first place, and how many events of that user come before it.
-    at = first - base + np.arange(rows.start, rows.stop) - part.begins[local]
-    for name, value in {
-      'user': user,
-      'time': time,
-      'behavior': part.names[behavior],
-      'place': part.places[place],
-      'split': part.split(rows, ends),
-      'first': first,
-    }.items():
-      block[name][at] = value
+    nth = np.arange(rows.start, rows.stop) - part.begins[mapped['user']]
+    at = first - begins[low] + nth
+    block['user'][at] = user
+    block['time'][at] = mapped['time']
+    block['behavior'][at] = part.names[mapped['behavior']]
+    block['place'][at] = part.places[mapped['place']]
+    block['split'][at] = part.split(rows)
+    block['first'][at] = first
   return block
 
 
+def _fingerprint(
+  digests: dict[str, str], folder: Path, behaviors: list[splits.Behavior]
+) -> str:
+  """SHA-256 of the columns, names and groups, as one JSON text."""
+  digest = hashlib.sha256(f'[{json.dumps(digests)}, '.encode())
+  for table in ('users', 'places'):
+    # As one list would be written, but batch by batch: there may be millions.
+    batches = columns.read_table(folder / f'{table}.arrow').to_batches()
+    separator = '['
+    for names in filter(None, (batch['name'].to_pylist() for batch in batches)):
+      digest.update(f'{separator}{json.dumps(names)[1:-1]}'.encode())
+      separator = ', '
+    digest.update(b'], ' if separator == ', ' else b'[], ')
+  listed = [[item.name, item.group] for item in behaviors]
+  digest.update(f'{json.dumps(listed)}]'.encode())
+  return digest.hexdigest()
+
+
+# What is said of the log.
+
+
 def _summary(users: int, counts: np.ndarray, behaviors: list[splits.Behavior]) -> dict:
-  groups = [item.group for item in behaviors]
+  groups = collections.Counter(item.group for item in behaviors)
+  unseen = [item.count for item in behaviors if item.group == 'unseen']
   return {
     'events': int(counts.sum()),
     'users': users,
     'behaviors': len(behaviors),
-    'anchors': groups.count('anchor'),
-    'tails': groups.count('tail'),
-    'unseen': groups.count('unseen'),
-    'unseen_test_events': sum(
-      item.count for item in behaviors if item.group == 'unseen'
-    ),
-    'splits': {name: int(counts[:, i].sum()) for i, name in enumerate(SPLITS)},
+    'anchors': groups['anchor'],
+    'tails': groups['tail'],
+    'unseen': groups['unseen'],
+    'unseen_test_events': sum(unseen),
+    'splits': dict(zip(SPLITS, counts.sum(0).tolist(), strict=True)),
   }
+
+
+def _time_summary(facts: list[dict], span: tuple[int, int], log: sources.Log) -> dict:
+  """'ISO 8601, 2024-01-01 to 2024-03-09'; refuses a log of other years."""
+  form = times.Form(**facts[0]['form'])
+  first, last = (str(np.datetime64(int(t), 's'))[:10] for t in span)
+  if not log.settings.time_format and (span[1] < times.FIRST or span[0] >= times.LAST):
+    raise InputError(
+      f'{log.name}: its times, read as {form.text}, lie from {first} to '
+      f'{last}, outside of {times.YEARS}; set data.time_format to what they '
+      f'are (one of {", ".join(times.WORDS)}, or a strptime pattern) or '
+      'check data.columns.time'
+    )
+  said = f'{form.text}, {first} to {last}'
+  return {'layout': facts[0]['layout'], 'clock': form.clock, 'times': said}
 
 
 def _warnings(summary: dict) -> list[str]:
@@ -384,10 +358,10 @@ def _warnings(summary: dict) -> list[str]:
 
 
 def _case_warnings(behaviors: list[splits.Behavior]) -> list[str]:
-  alike = collections.defaultdict(list)
+  spellings = collections.defaultdict(list)
   for item in behaviors:
-    alike[item.name.casefold()].append(item.name)
-  alike = [sorted(names) for names in alike.values() if len(names) > 1]
+    spellings[item.name.casefold()].append(item.name)
+  alike = [sorted(names) for names in spellings.values() if len(names) > 1]
   if not alike:
     return []
   shown = '; '.join(' and '.join(map(repr, names)) for names in alike[:5])
@@ -397,40 +371,19 @@ def _case_warnings(behaviors: list[splits.Behavior]) -> list[str]:
   ]
 
 
-def _time_warnings(form: times.Form, shifted: bool) -> list[str]:
-  """`shifted`: whether the clock was chosen, or is another than UTC's anywhere."""
-  warnings = []
+def _time_warnings(facts: list[dict], log: sources.Log) -> list[str]:
+  form, warnings = times.Form(**facts[0]['form']), []
   if not form.clock:
     warnings.append(
       'times are dates alone: lines of prompts show no clock, '
       'events of one day keep the order of the file, and one behavior twice on a '
       'day counts once'
     )
+  # Whether the clock was chosen, or is another than UTC's anywhere.
+  shifted = log.settings.time_zone or any(fact['shifted'] for fact in facts)
   if form.instants and not shifted:
     warnings.append(
       'all times are shown by the clock of UTC; if the users '
       'live by another one, set data.time_zone'
     )
   return warnings
-
-
-def _fingerprint(
-  digests: dict[str, str], folder: Path, behaviors: list[splits.Behavior]
-) -> str:
-  """SHA-256 of the columns, names and groups, as one JSON text.
-
-  Users and places are read batch by batch: there may be millions.
-  """
-  listed = [[item.name, item.group] for item in behaviors]
-  digest = hashlib.sha256(f'[{json.dumps(digests)}, '.encode())
-  for table in ('users', 'places'):
-    before = '['
-    for batch in columns.read_table(folder / f'{table}.arrow').to_batches():
-      if len(batch):
-        # As one list would be written, whatever the size of batches.
-        names = json.dumps(batch['name'].to_pylist())
-        digest.update(f'{before}{names[1:-1]}'.encode())
-        before = ', '
-    digest.update(b'], ' if before == ', ' else b'[], ')
-  digest.update(f'{json.dumps(listed)}]'.encode())
-  return digest.hexdigest()

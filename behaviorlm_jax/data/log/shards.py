@@ -1,24 +1,18 @@
 """The heavy part of preparing a log, for all of its users or one n-th of them.
 
-    log -> parse, check -> sort, drop duplicates and repeats -> a folder
-
-What can be said of a user alone is done here; what takes all of them (the
-numbers of users, behaviors and places, groups of users, shares of behaviors) is
-done by `join.join`, which is cheap. So n tasks prepare a log that one machine
-would take long for, and the outcome is the same, bit for bit, whatever n is: a
-log prepared at once is one shard, joined.
+What can be said of a user alone is done here: rows are parsed, checked, sorted and
+freed of duplicates and repeats. What takes all users is done by `join.join`, which is
+cheap. So n tasks prepare a log that one machine would take long for, and the outcome
+is the same, bit for bit, whatever n is: a log prepared at once is one shard, joined.
 
 A shard holds the users whose name has a hash that is `index` modulo `count`,
 and their malformed rows (those without a user have the hash of no name). Every
 task reads the whole log, because a log is in the order of time, but looks at no
 more than the user of a row that is not its own.
 
-Why DuckDB: parsing and sorting are SQL, and its operators spill to disk, so a
-log larger than memory goes the same way as a small one, without a server.
-
-Invariants of the folder: events are sorted by user (names in code point order),
-then instant (or local clock, of a log without instants), then line of the file;
-the folder exists only when it is complete.
+DuckDB sorts and spills to disk, so a log larger than memory goes the same way as a
+small one. In the folder, events are sorted by user (names in code point order), then
+instant (or local clock, of a log without instants), then line of the file:
 
     user, time, behavior, place .npy   of columns.DTYPES; numbers are those of
                                        the next three files
@@ -31,13 +25,12 @@ the folder exists only when it is complete.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from ml_collections import ConfigDict
 
 from behaviorlm_jax.data.log import columns, reader, sources
 from behaviorlm_jax.errors import InputError
@@ -69,32 +62,28 @@ def new_folder(folder: Path) -> Iterator[tuple[Path, duckdb.DuckDBPyConnection]]
 
 
 def write_shard(
-  data: ConfigDict,
-  place: str | Path | sources.Log,
+  log: sources.Log,
   folder: Path,
   shard: tuple[int, int] = (0, 1),
   origin: dict | None = None,
 ) -> None:
-  """Reads the log at `place` into the new `folder`, the users of a shard.
+  """Reads a log into the new `folder`, the users of a shard.
 
-  `place`: what sources.open_log takes; `origin` is written beside the events as
-  config.json.
+  `origin` is written beside the events as config.json.
   """
-  log = sources.open_log(place)
+  grouped = 'group' in log.settings.columns
   with new_folder(folder) as (half, con):
-    found = reader.read_rows(con, data, log, shard)
-    facts = _reject(con, data.max_rejected, log, half, found.rows)
+    found = reader.read_rows(con, log, shard)
+    facts = _reject(con, log, half, found.rows)
     for table, column in _TABLES.items():
       columns.number_names(con, table, f'SELECT {column} AS name FROM parsed')
-    if found.grouped:
+    if grouped:
       _check_groups(con, log)
-    facts |= _write_events(con, half, data.collapse_repeats, found.grouped)
+    facts |= _write_events(con, half, log.settings.collapse_repeats, grouped)
     for table in ('names', 'places'):
-      columns.write_table(
-        half / f'{table}.arrow', con.sql(f'SELECT name FROM {table} ORDER BY id')
-      )
+      columns.write_names(con, half, table)
     facts |= {
-      'grouped': found.grouped,
+      'grouped': grouped,
       'layout': found.layout,
       'form': dataclasses.asdict(found.form),
     }
@@ -107,7 +96,7 @@ def write_shard(
 
 
 def _reject(
-  con: duckdb.DuckDBPyConnection, most: float, log: sources.Log, folder: Path, rows: int
+  con: duckdb.DuckDBPyConnection, log: sources.Log, folder: Path, rows: int
 ) -> dict:
   """Writes rejected.arrow; refuses an empty log and too many malformed rows.
 
@@ -123,58 +112,52 @@ def _reject(
              AS kind, count(*) FROM rows WHERE reason IS NOT NULL
       GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall()
   )
+  facts = {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
   query = 'SELECT line, reason, text FROM rows WHERE reason IS NOT NULL ORDER BY line'
-  check_rejected(log, most, rows, reasons, con.execute(f'{query} LIMIT 1').fetchall())
+  check_rejected(log, facts, *con.execute(f'{query} LIMIT 1').fetchall())
   columns.write_table(folder / 'rejected.arrow', con.sql(query))
-  return {'rows': rows, 'rejected': sum(reasons.values()), 'reasons': reasons}
+  return facts
 
 
 def check_rejected(
-  log: sources.Log,
-  most: float,
-  rows: int,
-  reasons: dict[str, int],
-  first: list[tuple[int, str, str]],
+  log: sources.Log, facts: dict, first: tuple[int, str, str] | None = None
 ) -> None:
-  """Refuses too many malformed rows; `first`: a list of the first of them."""
-  rejected = sum(reasons.values())
+  """Refuses too many malformed rows; `first`: the first of them."""
+  rows, rejected, reasons = facts['rows'], facts['rejected'], facts['reasons']
+  most = log.settings.max_rejected
   # Where all are malformed nothing is left, whatever max_rejected allows.
   if rejected <= most * rows and rejected < rows:
     return
-  line, reason, _ = first[0]
-  counts = ', '.join(
-    f'{n} {kind}'
-    for kind, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:5]
-  )
-  if rejected > most * rows:
-    raise InputError(
-      f'{log.at(line)}: {reason}; {rejected} of {rows} rows are malformed '
-      f'({rejected / rows:.2%}: {counts}) and data.max_rejected = {most} '
-      f'allows {most:.2%}: mend the rows, check data.columns'
-      f'{_hint(reasons)}, or raise data.max_rejected'
+  counts = ', '.join(f'{n} {kind}' for kind, n in list(reasons.items())[:5])
+  hints = ''.join(
+    dict.fromkeys(
+      f', {hint}'
+      for words, hint in _HINTS.items()
+      if any(words in kind for kind in reasons)
     )
+  )
+  if rejected <= most * rows:
+    raise InputError(
+      f'{log.name}: all {rows} rows are malformed ({counts}): check data.columns{hints}'
+    )
+  line, reason, _ = first
   raise InputError(
-    f'{log.name}: all {rows} rows are malformed ({counts}): '
-    f'check data.columns{_hint(reasons)}'
+    f'{log.at(line)}: {reason}; {rejected} of {rows} rows are malformed '
+    f'({rejected / rows:.2%}: {counts}) and data.max_rejected = {most} '
+    f'allows {most:.2%}: mend the rows, check data.columns{hints}, or raise '
+    'data.max_rejected'
   )
 
 
 # Settings that such malformed rows may come from.
-_HINTS = (
-  ('fields instead of', 'data.csv (delimiter, quote, escape)'),
-  ('broken row', 'data.csv (delimiter, quote, escape)'),
-  ('is not of the form', 'data.time_format'),
-  ('lies outside of', 'data.time_format'),
-  ('means none', 'data.nulls'),
-  ('not UTF-8', 'the encoding, which must be UTF-8 or UTF-16'),
-)
-
-
-def _hint(reasons: Iterable[str]) -> str:
-  found = dict.fromkeys(
-    hint for words, hint in _HINTS if any(words in kind for kind in reasons)
-  )
-  return ''.join(f', {hint}' for hint in found)
+_HINTS = {
+  'fields instead of': 'data.csv (delimiter, quote, escape)',
+  'broken row': 'data.csv (delimiter, quote, escape)',
+  'is not of the form': 'data.time_format',
+  'lies outside of': 'data.time_format',
+  'means none': 'data.nulls',
+  'not UTF-8': 'the encoding, which must be UTF-8 or UTF-16',
+}
 
 
 def _check_groups(con: duckdb.DuckDBPyConnection, log: sources.Log) -> None:
@@ -232,17 +215,13 @@ def _write_events(
       )
   con.register('sizes', pa.table({'id': np.arange(users), 'events': sizes}))
   # A group is an event's in the log and a user's here.
-  teams = (
-    'SELECT who, any_value(team) AS team FROM parsed GROUP BY who'
-    if grouped
-    else "SELECT '' AS who, NULL::VARCHAR AS team"
+  groups = (
+    f'SELECT who, any_value(team) AS team FROM parsed WHERE {grouped} GROUP BY who'
   )
-  columns.write_table(
-    folder / 'users.arrow',
-    con.sql(f"""
+  listed = con.sql(f"""
       SELECT name, events, team AS "group" FROM users JOIN sizes USING (id)
-      LEFT JOIN ({teams}) ON who = name ORDER BY id"""),
-  )
+      LEFT JOIN ({groups}) ON who = name ORDER BY id""")
+  columns.write_table(folder / 'users.arrow', listed)
   return {
     'sound': parsed,
     'shifted': shifted,
@@ -268,27 +247,20 @@ def _without_duplicates(reader: pa.RecordBatchReader) -> Iterator[list[np.ndarra
     cut = others[-1] + 1 if len(others) else 0  # Behind it is the last instant.
     held = [column[cut:] for column in rows]
     if cut:
-      yield _first_of_equals(*(column[:cut] for column in rows))
+      yield _first_of_equals([column[:cut] for column in rows])
   if len(held[0]):
-    yield _first_of_equals(*held)
+    yield _first_of_equals(held)
 
 
-def _first_of_equals(
-  user: np.ndarray,
-  instant: np.ndarray,
-  shift: np.ndarray,
-  behavior: np.ndarray,
-  place: np.ndarray,
-) -> list[np.ndarray]:
+def _first_of_equals(rows: list[np.ndarray]) -> list[np.ndarray]:
+  user, instant, _, behavior, place = rows
   same = (np.diff(user) == 0) & (np.diff(instant) == 0)
   # Either one of two neighbors: most rows are alone at their instant.
   tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-  keys = place, behavior, instant, user  # One instant on any clock.
-  # Stable: equal rows keep their order.
-  tied = tied[np.lexsort([column[tied] for column in keys])]
-  equal = np.ones(max(len(tied) - 1, 0), bool)
-  for column in keys:
-    equal &= np.diff(column[tied]) == 0
+  # Without the shift: one instant on any clock.
+  keys = np.stack([column[tied] for column in (place, behavior, instant, user)])
+  order = np.lexsort(keys)  # Stable: equal rows keep their order.
+  equal = (np.diff(keys[:, order]) == 0).all(axis=0)
   kept = np.ones(len(user), bool)
-  kept[tied[1:][equal]] = False
-  return [column[kept] for column in (user, instant, shift, behavior, place)]
+  kept[tied[order][1:][equal]] = False
+  return [column[kept] for column in rows]

@@ -1,12 +1,10 @@
 """Which split an event belongs to, and which group a behavior.
 
 Events are those that are left once duplicates are dropped and immediate repeats
-collapsed, so that repeats cannot straddle a cut.
-
-Invariants: the order and the groups of the known behaviors come from the
-training and validation events alone, so no event of the test split can move an
-index or a group. What it can move is a cut: a last event that repeats its
-predecessor is collapsed, and the user's history is one event shorter.
+collapsed, so that repeats cannot straddle a cut. The order and the groups of the
+known behaviors come from the training and validation events alone: no event of the
+test split can move an index or a group. What it can move is a cut: a last event that
+repeats its predecessor is collapsed, and the user's history is one event shorter.
 """
 
 import dataclasses
@@ -37,11 +35,8 @@ class Behavior:
 def cuts(split: Iterable[float]) -> tuple[float, float]:
   """Ends of train and validation, as fractions of a history or of groups."""
   parts = tuple(split)
-  if (
-    len(parts) != 3
-    or not all(0 <= part <= 1 for part in parts)
-    or abs(sum(parts) - 1) > 1e-6
-  ):
+  shares = all(0 <= part <= 1 for part in parts)
+  if len(parts) != 3 or not shares or abs(sum(parts) - 1) > 1e-6:
     raise InputError(
       f'data.split is {parts}: give three fractions (train, validation, '
       'test) that sum to 1'
@@ -79,34 +74,23 @@ def by_time(nth: np.ndarray, size: np.ndarray, ends: tuple[float, float]) -> np.
 def group_behaviors(
   names: Sequence[str], counts: np.ndarray, anchor_share: float
 ) -> tuple[list[Behavior], np.ndarray]:
-  """The behavior list and, for every id of a name, its place in the list.
+  """The behavior list and, for every name, its place there (int32 [names]).
 
-  Args:
-    names: of all behaviors.
-    counts: int [names, 3], events of each split.
-    anchor_share: of training events; anchors have more.
-
-  Returns:
-    list of Behavior; int32 [names].
+  `counts`, int [names, splits], are events. Anchors have more than `anchor_share`
+  of those for training.
   """
-  counts = counts.tolist()
-  total = sum(row[0] for row in counts)
+  total = counts[:, 0].sum()
   # Unseen last; among the known by training count. Test counts never enter.
   order = sorted(
-    range(len(counts)),
-    key=lambda i: (counts[i][0] + counts[i][1] == 0, -counts[i][0], names[i]),
+    range(len(names)), key=lambda i: (not counts[i, :2].any(), -counts[i, 0], names[i])
   )
-  behaviors, place = [], np.zeros(len(counts), np.int32)
+  behaviors, place = [], np.zeros(len(names), np.int32)
+  place[order] = np.arange(len(names))
   for i in order:
-    train, validation, _ = counts[i]
-    place[i] = len(behaviors)
-    share = train / total if total else 0.0  # `join` refuses a log without any.
-    group = (
-      'unseen'
-      if train + validation == 0
-      else 'anchor'
-      if share > anchor_share
-      else 'tail'
-    )
-    behaviors.append(Behavior(names[i], sum(counts[i]), train, share, group))
+    train, validation, test = counts[i].tolist()
+    share = train / int(total) if total else 0.0  # `join` refuses a log without any.
+    group = 'anchor' if share > anchor_share else 'tail'
+    if not train + validation:
+      group = 'unseen'
+    behaviors.append(Behavior(names[i], train + validation + test, train, share, group))
   return behaviors, place

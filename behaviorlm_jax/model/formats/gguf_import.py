@@ -7,8 +7,7 @@ What a straight copy would get wrong, and this module undoes:
 - Llama 3's rope scaling arrives as a tensor of factors; it is accepted only
   when known parameters reproduce it.
 
-`gguf_header` checks that a file is whole before anything else is read of it,
-`gguf_tokenizer` makes its tokenizer.
+`gguf_file` reads a file, `gguf_tokenizer` makes its tokenizer.
 """
 
 import dataclasses
@@ -25,36 +24,14 @@ import numpy as np
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.io import files
 from behaviorlm_jax.model import families
-from behaviorlm_jax.model.formats import gguf_header, gguf_tokenizer
+from behaviorlm_jax.model.formats import gguf_file, gguf_tokenizer
 
-_GLOBAL_NAMES = {
-  'token_embd.weight': 'embed',
-  'output_norm.weight': 'final_norm',
-  'output.weight': 'head',
-}
-_LAYER_NAMES = {
-  'attn_norm': 'layers.attention_norm',
-  'attn_q': 'layers.q_proj',
-  'attn_k': 'layers.k_proj',
-  'attn_v': 'layers.v_proj',
-  'attn_output': 'layers.o_proj',
-  'ffn_norm': 'layers.mlp_norm',
-  'ffn_gate': 'layers.gate_proj',
-  'ffn_up': 'layers.up_proj',
-  'ffn_down': 'layers.down_proj',
-}
 _ROPE_FACTORS = 'rope_freqs.weight'
 
 
 def convert(path: Path, folder: Path) -> None:
   """Writes config, float32 weights and tokenizer of `path` into `folder`."""
-  gguf_header.check_complete(path)
-  try:
-    reader = gguf.GGUFReader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-  except (ValueError, IndexError, KeyError) as error:
-    raise gguf_header.corrupt(path, error) from error
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  fields, tensors = gguf_file.read(path)
   config = _config(fields, tensors, path)
   tokenizer = gguf_tokenizer.build_tokenizer(fields, path)
   folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +60,7 @@ def _config(fields: dict, tensors: dict, path: Path) -> families.DecoderConfig:
       f'{" with experts" if kind == "llama" else ""}; supported is a dense '
       "'llama'."
     )
-  get = gguf_header.under(fields, 'llama.').get
+  get = lambda key: fields.get(f'llama.{key}')
   if 'token_embd.weight' not in tensors:
     raise InputError(
       f'model.address: {path} lacks the tensor token_embd.weight; choose a '
@@ -97,9 +74,8 @@ def _config(fields: dict, tensors: dict, path: Path) -> families.DecoderConfig:
     )
   given = {
     'model_type': 'llama',
-    # Rows of the embedding, which may be more than the tokens. GGUF's shape
-    # begins with the fastest dimension.
-    'vocab_size': int(tensors['token_embd.weight'].shape[1]),
+    # Rows of the embedding, which may be more than the tokens.
+    'vocab_size': _shape(tensors['token_embd.weight'])[0],
     'num_hidden_layers': get('block_count'),
     'hidden_size': get('embedding_length'),
     'intermediate_size': get('feed_forward_length'),
@@ -143,11 +119,7 @@ def _rope_scaling(
   # low_freq_factor, high_freq_factor and original context of all of them.
   found = families.RopeScaling(_decimal(factors.max()), 1.0, 4.0, 8192)
   exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-  wavelengths = 2 * np.pi * config.rope_theta**exponents
-  low, high = found.low_freq_factor, found.high_freq_factor
-  turns = found.original_length / wavelengths
-  smooth = np.clip((turns - low) / (high - low), 0, 1)
-  expected = 1 / ((1 - smooth) / found.factor + smooth)
+  expected = 1 / found.multipliers(config.rope_theta**-exponents)
   if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
     raise InputError(
       f'model.address: the tensor {_ROPE_FACTORS} of {path} is not the rope '
@@ -158,6 +130,11 @@ def _rope_scaling(
 
 
 # Weights.
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+  # GGUF counts dimensions from the fastest one.
+  return tuple(tensor.shape[::-1].tolist())
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -175,21 +152,12 @@ def _dequantized(tensor: gguf.ReaderTensor, path: Path) -> np.ndarray:
   try:
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
   except NotImplementedError as error:
-    kind = tensor.tensor_type.name
-    raise gguf_header.unsupported(path, tensor.name, kind) from error
+    raise InputError(
+      f'model.address: the tensor {tensor.name} of {path} has the unsupported '
+      f'quantisation {tensor.tensor_type.name}; choose another file, such as '
+      'Q8_0 or Q4_K_M.'
+    ) from error
   return np.asarray(values, np.float32)
-
-
-def _hf_name(name: str) -> str | None:
-  """The Hugging Face name of a GGUF tensor."""
-  if name in _GLOBAL_NAMES:
-    return families.LLAMA_NAMES[_GLOBAL_NAMES[name]]
-  parts = name.split('.')
-  block = len(parts) == 4 and parts[0] == 'blk' and parts[1].isdecimal()
-  if block and parts[3] == 'weight' and parts[2] in _LAYER_NAMES:
-    ours = families.LLAMA_NAMES[_LAYER_NAMES[parts[2]]]
-    return ours.format(int(parts[1]))
-  return None
 
 
 def _write_weights(
@@ -197,10 +165,10 @@ def _write_weights(
 ) -> None:
   """Writes a float32 safetensors file, one tensor in memory at a time."""
   sources = _sources(config, tensors, path)
-  shapes = dict(families.hf_shapes(config))
   # Offsets count from the end of the header; without gaps, in file order.
   header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for name, shape in shapes.items():
+  for name, tensor in sources.items():
+    shape = _shape(tensor)
     start, end = end, end + 4 * math.prod(shape)
     header[name] = {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]}
   encoded = json.dumps(header).encode()
@@ -210,8 +178,8 @@ def _write_weights(
   heads = {'q_proj': config.heads, 'k_proj': config.kv_heads}
   with open(target, 'wb') as out:
     out.write(struct.pack('<Q', len(encoded)) + encoded)
-    for name in shapes:
-      values = _dequantized(sources[name], path)
+    for name, tensor in sources.items():
+      values = _dequantized(tensor, path)
       projection = name.split('.')[-2]
       if projection in heads:
         values = unpermute(values, heads[projection])
@@ -226,23 +194,23 @@ def _sources(
 ) -> dict[str, gguf.ReaderTensor]:
   """Hugging Face name -> tensor: all that are needed, in their shapes, and
   none in the file that we would ignore."""
-  sources = {
-    _hf_name(name): tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS
-  }
-  needed = set()
+  # A damaged file may claim a billion layers; each has a tensor at least.
+  layers = min(config.layers, len(tensors))
+  names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+  sources, extra = {}, tensors.keys() - {_ROPE_FACTORS}
   for name, shape in families.hf_shapes(config):
-    needed.add(name)
-    # GGUF counts dimensions from the fastest one.
-    found = name in sources and tuple(map(int, sources[name].shape[::-1]))
+    theirs = names.get_name(name, ('.weight',))
+    found = theirs in tensors and _shape(tensors[theirs])
     if found != shape:
       raise InputError(
         f'model.address: {path} has {found or "no tensor"} where {name} of '
         f'shape {shape} is needed; fetch the file again.'
       )
-  for name in sources.keys() - needed:
-    extra = [key for key in tensors if _hf_name(key) == name]
+    sources[name] = tensors[theirs]
+    extra.discard(theirs)
+  if extra:
     raise InputError(
-      f'model.address: {path} holds the tensor {extra[0]}, which is not part '
+      f'model.address: {path} holds the tensor {min(extra)}, which is not part '
       'of a Llama decoder; choose another model.'
     )
   return sources

@@ -12,7 +12,7 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model.formats import gguf_header
+from behaviorlm_jax.model.formats import gguf_file
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 
@@ -25,7 +25,7 @@ _LLAMA_3_SPLIT = (
 
 def build_tokenizer(fields: dict, path: Path) -> tokenizers.Tokenizer:
   """Byte-level BPE; control and user-defined tokens encode as one id."""
-  get = gguf_header.under(fields, 'tokenizer.ggml.').get
+  get = lambda key: fields.get(f'tokenizer.ggml.{key}')
   if get('model') != 'gpt2' or not get('tokens') or get('merges') is None:
     raise InputError(
       f'model.address: {path} has a tokenizer of the kind {get("model")!r}; '
@@ -64,37 +64,36 @@ def tokenizer_config(fields: dict) -> dict:
 
 
 def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
-  byte_level = pre_tokenizers.ByteLevel
-  if name == 'smollm':
-    # Digits first: the blank before a number is a token of its own.
-    return pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Digits(individual_digits=True),
-        byte_level(add_prefix_space=False, use_regex=True),
-      ]
+  # What comes before the split into bytes.
+  first = {
+    # The blank before a number is a token of its own.
+    'smollm': pre_tokenizers.Digits(individual_digits=True),
+    'llama-bpe': pre_tokenizers.Split(
+      tokenizers.Regex(_LLAMA_3_SPLIT), behavior='isolated'
+    ),
+    'gpt-2': None,
+    'default': None,
+  }
+  if name not in first:
+    raise InputError(
+      f'model.address: {path} has the pre-tokenizer {name!r}; supported are '
+      "'smollm', 'llama-bpe', 'gpt-2' and 'default'."
     )
-  if name == 'llama-bpe':
-    split = tokenizers.Regex(_LLAMA_3_SPLIT)
-    return pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Split(split, behavior='isolated'),
-        byte_level(add_prefix_space=False, use_regex=False),
-      ]
-    )
-  if name in ('gpt-2', 'default'):
-    if name == 'default':
-      logging.warning('%s names no pre-tokenizer; that of GPT-2 is used.', path)
-    return byte_level(add_prefix_space=False, use_regex=True)
-  raise InputError(
-    f'model.address: {path} has the pre-tokenizer {name!r}; supported are '
-    "'smollm', 'llama-bpe', 'gpt-2' and 'default'."
+  if name == 'default':
+    logging.warning('%s names no pre-tokenizer; that of GPT-2 is used.', path)
+  # The regex is GPT-2's.
+  byte_level = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=name != 'llama-bpe'
   )
+  if first[name] is None:
+    return byte_level
+  return pre_tokenizers.Sequence([first[name], byte_level])
 
 
 def _merge(merge: str, vocab: dict, path: Path) -> tuple[str, str]:
   left, _, right = merge.partition(' ')
   if not {left, right, left + right} <= vocab.keys():
-    raise gguf_header.corrupt(path, f'its merge {merge!r} is not made of its tokens')
+    raise gguf_file.corrupt(path, f'its merge {merge!r} is not made of its tokens')
   return left, right
 
 

@@ -1,16 +1,14 @@
 """Tensors of a Hugging Face folder: found, checked, read slice by slice.
 
-Headers are checked against the sizes of their files and the shapes of the model
+A file's header is checked against its size, and against the shapes of the model,
 before any tensor is read, so a truncated or foreign file is refused at once.
 """
 
 import dataclasses
 import json
-import math
-import struct
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import safetensors
 
 from behaviorlm_jax.errors import InputError
@@ -19,7 +17,7 @@ from behaviorlm_jax.model import families
 _FIELD = 'model.address'
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
-_DTYPES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}  # bytes per element
+_DTYPES = ('F64', 'F32', 'F16', 'BF16')
 
 # Hugging Face tensors that carry nothing: recomputed, or the tied head again.
 _IGNORED = ('rotary_emb.inv_freq', 'lm_head.weight')
@@ -27,46 +25,32 @@ _IGNORED = ('rotary_emb.inv_freq', 'lm_head.weight')
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """Where a tensor lies, from the header of its file."""
+  """A tensor in its file, which is mapped: `data[index]` reads a slice of it."""
 
   file: Path
-  dtype: str
-  shape: tuple[int, ...]
-  size: int  # bytes
+  data: Any
 
-
-class Files:
-  """Slices of the tensors of a folder, by Hugging Face name."""
-
-  def __init__(self, folder: Path, config: families.DecoderConfig):
-    self.stored = stored_tensors(folder, config)
-    self.open = {}
-
-  def tensor(
-    self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
-  ) -> np.ndarray:
-    file = self.stored[name].file
-    assert self.stored[name].shape == shape, (name, shape)
-    # Opened once: it is mapped, and slices are read out of it.
-    if file not in self.open:
-      try:
-        self.open[file] = safetensors.safe_open(file, 'np')
-      except safetensors.SafetensorError as error:
-        raise InputError(
-          f'{_FIELD}: {file} is corrupt ({error}); fetch it again.'
-        ) from error
-    return self.open[file].get_slice(name)[index]
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.data.get_shape())
 
 
 def stored_tensors(folder: Path, config: families.DecoderConfig) -> dict[str, Stored]:
   """Every tensor of `config` in the folder; no byte of the data is read.
 
-  Raises:
-    InputError: one is missing, too much, of another shape or an unsupported
-      type, or a file does not fit its header.
+  Raises InputError where one is missing, too much, of another shape or of an
+  unsupported type, or where a file does not fit its header.
   """
-  stored = _stored(folder)
-  _check_shapes(config, stored, folder)
+  if (folder / _WEIGHTS).is_file():
+    stored = _tensors_of(folder / _WEIGHTS)
+  elif (folder / _INDEX).is_file():
+    stored = _indexed(folder)
+  else:
+    raise InputError(
+      f'{_FIELD}: the folder {folder} has neither {_WEIGHTS} nor {_INDEX}; '
+      'give a folder with safetensors weights.'
+    )
+  _check_tensors(config, stored, folder)
   return stored
 
 
@@ -84,79 +68,46 @@ def read_json_object(path: Path) -> dict:
   return content
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-  """Every tensor of the folder, from headers that fit their files."""
-  if (folder / _WEIGHTS).is_file():
-    return _read_header(folder / _WEIGHTS)
-  if not (folder / _INDEX).is_file():
-    raise InputError(
-      f'{_FIELD}: the folder {folder} has neither {_WEIGHTS} nor {_INDEX}; '
-      'give a folder with safetensors weights.'
-    )
-  places = read_json_object(folder / _INDEX).get('weight_map')
+def _indexed(folder: Path) -> dict[str, Stored]:
+  """Every tensor that the index names, from the file where it says it is."""
+  index = folder / _INDEX
+  places = read_json_object(index).get('weight_map')
   if not isinstance(places, dict) or not all(
     isinstance(name, str) for name in places.values()
   ):
     raise InputError(
-      f'{_FIELD}: {folder / _INDEX} has no weight_map of tensors to files; '
-      'fetch it again.'
+      f'{_FIELD}: {index} has no weight_map of tensors to files; fetch it again.'
     )
-  files = {name: folder / name for name in sorted(set(places.values()))}
-  for name, file in files.items():
-    if not file.is_file():
+  held = {}
+  for name in sorted(set(places.values())):
+    if not (folder / name).is_file():
       raise InputError(
-        f'{_FIELD}: {folder / _INDEX} names {name}, which does not exist; '
-        'fetch that file too.'
+        f'{_FIELD}: {index} names {name}, which does not exist; fetch that file too.'
       )
-  headers = {name: _read_header(file) for name, file in files.items()}
+    held[name] = _tensors_of(folder / name)
   for tensor, name in places.items():
-    if tensor not in headers[name]:
+    if tensor not in held[name]:
       raise InputError(
-        f'{_FIELD}: {folder / _INDEX} says that {tensor} is in {name}, which '
-        'does not hold it; fetch both files again.'
+        f'{_FIELD}: {index} says that {tensor} is in {name}, which does not hold '
+        'it; fetch both files again.'
       )
-  return {tensor: headers[name][tensor] for tensor, name in places.items()}
+  return {tensor: held[name][tensor] for tensor, name in places.items()}
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
-  """Parses a safetensors header; checks that header and data fit the file."""
-  size = file.stat().st_size
-  with open(file, 'rb') as stream:
-    # 8 bytes say how long the JSON header is; data follow, and offsets count
-    # from there.
-    prefix = stream.read(8)
-    length = struct.unpack('<Q', prefix)[0] if len(prefix) == 8 else 0
-    if not 0 < length <= size - 8:
-      raise InputError(
-        f'{_FIELD}: {file} is corrupt: its header should take {length} bytes '
-        f'of a file of {size}; fetch it again.'
-      )
-    text = stream.read(length)
+def _tensors_of(file: Path) -> dict[str, Stored]:
   try:
-    header = json.loads(text)
-    header.pop('__metadata__', None)
-    stored, end = {}, 0
-    for name, item in header.items():
-      first, last = item['data_offsets']
-      shape = tuple(item['shape'])
-      stored[name] = Stored(file, item['dtype'], shape, last - first)
-      end = max(end, last)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    # It checks that header and file fit, and outlives the block as a mapping.
+    with safetensors.safe_open(file, 'np') as opened:
+      names = opened.keys()
+      return {name: Stored(file, opened.get_slice(name)) for name in names}
+  except safetensors.SafetensorError as error:
     raise InputError(
-      f'{_FIELD}: {file} is corrupt: its header is not that of a safetensors '
-      f'file ({type(error).__name__}: {error}); fetch it again.'
+      f'{_FIELD}: {file} is corrupt or truncated at {file.stat().st_size} bytes '
+      f'({error}); fetch it again.'
     ) from error
-  needed = 8 + length + end
-  # No less, and no more: the format allows no bytes behind the data.
-  if needed != size:
-    raise InputError(
-      f'{_FIELD}: {file} is corrupt or truncated: it has {size} bytes but its '
-      f'header describes {needed}; fetch it again.'
-    )
-  return stored
 
 
-def _check_shapes(
+def _check_tensors(
   config: families.DecoderConfig, stored: dict[str, Stored], folder: Path
 ) -> None:
   """Every tensor of the family in its shape, and none that we would drop."""
@@ -170,16 +121,11 @@ def _check_shapes(
         f'where {name} of shape {shape} is needed by its config.json; use '
         'weights and config of the same model.'
       )
-    if found.dtype not in _DTYPES:
+    dtype = found.data.get_dtype()
+    if dtype not in _DTYPES:
       raise InputError(
-        f'{_FIELD}: {name} in {found.file} has type {found.dtype}; supported '
-        f'are {", ".join(_DTYPES)}.'
-      )
-    needed = math.prod(shape) * _DTYPES[found.dtype]
-    if found.size != needed:
-      raise InputError(
-        f'{_FIELD}: {name} takes {found.size} bytes of {found.file} where '
-        f'its shape {shape} needs {needed}; fetch the file again.'
+        f'{_FIELD}: {name} in {found.file} has type {dtype}; supported are '
+        f'{", ".join(_DTYPES)}.'
       )
   for name in stored.keys() - expected:
     # lm_head.weight is ignored only where tied: else it was expected.

@@ -3,10 +3,7 @@
 import json
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-
-from behaviorlm_jax.data import events
 
 
 def one_user(texts):
@@ -55,32 +52,21 @@ def test_equal_numbers_are_one_name_and_codes_are_not(tmp_path, prepare, names):
 
 
 @pytest.mark.parametrize('kind', ['json', 'parquet'])
-def test_ids_that_are_numbers_are_one_whatever_their_type(tmp_path, kind, log_config):
-  users = [7, 7.0, 8.0, 8]
-  behaviors = [1.0, 2, 1, 2.0]
+def test_ids_that_are_numbers_are_one_whatever_their_type(
+  tmp_path, kind, read, write_parquet
+):
+  users, behaviors = [7, 7.0, 8.0, 8], [1.0, 2, 1, 2.0]
+  times = [f'2024-01-01 10:0{i}' for i in range(4)]
   if kind == 'json':
+    rows = zip(users, times, behaviors, strict=True)
     path = tmp_path / 'log.jsonl'
     path.write_text(
-      '\n'.join(
-        json.dumps({'user': u, 'time': f'2024-01-01 10:0{i}', 'behavior': b})
-        for i, (u, b) in enumerate(zip(users, behaviors, strict=True))
-      )
+      '\n'.join(json.dumps({'user': u, 'time': t, 'behavior': b}) for u, t, b in rows)
     )
   else:
-    path = tmp_path / 'log.parquet'
-    pq.write_table(
-      pa.table(
-        {
-          'user': pa.array(users, pa.float64()),
-          'time': [f'2024-01-01 10:0{i}' for i in range(4)],
-          'behavior': pa.array(behaviors, pa.float32()),
-        }
-      ),
-      path,
-    )
-  folder = tmp_path / 'events'
-  events.prepare(log_config(split=(1, 0, 0)), path, folder, 0)
-  log = events.open_events(folder)
+    ids, names = pa.array(users, pa.float64()), pa.array(behaviors, pa.float32())
+    path = write_parquet(user=ids, time=times, behavior=names)
+  log, _ = read(path)
   assert list(log.users) == ['7', '8']
   assert [item.name for item in log.behaviors] == ['1', '2']
 

@@ -9,16 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import reader
+from behaviorlm_jax.data.log import reader, text_rows
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior'
-
-
-def rejected(folder):
-  with open(folder / 'rejected.csv', newline='') as file:
-    return list(csv.DictReader(file))
 
 
 # What is read.
@@ -37,13 +31,15 @@ def rejected(folder):
     '2024-01-01 10:00Z',
   ],
 )
-def test_times_of_another_form_are_malformed(tmp_path, text, history, prepare):
-  _, summary, folder = prepare(
+def test_times_of_another_form_are_malformed(
+  tmp_path, text, history, prepare, rejected
+):
+  _, summary, _ = prepare(
     tmp_path, [*history('xy'), f'u,{text},x'], max_rejected=0.5, split=(1, 0, 0)
   )
   assert summary['rejected'] == 1
   assert summary['reasons'] == {'time is not of the form ISO 8601': 1}
-  assert rejected(folder) == [
+  assert rejected() == [
     {
       'line': '4',
       'reason': f"time '{text}' is not of the form ISO 8601",
@@ -75,22 +71,16 @@ def test_quoted_commas_quotes_and_newlines_parse(tmp_path, prepare, names):
   assert summary['rejected'] == 0
 
 
-def test_all_formats_give_the_same_events(tmp_path, log_config, minute):
+def test_all_formats_give_the_same_events(tmp_path, read, minute):
   rows = [
     (u, minute(i * 7 % 50), f'b, {i % 4}', f'p{i % 3}')
     for u in ('ann', 'bob')
     for i in range(40)
   ]
-  columns = ('user', 'time', 'behavior', 'place')
-  write_all(tmp_path, rows, columns)
-  prints = {}
-  for path in sorted(tmp_path.glob('log.*')):
-    folder = tmp_path / 'out' / path.name
-    summary = events.prepare(log_config(place='place'), path, folder, 0)
-    prints[path.name] = summary['fingerprint']
-    assert summary['rows'] == 80
-  assert len(prints) == 8
-  assert len(set(prints.values())) == 1, prints
+  write_all(tmp_path, rows, ('user', 'time', 'behavior', 'place'))
+  found = [read(path, place='place')[1] for path in sorted(tmp_path.glob('log.*'))]
+  assert [summary['rows'] for summary in found] == [80] * 8
+  assert len({summary['fingerprint'] for summary in found}) == 1
 
 
 def write_all(folder, rows, columns):
@@ -112,23 +102,11 @@ def write_all(folder, rows, columns):
 @pytest.mark.parametrize(
   'zone, hours', [(None, 0), ('UTC', 0), ('America/New_York', -5), ('+05:30', 5.5)]
 )
-def test_parquet_times_keep_the_clock_of_their_zone(tmp_path, zone, hours, log_config):
-  path = tmp_path / "it's [1].parquet"
+def test_parquet_times_keep_the_clock_of_their_zone(zone, hours, read, write_parquet):
   seconds = np.array([1704103200, 1704103260])
-  pq.write_table(
-    pa.table(
-      {
-        'user': [7, 7],
-        'behavior': ['x', 'y'],
-        'time': pa.array(seconds)
-        .cast(pa.timestamp('s'))
-        .cast(pa.timestamp('us', tz=zone)),
-      }
-    ),
-    path,
-  )
-  events.prepare(log_config(split=(1, 0, 0)), path, tmp_path / 'events', 0)
-  log = events.open_events(tmp_path / 'events')
+  times = pa.array(seconds).cast(pa.timestamp('s')).cast(pa.timestamp('us', tz=zone))
+  path = write_parquet("it's [1].parquet", user=[7, 7], behavior=['x', 'y'], time=times)
+  log, _ = read(path)
   assert log.time.tolist() == (seconds + int(hours * 3600)).tolist()
   assert list(log.users) == ['7']
 
@@ -136,7 +114,9 @@ def test_parquet_times_keep_the_clock_of_their_zone(tmp_path, zone, hours, log_c
 # What is set aside.
 
 
-def test_malformed_rows_are_set_aside_with_their_line(tmp_path, prepare, names):
+def test_malformed_rows_are_set_aside_with_their_line(
+  tmp_path, prepare, names, rejected
+):
   lines = [
     'u,2024-01-01 10:00,x',  # 2
     'u,2024-01-01 10:01',  # 3
@@ -149,8 +129,8 @@ def test_malformed_rows_are_set_aside_with_their_line(tmp_path, prepare, names):
     'u,later,x',  # 11
     'u,2024-01-01 10:06,y',
   ]  # 12
-  log, summary, folder = prepare(tmp_path, lines, max_rejected=0.8, split=(1, 0, 0))
-  found = rejected(folder)
+  log, summary, _ = prepare(tmp_path, lines, max_rejected=0.8, split=(1, 0, 0))
+  found = rejected()
   assert [(int(row['line']), row['reason'].split(':')[0]) for row in found] == [
     (3, '2 fields instead of 3'),
     (7, 'no user'),
@@ -164,8 +144,10 @@ def test_malformed_rows_are_set_aside_with_their_line(tmp_path, prepare, names):
   assert names(log) == ['x', 'two lines', 'y']
 
 
-def test_lines_stay_right_across_chunks(tmp_path, monkeypatch, minute, prepare):
-  monkeypatch.setattr(reader, '_LINES', 3)
+def test_lines_stay_right_across_chunks(
+  tmp_path, monkeypatch, minute, prepare, rejected
+):
+  monkeypatch.setattr(text_rows, 'LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   lines, expected, number = [], [], 2
   for i in range(60):
@@ -176,42 +158,35 @@ def test_lines_stay_right_across_chunks(tmp_path, monkeypatch, minute, prepare):
     else:
       lines.append(f'u,{minute(i)},{name}')
     number += 1 + name.count('\n')
-  log, _, folder = prepare(tmp_path, lines, max_rejected=1)
-  assert [int(row['line']) for row in rejected(folder)] == expected
+  log, _, _ = prepare(tmp_path, lines, max_rejected=1)
+  assert [int(row['line']) for row in rejected()] == expected
   assert len(log.user) == 60 - len(expected)
 
 
-def test_broken_json_lines_are_set_aside(tmp_path, log_config):
-  path = tmp_path / 'log.jsonl'
+def test_broken_json_lines_are_set_aside(tmp_path, read, rejected):
   good = [
     json.dumps({'user': 3, 'time': 1704103200 + i, 'behavior': b})
     for i, b in enumerate('xyx')
   ]
-  path.write_text(
-    '\n'.join(
-      [
-        good[0],
-        '{"user": 3, ',
-        '',
-        '[1]',
-        good[1],
-        '{"user": "\\ud800"}',
-        '{"behavior": "x", "time": 5}',
-        good[2],
-      ]
-    )
-  )
-  folder = tmp_path / 'events'
-  events.prepare(log_config(max_rejected=0.9, split=(1, 0, 0)), path, folder, 0)
-  assert [
-    (int(row['line']), row['reason'].split(':')[0]) for row in rejected(folder)
-  ] == [
+  lines = [
+    good[0],
+    '{"user": 3, ',
+    '',
+    '[1]',
+    good[1],
+    '{"user": "\\ud800"}',
+    '{"behavior": "x", "time": 5}',
+    good[2],
+  ]
+  (tmp_path / 'log.jsonl').write_text('\n'.join(lines))
+  log, _ = read(tmp_path / 'log.jsonl', max_rejected=0.9)
+  assert [(int(row['line']), row['reason'].split(':')[0]) for row in rejected()] == [
     (2, 'broken JSON'),
     (4, 'not a JSON object'),
     (6, 'not UTF-8 text'),
     (7, 'no user'),
   ]
-  assert list(events.open_events(folder).users) == ['3']
+  assert list(log.users) == ['3']
 
 
 @pytest.mark.parametrize(
@@ -222,46 +197,32 @@ def test_broken_json_lines_are_set_aside(tmp_path, log_config):
   ],
 )
 def test_parquet_columns_that_would_be_mixed_up_are_refused(
-  tmp_path, log_config, name, match
+  read, write_parquet, name, match
 ):
-  path = tmp_path / 'log.parquet'
-  pq.write_table(
-    pa.table(
-      {'user': ['u'], 'time': ['2024-01-01 10:00'], 'behavior': ['x'], name: ['v']}
-    ),
-    path,
-  )
+  columns = {
+    'user': ['u'],
+    'time': ['2024-01-01 10:00'],
+    'behavior': ['x'],
+    name: ['v'],
+  }
   with pytest.raises(InputError, match=match):
-    events.prepare(log_config(), path, tmp_path / 'events', 0)
+    read(write_parquet(**columns))
 
 
-def test_parquet_rows_are_counted_from_one(tmp_path, log_config, minute):
-  path = tmp_path / 'log.parquet'
-  pq.write_table(
-    pa.table(
-      {
-        'user': ['u', None, 'u'],
-        'behavior': ['x', 'x', 'y'],
-        'time': [minute(0), minute(1), minute(2)],
-      }
-    ),
-    path,
-  )
-  folder = tmp_path / 'events'
-  events.prepare(log_config(max_rejected=0.9, split=(1, 0, 0)), path, folder, 0)
-  assert [(row['line'], row['reason']) for row in rejected(folder)] == [
-    ('2', 'no user')
-  ]
+def test_parquet_rows_are_counted_from_one(read, write_parquet, minute, rejected):
+  times = [minute(i) for i in range(3)]
+  path = write_parquet(user=['u', None, 'u'], behavior=['x', 'x', 'y'], time=times)
+  read(path, max_rejected=0.9)
+  assert [(row['line'], row['reason']) for row in rejected()] == [('2', 'no user')]
 
 
-def test_bytes_that_are_no_text_are_set_aside(tmp_path, log_config, history):
+def test_bytes_that_are_no_text_are_set_aside(tmp_path, read, rejected, history):
   path = tmp_path / 'log.csv'
   path.write_bytes(
     '\n'.join([HEADER, *history('xyx')]).encode() + b'\nu,2024-01-01 11:00,caf\xe9\n'
   )
-  folder = tmp_path / 'events'
-  events.prepare(log_config(max_rejected=0.9, split=(1, 0, 0)), path, folder, 0)
-  assert [(row['line'], row['reason']) for row in rejected(folder)] == [
+  read(path, max_rejected=0.9)
+  assert [(row['line'], row['reason']) for row in rejected()] == [
     ('5', 'not UTF-8 text')
   ]
 
@@ -279,11 +240,11 @@ def test_bytes_that_are_no_text_are_set_aside(tmp_path, log_config, history):
     ('log.jsonl', '\n\n'),
   ],
 )
-def test_an_empty_log_is_refused(tmp_path, name, text, log_config):
+def test_an_empty_log_is_refused(tmp_path, name, text, read):
   (tmp_path / name).write_text(text)
   with pytest.raises(InputError, match=f'{name} (is empty|holds no rows)'):
-    events.prepare(log_config(), tmp_path / name, tmp_path / 'events', 0)
-  assert [path.name for path in tmp_path.iterdir()] == [name]
+    read(tmp_path / name)
+  assert not list((tmp_path / 'work').glob('*'))
 
 
 @pytest.mark.parametrize('name', ['log.xlsx', 'log.csv.gz', 'log', 'log.txt'])
@@ -298,39 +259,34 @@ def test_text_that_is_named_parquet_is_refused(tmp_path, history, refuse):
   refuse(tmp_path, history('xy'), "does not begin with 'PAR1'", name='log.parquet')
 
 
-def test_a_torn_zip_is_refused(tmp_path, log_config, history):
+def test_a_torn_zip_is_refused(tmp_path, read, history):
   path = tmp_path / 'log.csv.gz'
   text = '\n'.join([HEADER, *history('xyzzy' * 50)])
   path.write_bytes(gzip.compress(text.encode())[:-20])
   with pytest.raises(InputError, match='cannot be read to its end'):
-    events.prepare(log_config(), path, tmp_path / 'events', 0)
-  assert [entry.name for entry in tmp_path.iterdir()] == ['log.csv.gz']
+    read(path)
+  assert not list((tmp_path / 'work').glob('*'))
 
 
-def test_a_parquet_file_with_broken_pages_is_refused(tmp_path, log_config, minute):
-  path = tmp_path / 'log.parquet'
-  rows = [('u', minute(i), f'name {i}') for i in range(200)]
-  pq.write_table(
-    pa.table(
-      dict(zip(('user', 'time', 'behavior'), zip(*rows, strict=True), strict=True))
-    ),
-    path,
-  )
+def test_a_parquet_file_with_broken_pages_is_refused(
+  tmp_path, read, write_parquet, minute
+):
+  times, names = zip(*((minute(i), f'name {i}') for i in range(200)), strict=True)
+  path = write_parquet(user=['u'] * 200, time=times, behavior=names)
   content = bytearray(path.read_bytes())
   content[4:1500] = bytes(1496)  # the footer stays whole
   path.write_bytes(content)
   with pytest.raises(InputError, match='cannot be read to its end') as error:
-    events.prepare(log_config(), path, tmp_path / 'events', 0)
+    read(path)
   assert '\n' not in str(error.value)
-  assert [entry.name for entry in tmp_path.iterdir()] == ['log.parquet']
+  assert not list((tmp_path / 'work').glob('*'))
 
 
 @pytest.mark.parametrize('suffix', ['csv', 'jsonl', 'parquet'])
-def test_a_missing_column_names_the_nearest(tmp_path, suffix, log_config, minute):
+def test_a_missing_column_names_the_nearest(tmp_path, suffix, read, minute):
   write_all(tmp_path, [('u', minute(0), 'x')], ('user', 'time', 'behaviour'))
-  path = tmp_path / f'log.{suffix}'
   with pytest.raises(InputError) as error:
-    events.prepare(log_config(), path, tmp_path / 'out', 0)
+    read(tmp_path / f'log.{suffix}')
   assert "no column 'behavior'" in str(error.value)
   assert 'data.columns.behavior' in str(error.value)
   assert "nearest: 'behaviour'" in str(error.value)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import columns, join, shards
+from behaviorlm_jax.data.log import columns, join, shards, sources
 from behaviorlm_jax.errors import InputError
 
 HEADER = 'user,time,behavior,where,home'
@@ -30,10 +30,11 @@ def write_log(tmp_path, minute, users=23):
 
 
 def prepare_in_parts(data, path, folder, count):
-  sources = [folder / f'{i}-of-{count}' for i in range(count)]
+  log = sources.open_log(path, data)
+  folders = [folder / f'{i}-of-{count}' for i in range(count)]
   for i in reversed(range(count)):
-    shards.write_shard(data, path, sources[i], (i, count))
-  return join.join(data, path, sources, folder / 'events', 0)
+    shards.write_shard(log, folders[i], (i, count))
+  return join.join(log, folders, folder / 'events', 0)
 
 
 @pytest.mark.slow
@@ -84,20 +85,20 @@ def test_of_equal_rows_the_first_stays_whatever_the_batches(size):
 
 
 def test_every_user_is_in_one_shard(tmp_path, log_config, minute):
-  path = write_log(tmp_path, minute)
+  log = sources.open_log(write_log(tmp_path, minute), log_config())
   users = []
   for i in range(5):
-    shards.write_shard(log_config(), path, tmp_path / str(i), (i, 5))
+    shards.write_shard(log, tmp_path / str(i), (i, 5))
     users += columns.MappedNames(tmp_path / str(i) / 'users.arrow')
   assert len(users) == len(set(users)) > 15
 
 
 def test_shards_that_lack_rows_are_refused(tmp_path, log_config, minute):
-  data, path = log_config(), write_log(tmp_path, minute)
+  log = sources.open_log(write_log(tmp_path, minute), log_config())
   for i in range(2):
-    shards.write_shard(data, path, tmp_path / str(i), (i, 3))
+    shards.write_shard(log, tmp_path / str(i), (i, 3))
   with pytest.raises(InputError, match=r'hold \d+ of the 6\d\d rows'):
-    join.join(data, path, [tmp_path / '0', tmp_path / '1'], tmp_path / 'x', 0)
+    join.join(log, [tmp_path / '0', tmp_path / '1'], tmp_path / 'x', 0)
   assert not (tmp_path / 'x').exists()
 
 
@@ -114,5 +115,7 @@ def test_malformed_rows_of_all_parts_count(tmp_path, log_config, minute):
   assert str(parts.value) == str(whole.value)
   # One that is above the share by itself is refused at once.
   with pytest.raises(InputError, match=r'line 8: .* 13 of 6\d\d rows'):
-    shards.write_shard(log_config(max_rejected=0.001), path, tmp_path / 'x')
+    shards.write_shard(
+      sources.open_log(path, log_config(max_rejected=0.001)), tmp_path / 'x'
+    )
   assert not list(tmp_path.glob('x*'))

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from behaviorlm_jax.data import events
-from behaviorlm_jax.data.log import reader
+from behaviorlm_jax.data.log import reader, text_rows
 from behaviorlm_jax.errors import InputError
 
 TEN = 1704103200  # 2024-01-01 10:00 of a local clock.
@@ -116,7 +114,7 @@ def test_every_time_of_the_docs_is_read(tmp_path, words, time, prepare):
 def test_day_or_month_first_is_found_from_the_whole_column(
   tmp_path, monkeypatch, prepare
 ):
-  monkeypatch.setattr(reader, '_LINES', 3)
+  monkeypatch.setattr(text_rows, 'LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   texts = [f'0{i % 9 + 1}/02/2024 10:0{i % 10}' for i in range(40)]
   log, summary, _ = prepare(
@@ -128,7 +126,7 @@ def test_day_or_month_first_is_found_from_the_whole_column(
 
 
 def test_a_form_that_later_rows_refute_is_given_up(tmp_path, monkeypatch, prepare):
-  monkeypatch.setattr(reader, '_LINES', 3)
+  monkeypatch.setattr(text_rows, 'LINES', 3)
   monkeypatch.setattr(reader, '_CHUNKS', 2)
   texts = ['2024-01-01'] + [f'2024-01-02 10:{i:02d}' for i in range(40)]
   _, summary, _ = prepare(
@@ -261,6 +259,10 @@ def test_a_zone_for_local_clocks_is_refused(tmp_path, history, refuse):
 # Order and clock.
 
 
+def clocks(log):
+  return [str(np.datetime64(int(t), 's'))[11:16] for t in log.time]
+
+
 def test_events_are_ordered_by_instant_and_shown_by_their_clock(
   tmp_path, prepare, names
 ):
@@ -272,11 +274,7 @@ def test_events_are_ordered_by_instant_and_shown_by_their_clock(
   ]
   log, _, _ = prepare(tmp_path, rows, split=(1, 0, 0))
   assert names(log) == ['early', 'mid', 'late']
-  assert [str(np.datetime64(int(t), 's'))[11:16] for t in log.time] == [
-    '01:40',
-    '01:50',
-    '01:10',
-  ]
+  assert clocks(log) == ['01:40', '01:50', '01:10']
 
 
 def test_one_instant_on_two_clocks_is_one_event(tmp_path, prepare):
@@ -301,10 +299,7 @@ def test_instants_are_shown_by_the_zone_that_is_given(tmp_path, texts, prepare):
   log, summary, _ = prepare(
     tmp_path, lines(texts), split=(1, 0, 0), time_zone='America/New_York'
   )
-  assert [str(np.datetime64(int(t), 's'))[11:16] for t in log.time] == [
-    '01:50',
-    '01:50',
-  ]
+  assert clocks(log) == ['01:50', '01:50']
   assert 'shown by the clock of America/New_York' in summary['times']
   assert not any('UTC' in text for text in summary['warnings'])
 
@@ -312,17 +307,14 @@ def test_instants_are_shown_by_the_zone_that_is_given(tmp_path, texts, prepare):
 # Parquet.
 
 
-def parquet(tmp_path, times, log_config, **fields):
-  path = tmp_path / 'log.parquet'
-  pq.write_table(
-    pa.table(
-      {'user': ['u'] * len(times), 'time': times, 'behavior': list('xyz')[: len(times)]}
-    ),
-    path,
-  )
-  folder = tmp_path / 'events'
-  summary = events.prepare(log_config(split=(1, 0, 0), **fields), path, folder, 0)
-  return events.open_events(folder), summary
+@pytest.fixture
+def read_times(read, write_parquet):
+  def read_times(times, name='log.parquet', **fields):
+    behaviors = list('xyz')[: len(times)]
+    path = write_parquet(name, user=['u'] * len(times), time=times, behavior=behaviors)
+    return read(path, **fields)
+
+  return read_times
 
 
 @pytest.mark.parametrize(
@@ -339,53 +331,52 @@ def parquet(tmp_path, times, log_config, **fields):
     (pa.array(['2024-01-01 10:00', '2024-01-01 10:01']), TEN),
   ],
 )
-def test_parquet_times_of_any_type_are_read(tmp_path, times, seconds, log_config):
-  log, summary = parquet(tmp_path, times, log_config)
+def test_parquet_times_of_any_type_are_read(times, seconds, read_times):
+  log, summary = read_times(times)
   assert log.time[0] == seconds
   assert summary['rejected'] == 0
   assert log.clock == (seconds == TEN)
 
 
-def test_parquet_instants_are_shown_by_the_zone_of_the_column(tmp_path, log_config):
+def test_parquet_instants_are_shown_by_the_zone_of_the_column(read_times):
   instants = (
     pa.array([1730613000, 1730616600])
     .cast(pa.timestamp('s'))
     .cast(pa.timestamp('us', tz='America/New_York'))
   )
-  log, summary = parquet(tmp_path, instants, log_config)
+  log, summary = read_times(instants)
   assert log.time[0] == log.time[1]
   assert 'Parquet timestamps, shown by the clock of America' in summary['times']
 
 
-def test_parquet_times_before_1990_need_a_word(tmp_path, log_config):
+def test_parquet_times_before_1990_need_a_word(read_times):
   times = pa.array([TEN, TEN + 1]).cast(pa.timestamp('us'))
   with pytest.raises(InputError, match='lies outside of 1990 to 2100'):
-    parquet(tmp_path, times, log_config)
-  log, _ = parquet(tmp_path, times, log_config, time_format='typed')
+    read_times(times)
+  log, _ = read_times(times, time_format='typed')
   assert log.time[0] == TEN // 10**6
 
 
 @pytest.mark.parametrize('zone', ['UTC', '+05', 'Europe/Paris'])
-def test_parquet_nanoseconds_with_a_zone_are_read(tmp_path, zone, log_config):
+def test_parquet_nanoseconds_with_a_zone_are_read(zone, read_times):
   times = pa.array([TEN * 10**9 + 999_999_999, (TEN + 5) * 10**9])
   times = times.cast(pa.timestamp('ns')).cast(pa.timestamp('ns', tz=zone))
-  log, summary = parquet(tmp_path, times, log_config)
+  log, summary = read_times(times)
   ahead = {'UTC': 0, '+05': 5 * 3600, 'Europe/Paris': 3600}[zone]
   assert log.time[0] == TEN + ahead
   warned = [text for text in summary['warnings'] if 'the clock of UTC' in text]
   assert bool(warned) == (zone == 'UTC')
 
 
-def test_folders_named_like_columns_leave_the_columns_alone(tmp_path, log_config):
-  folder = tmp_path / 'user=all'
-  folder.mkdir()
-  parquet(folder, pa.array([TEN, TEN + 5]), log_config)
-  assert list(events.open_events(folder / 'events').users) == ['u']
+def test_folders_named_like_columns_leave_the_columns_alone(tmp_path, read_times):
+  (tmp_path / 'user=all').mkdir()
+  log, _ = read_times(pa.array([TEN, TEN + 5]), 'user=all/log.parquet')
+  assert list(log.users) == ['u']
 
 
-def test_a_float_column_with_nan_is_read(tmp_path, log_config):
+def test_a_float_column_with_nan_is_read(read_times):
   times = pa.array([float(TEN), float('nan'), TEN + 5.0])
-  _, summary = parquet(tmp_path, times, log_config, max_rejected=0.5)
+  _, summary = read_times(times, max_rejected=0.5)
   assert (summary['rows'], summary['rejected']) == (3, 1)
 
 

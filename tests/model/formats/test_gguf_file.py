@@ -1,4 +1,4 @@
-"""Headers of GGUF files: whatever is damaged or short is refused."""
+"""GGUF files: whatever is damaged or short is refused."""
 
 import struct
 
@@ -18,7 +18,9 @@ def test_a_truncated_file_is_refused_with_its_sizes(
   write_gguf(path, *tiny_llama())
   data = path.read_bytes()
   path.write_bytes(data[: int(len(data) * share)])
-  refused(path, r'm.gguf is (truncated: it has \d+ bytes but|not a readable)')
+  refused(
+    path, r'm.gguf is (truncated or damaged: it has \d+ bytes but|not a readable)'
+  )
   assert not any((cache / 'models').iterdir())
 
 
@@ -38,13 +40,13 @@ def test_a_corrupt_header_is_refused(tmp_path, write_gguf, tiny_llama, refused):
   write_gguf(path, *tiny_llama())
   data = path.read_bytes()
   path.write_bytes(b'GGML' + data[4:])
-  refused(path, "does not begin with 'GGUF'")
+  refused(path, 'GGUF magic invalid')
   path.write_bytes(data[:4] + struct.pack('<I', 9) + data[8:])
   refused(path, 'version 9')
   path.write_bytes(data[:8] + b'\xff' * 16 + data[24:])
-  refused(path, 'its header goes beyond its')
+  refused(path, r'it has \d+ bytes but its header needs \d+')
   path.write_bytes(data[:24] + b'\xff' * 8 + data[32:])
-  refused(path, 'its header goes beyond its')
+  refused(path, r'it has \d+ bytes but its header needs \d+')
   generator = np.random.default_rng(0)
   for _ in range(30):  # whatever is hit, never another exception
     damaged = bytearray(data)
