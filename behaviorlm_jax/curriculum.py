@@ -181,7 +181,7 @@ def _score_difficulty(setup, adapter, samples):
     setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
   if not setup.workspace.exists(path):
-    scored = measure.score(setup, adapter, samples, f'{folder.name}: difficulty')
+    scored = measure.score(setup, adapter, samples, folder / 'difficulty')
     values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
     setup.workspace.keep(
       difficulty.write_difficulty, path, setup.events, samples, values, made_from

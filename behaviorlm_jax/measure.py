@@ -4,16 +4,26 @@ Scores of samples, retention, predictions: what stands in the work directory
 already is not measured again.
 """
 
-import functools
+import hashlib
 from pathlib import Path
 
+import jax
 import numpy as np
+import pyarrow as pa
 import tqdm
+from pyarrow import parquet
 
 from behaviorlm_jax.cluster import ownership, preemption
+from behaviorlm_jax.data import questions
 from behaviorlm_jax.evaluate import evaluation, sasrec
+from behaviorlm_jax.evaluate.scored import read_scored, Scored
 from behaviorlm_jax.io import files
 from behaviorlm_jax.setup import Setup
+
+LOG_P = 'log_p'  # Folder of an arm's scores.
+# Tokens of a row, and rows of a batch of a part, which is the same on any machine;
+# more rows are in it until so many events are asked for.
+_LENGTH, _ROWS, _PART = 1024, 8, 512
 
 
 def evaluate_base(setup: Setup) -> None:
@@ -50,15 +60,12 @@ def evaluate_sasrec(setup: Setup) -> None:
       preemption.check()
 
     model = sasrec.fit_model(events, recipe, progress)
-  _write_arm(
-    setup,
-    folder,
-    lambda samples, what: evaluation.Scored(
-      samples,
-      sasrec.predict_log_p(model, events, samples, recipe),
-      [setup.prompts.question(p) for p in samples],
-    ),
-  )
+  samples = setup.samples.every
+  log_p = sasrec.predict_log_p(model, events, samples, recipe)
+  scored = Scored(samples, setup.prompts.question_start(samples), log_p)
+  path = folder / LOG_P / '00000.parquet'
+  setup.workspace.keep(_write_part, path, scored.table(events))
+  _write_arm(setup, folder, scored)
 
 
 def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
@@ -67,15 +74,15 @@ def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
     return
   # Before the scores: whatever stops those, this is kept.
   measure_retention(setup, folder, adapter)
-  _write_arm(setup, folder, functools.partial(score, setup, adapter))
+  _write_arm(setup, folder, score(setup, adapter, setup.samples.every, folder / LOG_P))
 
 
-def _write_arm(setup, folder, score):
-  """Writes an arm; `score`: (samples, what it is for) -> evaluation.Scored."""
+def _write_arm(setup, folder, scored):
+  """Writes what an arm's Scored of both splits come to."""
   samples, validation = setup.samples, None
-  test = score(samples.test, f'{folder.name}: evaluate')
+  test = scored.of(samples.test)
   if len(samples.validation):
-    validation = score(samples.validation, f'{folder.name}: validation')
+    validation = scored.of(samples.validation)
   setup.workspace.keep(
     evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
   )
@@ -98,15 +105,90 @@ def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
 
 
 def score(
-  setup: Setup, adapter: dict | None, samples: np.ndarray, what: str
-) -> evaluation.Scored:
-  """What scorer.Scorer says of samples: evaluation.Scored."""
-  questions = [setup.prompts.question(p) for p in samples]
-  with tqdm.tqdm(total=len(samples), desc=what, unit='prompt') as bar:
+  setup: Setup, adapter: dict | None, samples: np.ndarray, folder: Path
+) -> Scored:
+  """What the model says of samples int64 [n], in their order.
+
+  Many are asked of one row (data.questions). Scores are kept in parts in `folder`:
+  a run that was killed goes on behind the last of them.
+  """
+  length, rows = packed(setup, np.sort(samples))
+  weights, tables = _digest(setup, adapter), []
+  with tqdm.tqdm(total=len(samples), desc=f'{folder.parent.name}: score') as bar:
 
     def progress(done: int) -> None:
       bar.update(done)
       preemption.check()
 
-    scores = setup.scorer(adapter, questions, progress)
-    return evaluation.Scored(samples, scores, questions)
+    for number, part in enumerate(_parts(rows)):
+      asked = [questions.row_of(setup.prompts, row, length) for row in part]
+      path, made_from = folder / f'{number:05d}.parquet', _made_from(weights, asked)
+      if _kept_from(setup.workspace, path) == made_from:
+        bar.update(sum(len(row.targets) for row in asked))
+      else:
+        scores = setup.scorer(adapter, asked, progress)
+        table = _together(asked, scores).table(setup.events)
+        setup.workspace.keep(_write_part, path, table, made_from)
+      tables.append(parquet.read_table(path))
+  return read_scored(pa.concat_tables(tables)).of(samples)
+
+
+def packed(
+  setup: Setup, samples: np.ndarray
+) -> tuple[int, list[list[questions.Window]]]:
+  """Tokens of a row, and the windows of each, which ask for samples, sorted."""
+  prompts, most = setup.prompts, setup.config.plan.window
+  length = min(_LENGTH, setup.base.config.max_length)
+  found = list(questions.windows(prompts, samples, most, length))
+  # A question by itself may be longer.
+  length = max(length, *(window.length for window in found))
+  rows = questions.pack(found, length)
+  # Those that are asked most first: who shares a batch is asked as much.
+  rows.sort(key=lambda row: -sum(len(window.targets) for window in row))
+  return length, rows
+
+
+def _parts(rows):
+  """Rows of each part: whole batches, of some minutes on a CPU."""
+  parts = []
+  for begin in range(0, len(rows), _ROWS):
+    batch = rows[begin : begin + _ROWS]
+    if parts and sum(len(w.targets) for row in parts[-1] for w in row) < _PART:
+      parts[-1] += batch
+    else:
+      parts.append(batch)
+  return parts
+
+
+def _digest(setup, adapter):
+  """SHA-256 of an adapter; what else decides scores, the folder's config holds."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(setup.model.layout.gather(adapter or {})):
+    digest.update(leaf.tobytes())
+  return digest.digest()
+
+
+def _made_from(weights, asked):
+  digest = hashlib.sha256(weights)
+  for row in asked:
+    digest.update(row.targets.tobytes() + row.starts.tobytes())
+  return digest.hexdigest()
+
+
+def _together(asked, scores):
+  """Scored of rows' questions, and of the scores of each row."""
+  samples = np.concatenate([row.targets for row in asked])
+  starts = np.concatenate([row.starts for row in asked])
+  return Scored(samples, starts, np.concatenate(scores))
+
+
+def _kept_from(workspace, path):
+  """What a part was made from, or None: it is not there."""
+  if not workspace.exists(path):
+    return None
+  return parquet.read_schema(path).metadata[b'made_from'].decode()
+
+
+def _write_part(path, table, made_from=''):
+  path.parent.mkdir(exist_ok=True)
+  files.write_parquet(path, table, {'made_from': made_from})

@@ -181,14 +181,14 @@ def test_held_out_conversations_are_not_trained_on(make_run_config, base, tmp_pa
 
 
 @pytest.mark.parametrize('arm', ARMS)
-def test_fitted_predictions_follow_from_the_log_probs(finished, arm):
+def test_fitted_predictions_follow_from_log_p(finished, arm):
   rows = predictions(finished, arm)
   known = [
     b
     for b in read_json(finished / 'events' / 'behaviors.json')
     if b['group'] != 'unseen'
   ]
-  log_p = parquet.read_table(finished / arm / 'log_probs.parquet').to_pylist()
+  log_p = parquet.read_table(finished / arm / 'log_p').sort_by('sample').to_pylist()
   test = [row for row in log_p if row['split'] == 'test']
   assert [row['sample'] for row in test] == [row['sample'] for row in rows]
   fitted = read_json(finished / arm / 'evaluation.json')['fitted']
@@ -218,6 +218,10 @@ def test_predictions_agree_with_the_events(finished, prompts, make_run_config, a
     events, config.eval, config.plan.min_context, config.seed
   )
   assert samples == list(drawn.test)
+  table = parquet.read_table(finished / arm / 'log_p')
+  starts = dict(
+    zip(*(table[name].to_pylist() for name in ('sample', 'start')), strict=True)
+  )
   for row in rows:
     at = row['sample']
     behavior = events.behaviors[events.behavior[at]]
@@ -225,8 +229,10 @@ def test_predictions_agree_with_the_events(finished, prompts, make_run_config, a
     assert row['user'] == events.users[events.user[at]]
     assert row['time'] == np.datetime64(int(events.time[at]), 's').item()
     assert (row['behavior'], row['group']) == (behavior.name, behavior.group)
-    assert row['prompt_tokens'] == prompts.question(at).tolist()
-    past = events.behavior[prompts.question_start(at) : at]
+    assert events.first[at] <= starts[at] <= prompts.question_start(at)
+    assert at - starts[at] <= config.plan.window
+    assert row['prompt_tokens'] == prompts.question(at, starts[at]).tolist()
+    past = events.behavior[starts[at] : at]
     assert row['in_context'] == (events.behavior[at] in past)
 
 

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import curriculum, seeds
+from behaviorlm_jax import curriculum, measure, seeds
 from behaviorlm_jax.cost import flops
 from behaviorlm_jax.data import plan as plan_lib
 from behaviorlm_jax.setup import Setup
 from behaviorlm_jax.train import step as step_lib
 from behaviorlm_jax.train import trainer as trainer_lib
 
-_PROMPTS = 200  # So many test prompts tell how long prompts are.
+_SAMPLES = 200  # So many test events tell how long questions are.
 
 
 def first_plan(setup: Setup) -> plan_lib.Plan:
@@ -76,14 +76,15 @@ def _first_stage(setup):
   return config_lib.stage_of(setup.config, setup.config.stages[0])
 
 
-def scoring(setup: Setup) -> tuple[jax.stages.Lowered, int]:
-  """The pass that scores a batch of the longest prompts: Lowered, prompts."""
-  return setup.scorer.lower(_adapter(setup), _width(setup)), setup.scorer.batch
-
-
-def _width(setup):
-  samples = setup.samples.test[:_PROMPTS]
-  return max(len(setup.prompts.question(sample)) for sample in samples)
+def scoring(setup: Setup) -> dict[str, jax.stages.Lowered]:
+  """What reads a batch of rows, and what asks some questions of each, by name."""
+  scorer = setup.scorer
+  length, _ = measure.packed(setup, setup.samples.test[:_SAMPLES])
+  read, ask = scorer.lower(_adapter(setup), length)
+  return {
+    f'reading {scorer.batch} rows of {length} tokens': read,
+    f'asking {scorer.asked} questions of each': ask,
+  }
 
 
 def _adapter(setup):

@@ -82,8 +82,8 @@ def costs(
     ),
   )
   if scoring:
-    lowered, prompts = programs.scoring(setup)
-    yield f'scoring pass of {prompts} prompts', roofline.measure(lowered, chips)
+    for name, lowered in programs.scoring(setup).items():
+      yield name, roofline.measure(lowered, chips)
 
 
 def search(

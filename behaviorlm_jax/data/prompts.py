@@ -163,9 +163,13 @@ class Prompts:
         'positions; lower it.'
       )
 
-  def question(self, position: int) -> np.ndarray:
-    """Tokens int32 [n] that ask for the behavior of `position`."""
-    past, _ = self.window(self.question_start(position), position)
+  def question(self, position: int, start: int | None = None) -> np.ndarray:
+    """Tokens int32 [n] that ask for the behavior of `position`.
+
+    `start`: the first event that is shown; None: data.history events are.
+    """
+    start = self.question_start(position) if start is None else start
+    past, _ = self.window(start, position)
     return np.concatenate([past, *self._cut_line(position)])
 
   def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class QuestionRow:
   """Windows side by side; L tokens.
 
   Attributes:
@@ -63,7 +63,7 @@ def windows(
     length: tokens of a window, at most; a question by itself may be longer.
   """
   events, header = prompts.events, len(prompts.header)
-  most = max(most, prompts.data.history)
+  most = max(most, prompts.history)
   i = 0
   while i < len(targets):
     start = prompts.question_start(targets[i])
@@ -95,7 +95,9 @@ def pack(found: Sequence[Window], length: int) -> list[list[Window]]:
   return rows
 
 
-def row_of(prompts: prompts_lib.Prompts, found: Sequence[Window], length: int) -> Row:
+def row_of(
+  prompts: prompts_lib.Prompts, found: Sequence[Window], length: int
+) -> QuestionRow:
   """The arrays of packed windows."""
   tokens, positions, segments = np.zeros((3, length), np.int32)
   roots, begin = [], 0
@@ -109,7 +111,7 @@ def row_of(prompts: prompts_lib.Prompts, found: Sequence[Window], length: int) -
     roots.append(begin + spans[window.targets - window.start, 0] - 1)
     begin += window.length
   starts = [np.full(len(w.targets), w.start) for w in found]
-  return Row(
+  return QuestionRow(
     tokens,
     positions,
     segments,

@@ -20,6 +20,7 @@ from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust, baselines, metrics
+from behaviorlm_jax.evaluate.scored import Scored
 from behaviorlm_jax.io import files
 from behaviorlm_jax.score import label_tree
 
@@ -31,14 +32,9 @@ class Drawn:
   test: np.ndarray  # At least one.
   validation: np.ndarray  # None of them: nothing is fitted.
 
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-  """What a model says of samples of one split."""
-
-  samples: np.ndarray  # Positions int64 [n].
-  scores: np.ndarray  # s(y), float [n, Y].
-  questions: list[np.ndarray]  # Token ids of each prompt.
+  @property
+  def every(self) -> np.ndarray:
+    return np.sort(np.concatenate([self.validation, self.test]))
 
 
 def draw_splits(
@@ -108,9 +104,6 @@ def write_arm(
       }
       first = _names(events, label_tree.best(scores, 1)[:, 0])
       table = table.append_column(name, pa.array(first))
-    # All of log p: reports and sweeps draw curves over tau from it.
-    log_probs = [_log_probs('validation', validation), _log_probs('test', test)]
-    files.write_parquet(folder / 'log_probs.parquet', pa.concat_tables(log_probs))
   files.write_parquet(folder / 'predictions.parquet', table)
   # Last, because its presence says that the stage is finished.
   files.write_json(folder / 'evaluation.json', summary)
@@ -131,23 +124,13 @@ def fitted(
   }
 
 
-def _log_probs(split: str, scored: Scored) -> pa.Table:
-  log_p = label_tree.log_softmax(scored.scores)
-  return pa.table(
-    {
-      'split': [split] * len(scored.samples),
-      'sample': pa.array(scored.samples, pa.int64()),
-      'log_p': pa.array(log_p.tolist(), pa.list_(pa.float32())),
-    }
-  )
-
-
 def _predictions(prompts: prompts_lib.Prompts, test: Scored) -> pa.Table:
   events, samples = prompts.events, test.samples
   true, top = events.behavior[samples], label_tree.best(test.scores)
   log_p = label_tree.log_softmax(test.scores)
   top_log_p = np.take_along_axis(log_p, top, axis=1)
-  tokens = [question.tolist() for question in test.questions]
+  asked = list(zip(test.starts, samples, strict=True))
+  tokens = [prompts.question(p, start).tolist() for start, p in asked]
   return pa.table(
     {
       'sample': pa.array(samples, pa.int64()),
@@ -160,7 +143,7 @@ def _predictions(prompts: prompts_lib.Prompts, test: Scored) -> pa.Table:
       'top5': [_names(events, row) for row in top],
       'top5_log_prob': pa.array(top_log_p.tolist(), pa.list_(pa.float32())),
       'prompt_tokens': pa.array(tokens, pa.list_(pa.int32())),
-      'in_context': [_in_context(prompts, sample) for sample in samples],
+      'in_context': [_in_context(events, start, p) for start, p in asked],
     }
   )
 
@@ -169,12 +152,10 @@ def _names(events: events_lib.Events, behaviors: np.ndarray) -> list[str]:
   return [events.behaviors[b].name for b in behaviors]
 
 
-def _in_context(prompts: prompts_lib.Prompts, position: int) -> bool:
-  """Whether the true behavior stands in its question's context."""
-  behavior = prompts.events.behavior
-  # What the question shows; the log may know more of the user's past.
-  past = behavior[prompts.question_start(position) : position]
-  return bool((past == behavior[position]).any())
+def _in_context(events: events_lib.Events, start: int, position: int) -> bool:
+  """Whether the true behavior stands among those that its question shows."""
+  # The log may know more of the user's past.
+  return bool((events.behavior[start:position] == events.behavior[position]).any())
 
 
 def write_baselines(path: Path, counts: baselines.Counts, samples: np.ndarray) -> None:

@@ -15,7 +15,7 @@ Invariants:
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ import numpy as np
 
 from behaviorlm_jax.data.conversations import Conversation
 from behaviorlm_jax.model import lora
-from behaviorlm_jax.score import label_tree as labels_lib
 from behaviorlm_jax.score import scorer as scorer_lib
+from behaviorlm_jax.score import tree_scores
 
 _DRAWS = 1000
+_WIDTH = 32  # Conversations are padded to a multiple of this many tokens.
+_Batch = dict[str, np.ndarray]  # tokens int32 [B, L] and lengths int32 [B].
 
 
 class Retention:
@@ -52,16 +54,14 @@ class Retention:
     rows = 64 if jax.default_backend() == 'cpu' else 512
     self.block = scorer_lib.round_up(rows, parts)
 
-    def hidden(
-      adapter: lora.Adapter | None, params: dict, batch: scorer_lib.Batch
-    ) -> jax.Array:
+    def hidden(adapter: lora.Adapter | None, params: dict, batch: _Batch) -> jax.Array:
       tokens, lengths = batch['tokens'], batch['lengths']
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
       segments = (positions < lengths[:, None]).astype(jnp.int32)  # 0: padding.
       return attach(params, adapter).packed_hidden(tokens, positions, segments)[0]
 
     def log_probs(params: dict, states: jax.Array, tokens: jax.Array) -> jax.Array:
-      return labels_lib.log_probs(attach(params, None), states, tokens)
+      return tree_scores.log_probs(attach(params, None), states, tokens)
 
     def divergence(params: dict, base: jax.Array, ours: jax.Array) -> jax.Array:
       # One head for both: an adapter does not touch it.
@@ -130,7 +130,7 @@ class Retention:
     """The hidden states of `_run`."""
     states = [None] * len(self.conversations)
     prompts = [c.tokens for c in self.conversations]
-    for chosen, batch in scorer_lib.padded_batches(prompts, self.batch):
+    for chosen, batch in _padded_batches(prompts, self.batch):
       found = self._hidden(adapter, self.params, self.layout.put_same(batch))
       for i, hidden in zip(chosen, np.asarray(found), strict=False):
         # Token t + 1 is predicted from t.
@@ -187,3 +187,23 @@ def hold_out(
     value = int.from_bytes(digest.digest()[:8], 'big') / 2**64
     parts[value < share].append(conversation)
   return parts
+
+
+def _padded_batches(
+  texts: Sequence[np.ndarray], size: int
+) -> Iterator[tuple[list[int], _Batch]]:
+  """Yields batches of `size` rows, and the indices of the texts in each.
+
+  By length: neighbors need little padding, and a width is compiled for once.
+  """
+  order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+  for begin in range(0, len(order), size):
+    chosen = order[begin : begin + size]
+    width = scorer_lib.round_up(len(texts[chosen[-1]]), _WIDTH)
+    tokens = np.zeros((size, width), np.int32)
+    # Rows without a prompt have one token: a state is read at length - 1.
+    lengths = np.ones(size, np.int32)
+    for row, i in enumerate(chosen):
+      lengths[row] = len(texts[i])
+      tokens[row, : lengths[row]] = texts[i]
+    yield chosen, {'tokens': tokens, 'lengths': lengths}

@@ -259,19 +259,6 @@ class Decoder(nnx.Module):
     attend = functools.partial(self.packed, segments=segments)
     return self(tokens, positions, attend, keep_cache=keep_cache)
 
-  def prefill(self, tokens: Array, lengths: Array) -> tuple[Array, Cache]:
-    """Runs prompts int32 [B, P] padded on the right; lengths int32 [B].
-
-    Returns the hidden state after each prompt [B, D] and the keys and values.
-    """
-    batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    # Padding stands behind its prompt and is causally out of its sight, but its
-    # keys are in the cache: whoever reads that has to mask them.
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = self.packed_hidden(tokens, positions, segments, keep_cache=True)
-    return hidden[jnp.arange(batch), lengths - 1], cache
-
   def _scan(
     self,
     x: Array,

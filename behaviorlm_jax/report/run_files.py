@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from behaviorlm_jax.data.events import Events, open_events
 from behaviorlm_jax.evaluate import adjust, metrics
 from behaviorlm_jax.evaluate.baselines import Counts
+from behaviorlm_jax.evaluate.scored import read_scored
 
 STAGES = {'base': 'untuned', 'a_tuning': 'A-Tuning', 'b_tuning': 'B-Tuning'}
 
@@ -59,12 +60,12 @@ class StageFiles:
 
   def log_p(self, split: str) -> np.ndarray | None:
     """log p float[n, Y] of every behavior for the scored samples, or None."""
-    table = read_parquet(self.folder / 'log_probs.parquet')
-    if table is None:
+    if not (self.folder / 'log_p').is_dir():
       return None
-    # Validation samples stand in the same file, of which tau was fitted.
-    table = table.filter(pc.equal(table.column('split'), split))
-    return np.array(table.column('log_p').to_pylist(), np.float64)
+    table = pq.read_table(self.folder / 'log_p')
+    # Validation samples stand in the same table, of which tau was fitted.
+    scored = read_scored(table.filter(pc.equal(table.column('split'), split)))
+    return scored.of(np.sort(scored.samples)).scores.astype(np.float64)
 
   def column(self, name: str) -> np.ndarray:
     return np.array(self.predictions.column(name).to_pylist())

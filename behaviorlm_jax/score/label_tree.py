@@ -1,22 +1,15 @@
 """The label tree: exact log-probabilities of every behavior, in one pass.
 
 All answers (name and line end, as tokens) form one tree whose root is the end
-of the prompt. The prompt runs once and leaves its keys and values; then every
-inner node of the tree is a query that sees the prompt and its own ancestors.
-A node's hidden state gives the log-probability of each of its children, and a
-behavior's score is the sum along its path:
+of a question (score.tree_scores runs it). A behavior's score is the sum along
+its path:
 
   s(y) = sum_t log p(y_t | x, y_<t)
 
-Leaves are never run: nothing follows them. Over the vocabulary long lists are
-cut into chunks of names, each with a tree of its own, over the same keys and
-values.
-
-Each token's softmax runs over the vocabulary or, with score.softmax = names,
-over the tokens with which some name of the list goes on: the distribution of
-decoding that is held to the list. Then a token without an alternative costs
-nothing and says nothing, so names end where they differ from all others
-(`shortest`) and of most trees little is left.
+Leaves are never run: nothing follows them. Where each softmax runs over the
+tokens with which some name goes on, a token without an alternative costs nothing
+and says nothing, so names end where they differ from all others (`shortest`) and
+of most trees little is left.
 """
 
 import collections
@@ -25,12 +18,9 @@ import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.model import blocked_attention, decoder
 
 TOP = 5  # Best answers that are told.
 
@@ -133,124 +123,6 @@ def shortest(answers: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
   count = collections.Counter(itertools.chain.from_iterable(beginnings))
   # There is one in what `build` takes: no answer is another, or its beginning.
   return [next(one for one in mine if count[one] == 1) for mine in beginnings]
-
-
-def tree_scores(
-  model: decoder.Decoder,
-  tree: Tree,
-  last: jax.Array,
-  cache: decoder.Cache,
-  lengths: jax.Array,
-  softmax: str,
-) -> jax.Array:
-  """Log-probabilities float32 [B, Y] of a tree's answers after prompts.
-
-  Of these the model has the hidden state `last` [B, D] of the last token, keys and
-  values `cache`, and `lengths` int32 [B] in tokens. `softmax`: score.softmax.
-  """
-  width = cache[0].shape[2]
-  hidden = last[:, None]  # Of node 0.
-  if len(tree.tokens):
-    tokens = jnp.broadcast_to(tree.tokens, (len(last), len(tree.tokens)))
-    # A child of the root, of depth 1, comes right after the prompt's last token,
-    # whose position is the prompt's length less one.
-    positions = lengths[:, None] + tree.depths - 1
-    # The cache is as wide as the longest prompt; a shorter one ends in padding.
-    prompt = jnp.arange(width) < lengths[:, None]
-    below, _ = model(tokens, positions, _attention(tree, prompt), memory=cache)
-    hidden = jnp.concatenate([hidden, below], axis=1)
-  return path_scores(model, tree, hidden, softmax)
-
-
-def path_scores(
-  model: decoder.Decoder, tree: Tree, hidden: jax.Array, softmax: str
-) -> jax.Array:
-  """Log-probabilities float32 [B, Y] of a tree's answers.
-
-  `hidden`: [B, 1 + N, D], of the tree's nodes; `softmax`: score.softmax.
-  """
-  score = _within_names if softmax == 'names' else _over_vocabulary
-  edges = score(model, tree, hidden)
-  edges = jnp.pad(edges, ((0, 0), (0, 1)))  # The edge that paths pad with.
-  return edges[:, tree.paths].sum(axis=-1)
-
-
-def _within_names(model: decoder.Decoder, tree: Tree, hidden: jax.Array) -> jax.Array:
-  """hidden [B, 1 + N, D] to log p float32 [B, E], over each node's edges."""
-  nodes, count = tree.edge_nodes, hidden.shape[1]
-
-  def score(hidden: jax.Array) -> jax.Array:
-    logits = model.logits_of(hidden[nodes], jnp.asarray(tree.edge_tokens))
-    # A softmax per node; without its largest logit exp could overflow.
-    logits -= jax.ops.segment_max(logits, nodes, count)[nodes]
-    return logits - jnp.log(jax.ops.segment_sum(jnp.exp(logits), nodes, count))[nodes]
-
-  return jax.lax.map(score, hidden)  # A prompt at a time: E x D products.
-
-
-def _over_vocabulary(
-  model: decoder.Decoder, tree: Tree, hidden: jax.Array
-) -> jax.Array:
-  """hidden [B, 1 + N, D] to log p float32 [B, E], over the vocabulary."""
-  batch, nodes, width = hidden.shape
-  # Some rows at a time: logits of [rows, V] that leave a CPU's cache take twice
-  # as long.
-  rows = 64 if model.on_cpu else 512
-  # Edge E, which is none, has token -1.
-  children = np.append(tree.edge_tokens, -1)[tree.node_edges]
-  blocks = -(-batch * nodes // rows)
-  more = blocks * rows - batch * nodes  # So that the last block is full.
-  hidden = jnp.pad(hidden.reshape(-1, width), ((0, more), (0, 0)))
-  children = np.pad(np.tile(children, (batch, 1)), ((0, more), (0, 0)))
-  found = jax.lax.map(
-    lambda x: log_probs(model, *x),
-    (hidden.reshape(blocks, rows, -1), children.reshape(blocks, rows, -1)),
-  )
-  found = found.reshape(blocks * rows, -1)[: batch * nodes]
-  # Where each edge stands in [1 + N, F]: once, and E, none, sorts behind them all.
-  edges = np.argsort(tree.node_edges, axis=None)[: len(tree.edge_nodes)]
-  return found.reshape(batch, -1)[:, edges]
-
-
-def log_probs(
-  model: decoder.Decoder, hidden: jax.Array, tokens: jax.Array
-) -> jax.Array:
-  """log p float32 [..., F] of tokens [..., F] after hidden states [..., D].
-
-  Token -1 is none; what is said of it means nothing.
-  """
-  logits = model.logits(hidden)
-  chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
-  return chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-
-
-_BLOCK = 128  # Nodes whose attention is computed at a time.
-
-
-def _attention(tree: Tree, prompt: jax.Array) -> decoder.Attend:
-  """`attend` of a tree's nodes, to prompts bool [B, P] and their ancestors."""
-
-  def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array
-  ) -> jax.Array:
-    q, blocks = blocked_attention.scaled(q), []
-    for begin in range(0, len(tree.tokens), _BLOCK):
-      rows = slice(begin, begin + _BLOCK)
-      above = tree.ancestors[rows]
-      # From the first ancestor of any of them to their last. A node follows its
-      # ancestors closely, so that is little more than the block.
-      seen = slice(int(above.any(axis=0).argmax()), begin + len(above))
-      keys = jnp.concatenate([prompt_k, k[:, seen]], axis=1)
-      values = jnp.concatenate([prompt_v, v[:, seen]], axis=1)
-      shape = (len(prompt), 1, len(above))  # Every query, whatever its head.
-      masks = (prompt[:, None, None], above[:, seen])
-      mask = jnp.concatenate(
-        [jnp.broadcast_to(mask, (*shape, mask.shape[-1])) for mask in masks], axis=-1
-      )
-      blocks.append(blocked_attention.grouped(q[:, rows], keys, values, mask))
-    return jnp.concatenate(blocks, axis=1)
-
-  return attend
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:

@@ -6,12 +6,12 @@ import types
 import jax
 import pytest
 
+from behaviorlm_jax import measure, setup
 from behaviorlm_jax import run as run_lib
-from behaviorlm_jax import setup
 from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.cost import programs, study
+from behaviorlm_jax.data import questions
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import loop, sharding, trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compile_once')]
@@ -79,18 +79,24 @@ def test_the_step_compiled_ahead_is_the_one_that_trains(
   assert text(programs.training(this, plan)) == text(seen.step)
 
 
-def test_the_pass_compiled_ahead_is_the_one_that_scores(open_run):
+def test_the_programs_compiled_ahead_are_those_that_score(open_run, monkeypatch):
   ahead = open_run({}, shapes_only=True)
   this = open_run({}, shapes_only=False)
-  prompts = [this.prompts.question(sample) for sample in this.samples.test]
-  *_, (_, longest) = scorer_lib.padded_batches(prompts, this.scorer.batch)
-  adapter = setup.first_adapter(this, 'a')
-  real = this.scorer._score.lower(
-    adapter, this.model.params, this.scorer.layout.put_same(longest)
-  )
-  lowered, batch = programs.scoring(ahead)
-  assert batch == this.scorer.batch
-  assert text(lowered) == text(real)
+  seen, scorer = [], this.scorer
+
+  def note(program):
+    def noted(*arguments):
+      seen.append(text(program.lower(*arguments)))
+      return program(*arguments)
+
+    return noted
+
+  for name in ('_read', '_ask'):
+    monkeypatch.setattr(scorer, name, note(getattr(scorer, name)))
+  length, windows = measure.packed(this, this.samples.test)
+  rows = [questions.row_of(this.prompts, row, length) for row in windows[:2]]
+  scorer(setup.first_adapter(this, 'a'), rows)
+  assert list(map(text, programs.scoring(ahead).values())) == seen[:2]
 
 
 def test_no_weight_is_read(open_run, monkeypatch):

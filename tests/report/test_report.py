@@ -115,8 +115,10 @@ class Work:
   def add_log_p(self, stage):
     log_p = np.log(self.rng.dirichlet(np.ones(len(self.names)), 2 * len(self.true)))
     split = ['validation', 'test'] * len(self.true)
-    table = pa.table({'split': split, 'log_p': log_p.tolist()})
-    pq.write_table(table, self.folder / stage / 'log_probs.parquet')
+    n = np.arange(len(split))
+    table = {'split': split, 'sample': n, 'start': n, 'log_p': log_p.tolist()}
+    (self.folder / stage / 'log_p').mkdir()
+    pq.write_table(pa.table(table), self.folder / stage / 'log_p/00000.parquet')
 
   def add_training(self, stage, name=None):
     """`name`: a | b | one, of the stage of the config."""

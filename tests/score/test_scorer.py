@@ -1,6 +1,9 @@
 """The scorer gives what scoring every name by itself gives."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,11 @@ import transformers
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.data import prompts as prompts_lib
+from behaviorlm_jax.data.questions import QuestionRow
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.score import scorer as scorer_lib
+from behaviorlm_jax.score import tree_scores
 from behaviorlm_jax.train import sharding, step
 
 END = 299  # closes every name below; itself a name, the one-token one
@@ -23,7 +28,8 @@ NAMES = [
   [9, 6, 7, END],
   [10, 10, END],
 ]
-LENGTHS = (40, 1, 17, 90, 40)  # two widths, not sorted, no multiple of a batch
+LENGTHS = (40, 1, 17, 90, 40)  # not sorted, no multiple of a batch
+LENGTH = 128  # of a row
 
 
 def make_prompts(lengths=LENGTHS):
@@ -44,8 +50,29 @@ def make_scorer(base, names=NAMES, softmax='vocabulary', names_per_pass=256):
   return scorer_lib.Scorer(attach, params, names, score, layout, names_per_pass)
 
 
+def row_of(prompts):
+  """A row with one window for each prompt, and what is asked of all of them."""
+  sizes = [len(prompt) for prompt in prompts]
+  fill = lambda parts: np.pad(np.concatenate(parts), (0, LENGTH - sum(sizes)))
+  roots = np.cumsum(sizes) - 1
+  return QuestionRow(
+    fill(prompts).astype(np.int32),
+    fill([np.arange(size) for size in sizes]).astype(np.int32),
+    fill([np.full(size, i + 1) for i, size in enumerate(sizes)]).astype(np.int32),
+    roots.astype(np.int32),
+    roots,
+    roots,
+  )
+
+
+def run(scorer, prompts, adapter=None):
+  """Scores of prompts [n, Y]: two of a row, and a last one by itself."""
+  rows = [row_of(prompts[i : i + 2]) for i in range(0, len(prompts), 2)]
+  return np.concatenate(scorer(adapter, rows))
+
+
 def scores_of(base, prompts, *arguments):
-  return make_scorer(base, *arguments)(None, prompts)
+  return run(make_scorer(base, *arguments), prompts)
 
 
 def test_a_clash_between_two_chunks_is_refused(llama):
@@ -123,24 +150,61 @@ def test_an_adapter_changes_the_scores(llama):
   scorer, prompts = make_scorer(base), make_prompts((9, 30))
   key = jax.random.key(0)
   adapter = lora.init(base.config, 2, ('q_proj', 'down_proj'), key)
-  bare = scorer(None, prompts)
-  np.testing.assert_allclose(scorer(adapter, prompts), bare, atol=1e-5)
+  bare = run(scorer, prompts)
+  np.testing.assert_allclose(run(scorer, prompts, adapter), bare, atol=1e-5)
   adapter['down_proj']['b'] += 0.1
-  assert np.abs(scorer(adapter, prompts) - bare).max() > 0.01
+  assert np.abs(run(scorer, prompts, adapter) - bare).max() > 0.01
 
 
-def test_scorer_compiles_once_per_width(llama):
+@pytest.mark.parametrize('softmax', ['names', 'vocabulary'])
+def test_every_question_of_a_window_scores_as_if_it_stood_alone(llama, softmax):
+  """Beginnings of one text, many of a window: more than are asked at once."""
+  scorer = make_scorer(llama[1], NAMES, softmax)
+  texts, row = make_prompts((90, 38)), row_of(make_prompts((90, 38)))
+  roots = np.array([*range(2, 90, 4), 90, 108, 127], np.int32)
+  scorer.asked = 5
+  [dense] = scorer(None, [dataclasses.replace(row, roots=roots)])
+  begins = [0 if root < 90 else 90 for root in roots]
+  alone = [
+    np.concatenate(texts)[begin : root + 1]
+    for begin, root in zip(begins, roots, strict=True)
+  ]
+  found = np.concatenate(scorer(None, [row_of([prompt]) for prompt in alone]))
+  np.testing.assert_allclose(dense, found, rtol=0, atol=1e-4)
+
+
+def test_a_question_sees_nothing_later_and_no_other_question(llama):
+  """By gradient: of each score, to what the model holds at each place."""
+  scorer, row = make_scorer(llama[1], NAMES, 'names'), row_of(make_prompts((60, 20)))
+  model, [tree] = scorer.attach(scorer.params, None), scorer.trees
+  roots = jnp.array([[10, 30, 70]])
+  arrays = [jnp.asarray(x)[None] for x in (row.tokens, row.positions, row.segments)]
+  rows = tree_scores.read_rows(model, *arrays)
+
+  def scores(hidden, keys):
+    changed = dataclasses.replace(rows, hidden=hidden, cache=(keys, rows.cache[1]))
+    return tree_scores.question_scores(model, tree, changed, roots, 'names')[0]
+
+  of_hidden, of_keys = jax.jacrev(scores, (0, 1))(rows.hidden, rows.cache[0])
+  for question, seen in enumerate([range(11), range(31), range(60, 71)]):
+    hidden = np.abs(of_hidden[question]).sum(axis=(0, 1, 3))
+    keys = np.abs(of_keys[question]).sum(axis=(0, 1, 2, 4, 5))
+    assert np.flatnonzero(hidden).tolist() == [roots[0, question]]
+    assert np.flatnonzero(keys).tolist() == list(seen)
+
+
+def test_two_programs_are_compiled_for_all_rows_of_a_length(llama):
   scorer = make_scorer(llama[1])
-  scorer(None, make_prompts((3, 32, 10, 1, 17)))
-  assert scorer._score._cache_size() == 1
-  scorer(None, make_prompts((33, 64, 5, 40)))
-  assert scorer._score._cache_size() == 2
+  run(scorer, make_prompts((3, 32, 10, 1, 17)))
+  run(scorer, make_prompts((33, 64, 5, 40)))
+  assert scorer._read._cache_size() == scorer._ask._cache_size() == 1
 
 
-def test_progress_counts_every_prompt_once(llama):
+def test_progress_counts_every_question_once(llama):
   counts = []
-  make_scorer(llama[1])(None, make_prompts(), progress=counts.append)
-  assert counts == [2, 2, 1]
+  rows = [row_of(make_prompts(sizes)) for sizes in ((5, 9), (7,), (1, 2, 3))]
+  make_scorer(llama[1])(None, rows, progress=counts.append)
+  assert counts == [5, 1]  # Two rows of a batch, of those with most first.
 
 
 BEHAVIORS = (

@@ -251,10 +251,10 @@ def test_a_sweep_that_ended_while_it_scored_goes_on_to_the_same_rows(
 ):
   config, score = make_sweep(tmp_path / 'none', order=('one',)), measure.score
 
-  def interrupted(this, adapter, samples, what, **options):
-    if what == 'b_tuning: evaluate':
+  def interrupted(this, adapter, samples, folder):
+    if folder.parent.name == 'b_tuning':
       raise KeyboardInterrupt
-    return score(this, adapter, samples, what, **options)
+    return score(this, adapter, samples, folder)
 
   monkeypatch.setattr(measure, 'score', interrupted)
   with pytest.raises(KeyboardInterrupt):

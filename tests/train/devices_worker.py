@@ -19,6 +19,7 @@ import numpy as np
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.cluster import processes
 from behaviorlm_jax.data import plan as plan_lib
+from behaviorlm_jax.data.questions import QuestionRow
 from behaviorlm_jax.model import decoder, lora, weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
@@ -143,12 +144,16 @@ def train(sizes, whole, order):
   }
   if not whole:
     return result
-  prompts = list(np.arange(60, dtype=np.int32).reshape(5, 12))
+  tokens = np.arange(60, dtype=np.int32).reshape(5, 12)
+  # Two windows a row, of which the first is asked twice.
+  positions, segments = np.tile(np.arange(6), 2), np.repeat([1, 2], 6)
+  roots = np.array([2, 5, 11])
+  rows = [QuestionRow(row, positions, segments, roots, roots, roots) for row in tokens]
 
   def scores(softmax):
     config.score.softmax = softmax
     scorer = scorer_lib.Scorer(attach, params, NAMES, config.score, layout)
-    return scorer(state['adapter'], prompts).tolist()
+    return np.concatenate(scorer(state['adapter'], rows)).tolist()
 
   return result | {'scores': scores('vocabulary'), 'named': scores('names')}
 
