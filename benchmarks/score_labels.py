@@ -9,6 +9,9 @@ the prompt, under a mask made by hand. Both sides normalise every token over the
 vocabulary; ours is also timed as it is by default, within the names.
 Prompts are questions of the log's test split. The last lines
 are the ratios of the median prompts per second, ours over the peer's.
+
+First, events of the log's own test and validation splits are scored many to a row,
+as a run scores them, beside one question a row: `ratio dense`.
 """
 
 import itertools
@@ -21,6 +24,8 @@ import numpy as np
 import peer_scores
 from absl import flags
 
+from behaviorlm_jax import measure
+from behaviorlm_jax.data.questions import QuestionRow, row_of
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import evaluation
 from behaviorlm_jax.score import scorer as scorer_lib
@@ -30,6 +35,7 @@ NAMES = flags.DEFINE_list('names', ['80', '192'], 'Lengths of the name lists.')
 NAMES_FILE = flags.DEFINE_string(
   'names_file', '', 'One name per line, instead of the names of the log.'
 )
+DENSE = flags.DEFINE_bool('dense', False, 'Only rows of many questions against one.')
 PROMPTS = flags.DEFINE_integer('prompts', 8, 'Prompts of a timed call of ours')
 _DTYPES = ('bfloat16', 'float32')
 _NAIVE_ROWS, _CACHED_ROWS = (2, 8), (8, 16, 64)
@@ -100,7 +106,22 @@ class Ours:
     )
 
   def __call__(self, prompts):
-    return self.scorer(self.adapter, prompts)
+    """Of prompts, each in a row of its own: [n, Y]."""
+    self.scorer.asked = 1
+    width = scorer_lib.round_up(max(map(len, prompts)), 32)
+    return np.concatenate(
+      self.scorer(self.adapter, [alone(prompt, width) for prompt in prompts])
+    )
+
+
+def alone(prompt, width):
+  """A QuestionRow of one prompt, padded."""
+  fill = lambda values: np.pad(values, (0, width - len(prompt)))
+  root = np.array([len(prompt) - 1])
+  segment = np.ones(len(prompt), np.int32)
+  return QuestionRow(
+    fill(prompt), fill(np.arange(len(prompt))), fill(segment), root, root, root
+  )
 
 
 def fastest_rows(name, score, choices):
@@ -225,7 +246,48 @@ def grow(inputs):
   )
 
 
+def dense(inputs, repeats):
+  """Test and validation events, many to a row, and as questions of one each."""
+  config = inputs.config
+  draw = lambda split: evaluation.draw_samples(
+    inputs.events, split, 0, config.plan.min_context, config.seed
+  )
+  events = np.sort(np.concatenate([draw('validation'), draw('test')]))
+  length, packed = measure.packed(inputs, events)
+  rng = np.random.default_rng(config.seed)
+  chosen = rng.choice(len(packed), 2 if command.QUICK.value else 16, replace=False)
+  rows = [row_of(inputs.prompts, packed[i], length) for i in chosen]
+  targets = rng.choice(np.concatenate([row.targets for row in rows]), PROMPTS.value)
+  prompts = [inputs.prompts.question(target) for target in targets]
+  names = list(inputs.prompts.labels)
+  dtype = config.score.dtype
+  many, one = (Ours(inputs, names, dtype, config.score.softmax) for _ in range(2))
+  sides = {
+    'dense': lambda i: many.scorer(many.adapter, rows),
+    'one question a row': lambda i: one(prompts),
+  }
+  work = {
+    'dense': sum(len(row.targets) for row in rows),
+    'one question a row': len(prompts),
+  }
+  for side in sides.values():
+    side(0)
+  rates = common.show_rates(
+    f'{len(events)} events of {len(names)} names, {len(many.scorer.trees[0].tokens)} '
+    f'inner nodes; {len(packed)} rows of {length} tokens, of which {len(rows)}',
+    'events',
+    work,
+    common.interleave(sides, repeats),
+  )
+  print(f'all of them: about {len(events) / rates["dense"] / 60:.0f} minutes')
+  print(f'ratio dense: {rates["dense"] / rates["one question a row"]:.2f}')
+
+
 def benchmark(inputs, folder):
+  repeats = command.REPEATS.value or (1 if command.QUICK.value else 3)
+  dense(inputs, repeats)
+  if DENSE.value:
+    return
   if command.GROW.value:
     grow(inputs)
     return
@@ -233,7 +295,6 @@ def benchmark(inputs, folder):
   scorers = {
     dtype: peer_scores.Scorer(inputs.base.folder, adapter, dtype) for dtype in _DTYPES
   }
-  repeats = command.REPEATS.value or (1 if command.QUICK.value else 3)
   prompts = questions(inputs, PROMPTS.value)
   few, _ = answers(inputs, _TRIED)
   naive = choose('naive', _NAIVE_ROWS, scorers, prompts[len(prompts) // 2], few)
