@@ -1,32 +1,30 @@
 """The drawing of the report's figures: arrays in, one PNG file out.
 
-Drawn with matplotlib's Agg canvas through the object interface, so no global
-state and no display is touched. Colours are Okabe and Ito's, which colour-
-blind readers can tell apart; groups differ by marker, line or hatch as well.
-Figures are WIDTH inches wide, so that their text can still be read where two
-stand side by side on a page, or WIDE where they have the page to themselves.
 Behavior names are shown as they are: never read as mathematical text.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
+from behaviorlm_jax.report.canvas import (
+  COLOURS,
+  GRID,
+  HATCHES,
+  MARKERS,
+  new_figure,
+  save_figure,
+  WIDE,
+  WIDTH,
+)
 from behaviorlm_jax.report.verdict import Change
 
-DPI = 150
-WIDTH = 6.4
-WIDE = 10.2
-COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
-MARKERS = {'anchor': 'o', 'tail': '^', 'all': 's'}
-HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
 # Of predictors side by side, told apart by line and mark, too.
 PREDICTORS = (
   {'color': '#0072B2', 'marker': 'o', 'linestyle': '-'},
@@ -36,34 +34,10 @@ PREDICTORS = (
   {'color': '#000000', 'marker': 'v', 'linestyle': '-'},
   {'color': '#E69F00', 'marker': 'P', 'linestyle': '--'},
 )
-GRID = {'color': '#dddddd', 'linewidth': 0.6}
 BORDER = {'color': '#444444', 'linewidth': 0.9, 'linestyle': ':'}
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
 Lines = Mapping[str, Mapping[str, Mapping[int, float]]]  # {title: {predictor: {x: y}}}
-
-
-def stage_bars(
-  path: Path, labels: Sequence[str], series: Mapping[tuple[str, str], Sequence[float]]
-) -> None:
-  """Bars side by side per stage.
-
-  Args:
-    labels: names of the stages, left to right.
-    series: {(group, legend text): values, one per stage}.
-  """
-  x, y = 'stage, in the order of the run', 'score on the test split (fraction)'
-  figure, (axes,) = _figure([''], (x, y), height=4)
-  width = 0.8 / len(series)
-  for index, ((group, text), values) in enumerate(series.items()):
-    # Bars of one stage stand side by side around its tick.
-    place = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
-    look = {'color': COLOURS[group], 'hatch': HATCHES[group], 'label': text}
-    bars = axes.bar(place, values, 0.92 * width, edgecolor='white', linewidth=0, **look)
-    axes.bar_label(bars, fmt='%.3f', fontsize=7, padding=1)
-  axes.set_xticks(range(len(labels)), labels)
-  axes.margins(y=0.12)
-  _save(figure, path)
 
 
 def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None:
@@ -71,7 +45,7 @@ def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None
   height = 1 + (0.55 + 0.27 * max(map(len, panels.values()))) * len(panels)
   x = 'change of the score (fraction), 95 % interval'
   titles = [f'against {other}' for other in panels]
-  figure, stack = _figure(titles, (x, ''), height, stacked=True)
+  figure, stack = new_figure(titles, (x, ''), height, columns=1)
   for axes, changes in zip(stack, panels.values(), strict=True):
     for row, change in enumerate(changes):
       group = next((g for g in MARKERS if g in change.score), 'all')
@@ -86,7 +60,7 @@ def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None
       )
     axes.axvline(0, **BORDER)
     _name_rows(axes, [change.score for change in changes])
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def marks(
@@ -103,7 +77,7 @@ def marks(
     line: value at which a line is drawn; None: the axis begins at 0.
   """
   names = list(dict.fromkeys(itertools.chain(*panels.values())))
-  figure, row = _figure(panels, (x, ''), 1.4 + 0.3 * len(names), WIDE)
+  figure, row = new_figure(panels, (x, ''), 1.4 + 0.3 * len(names), WIDE)
   look = {'color': COLOURS['all'], 'markersize': 7, 'alpha': 0.75}
   for axes, found in zip(row, panels.values(), strict=True):
     for y, name in enumerate(names):
@@ -114,7 +88,7 @@ def marks(
     else:
       axes.axvline(line, **BORDER)
     _name_rows(axes, names)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -139,7 +113,7 @@ def trade_off_curves(
       # Hollow: where predictors coincide all of their marks are seen.
       look = {'color': line.get_color(), 'marker': line.get_marker()}
       axes.plot(*points[taus.index(0.0)], **look, **large)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def few_shot(path: Path, panels: Lines) -> None:
@@ -153,7 +127,7 @@ def few_shot(path: Path, panels: Lines) -> None:
   for axes in row:
     axes.set_xticks(list(map(place, shots)), list(map(str, shots)))
     axes.axhline(0, linewidth=0)  # The axis begins there.
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def deciles(path: Path, panels: Lines) -> None:
@@ -162,7 +136,7 @@ def deciles(path: Path, panels: Lines) -> None:
   figure, row = _curves(_points(panels), labels)
   for axes in row:
     axes.set_xticks(range(1, 11))
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _points(
@@ -186,7 +160,7 @@ def _curves(
   `panels`: {title: {predictor: points float[n, 2]}}.
   """
   width = WIDTH if len(panels) == 1 else WIDE
-  figure, row = _figure(panels, labels, 4.4, width, sharey=False)
+  figure, row = new_figure(panels, labels, 4.4, width, sharey=False)
   names = dict.fromkeys(itertools.chain(*panels.values()))
   # Two of more predictors than there are looks share one; the legend has both.
   looks = dict(zip(names, itertools.cycle(PREDICTORS), strict=False))
@@ -211,7 +185,7 @@ def f1_against_frequency(
     anchor: bool[Y].
   """
   labels = ('training events (log scale)', 'F1 of the behavior (fraction)')
-  figure, row = _figure(panels, labels, height=3.9)
+  figure, row = new_figure(panels, labels, height=3.9)
   count = np.maximum(train_count, 0.5)  # 0 has no logarithm.
   for axes, (name, f1) in zip(row, panels.items(), strict=True):
     means = []
@@ -222,7 +196,7 @@ def f1_against_frequency(
     _decades(axes, count)
     axes.set_ylim(-0.04, 1.04)  # Marks at 0 and 1 are seen whole.
     axes.set_title(f'{name}\nmean: ' + ', '.join(means), fontsize=10)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _groups(anchor: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -258,7 +232,7 @@ def drawn_targets(
     x = 'rank of the behavior by training frequency'
   titles = [f'{stage}: {counts.sum():,} targets' for stage, counts in panels.items()]
   height = 1.5 * len(panels) + 1 + 1.1 * named
-  figure, stack = _figure(titles, (x, 'targets (count)'), height, WIDE, stacked=True)
+  figure, stack = new_figure(titles, (x, 'targets (count)'), height, WIDE, columns=1)
   place = np.arange(1, len(names) + 1)
   for axes, counts in zip(stack, panels.values(), strict=True):
     for group, members in _groups(anchor):
@@ -279,7 +253,7 @@ def drawn_targets(
     ]
     turned = {'rotation': 55, 'ha': 'right', 'rotation_mode': 'anchor'}
     stack[-1].set_xticks(place, short, **turned, fontsize=8, parse_math=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> None:
@@ -290,7 +264,7 @@ def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> 
   """
   width = WIDTH if len(panels) == 1 else WIDE
   labels = ('step (count)', 'loss per answer token (nats)')
-  figure, row = _figure(panels, labels, 3.6, width)
+  figure, row = new_figure(panels, labels, 3.6, width)
   blue, orange = COLOURS['anchor'], COLOURS['tail']
   for axes, curves in zip(row, panels.values(), strict=True):
     steps, loss, val_steps, val_loss = (np.asarray(c, float) for c in curves)
@@ -300,7 +274,7 @@ def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> 
     axes.plot(steps, _running_mean(loss), color=blue, linewidth=1.8, label=label)
     look = {'color': orange, 'linestyle': '--', 'marker': 's', 'markersize': 4}
     axes.plot(val_steps, val_loss, **look, label='validation')
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -311,51 +285,3 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
   stop = np.arange(1, len(values) + 1)
   start = np.maximum(stop - window, 0)
   return (total[stop] - total[start]) / (stop - start)
-
-
-def _figure(
-  titles: Iterable[str],
-  labels: tuple[str, str],
-  height: float,
-  width: float = WIDTH,
-  stacked: bool = False,
-  sharey: bool = True,
-) -> tuple[Figure, list[Axes]]:
-  """A figure with a panel per title, in a row or stacked (sharing x).
-
-  `labels`: of x and y, of all panels at once.
-  """
-  titles = list(titles)
-  figure = Figure(figsize=(width, height), layout='constrained')
-  FigureCanvasAgg(figure)
-  shape = (len(titles), 1) if stacked else (1, len(titles))
-  share = {'sharex': True} if stacked else {'sharey': sharey}
-  panels = list(figure.subplots(*shape, squeeze=False, **share).flat)
-  # Once for all panels, which share what they show.
-  figure.supxlabel(labels[0], fontsize=10)
-  figure.supylabel(labels[1], fontsize=10)
-  for axes, title in zip(panels, titles, strict=True):
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', **GRID)
-    axes.set_axisbelow(True)
-    axes.set_title(title, fontsize=10)
-  return figure, panels
-
-
-def _save(figure: Figure, path: Path) -> None:
-  """Writes the file, with a legend of all that is labelled in any panel."""
-  entries = {}  # What several panels show stands in the legend once.
-  for axes in figure.axes:
-    handles, texts = axes.get_legend_handles_labels()
-    entries |= dict(zip(texts, handles, strict=True))
-  if entries:
-    figure.legend(
-      entries.values(),
-      entries.keys(),
-      loc='outside upper center',  # Where it cannot cover anything.
-      ncols=min(len(entries), 3 if figure.get_figwidth() == WIDTH else 6),
-      frameon=False,
-      fontsize=9,
-    )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=DPI)
