@@ -30,7 +30,7 @@ from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from behaviorlm_jax.report import canvas
+from behaviorlm_jax.report import plots
 
 ARMS = flags.DEFINE_list(
   'arms',
@@ -155,7 +155,7 @@ def write_csv(path, arms, measures):
 
 def draw(path, arms, title):
   """NLL against seconds of training, a line per arm."""
-  figure = Figure(figsize=(canvas.WIDTH, 4.4), layout='constrained')
+  figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
   for arm, (colour, marker) in zip(arms, itertools.cycle(_STYLES)):
@@ -175,7 +175,7 @@ def draw(path, arms, title):
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#dddddd', linewidth=0.6)
   axes.legend(title='targets per row', frameon=False, fontsize=9, title_fontsize=9)
-  figure.savefig(path, dpi=canvas.DPI)
+  figure.savefig(path, dpi=plots.DPI)
 
 
 def title(inputs, validation):

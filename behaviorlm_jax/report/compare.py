@@ -149,17 +149,17 @@ def outcome(run: RunFiles) -> Outcome | None:
   scores = [name for name, (group, _) in SCORES.items() if samples[group]]
   return Outcome(
     final=_CALLED.get(final.name, final.name),
-    scores={score: _level(last, score) for score in scores},
+    scores={score: level(last, score) for score in scores},
     samples=samples,
     users=len(np.unique(last.user)),
     contrasts=_contrasts(run, last, scores),
   )
 
 
-def _level(last: Arm, score: str) -> tuple[float, Interval | None]:
-  value = last.value(score)
-  drawn = itertools.islice(_redrawn(last.user), DRAWS)
-  return value, _interval(value, [last.value(score, weight) for weight in drawn])
+def level(arm: Arm, score: str) -> tuple[float, Interval | None]:
+  """A score, key of SCORES or LOG_P, and its interval."""
+  value, drawn = arm.value(score), itertools.islice(_redrawn(arm.user), DRAWS)
+  return value, _interval(value, [arm.value(score, weight) for weight in drawn])
 
 
 def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Change]]:

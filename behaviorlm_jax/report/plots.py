@@ -1,30 +1,33 @@
-"""The drawing of the report's figures: arrays in, one PNG file out.
+"""The drawing of figures: arrays in, one PNG file out.
 
+Drawn with matplotlib's Agg canvas through the object interface, so no global
+state and no display is touched. Colours are Okabe and Ito's, which colour-
+blind readers can tell apart; groups differ by marker, line or hatch as well.
+Figures are WIDTH inches wide, so that their text can still be read where two
+stand side by side on a page, or WIDE where they have the page to themselves.
 Behavior names are shown as they are: never read as mathematical text.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from behaviorlm_jax.report.canvas import (
-  COLOURS,
-  GRID,
-  HATCHES,
-  MARKERS,
-  new_figure,
-  save_figure,
-  WIDE,
-  WIDTH,
-)
-from behaviorlm_jax.report.verdict import Change
+from behaviorlm_jax.report.verdict import Interval
 
+DPI = 150
+WIDTH = 6.4
+WIDE = 10.2
+COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
+MARKERS = {'anchor': 'o', 'tail': '^', 'all': 's'}
+HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
+GRID = {'color': '#dddddd', 'linewidth': 0.6}
 # Of predictors side by side, told apart by line and mark, too.
 PREDICTORS = (
   {'color': '#0072B2', 'marker': 'o', 'linestyle': '-'},
@@ -37,61 +40,50 @@ PREDICTORS = (
 BORDER = {'color': '#444444', 'linewidth': 0.9, 'linestyle': ':'}
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
-Lines = Mapping[str, Mapping[str, Mapping[int, float]]]  # {title: {predictor: {x: y}}}
 
 
-def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None:
-  """Points with 95 % intervals around zero, a panel per {against: changes}."""
-  height = 1 + (0.55 + 0.27 * max(map(len, panels.values()))) * len(panels)
-  x = 'change of the score (fraction), 95 % interval'
-  titles = [f'against {other}' for other in panels]
-  figure, stack = new_figure(titles, (x, ''), height, columns=1)
-  for axes, changes in zip(stack, panels.values(), strict=True):
-    for row, change in enumerate(changes):
-      group = next((g for g in MARKERS if g in change.score), 'all')
-      axes.hlines(row, *change.interval, color=COLOURS[group], linewidth=1.8)
-      axes.plot(
-        change.size,
-        row,
-        MARKERS[group],
-        color=COLOURS[group],
-        markersize=7,
-        markerfacecolor='white' if change.outcome == 'within' else None,
-      )
-    axes.axvline(0, **BORDER)
-    _name_rows(axes, [change.score for change in changes])
-  save_figure(figure, path)
-
-
-def marks(
+def score_intervals(
   path: Path,
-  panels: Mapping[str, Mapping[str, Sequence[float]]],
-  x: str,
-  line: float | None = None,
+  panels: Mapping[str, Mapping[str, tuple[float, Interval | None]]],
+  reference: str,
 ) -> None:
-  """A mark per seed of each predictor, one below the other.
+  """Scores with 95 % intervals, two panels in a row, a line per predictor.
 
   Args:
-    panels: {title: {predictor: values over the seeds}}.
-    x: what they are.
-    line: value at which a line is drawn; None: the axis begins at 0.
+    panels: {title: {predictor: (score, interval)}}, the same ones in each.
+    reference: the predictor at whose scores a line is drawn, if it is there.
   """
-  names = list(dict.fromkeys(itertools.chain(*panels.values())))
-  figure, row = new_figure(panels, (x, ''), 1.4 + 0.3 * len(names), WIDE)
-  look = {'color': COLOURS['all'], 'markersize': 7, 'alpha': 0.75}
-  for axes, found in zip(row, panels.values(), strict=True):
-    for y, name in enumerate(names):
-      values = found.get(name, [])
-      axes.plot(values, [y] * len(values), MARKERS['all'], **look)
-    if line is None:
-      axes.set_xlim(left=0)
-    else:
-      axes.axvline(line, **BORDER)
-    _name_rows(axes, names)
+  names = list(next(iter(panels.values())))
+  height = 0.9 + (0.6 + 0.27 * len(names)) * math.ceil(len(panels) / 2)
+  figure, grid = new_figure(panels, ('95 % intervals by users', ''), height, columns=2)
+  look = {'color': COLOURS['anchor'], 'markersize': 6}
+  for axes, scores in zip(grid, panels.values(), strict=True):
+    for row, (value, interval) in enumerate(scores.values()):
+      axes.hlines(row, *(interval or (value, value)), color=look['color'], linewidth=2)
+      axes.plot(value, row, MARKERS['anchor'], **look)
+    if reference in scores:
+      axes.axvline(scores[reference][0], **BORDER, label=f'level of {reference}')
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    name_rows(axes, names)
   save_figure(figure, path)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def reliability_marks(path: Path, table: np.ndarray) -> None:
+  """Accuracy against confidence, a mark per bin, as large as its share.
+
+  `table`: float[bins, 3] of evaluate.probabilities.reliability.
+  """
+  labels = ('probability of the likeliest name', 'how often it happened (fraction)')
+  figure, (axes,) = new_figure([''], labels, height=4)
+  axes.plot([0, 1], [0, 1], **BORDER, label='as often as it says')
+  confidence, accuracy, share = table[table[:, 2] > 0].T
+  look = {'color': COLOURS['anchor'], 'alpha': 0.75, 'linewidth': 0}
+  axes.scatter(confidence, accuracy, 15 + 900 * share, **look)
+  axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))  # Marks are seen whole.
+  save_figure(figure, path)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
   axes.set_yticks(range(len(names)), names)
   axes.set_ylim(len(names) - 0.4, -0.6)  # Turned round: the first on top.
 
@@ -106,7 +98,7 @@ def trade_off_curves(
     taus: float[T]; the point of 0 has a large mark.
   """
   labels = ('anchor macro-F1 (fraction)', 'tail macro-F1 (fraction)')
-  figure, row = _curves(panels, labels)
+  figure, row = draw_curves(panels, labels)
   large = {'markersize': 12, 'markerfacecolor': 'none', 'markeredgewidth': 2}
   for axes, curves in zip(row, panels.values(), strict=True):
     for line, points in zip(axes.get_lines(), curves.values(), strict=True):
@@ -116,43 +108,7 @@ def trade_off_curves(
   save_figure(figure, path)
 
 
-def few_shot(path: Path, panels: Lines) -> None:
-  """F1 against the number of samples learned."""
-  lines = itertools.chain(*(lines.values() for lines in panels.values()))
-  shots = sorted(set(itertools.chain(*lines)))
-  # Doublings are about equal steps; a logarithm alone has no place for 0.
-  place = lambda n: math.log2(1 + n)
-  labels = ('samples of each tail behavior (log scale)', 'mean F1 (fraction)')
-  figure, row = _curves(_points(panels, place), labels)
-  for axes in row:
-    axes.set_xticks(list(map(place, shots)), list(map(str, shots)))
-    axes.axhline(0, linewidth=0)  # The axis begins there.
-  save_figure(figure, path)
-
-
-def deciles(path: Path, panels: Lines) -> None:
-  """F1 against how frequent behaviors are: tenth 1 has the most frequent."""
-  labels = ('tenth of the behaviors, 1 the most frequent', 'mean F1 (fraction)')
-  figure, row = _curves(_points(panels), labels)
-  for axes in row:
-    axes.set_xticks(range(1, 11))
-  save_figure(figure, path)
-
-
-def _points(
-  panels: Lines, place: Callable[[int], float] = float
-) -> dict[str, dict[str, np.ndarray]]:
-  """{title: {predictor: float[n, 2]}}, x put in its place."""
-  return {
-    title: {
-      name: np.array([(place(x), y) for x, y in values.items()])
-      for name, values in lines.items()
-    }
-    for title, lines in panels.items()
-  }
-
-
-def _curves(
+def draw_curves(
   panels: Mapping[str, Mapping[str, np.ndarray]], labels: tuple[str, str]
 ) -> tuple[Figure, list[Axes]]:
   """Panels in a row; a predictor looks the same in all of them.
@@ -285,3 +241,54 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
   stop = np.arange(1, len(values) + 1)
   start = np.maximum(stop - window, 0)
   return (total[stop] - total[start]) / (stop - start)
+
+
+def new_figure(
+  titles: Iterable[str],
+  labels: tuple[str, str],
+  height: float,
+  width: float = WIDTH,
+  columns: int | None = None,
+  sharey: bool = True,
+) -> tuple[Figure, list[Axes]]:
+  """A figure with a panel per title.
+
+  Args:
+    labels: of x and y, of all panels at once.
+    columns: panels in a row; None: all; 1: stacked, sharing x.
+  """
+  titles = list(titles)
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasAgg(figure)
+  columns = columns or len(titles)
+  share = {'sharex': True} if columns == 1 else {'sharey': sharey}
+  shape = math.ceil(len(titles) / columns), columns
+  panels = list(figure.subplots(*shape, squeeze=False, **share).flat)
+  # Once for all panels, which share what they show.
+  figure.supxlabel(labels[0], fontsize=10)
+  figure.supylabel(labels[1], fontsize=10)
+  for axes, title in zip(panels, titles, strict=True):
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', **GRID)
+    axes.set_axisbelow(True)
+    axes.set_title(title, fontsize=10)
+  return figure, panels
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+  """Writes the file, with a legend of all that is labelled in any panel."""
+  entries = {}  # What several panels show stands in the legend once.
+  for axes in figure.axes:
+    handles, texts = axes.get_legend_handles_labels()
+    entries |= dict(zip(texts, handles, strict=True))
+  if entries:
+    figure.legend(
+      entries.values(),
+      entries.keys(),
+      loc='outside upper center',  # Where it cannot cover anything.
+      ncols=min(len(entries), 3 if figure.get_figwidth() == WIDTH else 6),
+      frameon=False,
+      fontsize=9,
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=DPI)

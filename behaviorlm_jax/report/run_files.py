@@ -90,6 +90,11 @@ class RunFiles:
     return Counts(self.events, config['data']['history'], config['seed'])
 
   @functools.cached_property
+  def baseline_table(self) -> pa.Table | None:
+    """What the free baselines chose, a row per evaluated event; None: unknown."""
+    return read_parquet(self.workdir / 'baselines.parquet')
+
+  @functools.cached_property
   def ids(self) -> dict[str, int]:
     return {row['name']: i for i, row in enumerate(self.behaviors)}
 
@@ -159,6 +164,32 @@ def read_run(workdir: Path) -> RunFiles:
     list(stages.values()),
     sasrec if sasrec and sasrec.evaluation else None,  # It may still be in training.
   )
+
+
+def of_equal_n(run: RunFiles) -> tuple[RunFiles, dict[str, int]]:
+  """A run without the scores of other n than the final stage's.
+
+  Macro-F1 of the tail grows with n, so those cannot be compared.
+
+  Returns:
+    (the run, {name of what lost its scores: its n}).
+  """
+  if not run.scored:
+    return run, {}
+  final = run.scored[-1].evaluation['all']['n']
+  trained = [*run.scored, *[run.sasrec] * bool(run.sasrec)]
+  named = {stage.name: stage.evaluation for stage in trained} | run.baselines
+  other = {name: n for name, s in named.items() if (n := s['all']['n']) != final}
+  emptied = [
+    dataclasses.replace(stage, evaluation=None, predictions=None)
+    if stage.name in other
+    else stage
+    for stage in run.stages
+  ]
+  baselines = {name: s for name, s in run.baselines.items() if name not in other}
+  sasrec = None if run.sasrec and run.sasrec.name in other else run.sasrec
+  kept = dataclasses.replace(run, baselines=baselines, stages=emptied, sasrec=sasrec)
+  return kept, other
 
 
 def plan_targets(path: Path) -> np.ndarray:

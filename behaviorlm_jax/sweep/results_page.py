@@ -12,7 +12,7 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.io import files
 from behaviorlm_jax.report import blocks, plots
-from behaviorlm_jax.sweep import few_shot
+from behaviorlm_jax.sweep import drawing, few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 from behaviorlm_jax.sweep.rows import Row
 
@@ -139,19 +139,19 @@ def _figures(
       partial(_curves, drawn=drawn),
       partial(plots.trade_off_curves, taus=adjust.TAUS),
     ),
-    (_FEW_SHOT, scores, _shots, plots.few_shot),
-    (_DECILES, scores, partial(_deciles, drawn=drawn), plots.deciles),
+    (_FEW_SHOT, scores, _shots, drawing.few_shot),
+    (_DECILES, scores, partial(_deciles, drawn=drawn), drawing.deciles),
     (
       _RETENTION,
       scores,
       partial(marks, column=rows_lib.RETENTION[0]),
-      partial(plots.marks, x='perplexity, over that of the untuned model', line=1),
+      partial(drawing.marks, x='perplexity, over that of the untuned model', line=1),
     ),
     (
       _COST,  # Seconds of steps; targets are in the table alone.
       scores,
       partial(marks, column=rows_lib.COST[0], unit=60),
-      partial(plots.marks, x='minutes'),
+      partial(drawing.marks, x='minutes'),
     ),
   )
   content = []

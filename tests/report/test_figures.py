@@ -14,7 +14,7 @@ COUNT = np.array([90, 40, 3, 0])
 def drawn(monkeypatch, tmp_path):
   """Draws with a function of plots; returns the matplotlib figure."""
   figures = []
-  monkeypatch.setattr(plots, '_save', lambda figure, path: figures.append(figure))
+  monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
 
   def draw(function, *args):
     function(tmp_path / 'x.png', *args)

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behaviorlm_jax.evaluate import baselines, metrics
+from behaviorlm_jax.evaluate import baselines, metrics, probabilities
 from behaviorlm_jax.report import report, run_files
 from behaviorlm_jax.score import label_tree
 
 ATTACK = '<script>alert(1)</script>'
 CONTROL = '<|im_end|> #'
 SCORES = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
+POINTS = {'accuracy': 0.0, 'macro_f1': 0.3, 'tail': 0.6}  # Each one's tau.
 
 
 class Work:
@@ -37,6 +38,7 @@ class Work:
     self.samples = np.arange(n) * 7
     self.behavior[self.samples] = self.true
     counts = np.bincount(self.behavior, minlength=count)
+    self.log_pi = np.log((counts + 1) / (counts + 1).sum())
     behaviors = [
       {'name': name, 'train_count': int(c), 'group': 'anchor' if a else 'tail'}
       for name, c, a in zip(self.names, counts, self.anchor, strict=True)
@@ -76,25 +78,57 @@ class Work:
   def evaluation(self, stage):
     return json.loads((self.folder / stage / 'evaluation.json').read_text())
 
-  def ranked(self, skill):
-    """Ids, best first; the truth gets a start of `skill`."""
-    score = self.rng.random((len(self.true), len(self.names)))
-    score[np.arange(len(self.true)), self.true] += skill
-    return np.argsort(-score, 1)[:, :5]
+  def log_p(self, skill):
+    """Of every behavior; the truth gets a start of `skill`."""
+    score = 3 * self.rng.random((len(self.true), len(self.names)))
+    score[np.arange(len(self.true)), self.true] += 3 * skill
+    return label_tree.log_softmax(score)
+
+  def judged(self, log_p):
+    """(evaluation, columns of what was chosen), as they are written of log p."""
+    names, top = np.array(self.names), label_tree.best(log_p)
+    found = metrics.by_group(self.true, top, self.anchor)
+    for group, more in probabilities.by_group(self.true, log_p, self.anchor).items():
+      found[group] |= more
+    table = probabilities.reliability(self.true, log_p)
+    found |= {
+      'ece': probabilities.calibration_error(table),
+      'reliability': table.tolist(),
+      'calibration': {'a': 1.0, 'b': 0.0, 'validation_samples': 250},
+      'points': {},
+    }
+    own = log_p[np.arange(len(self.true)), self.true]
+    columns = {'log_prob': pa.array(own, pa.float32())}
+    for point, tau in POINTS.items():
+      ranked = label_tree.best(log_p - tau * self.log_pi)
+      scores = metrics.by_group(self.true, ranked, self.anchor)
+      found['points'][point] = {'how': f'tau {tau}', **scores}
+      columns[f'point_{point}'] = names[ranked[:, 0]]
+    return found, columns
 
   def add_baselines(self):
     counts, found = baselines.Counts(self.events, history=9, seed=11), {}
+    table = {'sample': self.samples}
     for name in baselines.NAMES:
-      top = label_tree.best(counts.scores(name, self.samples))
-      found[name] = metrics.by_group(self.true, top, self.anchor)
+      log_p = label_tree.log_softmax(counts.scores(name, self.samples))
+      found[name], columns = self.judged(log_p)
+      table |= {f'{name}_{column}': values for column, values in columns.items()}
     self.json('baselines.json', found)
+    pq.write_table(pa.table(table), self.folder / 'baselines.parquet')
 
-  def add_predictions(self, stage, skill):
-    ranked, n = self.ranked(skill), len(self.true)
-    self.json(
-      f'{stage}/evaluation.json', metrics.by_group(self.true, ranked, self.anchor)
-    )
-    names = np.array(self.names)
+  def add_predictions(self, stage, skill, old=False):
+    """`old`: as versions before operating points wrote them."""
+    log_p, n = self.log_p(skill), len(self.true)
+    names, top = np.array(self.names), label_tree.best(log_p)
+    found, chosen = self.judged(log_p)
+    found['fitted'] = {'mixed': {'a': 1.0, 'b': 0.5}}
+    mixed, more = self.judged(label_tree.log_softmax(1.2 * log_p))
+    found['fitted']['mixed'] |= mixed
+    chosen |= {f'mixed_{column}': values for column, values in more.items()}
+    if old:
+      found = metrics.by_group(self.true, top, self.anchor)
+      chosen = {'log_prob': chosen['log_prob']}
+    self.json(f'{stage}/evaluation.json', found)
     hours = [datetime.timedelta(hours=i) for i in range(n)]
     start = datetime.datetime(2012, 4, 3, 18, 5)
     columns = {
@@ -103,12 +137,12 @@ class Work:
       'time': pa.array([start + hour for hour in hours], pa.timestamp('s')),
       'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
       'behavior': names[self.true],
-      'predicted': names[ranked[:, 0]],
-      'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
-      'top5': names[ranked].tolist(),
-      'top5_log_prob': [np.log([0.5, 0.2, 0.1, 0.05, 0.01]).tolist()] * n,
+      'predicted': names[top[:, 0]],
+      'top5': names[top].tolist(),
+      'top5_log_prob': np.take_along_axis(log_p, top, axis=1).tolist(),
       'prompt_tokens': [[i, 7] for i in range(n)],
       'in_context': self.rng.random(n) < 0.6,
+      **chosen,
     }
     pq.write_table(pa.table(columns), self.folder / stage / 'predictions.parquet')
 
@@ -231,7 +265,7 @@ def row_of(text, head, name):
 def test_whole_run_shows_every_section_and_plot(done):
   text = done.text
   images = sorted(path.name for path in (done.folder / 'report').iterdir())
-  names = ('changes', 'f1', 'loss', 'stages', 'targets', 'trade_off')
+  names = ('f1', 'loss', 'predictors', 'reliability', 'targets', 'trade_off')
   assert images == [f'{name}.png' for name in names]
   for name in images:
     assert f'(report/{name})' in text
