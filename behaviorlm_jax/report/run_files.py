@@ -176,19 +176,19 @@ def of_equal_n(run: RunFiles) -> tuple[RunFiles, dict[str, int]]:
   """
   if not run.scored:
     return run, {}
-  final = run.scored[-1].evaluation['all']['n']
   trained = [*run.scored, *[run.sasrec] * bool(run.sasrec)]
-  named = {stage.name: stage.evaluation for stage in trained} | run.baselines
-  other = {name: n for name, s in named.items() if (n := s['all']['n']) != final}
-  emptied = [
-    dataclasses.replace(stage, evaluation=None, predictions=None)
-    if stage.name in other
-    else stage
-    for stage in run.stages
-  ]
-  baselines = {name: s for name, s in run.baselines.items() if name not in other}
-  sasrec = None if run.sasrec and run.sasrec.name in other else run.sasrec
-  kept = dataclasses.replace(run, baselines=baselines, stages=emptied, sasrec=sasrec)
+  scores = {stage.name: stage.evaluation for stage in trained} | run.baselines
+  n = {name: found['all']['n'] for name, found in scores.items()}
+  other = {name: n[name] for name in n if n[name] != n[run.scored[-1].name]}
+  nothing = {'evaluation': None, 'predictions': None}
+  kept = dataclasses.replace(
+    run,
+    baselines={name: s for name, s in run.baselines.items() if name not in other},
+    stages=[
+      dataclasses.replace(s, **(nothing if s.name in other else {})) for s in run.stages
+    ],
+    sasrec=None if 'SASRec' in other else run.sasrec,
+  )
   return kept, other
 
 

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,8 @@ _SCORES = (
     ('all', 'nll'),
   ),
   'mean and, of several seeds, standard deviation; other seeds have other test '
-  'events. nll: mean -log p of what happened, in nats; lower is better.',
+  'events. Tail macro-F1 grows with n: compare it only where n is the same. nll: mean '
+  '-log p of what happened, in nats; lower is better.',
 )
 _FEW = (
   (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
@@ -95,7 +96,7 @@ def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> No
     methods: names in the order of the tables; others follow.
     drawn: names of those that have a curve in the figure.
   """
-  rows = rows_lib.read_folder(folder)
+  rows, other = rows_lib.without_other_n(rows_lib.read_folder(folder))
   by_log = _grouped(rows.of('results.csv'), 'data')
   if not by_log:
     raise InputError(
@@ -106,6 +107,7 @@ def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> No
   for log, scores in by_log.items():
     content += [
       blocks.Heading(2, log),
+      *_refused(other, log),
       *_tables(scores, methods, *_SCORES),
       *(_tables(scores, methods, *_FEW) if _shots(scores) else ()),
       _differences(differences.get(log, [])),
@@ -114,6 +116,17 @@ def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> No
     ]
   content += _figures(folder, rows, methods, drawn)
   files.write_text(folder / 'tables.md', blocks.markdown(content))
+
+
+def _refused(other: Mapping[tuple[str, int, str], int], log: str) -> list[blocks.Text]:
+  """A sentence on what has another n than the rest of a log."""
+  named = [
+    f'{method} of seed {seed} (n = {n:,})'
+    for (data, seed, method), n in sorted(other.items())
+    if data == log
+  ]
+  text = 'Not compared with the rest, which has another n: '
+  return [blocks.Text(f'{text}{", ".join(named)}.')] * bool(named)
 
 
 def _grouped(rows: Iterable[Row], *columns: str) -> dict[object, list[Row]]:
