@@ -263,7 +263,10 @@ def new_figure(
   columns = columns or len(titles)
   share = {'sharex': True} if columns == 1 else {'sharey': sharey}
   shape = math.ceil(len(titles) / columns), columns
-  panels = list(figure.subplots(*shape, squeeze=False, **share).flat)
+  places = list(figure.subplots(*shape, squeeze=False, **share).flat)
+  panels = places[: len(titles)]
+  for spare in places[len(titles) :]:
+    spare.remove()
   # Once for all panels, which share what they show.
   figure.supxlabel(labels[0], fontsize=10)
   figure.supylabel(labels[1], fontsize=10)
