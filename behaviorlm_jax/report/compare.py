@@ -168,13 +168,11 @@ def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Ch
   if run.baselines and final.config:
     best = {score: run.best_baseline(*SCORES[score])[1] for score in scores}
     names = sorted(set(best.values()))
-    choices = {
-      name: label_tree.best(counted(run, final, name), 1)[:, 0] for name in names
-    }
+    first = lambda name: label_tree.best(counted(run, final, name), 1)[:, 0]
+    arms = {name: arm(run, final, first(name)) for name in names}
     which = f'({names[0]})' if len(names) == 1 else 'of each score'
     contrasts[f'the best count baseline {which}'] = [
-      change(score, name, arm(run, final, choices[name]))
-      for score, name in best.items()
+      change(score, name, arms[name]) for score, name in best.items()
     ]
   return contrasts
 

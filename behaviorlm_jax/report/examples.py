@@ -12,6 +12,7 @@ from behaviorlm_jax.report.run_files import RunFiles, StageFiles
 
 EXAMPLES = 10
 PROMPT_LINES = 6
+Decode = Callable[[list[int]], str]  # Token ids as text.
 
 
 def pick(
@@ -31,9 +32,6 @@ def pick(
     (turn, kind, i) for kind, members in kinds.items() for turn, i in enumerate(members)
   )
   return np.array([i for _, _, i in turns[:count]], np.int64)
-
-
-Decode = Callable[[list[int]], str]  # Token ids as text.
 
 
 def draw_one(run: RunFiles, decode: Decode | None = None) -> list[Block]:
@@ -73,7 +71,7 @@ def show(run: RunFiles, decode: Decode | None = None) -> list[Block]:
 def _question(number: int, row: dict, when: str) -> list[Block]:
   outcome = 'right' if row['predicted'] == row['behavior'] else 'wrong'
   return [
-    Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
+    Heading(2, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
     Text(
       f'User {row["user"]}, {row["time"]:{when}}; the true behavior, ',
       Strong(row['behavior']),

@@ -9,13 +9,8 @@ import numpy as np
 
 from behaviorlm_jax.evaluate import adjust, metrics
 from behaviorlm_jax.report import compare, plots
+from behaviorlm_jax.report import predictors as predictors_lib
 from behaviorlm_jax.report.blocks import Figure
-from behaviorlm_jax.report.predictors import (
-  COUNTING,
-  main_ones,
-  mean_log_p,
-  PredictorFiles,
-)
 from behaviorlm_jax.report.run_files import plan_targets, RunFiles
 
 # Of the first figure: (title, group that it needs, operating point, score).
@@ -27,14 +22,16 @@ _PANELS = (
 )
 
 
-def draw(run: RunFiles, predictors: Sequence[PredictorFiles]) -> dict[str, Figure]:
+def draw(
+  run: RunFiles, predictors: Sequence[predictors_lib.PredictorFiles]
+) -> dict[str, Figure]:
   """Draws what the files allow, into report/ of the work directory.
 
   Returns:
     {name of the file: Figure}, in the order of the report.
   """
   drawn = [
-    _predictors(run, main_ones(predictors)),
+    _predictors(run, predictors_lib.main_ones(predictors)),
     _reliability(run),
     _trade_off(run),
     _f1(run),
@@ -44,7 +41,9 @@ def draw(run: RunFiles, predictors: Sequence[PredictorFiles]) -> dict[str, Figur
   return {Path(figure.path).stem: figure for figure in drawn if figure}
 
 
-def _predictors(run: RunFiles, shown: Sequence[PredictorFiles]) -> Figure | None:
+def _predictors(
+  run: RunFiles, shown: Sequence[predictors_lib.PredictorFiles]
+) -> Figure | None:
   if not shown:
     return None
   n = {group: shown[0].evaluation[group]['n'] for group in metrics.GROUPS}
@@ -55,8 +54,8 @@ def _predictors(run: RunFiles, shown: Sequence[PredictorFiles]) -> Figure | None
     if n[group]
   }
   path = 'report/predictors.png'
-  plots.score_intervals(run.workdir / path, panels, COUNTING)
-  log_p = [f'{one.name} {mean_log_p(one):.3f}' for one in shown]
+  plots.score_intervals(run.workdir / path, panels, predictors_lib.COUNTING)
+  log_p = [f'{one.name} {predictors_lib.mean_log_p(one):.3f}' for one in shown]
   return Figure(
     path,
     'Every predictor on the same events',

@@ -25,7 +25,7 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class PredictorFiles:
-  """Its scores and choices."""
+  """Scores and choices of one predictor."""
 
   name: str  # in a table
   words: str  # in a sentence
@@ -36,12 +36,10 @@ class PredictorFiles:
 
 def list_predictors(run: RunFiles) -> list[PredictorFiles]:
   """Count baselines, SASRec, then the stages, each before its mix with counts."""
-  found = [
-    PredictorFiles(
-      name, name, scores, _arms(run, run.baseline_table, f'{name}_'), False
-    )
-    for name, scores in run.baselines.items()
-  ]
+  found = []
+  for name, scores in run.baselines.items():
+    arms = _arms(run, run.baseline_table, f'{name}_')
+    found.append(PredictorFiles(name, name, scores, arms, trained=False))
   for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
     words, scores = _WORDS.get(stage.name, stage.name), stage.evaluation
     table = stage.predictions
@@ -52,12 +50,8 @@ def list_predictors(run: RunFiles) -> list[PredictorFiles]:
   return found
 
 
-def _arms(run: RunFiles, table: pa.Table | None, prefix: str) -> dict:
-  """{point: Arm} of the two points that the first screen compares.
-
-  None of them where columns are missing or are of other events than the final
-  stage's.
-  """
+def _arms(run: RunFiles, table: pa.Table | None, prefix: str) -> dict[str, compare.Arm]:
+  """Of the points that the first screen compares, for the final stage's events."""
   columns = {point: f'{prefix}point_{point}' for point in ('accuracy', 'macro_f1')}
   log_p = f'{prefix}log_prob'
   if not table or not {log_p, *columns.values()} <= set(table.column_names):
@@ -66,12 +60,9 @@ def _arms(run: RunFiles, table: pa.Table | None, prefix: str) -> dict:
   if not final or table['sample'].to_pylist() != final.column('sample').tolist():
     return {}
   chosen = lambda column: run.encode(table[column].to_pylist())
-  return {
-    point: dataclasses.replace(
-      compare.arm(run, final, chosen(column)), log_p=np.array(table[log_p].to_pylist())
-    )
-    for point, column in columns.items()
-  }
+  log_p = np.array(table[log_p].to_pylist())
+  arms = {point: compare.arm(run, final, chosen(c)) for point, c in columns.items()}
+  return {p: dataclasses.replace(arm, log_p=log_p) for p, arm in arms.items()}
 
 
 def main_ones(predictors: Sequence[PredictorFiles]) -> list[PredictorFiles]:

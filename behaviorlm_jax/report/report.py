@@ -13,13 +13,8 @@ from pathlib import Path
 
 from behaviorlm_jax.io import files
 from behaviorlm_jax.report import blocks, compare, examples, figures, page, tables
+from behaviorlm_jax.report import predictors as predictors_lib
 from behaviorlm_jax.report.blocks import Block, Details, Figure, Heading, Mono, Text
-from behaviorlm_jax.report.predictors import (
-  COUNTING,
-  list_predictors,
-  mean_log_p,
-  PredictorFiles,
-)
 from behaviorlm_jax.report.run_files import of_equal_n, read_run, RunFiles
 from behaviorlm_jax.report.verdict import Change, headline, Outcome, verdict
 
@@ -32,7 +27,7 @@ def write_report(
   `decode` turns token ids into text; it shows the end of example prompts.
   """
   run, refused = of_equal_n(read_run(Path(workdir)))
-  predictors, outcome = list_predictors(run), compare.outcome(run)
+  predictors, outcome = predictors_lib.list_predictors(run), compare.outcome(run)
   drawn = figures.draw(run, predictors)
   content = [
     Heading(1, title),
@@ -56,26 +51,32 @@ def write_report(
 
 
 def _first_screen(
-  run: RunFiles, predictors: Sequence[PredictorFiles], figure: Figure | None
+  run: RunFiles,
+  predictors: Sequence[predictors_lib.PredictorFiles],
+  figure: Figure | None,
 ) -> list[Block]:
   """What is read if nothing else is."""
   if not run.scored:
     return [Text('Nothing has been evaluated yet.', lead=True)]
   trained = [one for one in predictors if one.trained and one.arms]
-  counting = [one for one in predictors if one.name == COUNTING and one.arms]
+  counting = [
+    one for one in predictors if one.name == predictors_lib.COUNTING and one.arms
+  ]
   said = []
   if trained and counting:
-    best = max(trained, key=mean_log_p)
+    best = max(trained, key=predictors_lib.mean_log_p)
     pair = counting[0].arms['accuracy'], best.arms['accuracy']
     before, change, interval = compare.paired([pair], 'log p')
     right = [arm.value('accuracy') for arm in reversed(pair)]
-    found = Change('log p', COUNTING, before, before + change, interval)
+    found = Change('log p', predictors_lib.COUNTING, before, before + change, interval)
     said = [Text(headline(best.words, right, len(pair[0].true), found), lead=True)]
   return said + [figure] * bool(figure)
 
 
 def _left_out(
-  run: RunFiles, predictors: Sequence[PredictorFiles], refused: Mapping[str, int]
+  run: RunFiles,
+  predictors: Sequence[predictors_lib.PredictorFiles],
+  refused: Mapping[str, int],
 ) -> list[Block]:
   """A sentence each on what cannot be compared, and on what is missing."""
   said = []
@@ -93,7 +94,7 @@ def _left_out(
 
 def _results(
   run: RunFiles,
-  predictors: Sequence[PredictorFiles],
+  predictors: Sequence[predictors_lib.PredictorFiles],
   outcome: Outcome | None,
   drawn: dict[str, Figure],
 ) -> dict[str, list[Block]]:

@@ -180,15 +180,11 @@ def of_equal_n(run: RunFiles) -> tuple[RunFiles, dict[str, int]]:
   scores = {stage.name: stage.evaluation for stage in trained} | run.baselines
   n = {name: found['all']['n'] for name, found in scores.items()}
   other = {name: n[name] for name in n if n[name] != n[run.scored[-1].name]}
-  nothing = {'evaluation': None, 'predictions': None}
-  kept = dataclasses.replace(
-    run,
-    baselines={name: s for name, s in run.baselines.items() if name not in other},
-    stages=[
-      dataclasses.replace(s, **(nothing if s.name in other else {})) for s in run.stages
-    ],
-    sasrec=None if 'SASRec' in other else run.sasrec,
-  )
+  empty = lambda stage: dataclasses.replace(stage, evaluation=None, predictions=None)
+  stages = [empty(stage) if stage.name in other else stage for stage in run.stages]
+  baselines = {name: s for name, s in run.baselines.items() if name not in other}
+  sasrec = None if 'SASRec' in other else run.sasrec
+  kept = dataclasses.replace(run, baselines=baselines, stages=stages, sasrec=sasrec)
   return kept, other
 
 

@@ -97,15 +97,10 @@ def changes(outcome: Outcome | None) -> Table:
     for change in changes
   ]
   head = ('score', 'compared with', 'its score', outcome.final, 'change')
-  intervals = (
-    f' The intervals come from 1,000 redraws of the {outcome.users:,} users, the '
-    'same for both sides.'
-  )
-  return Table(
-    (*head, '95 % from', '95 % to', 'reads as'),
-    rows,
-    f'What {outcome.final} changed.{intervals if outcome.users > 1 else ""}',
-  )
+  text = f'What {outcome.final} changed.'
+  if outcome.users > 1:
+    text += f' Intervals: the same 1,000 redraws of {outcome.users:,} users for both.'
+  return Table((*head, '95 % from', '95 % to', 'reads as'), rows, text)
 
 
 def context(run: RunFiles) -> Table:
@@ -179,16 +174,10 @@ def behaviors(run: RunFiles) -> Table:
 
 def times(run: RunFiles) -> Table:
   """How fast each stage was trained."""
+  head = ('stage', 'steps', 'first step after (s)', 'seconds per step (median)')
+  rates = ('tokens per second', 'targets per second', 'wasted positions (share)')
   return Table(
-    (
-      'stage',
-      'steps',
-      'first step after (s)',
-      'seconds per step (median)',
-      'tokens per second',
-      'targets per second',
-      'wasted positions (share)',
-    ),
+    (*head, *rates),
     [(stage.name, *_speed(stage.steps)) for stage in run.stages if stage.steps],
     'Compilation counts for the first step only; '
     'the rates are those of the steps after it.',

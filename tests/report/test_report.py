@@ -272,7 +272,7 @@ def test_whole_run_shows_every_section_and_plot(done):
     assert f'(report/{name})' in text
     assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
   assert text.startswith('# A run\n')
-  assert text.count('\n### ') == 10
+  assert text.count('\n## ') == 10
   assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
   assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
   for row in (
