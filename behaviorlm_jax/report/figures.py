@@ -60,9 +60,9 @@ def _predictors(
     path,
     'Every predictor on the same events',
     'Further right is better, right of the dotted line better than counting. '
-    'Accuracy is that of the likeliest name; anchor (frequent) and tail (rare) '
-    'macro-F1 are those of the operating point for macro-F1. Lines are 95 % intervals '
-    f'by users. n = {n["all"]:,} test events of {users:,} users ({n["anchor"]:,} '
+    'Accuracy is that of the operating point for accuracy, F1 of anchors (frequent) '
+    'and tail (rare) that of the point for macro-F1. Lines are 95 % intervals by '
+    f'users. n = {n["all"]:,} test events of {users:,} users ({n["anchor"]:,} '
     f'anchor, {n["tail"]:,} tail).',
     f'Marks with intervals; the mean log p is {", ".join(log_p)}.',
   )

@@ -78,7 +78,7 @@ def reliability_marks(path: Path, table: np.ndarray) -> None:
   axes.plot([0, 1], [0, 1], **BORDER, label='as often as it says')
   confidence, accuracy, share = table[table[:, 2] > 0].T
   look = {'color': COLOURS['anchor'], 'alpha': 0.75, 'linewidth': 0}
-  axes.scatter(confidence, accuracy, 15 + 900 * share, **look)
+  axes.scatter(confidence, accuracy, 15 + 600 * share, **look, clip_on=False)
   axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))  # Marks are seen whole.
   save_figure(figure, path)
 

@@ -84,8 +84,8 @@ def headline(best: str, right: Sequence[float], samples: int, change: Change) ->
     low, high = change.interval
     around = f' (95 % interval {low:+.3f} to {high:+.3f}, by users)'
   return (
-    f'By log p on {_count(samples, "test event")} the best trained predictor is '
-    f'{best}: it names the next behavior in {first} of them, counting alone '
+    f'By log p on {_count(samples, "test event")} the best predictor that does more '
+    f'than count is {best}: it names the next behavior in {first} of them, counting '
     f'({change.other}) in {second}, and its mean log p is {abs(change.size):.3f} nats '
     f'{"lower" if change.size < 0 else "higher"}{around}, {means}.'
   )

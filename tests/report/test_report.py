@@ -331,7 +331,7 @@ def test_the_first_screen_is_a_sentence_a_figure_and_an_example(done):
   gain = scores['b_tuning mixed'] - counted['all']['log_p']
   assert f'{gain:.3f} nats higher' in sentence and 'so it beats counting' in sentence
   right = 100 * counted['points']['accuracy']['all']['accuracy@1']
-  assert f'counting alone (markov) in {right:.1f} %' in sentence
+  assert f'counting (markov) in {right:.1f} %' in sentence
   assert '(report/predictors.png)' in figure
   assert 'n = 120 test events of 30 users' in caption
   assert example.startswith('A test event drawn at random') and 'line 5' in lines

@@ -122,8 +122,9 @@ def test_the_headline_claims_only_what_its_interval_allows():
     return headline('the tuned model', (0.412, 0.3), 1234, found)
 
   assert said(-2.5, -2.25, (0.2, 0.3)) == (
-    'By log p on 1,234 test events the best trained predictor is the tuned model: it '
-    'names the next behavior in 41.2 % of them, counting alone (markov) in 30.0 %, and '
+    'By log p on 1,234 test events the best predictor that does more than count is the '
+    'tuned model: it names the next behavior in 41.2 % of them, counting (markov) in '
+    '30.0 %, and '
     'its mean log p is 0.250 nats higher (95 % interval +0.200 to +0.300, by users), '
     'so it beats counting.'
   )
