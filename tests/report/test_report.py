@@ -463,6 +463,16 @@ def test_what_has_another_n_is_refused_in_one_sentence(tmp_path):
   assert '| untuned' not in text and '| SASRec' not in text
 
 
+def test_a_log_without_a_tail_is_reported_too(tmp_path):
+  work = Work(tmp_path, count=4)
+  assert work.anchor.all()
+  work.add_baselines()
+  work.add_predictions('b_tuning', 0.6)
+  text = write_report(work)
+  assert '(120 anchor, 0 tail)' in text and '(report/predictors.png)' in text
+  assert 'nothing is known of the tail' in text
+
+
 def test_one_stage_run_is_named_so(tmp_path):
   work = Work(tmp_path)
   work.add_predictions('b_tuning', 0.5)
