@@ -166,7 +166,7 @@ def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages)
   assert [row['sample'] for row in predictions(workdir, 'sasrec')] == [
     row['sample'] for row in predictions(workdir, 'base')
   ]
-  assert '| SASRec, adjusted |' in (workdir / 'report.md').read_text()
+  assert '| SASRec, with counts |' in (workdir / 'report.md').read_text()
 
 
 def test_held_out_conversations_are_not_trained_on(make_run_config, base, tmp_path):
@@ -379,13 +379,13 @@ def test_difficulty_is_that_of_the_stage_a_model(by_nll, prompts, brute):
 
 def test_report_shows_tables_plots_and_examples(finished):
   text = (finished / 'report.md').read_text()
-  for image in ('stages', 'f1', 'targets'):
+  for image in ('trade_off', 'f1', 'targets'):
     assert f'(report/{image}.png)' in text
     data = (finished / 'report' / f'{image}.png').read_bytes()
     assert data.startswith(b'\x89PNG') and len(data) > 5000
   for words in ('untuned', 'A-Tuning', 'B-Tuning', 'Worked examples'):
     assert words in text
-  assert text.count('Top five of B-Tuning') == 10
+  assert text.count('likeliest of B-Tuning') == 1 + 10
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """How good probabilities are, whatever is decided by them.
 
-log_p       mean log-probability of the true name, in nats
-map         mean over names of the average precision with which p_y finds the
-            events of y (one against the rest); names without an event are
-            left out (macro mAP: HoTPP, Karpukhin et al., arXiv 2406.14341)
-coverage@5  share of the names that stand among some event's five likeliest
-ece         expected calibration error of the likeliest name (Guo et al., ICML
-            2017)
+  log_p       mean log-probability of the true name, in nats
+  map         mean over names of the average precision with which p_y finds the
+              events of y (one against the rest); names without an event are
+              left out (macro mAP: HoTPP, Karpukhin et al., arXiv 2406.14341)
+  coverage@5  share of the names that stand among some event's five likeliest
+  ece         expected calibration error of the likeliest name (Guo et al., ICML
+              2017)
+
+A group's log_p is of its own events, map and coverage are of its own names.
 """
 
 import numpy as np

@@ -66,20 +66,6 @@ class Arm:
     return every if group == 'all' else (self.anchor[self.true] == (group == 'anchor'))
 
 
-def matched(control: Arm, own: Arm, by_tau: np.ndarray) -> Arm:
-  """`own`, a predictor, as far towards the tail as anchors stay as good.
-
-  Of its first choices at ever larger tau, int64 [T, n] (adjust.first_choices),
-  the last ones whose anchor macro-F1 on these very samples is that of `control`
-  or better; where none is, those of the best anchors. No predictor to use, but
-  what two are to be compared at.
-  """
-  arms = [dataclasses.replace(own, predicted=best, log_p=None) for best in by_tau]
-  anchors = [arm.value('anchor macro-F1') for arm in arms]
-  goal = min(control.value('anchor macro-F1'), max(anchors))  # One arm reaches it.
-  return [arm for arm, f1 in zip(arms, anchors, strict=True) if f1 >= goal][-1]
-
-
 def paired(
   pairs: Sequence[tuple[Arm, Arm]], score: str, draws: int = DRAWS
 ) -> tuple[float, float, Interval | None]:
@@ -149,17 +135,17 @@ def outcome(run: RunFiles) -> Outcome | None:
   scores = [name for name, (group, _) in SCORES.items() if samples[group]]
   return Outcome(
     final=_CALLED.get(final.name, final.name),
-    scores={score: _level(last, score) for score in scores},
+    scores={score: level(last, score) for score in scores},
     samples=samples,
     users=len(np.unique(last.user)),
     contrasts=_contrasts(run, last, scores),
   )
 
 
-def _level(last: Arm, score: str) -> tuple[float, Interval | None]:
-  value = last.value(score)
-  drawn = itertools.islice(_redrawn(last.user), DRAWS)
-  return value, _interval(value, [last.value(score, weight) for weight in drawn])
+def level(arm: Arm, score: str) -> tuple[float, Interval | None]:
+  """A score, key of SCORES or LOG_P, and its interval."""
+  value, drawn = arm.value(score), itertools.islice(_redrawn(arm.user), DRAWS)
+  return value, _interval(value, [arm.value(score, weight) for weight in drawn])
 
 
 def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Change]]:
@@ -182,13 +168,11 @@ def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Ch
   if run.baselines and final.config:
     best = {score: run.best_baseline(*SCORES[score])[1] for score in scores}
     names = sorted(set(best.values()))
-    choices = {
-      name: label_tree.best(counted(run, final, name), 1)[:, 0] for name in names
-    }
+    first = lambda name: label_tree.best(counted(run, final, name), 1)[:, 0]
+    arms = {name: arm(run, final, first(name)) for name in names}
     which = f'({names[0]})' if len(names) == 1 else 'of each score'
     contrasts[f'the best count baseline {which}'] = [
-      change(score, name, arm(run, final, choices[name]))
-      for score, name in best.items()
+      change(score, name, arms[name]) for score, name in best.items()
     ]
   return contrasts
 

@@ -12,6 +12,7 @@ from behaviorlm_jax.report.run_files import RunFiles, StageFiles
 
 EXAMPLES = 10
 PROMPT_LINES = 6
+Decode = Callable[[list[int]], str]  # Token ids as text.
 
 
 def pick(
@@ -33,9 +34,22 @@ def pick(
   return np.array([i for _, _, i in turns[:count]], np.int64)
 
 
-def show(
-  run: RunFiles, decode: Callable[[list[int]], str] | None = None
-) -> list[Block]:
+def draw_one(run: RunFiles, decode: Decode | None = None) -> list[Block]:
+  """Blocks of one prediction of the last stage, an event drawn at random."""
+  if not run.predicting or not len(run.predicting[-1].right):
+    return []
+  final = run.predicting[-1]
+  drawn = np.random.default_rng(0).integers(len(final.right))
+  (row,) = final.predictions.slice(drawn, 1).to_pylist()
+  outcome = 'right' if row['behavior'] == row['predicted'] else 'wrong'
+  said = (
+    'A test event drawn at random: the last lines of a log, and how '
+    f'{final.name} goes on. Its first choice is {outcome}; what happened was '
+  )
+  return [Text(said, Strong(row['behavior']), '.'), *_answer(final.name, row, decode)]
+
+
+def show(run: RunFiles, decode: Decode | None = None) -> list[Block]:
   """Blocks of ten predictions of the last stage, the other stages beside."""
   if not run.predicting:
     return []
@@ -48,23 +62,16 @@ def show(
     # A stage of another draw of test events may not have this one.
     rows = {name: rows[sample] for name, rows in found.items() if sample in rows}
     row = rows[final.name]
-    blocks += _question(number, row, when)
-    if decode:
-      # Its end alone: the question, and the last of what the model was shown.
-      lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
-      blocks.append(Listing('\n'.join(lines)))
-    choices = [(name, *_first_choice(other)) for name, other in rows.items()]
+    blocks += _question(number, row, when) + _answer(final.name, row, decode)
+    choices = [(name, *_choices(other)[0]) for name, other in rows.items()]
     blocks.append(Table(('stage', 'first choice', 'p', 'right'), choices))
-    top = zip(row['top5'], np.exp(row['top5_log_prob']), strict=True)
-    listed = ' · '.join(f'{name} {p:.3f}' for name, p in top)
-    blocks.append(Text(f'Top five of {final.name}: {listed}'))
   return blocks
 
 
 def _question(number: int, row: dict, when: str) -> list[Block]:
   outcome = 'right' if row['predicted'] == row['behavior'] else 'wrong'
   return [
-    Heading(3, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
+    Heading(2, f'{number}. {row["group"]}, {outcome}: {row["behavior"]}'),
     Text(
       f'User {row["user"]}, {row["time"]:{when}}; the true behavior, ',
       Strong(row['behavior']),
@@ -73,12 +80,23 @@ def _question(number: int, row: dict, when: str) -> list[Block]:
   ]
 
 
+def _answer(name: str, row: dict, decode: Decode | None) -> list[Block]:
+  """The end of what the model was shown, and its five likeliest continuations."""
+  table = Table((f'likeliest of {name}', 'p', 'right'), _choices(row))
+  if not decode:
+    return [table]
+  # Its end alone: the question, and the last of what the model was shown.
+  lines = decode(row['prompt_tokens']).split('\n')[-PROMPT_LINES:]
+  return [Listing('\n'.join(lines)), table]
+
+
 def _rows(stage: StageFiles, samples: np.ndarray) -> dict[int, dict]:
   """{sample: its row}, of those that the stage predicted."""
   chosen = pc.is_in(stage.predictions.column('sample'), pa.array(samples))
   return {row['sample']: row for row in stage.predictions.filter(chosen).to_pylist()}
 
 
-def _first_choice(row: dict) -> tuple[str, float, bool]:
-  first = row['top5'][0]
-  return first, float(np.exp(row['top5_log_prob'][0])), first == row['behavior']
+def _choices(row: dict) -> list[tuple[str, float, bool]]:
+  """(name, p, whether it is right) of the five likeliest, best first."""
+  top = zip(row['top5'], np.exp(row['top5_log_prob']).tolist(), strict=True)
+  return [(name, p, name == row['behavior']) for name, p in top]

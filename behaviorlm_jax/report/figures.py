@@ -2,73 +2,87 @@
 seen. A figure whose files are missing is left out.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
-from behaviorlm_jax.evaluate import adjust
+from behaviorlm_jax.evaluate import adjust, metrics
 from behaviorlm_jax.report import compare, plots
+from behaviorlm_jax.report import predictors as predictors_lib
 from behaviorlm_jax.report.blocks import Figure
 from behaviorlm_jax.report.run_files import plan_targets, RunFiles
-from behaviorlm_jax.report.verdict import Outcome
+
+# Of the first figure: (title, group that it needs, operating point, score).
+_PANELS = (
+  ('mean log p (nats)', 'all', 'accuracy', 'log p'),
+  ('accuracy', 'all', 'accuracy', 'accuracy'),
+  ('anchor macro-F1', 'anchor', 'macro_f1', 'anchor macro-F1'),
+  ('tail macro-F1', 'tail', 'macro_f1', 'tail macro-F1'),
+)
 
 
-def draw(run: RunFiles, outcome: Outcome | None) -> list[Figure]:
-  """Draws what the files allow, into report/ of the work directory."""
+def draw(
+  run: RunFiles, predictors: Sequence[predictors_lib.PredictorFiles]
+) -> dict[str, Figure]:
+  """Draws what the files allow, into report/ of the work directory.
+
+  Returns:
+    {name of the file: Figure}, in the order of the report.
+  """
   drawn = [
-    _stages(run),
-    _changes(run, outcome),
+    _predictors(run, predictors_lib.main_ones(predictors)),
+    _reliability(run),
     _trade_off(run),
     _f1(run),
     _targets(run),
     _loss(run),
   ]
-  return [figure for figure in drawn if figure]
+  return {Path(figure.path).stem: figure for figure in drawn if figure}
 
 
-def _stages(run: RunFiles) -> Figure | None:
-  if not run.scored:
+def _predictors(
+  run: RunFiles, shown: Sequence[predictors_lib.PredictorFiles]
+) -> Figure | None:
+  if not shown:
     return None
-  labels, series = [stage.name for stage in run.scored], {}
-  for name, (group, key) in compare.SCORES.items():
-    series[group, name] = [stage.evaluation[group][key] for stage in run.scored]
-    if run.baselines:
-      series[group, name].append(run.best_baseline(group, key)[0])
-  if run.baselines:
-    labels.append('best baseline')
-  path = 'report/stages.png'
-  plots.stage_bars(run.workdir / path, labels, series)
-  last = run.scored[-1].evaluation
-  beside = ' beside the best free baseline of each score' * bool(run.baselines)
-  bars = [
-    f'{name} {", ".join(f"{value:.3f}" for value in values)}'
-    for (_, name), values in series.items()
-  ]
+  n = {group: shown[0].evaluation[group]['n'] for group in metrics.GROUPS}
+  users = len(np.unique(shown[0].arms['accuracy'].user))
+  panels = {
+    title: {one.name: compare.level(one.arms[point], score) for one in shown}
+    for title, group, point, score in _PANELS
+    if n[group]
+  }
+  path = 'report/predictors.png'
+  plots.score_intervals(run.workdir / path, panels, predictors_lib.COUNTING)
+  log_p = [f'{one.name} {predictors_lib.mean_log_p(one):.3f}' for one in shown]
   return Figure(
     path,
-    'Scores per stage',
-    f'Accuracy over all and macro-F1 per group{beside}; higher is better. '
-    f'n = {last["all"]["n"]:,} test events ({last["anchor"]["n"]:,} anchor, '
-    f'{last["tail"]["n"]:,} tail).',
-    f'Bars of {", ".join(labels)}: {"; ".join(bars)}.',
+    'Every predictor on the same events',
+    'Further right is better, right of the dotted line better than counting. '
+    'Accuracy is that of the operating point for accuracy, F1 of anchors (frequent) '
+    'and tail (rare) that of the point for macro-F1. Lines are 95 % intervals by '
+    f'users. n = {n["all"]:,} test events of {users:,} users ({n["anchor"]:,} '
+    f'anchor, {n["tail"]:,} tail).',
+    f'Marks with intervals; the mean log p is {", ".join(log_p)}.',
   )
 
 
-def _changes(run: RunFiles, outcome: Outcome | None) -> Figure | None:
-  if not outcome or not outcome.contrasts or outcome.users < 2:
+def _reliability(run: RunFiles) -> Figure | None:
+  evaluation = run.scored[-1].evaluation if run.scored else {}
+  if 'reliability' not in evaluation:
     return None
-  path = 'report/changes.png'
-  plots.change_intervals(run.workdir / path, outcome.contrasts)
-  points = [
-    f'against {against} {", ".join(f"{c.score} {c.size:+.3f}" for c in changes)}'
-    for against, changes in outcome.contrasts.items()
-  ]
+  path, table = 'report/reliability.png', np.array(evaluation['reliability'])
+  plots.reliability_marks(run.workdir / path, table)
+  bins = [f'{said:.2f} {seen:.2f}' for said, seen, share in table if share]
+  name, n = run.scored[-1].name, evaluation['all']['n']
   return Figure(
     path,
-    'Changes and their uncertainty',
-    f'What {outcome.final} changed against each other predictor, with 95 % '
-    'intervals. Right of zero is better; a hollow mark is within its '
-    f'uncertainty. n = {outcome.samples["all"]:,} test events of '
-    f'{outcome.users:,} users.',
-    f'Points with intervals: {"; ".join(points)}.',
+    'Are the probabilities right?',
+    f'How sure {name} is of its likeliest name, and how often that happens; a mark '
+    f'is as large as its share of the n = {n:,} test events. Below the line it is '
+    f'too sure. The mean distance from the line (ece) is {evaluation["ece"]:.3f}.',
+    f'Marks of probability and how often it happened: {", ".join(bins)}.',
   )
 
 

@@ -1,4 +1,4 @@
-"""The drawing of the report's figures: arrays in, one PNG file out.
+"""The drawing of figures: arrays in, one PNG file out.
 
 Drawn with matplotlib's Agg canvas through the object interface, so no global
 state and no display is touched. Colours are Okabe and Ito's, which colour-
@@ -10,7 +10,7 @@ Behavior names are shown as they are: never read as mathematical text.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from behaviorlm_jax.report.verdict import Change
+from behaviorlm_jax.report.verdict import Interval
 
 DPI = 150
 WIDTH = 6.4
@@ -27,6 +27,7 @@ WIDE = 10.2
 COLOURS = {'anchor': '#0072B2', 'tail': '#D55E00', 'all': '#009E73'}
 MARKERS = {'anchor': 'o', 'tail': '^', 'all': 's'}
 HATCHES = {'anchor': '', 'tail': '//', 'all': '..'}
+GRID = {'color': '#dddddd', 'linewidth': 0.6}
 # Of predictors side by side, told apart by line and mark, too.
 PREDICTORS = (
   {'color': '#0072B2', 'marker': 'o', 'linestyle': '-'},
@@ -36,88 +37,53 @@ PREDICTORS = (
   {'color': '#000000', 'marker': 'v', 'linestyle': '-'},
   {'color': '#E69F00', 'marker': 'P', 'linestyle': '--'},
 )
-GRID = {'color': '#dddddd', 'linewidth': 0.6}
 BORDER = {'color': '#444444', 'linewidth': 0.9, 'linestyle': ':'}
 MOST_NAMES = 40  # behaviors whose names still fit below an axis
 LONGEST_NAME = 24
-Lines = Mapping[str, Mapping[str, Mapping[int, float]]]  # {title: {predictor: {x: y}}}
 
 
-def stage_bars(
-  path: Path, labels: Sequence[str], series: Mapping[tuple[str, str], Sequence[float]]
-) -> None:
-  """Bars side by side per stage.
-
-  Args:
-    labels: names of the stages, left to right.
-    series: {(group, legend text): values, one per stage}.
-  """
-  x, y = 'stage, in the order of the run', 'score on the test split (fraction)'
-  figure, (axes,) = _figure([''], (x, y), height=4)
-  width = 0.8 / len(series)
-  for index, ((group, text), values) in enumerate(series.items()):
-    # Bars of one stage stand side by side around its tick.
-    place = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
-    look = {'color': COLOURS[group], 'hatch': HATCHES[group], 'label': text}
-    bars = axes.bar(place, values, 0.92 * width, edgecolor='white', linewidth=0, **look)
-    axes.bar_label(bars, fmt='%.3f', fontsize=7, padding=1)
-  axes.set_xticks(range(len(labels)), labels)
-  axes.margins(y=0.12)
-  _save(figure, path)
-
-
-def change_intervals(path: Path, panels: Mapping[str, Sequence[Change]]) -> None:
-  """Points with 95 % intervals around zero, a panel per {against: changes}."""
-  height = 1 + (0.55 + 0.27 * max(map(len, panels.values()))) * len(panels)
-  x = 'change of the score (fraction), 95 % interval'
-  titles = [f'against {other}' for other in panels]
-  figure, stack = _figure(titles, (x, ''), height, stacked=True)
-  for axes, changes in zip(stack, panels.values(), strict=True):
-    for row, change in enumerate(changes):
-      group = next((g for g in MARKERS if g in change.score), 'all')
-      axes.hlines(row, *change.interval, color=COLOURS[group], linewidth=1.8)
-      axes.plot(
-        change.size,
-        row,
-        MARKERS[group],
-        color=COLOURS[group],
-        markersize=7,
-        markerfacecolor='white' if change.outcome == 'within' else None,
-      )
-    axes.axvline(0, **BORDER)
-    _name_rows(axes, [change.score for change in changes])
-  _save(figure, path)
-
-
-def marks(
+def score_intervals(
   path: Path,
-  panels: Mapping[str, Mapping[str, Sequence[float]]],
-  x: str,
-  line: float | None = None,
+  panels: Mapping[str, Mapping[str, tuple[float, Interval | None]]],
+  reference: str,
 ) -> None:
-  """A mark per seed of each predictor, one below the other.
+  """Scores with 95 % intervals, two panels in a row, a line per predictor.
 
   Args:
-    panels: {title: {predictor: values over the seeds}}.
-    x: what they are.
-    line: value at which a line is drawn; None: the axis begins at 0.
+    panels: {title: {predictor: (score, interval)}}, the same ones in each.
+    reference: the predictor at whose scores a line is drawn, if it is there.
   """
-  names = list(dict.fromkeys(itertools.chain(*panels.values())))
-  figure, row = _figure(panels, (x, ''), 1.4 + 0.3 * len(names), WIDE)
-  look = {'color': COLOURS['all'], 'markersize': 7, 'alpha': 0.75}
-  for axes, found in zip(row, panels.values(), strict=True):
-    for y, name in enumerate(names):
-      values = found.get(name, [])
-      axes.plot(values, [y] * len(values), MARKERS['all'], **look)
-    if line is None:
-      axes.set_xlim(left=0)
-    else:
-      axes.axvline(line, **BORDER)
-    _name_rows(axes, names)
-  _save(figure, path)
+  names = list(next(iter(panels.values())))
+  height = 0.9 + (0.6 + 0.27 * len(names)) * math.ceil(len(panels) / 2)
+  figure, grid = new_figure(panels, ('95 % intervals by users', ''), height, columns=2)
+  look = {'color': COLOURS['anchor'], 'markersize': 6}
+  for axes, scores in zip(grid, panels.values(), strict=True):
+    for row, (value, interval) in enumerate(scores.values()):
+      axes.hlines(row, *(interval or (value, value)), color=look['color'], linewidth=2)
+      axes.plot(value, row, MARKERS['anchor'], **look)
+    if reference in scores:
+      axes.axvline(scores[reference][0], **BORDER, label=f'level of {reference}')
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    name_rows(axes, names)
+  save_figure(figure, path)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def reliability_marks(path: Path, table: np.ndarray) -> None:
+  """Accuracy against confidence, a mark per bin, as large as its share.
+
+  `table`: float[bins, 3] of evaluate.probabilities.reliability.
+  """
+  labels = ('probability of the likeliest name', 'how often it happened (fraction)')
+  figure, (axes,) = new_figure([''], labels, height=4)
+  axes.plot([0, 1], [0, 1], **BORDER, label='as often as it says')
+  confidence, accuracy, share = table[table[:, 2] > 0].T
+  look = {'color': COLOURS['anchor'], 'alpha': 0.75, 'linewidth': 0}
+  axes.scatter(confidence, accuracy, 15 + 600 * share, **look, clip_on=False)
+  axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))  # Marks are seen whole.
+  save_figure(figure, path)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
   axes.set_yticks(range(len(names)), names)
   axes.set_ylim(len(names) - 0.4, -0.6)  # Turned round: the first on top.
 
@@ -132,53 +98,17 @@ def trade_off_curves(
     taus: float[T]; the point of 0 has a large mark.
   """
   labels = ('anchor macro-F1 (fraction)', 'tail macro-F1 (fraction)')
-  figure, row = _curves(panels, labels)
+  figure, row = draw_curves(panels, labels)
   large = {'markersize': 12, 'markerfacecolor': 'none', 'markeredgewidth': 2}
   for axes, curves in zip(row, panels.values(), strict=True):
     for line, points in zip(axes.get_lines(), curves.values(), strict=True):
       # Hollow: where predictors coincide all of their marks are seen.
       look = {'color': line.get_color(), 'marker': line.get_marker()}
       axes.plot(*points[taus.index(0.0)], **look, **large)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
-def few_shot(path: Path, panels: Lines) -> None:
-  """F1 against the number of samples learned."""
-  lines = itertools.chain(*(lines.values() for lines in panels.values()))
-  shots = sorted(set(itertools.chain(*lines)))
-  # Doublings are about equal steps; a logarithm alone has no place for 0.
-  place = lambda n: math.log2(1 + n)
-  labels = ('samples of each tail behavior (log scale)', 'mean F1 (fraction)')
-  figure, row = _curves(_points(panels, place), labels)
-  for axes in row:
-    axes.set_xticks(list(map(place, shots)), list(map(str, shots)))
-    axes.axhline(0, linewidth=0)  # The axis begins there.
-  _save(figure, path)
-
-
-def deciles(path: Path, panels: Lines) -> None:
-  """F1 against how frequent behaviors are: tenth 1 has the most frequent."""
-  labels = ('tenth of the behaviors, 1 the most frequent', 'mean F1 (fraction)')
-  figure, row = _curves(_points(panels), labels)
-  for axes in row:
-    axes.set_xticks(range(1, 11))
-  _save(figure, path)
-
-
-def _points(
-  panels: Lines, place: Callable[[int], float] = float
-) -> dict[str, dict[str, np.ndarray]]:
-  """{title: {predictor: float[n, 2]}}, x put in its place."""
-  return {
-    title: {
-      name: np.array([(place(x), y) for x, y in values.items()])
-      for name, values in lines.items()
-    }
-    for title, lines in panels.items()
-  }
-
-
-def _curves(
+def draw_curves(
   panels: Mapping[str, Mapping[str, np.ndarray]], labels: tuple[str, str]
 ) -> tuple[Figure, list[Axes]]:
   """Panels in a row; a predictor looks the same in all of them.
@@ -186,7 +116,7 @@ def _curves(
   `panels`: {title: {predictor: points float[n, 2]}}.
   """
   width = WIDTH if len(panels) == 1 else WIDE
-  figure, row = _figure(panels, labels, 4.4, width, sharey=False)
+  figure, row = new_figure(panels, labels, 4.4, width, sharey=False)
   names = dict.fromkeys(itertools.chain(*panels.values()))
   # Two of more predictors than there are looks share one; the legend has both.
   looks = dict(zip(names, itertools.cycle(PREDICTORS), strict=False))
@@ -211,7 +141,7 @@ def f1_against_frequency(
     anchor: bool[Y].
   """
   labels = ('training events (log scale)', 'F1 of the behavior (fraction)')
-  figure, row = _figure(panels, labels, height=3.9)
+  figure, row = new_figure(panels, labels, height=3.9)
   count = np.maximum(train_count, 0.5)  # 0 has no logarithm.
   for axes, (name, f1) in zip(row, panels.items(), strict=True):
     means = []
@@ -222,7 +152,7 @@ def f1_against_frequency(
     _decades(axes, count)
     axes.set_ylim(-0.04, 1.04)  # Marks at 0 and 1 are seen whole.
     axes.set_title(f'{name}\nmean: ' + ', '.join(means), fontsize=10)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _groups(anchor: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -258,7 +188,7 @@ def drawn_targets(
     x = 'rank of the behavior by training frequency'
   titles = [f'{stage}: {counts.sum():,} targets' for stage, counts in panels.items()]
   height = 1.5 * len(panels) + 1 + 1.1 * named
-  figure, stack = _figure(titles, (x, 'targets (count)'), height, WIDE, stacked=True)
+  figure, stack = new_figure(titles, (x, 'targets (count)'), height, WIDE, columns=1)
   place = np.arange(1, len(names) + 1)
   for axes, counts in zip(stack, panels.values(), strict=True):
     for group, members in _groups(anchor):
@@ -279,7 +209,7 @@ def drawn_targets(
     ]
     turned = {'rotation': 55, 'ha': 'right', 'rotation_mode': 'anchor'}
     stack[-1].set_xticks(place, short, **turned, fontsize=8, parse_math=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> None:
@@ -290,7 +220,7 @@ def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> 
   """
   width = WIDTH if len(panels) == 1 else WIDE
   labels = ('step (count)', 'loss per answer token (nats)')
-  figure, row = _figure(panels, labels, 3.6, width)
+  figure, row = new_figure(panels, labels, 3.6, width)
   blue, orange = COLOURS['anchor'], COLOURS['tail']
   for axes, curves in zip(row, panels.values(), strict=True):
     steps, loss, val_steps, val_loss = (np.asarray(c, float) for c in curves)
@@ -300,7 +230,7 @@ def loss_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> 
     axes.plot(steps, _running_mean(loss), color=blue, linewidth=1.8, label=label)
     look = {'color': orange, 'linestyle': '--', 'marker': 's', 'markersize': 4}
     axes.plot(val_steps, val_loss, **look, label='validation')
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -313,24 +243,30 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
   return (total[stop] - total[start]) / (stop - start)
 
 
-def _figure(
+def new_figure(
   titles: Iterable[str],
   labels: tuple[str, str],
   height: float,
   width: float = WIDTH,
-  stacked: bool = False,
+  columns: int | None = None,
   sharey: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-  """A figure with a panel per title, in a row or stacked (sharing x).
+  """A figure with a panel per title.
 
-  `labels`: of x and y, of all panels at once.
+  Args:
+    labels: of x and y, of all panels at once.
+    columns: panels in a row; None: all; 1: stacked, sharing x.
   """
   titles = list(titles)
   figure = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasAgg(figure)
-  shape = (len(titles), 1) if stacked else (1, len(titles))
-  share = {'sharex': True} if stacked else {'sharey': sharey}
-  panels = list(figure.subplots(*shape, squeeze=False, **share).flat)
+  columns = columns or len(titles)
+  share = {'sharex': True} if columns == 1 else {'sharey': sharey}
+  shape = math.ceil(len(titles) / columns), columns
+  places = list(figure.subplots(*shape, squeeze=False, **share).flat)
+  panels = places[: len(titles)]
+  for spare in places[len(titles) :]:
+    spare.remove()
   # Once for all panels, which share what they show.
   figure.supxlabel(labels[0], fontsize=10)
   figure.supylabel(labels[1], fontsize=10)
@@ -342,7 +278,7 @@ def _figure(
   return figure, panels
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
   """Writes the file, with a legend of all that is labelled in any panel."""
   entries = {}  # What several panels show stands in the legend once.
   for axes in figure.axes:

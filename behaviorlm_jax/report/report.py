@@ -1,68 +1,119 @@
 """The whole run on one page: report.md, and report.html, which is one file.
 
-Both are rendered from the same list of blocks. Reads files only, so a report
-can be written again at any time and by anyone who has the directory. Every
-stage may be missing: a table or figure shows what is there. Numbers come from
-evaluation.json where it holds them; splits, intervals and examples from
-predictions.parquet.
+What a person wants to know stands first: one sentence, one figure, one example.
+All else is folded. Both files are rendered from the same list of blocks. Reads
+files only, so a report can be written again at any time and by anyone who has
+the directory. Every stage may be missing: a table or figure shows what is
+there. Numbers come from evaluation.json where it holds them; splits, intervals
+and examples from predictions.parquet and baselines.parquet.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from behaviorlm_jax.io import files
 from behaviorlm_jax.report import blocks, compare, examples, figures, page, tables
-from behaviorlm_jax.report.blocks import Block, Details, Heading, Strong, Text
-from behaviorlm_jax.report.run_files import read_run, RunFiles
-from behaviorlm_jax.report.verdict import Outcome, verdict
+from behaviorlm_jax.report import predictors as predictors_lib
+from behaviorlm_jax.report.blocks import Block, Details, Figure, Heading, Mono, Text
+from behaviorlm_jax.report.run_files import of_equal_n, read_run, RunFiles
+from behaviorlm_jax.report.verdict import Change, headline, Outcome, verdict
 
 
 def write_report(
-  workdir: str | Path, title: str, decode: Callable[[list[int]], str] | None = None
+  workdir: str | Path, title: str, decode: examples.Decode | None = None
 ) -> None:
   """Writes report.md, report.html and the figures of report/ in `workdir`.
 
   `decode` turns token ids into text; it shows the end of example prompts.
   """
-  run = read_run(Path(workdir))
-  outcome = compare.outcome(run)
-  content = [Heading(1, title), *_first_screen(run, outcome)]
-  for heading, body in _sections(run, outcome, decode).items():
-    # A stage that did not run leaves no block, and an empty section no heading.
-    body = list(filter(None, body))
-    if body:
-      content += [Heading(2, heading), *body]
+  run, refused = of_equal_n(read_run(Path(workdir)))
+  predictors, outcome = predictors_lib.list_predictors(run), compare.outcome(run)
+  drawn = figures.draw(run, predictors)
+  content = [
+    Heading(1, title),
+    *_first_screen(run, predictors, drawn.pop('predictors', None)),
+    *_left_out(run, predictors, refused),
+    *examples.draw_one(run, decode),
+  ]
+  folds = {
+    **_results(run, predictors, outcome, drawn),
+    'Worked examples': examples.show(run, decode),
+    'Data': [Text(*_data(run)), tables.data(run)],
+    'Time': [tables.times(run)],
+    'Configuration': [tables.config(run)],
+  }
+  for summary, body in folds.items():
+    # A stage that did not run leaves no block, and an empty section no fold.
+    if body := list(filter(None, body)):
+      content.append(Details(summary, body))
   files.write_text(run.workdir / 'report.md', blocks.markdown(content))
   files.write_text(run.workdir / 'report.html', page.html(title, content, run.workdir))
 
 
-def _first_screen(run: RunFiles, outcome: Outcome | None) -> list[Block]:
+def _first_screen(
+  run: RunFiles,
+  predictors: Sequence[predictors_lib.PredictorFiles],
+  figure: Figure | None,
+) -> list[Block]:
   """What is read if nothing else is."""
-  said = [Text(' '.join([*_data(run), *_headlines(run)]))]
-  if outcome:
-    said.insert(0, Text(Strong('Verdict.'), ' ' + verdict(outcome), lead=True))
+  if not run.scored:
+    return [Text('Nothing has been evaluated yet.', lead=True)]
+  trained = [one for one in predictors if one.trained and one.arms]
+  counting = [
+    one for one in predictors if one.name == predictors_lib.COUNTING and one.arms
+  ]
+  said = []
+  if trained and counting:
+    best = max(trained, key=predictors_lib.mean_log_p)
+    pair = counting[0].arms['accuracy'], best.arms['accuracy']
+    before, change, interval = compare.paired([pair], 'log p')
+    right = [arm.value('accuracy') for arm in reversed(pair)]
+    found = Change('log p', predictors_lib.COUNTING, before, before + change, interval)
+    said = [Text(headline(best.words, right, len(pair[0].true), found), lead=True)]
+  return said + [figure] * bool(figure)
+
+
+def _left_out(
+  run: RunFiles,
+  predictors: Sequence[predictors_lib.PredictorFiles],
+  refused: Mapping[str, int],
+) -> list[Block]:
+  """A sentence each on what cannot be compared, and on what is missing."""
+  said = []
+  if refused:
+    final = run.scored[-1]
+    n = f'{final.evaluation["all"]["n"]:,}'
+    other = ', '.join(f'{name} (n = {found:,})' for name, found in refused.items())
+    text = f'Not compared with {final.name} (n = {n}), for tail macro-F1 grows with n: '
+    said.append(Text(f'{text}{other}.'))
+  if lacking := '; '.join(one.name for one in predictors if not one.arms):
+    text = f'Operating points are missing of {lacking}: the files are older, or '
+    said.append(Text(text, Mono('eval.validation_samples'), ' was 0.'))
   return said
 
 
-def _sections(
-  run: RunFiles, outcome: Outcome | None, decode: Callable[[list[int]], str] | None
+def _results(
+  run: RunFiles,
+  predictors: Sequence[predictors_lib.PredictorFiles],
+  outcome: Outcome | None,
+  drawn: dict[str, Figure],
 ) -> dict[str, list[Block]]:
-  """In the order of a reader's questions: what came out, then of what and how.
-
-  Draws the figures on the way.
-  """
+  """Folds in the order of a reader's questions."""
+  said = [Text(verdict(outcome), lead=True)] if outcome else []
+  said += [Text(' '.join(_headlines(run)))] if run.scored else []
   many = tables.behaviors(run)
-  summary = f'Scores of all {len(many.rows):,} behaviors'
   return {
-    'Results': [tables.results(run), tables.groups(run), tables.changes(outcome)],
-    'Figures': figures.draw(run, outcome),
+    'The verdict in numbers': [*said, tables.changes(outcome)],
+    'Scores of every predictor': [
+      tables.results(predictors),
+      tables.points(predictors),
+      tables.groups(predictors),
+    ],
+    'How far probabilities can be trusted': [drawn.pop('reliability', None)],
+    'Figures': list(drawn.values()),
     'True behavior in the context or not': [tables.context(run)],
     'What the model still knows': [tables.retention(run)],
-    'Every behavior': [many and Details(summary, [many])],
-    'Worked examples': examples.show(run, decode),
-    'Data': [tables.data(run)],
-    'Time': [tables.times(run)],
-    'Configuration': [tables.config(run)],
+    f'Scores of all {len(many.rows):,} behaviors': [many],
   }
 
 
@@ -74,14 +125,12 @@ def _data(run: RunFiles) -> list[str]:
     f'The log holds {run.summary["events"]:,} events of {run.summary["users"]:,} users '
     f'and {len(run.behaviors):,} behaviors that can be predicted, {anchors:,} of '
     f'them anchors and {len(run.behaviors) - anchors:,} tail.',
-    *([f'The model is {", ".join(sorted(models))}.'] if models else []),
+    *([f' The model is {", ".join(sorted(models))}.'] if models else []),
   ]
 
 
 def _headlines(run: RunFiles) -> list[str]:
   """The three main scores, stage by stage, beside the best baseline."""
-  if not run.scored:
-    return []
   last = run.scored[-1].evaluation
   text = [
     f'Scored are n = {last["all"]["n"]:,} events of the test split '

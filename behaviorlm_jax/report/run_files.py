@@ -91,6 +91,11 @@ class RunFiles:
     return Counts(self.events, config['data']['history'], config['seed'])
 
   @functools.cached_property
+  def baseline_table(self) -> pa.Table | None:
+    """What the free baselines chose, a row per evaluated event; None: unknown."""
+    return read_parquet(self.workdir / 'baselines.parquet')
+
+  @functools.cached_property
   def ids(self) -> dict[str, int]:
     return {row['name']: i for i, row in enumerate(self.behaviors)}
 
@@ -160,6 +165,28 @@ def read_run(workdir: Path) -> RunFiles:
     list(stages.values()),
     sasrec if sasrec and sasrec.evaluation else None,  # It may still be in training.
   )
+
+
+def of_equal_n(run: RunFiles) -> tuple[RunFiles, dict[str, int]]:
+  """A run without the scores of other n than the final stage's.
+
+  Macro-F1 of the tail grows with n, so those cannot be compared.
+
+  Returns:
+    (the run, {name of what lost its scores: its n}).
+  """
+  if not run.scored:
+    return run, {}
+  trained = [*run.scored, *[run.sasrec] * bool(run.sasrec)]
+  scores = {stage.name: stage.evaluation for stage in trained} | run.baselines
+  n = {name: found['all']['n'] for name, found in scores.items()}
+  other = {name: n[name] for name in n if n[name] != n[run.scored[-1].name]}
+  empty = lambda stage: dataclasses.replace(stage, evaluation=None, predictions=None)
+  stages = [empty(stage) if stage.name in other else stage for stage in run.stages]
+  baselines = {name: s for name, s in run.baselines.items() if name not in other}
+  sasrec = None if 'SASRec' in other else run.sasrec
+  kept = dataclasses.replace(run, baselines=baselines, stages=stages, sasrec=sasrec)
+  return kept, other
 
 
 def plan_targets(path: Path) -> np.ndarray:

@@ -6,56 +6,77 @@ import numpy as np
 
 from behaviorlm_jax import config as config_lib
 from behaviorlm_jax.report.blocks import Mono, Table
+from behaviorlm_jax.report.predictors import PredictorFiles
 from behaviorlm_jax.report.run_files import RunFiles
 from behaviorlm_jax.report.verdict import Outcome
 
-FITTED = {
-  'adjusted': 'adjusted',
-  'mixed': 'with counts',
-  'mixed_adjusted': 'with counts, adjusted',
-}
+_GROWS = (
+  'Tail macro-F1 grows with the number n of test events: compare it only where n is '
+  'the same.'
+)
 
 
 def data(run: RunFiles) -> Table:
-  rows = [(key.replace('_', ' '), _value(value)) for key, value in run.summary.items()]
+  rows = [(_spaced(key), _value(value)) for key, value in run.summary.items()]
   return Table(('what', 'value'), rows)
 
 
-def results(run: RunFiles) -> Table:
-  # The names of evaluate.metrics: what is shown can be found in evaluation.json.
-  keys = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
+def results(predictors: Sequence[PredictorFiles]) -> Table:
+  # The names of evaluate: what is shown can be found in evaluation.json.
+  keys = ('n', 'log_p', 'map', 'coverage@5', 'accuracy@1', 'accuracy@3', 'accuracy@5')
+  columns = {'all': (*keys, 'ndcg@5', 'f1_weighted', 'f1_macro')}
   return Table(
-    ('all behaviors', *(key.replace('_', ' ') for key in keys)),
-    _scores(run, [('all', key) for key in keys]),
-    'Every predictor on the same test events, as fractions: first the free '
-    'baselines, which only count, then the stages. With counts: mixed with '
-    'markov; adjusted: rare names raised or lowered; both as the validation '
-    'split would have it.',
+    ('all behaviors', *_heads(columns), 'ece'),
+    [
+      (one.name, *_scores(one.evaluation, columns), one.evaluation.get('ece'))
+      for one in predictors
+    ],
+    'Every predictor as it is on the same test events: first the free baselines, which '
+    'only count, then what is trained. With counts: mixed with markov. Log p in nats, '
+    'all else as fractions; ece: how far probabilities are off, lower is better.',
   )
 
 
-def groups(run: RunFiles) -> Table:
-  keys = ('n', 'accuracy@1', 'precision_weighted', 'f1_macro')
-  columns = [(group, key) for group in ('anchor', 'tail') for key in keys]
+def groups(predictors: Sequence[PredictorFiles]) -> Table:
+  keys = ('n', 'log_p', 'map', 'coverage@5', 'accuracy@1', 'precision_weighted')
+  columns = dict.fromkeys(('anchor', 'tail'), (*keys, 'f1_macro'))
   return Table(
-    ('by group', *(f'{group} {key.replace("_", " ")}' for group, key in columns)),
-    _scores(run, columns),
-    'Frequent (anchor) and rare (tail) behaviors apart; n test events each.',
+    ('by group', *_heads(columns)),
+    [(one.name, *_scores(one.evaluation, columns)) for one in predictors],
+    'Frequent (anchor) and rare (tail) behaviors apart, every predictor as it is; n '
+    f'test events each. {_GROWS}',
   )
 
 
-def _scores(run: RunFiles, columns: Sequence[tuple[str, str]]) -> list[tuple]:
-  """A row per predictor, with these (group, key) of its evaluation."""
-  named = dict(run.baselines)
-  # SASRec is trained, too, but a baseline: it stands between both.
-  for stage in [run.sasrec] * bool(run.sasrec) + run.scored:
-    named[stage.name] = stage.evaluation
-    for kind, evaluation in stage.evaluation.get('fitted', {}).items():
-      named[f'{stage.name}, {FITTED[kind]}'] = evaluation
-  return [
-    (name, *(evaluation[group][key] for group, key in columns))
-    for name, evaluation in named.items()
-  ]
+def points(predictors: Sequence[PredictorFiles]) -> Table:
+  """A row per predictor and operating point."""
+  columns = {'all': ('n', 'accuracy@1', 'f1_macro')}
+  columns |= dict.fromkeys(('anchor', 'tail'), ('n', 'f1_macro'))
+  return Table(
+    ('predictor', 'point', 'rule', *_heads(columns)),
+    [
+      (one.name, _spaced(point), found['how'], *_scores(found, columns))
+      for one in predictors
+      for point, found in one.evaluation.get('points', {}).items()
+    ],
+    'What each predictor reaches where it is used for accuracy, for macro-F1 of all '
+    'behaviors, or for the tail at little cost to the anchors. The validation split '
+    f'settled every rule. {_GROWS}',
+  )
+
+
+def _scores(evaluation: dict, columns: dict[str, Sequence[str]]) -> list[float | None]:
+  # Older versions wrote fewer of them.
+  return [evaluation[group].get(key) for group in columns for key in columns[group]]
+
+
+def _heads(columns: dict[str, Sequence[str]]) -> list[str]:
+  names = [f'{group} {key}' for group in columns for key in columns[group]]
+  return [_spaced(name.removeprefix('all ')) for name in names]
+
+
+def _spaced(key: str) -> str:
+  return key.replace('_', ' ')
 
 
 def changes(outcome: Outcome | None) -> Table:
@@ -76,15 +97,10 @@ def changes(outcome: Outcome | None) -> Table:
     for change in changes
   ]
   head = ('score', 'compared with', 'its score', outcome.final, 'change')
-  intervals = (
-    f' The intervals come from 1,000 redraws of the {outcome.users:,} users, the '
-    'same for both sides.'
-  )
-  return Table(
-    (*head, '95 % from', '95 % to', 'reads as'),
-    rows,
-    f'What {outcome.final} changed.{intervals if outcome.users > 1 else ""}',
-  )
+  text = f'What {outcome.final} changed.'
+  if outcome.users > 1:
+    text += f' Intervals: the same 1,000 redraws of {outcome.users:,} users for both.'
+  return Table((*head, '95 % from', '95 % to', 'reads as'), rows, text)
 
 
 def context(run: RunFiles) -> Table:
@@ -158,16 +174,10 @@ def behaviors(run: RunFiles) -> Table:
 
 def times(run: RunFiles) -> Table:
   """How fast each stage was trained."""
+  head = ('stage', 'steps', 'first step after (s)', 'seconds per step (median)')
+  rates = ('tokens per second', 'targets per second', 'wasted positions (share)')
   return Table(
-    (
-      'stage',
-      'steps',
-      'first step after (s)',
-      'seconds per step (median)',
-      'tokens per second',
-      'targets per second',
-      'wasted positions (share)',
-    ),
+    (*head, *rates),
     [(stage.name, *_speed(stage.steps)) for stage in run.stages if stage.steps],
     'Compilation counts for the first step only; '
     'the rates are those of the steps after it.',
@@ -211,7 +221,7 @@ def config(run: RunFiles) -> Table:
     )
     whole = Mono(f'{stage.key}/config.json')
     rows.append((stage.name, *map(_value, values), whole))
-  names = (key.replace('_', ' ') for key in taught)
+  names = (_spaced(key) for key in taught)
   head = ('stage', 'batch (rows)', 'length (tokens)', *names)
   return Table((*head, 'seed', 'ablations', 'whole config'), rows)
 

@@ -67,6 +67,30 @@ def verdict(outcome: Outcome) -> str:
   return ' '.join(sentences)
 
 
+def headline(best: str, right: Sequence[float], samples: int, change: Change) -> str:
+  """One sentence: what the best predictor achieves, and whether it beats counting.
+
+  Args:
+    best: what it is, in words.
+    right: accuracy of it and of counting, fractions.
+    samples: test events.
+    change: of mean log p, from counting (`change.other`) to it.
+  """
+  first, second = (f'{100 * share:.1f} %' for share in right)
+  means = {'better': 'it beats counting', 'worse': 'it is worse than counting'}
+  means = f'so {means.get(change.outcome, "it is not shown to beat counting")}'
+  around = ', without an interval, for there is a single user'
+  if change.interval:
+    low, high = change.interval
+    around = f' (95 % interval {low:+.3f} to {high:+.3f}, by users)'
+  return (
+    f'By log p on {_count(samples, "test event")} the best predictor that does more '
+    f'than count is {best}: it names the next behavior in {first} of them, counting '
+    f'({change.other}) in {second}, and its mean log p is {abs(change.size):.3f} nats '
+    f'{"lower" if change.size < 0 else "higher"}{around}, {means}.'
+  )
+
+
 def _contrast(against: str, changes: Sequence[Change]) -> str:
   # Else each change names its own: every score has another best baseline.
   same = len({change.other for change in changes}) == 1

@@ -44,6 +44,20 @@ class Predictor:
   scores: list[Score] = dataclasses.field(default_factory=list)  # Of finished runs.
 
 
+def matched(control: compare.Arm, own: compare.Arm, by_tau: np.ndarray) -> compare.Arm:
+  """`own`, a predictor, as far towards the tail as anchors stay as good.
+
+  Of its first choices at ever larger tau, int64 [T, n] (adjust.first_choices),
+  the last ones whose anchor macro-F1 on these very samples is that of `control`
+  or better; where none is, those of the best anchors. No predictor to use, but
+  what two are to be compared at.
+  """
+  arms = [dataclasses.replace(own, predicted=best, log_p=None) for best in by_tau]
+  anchors = [arm.value('anchor macro-F1') for arm in arms]
+  goal = min(control.value('anchor macro-F1'), max(anchors))  # One arm reaches it.
+  return [arm for arm, f1 in zip(arms, anchors, strict=True) if f1 >= goal][-1]
+
+
 def digest(
   names: Sequence[str], anchor: np.ndarray, samples: np.ndarray, true: np.ndarray
 ) -> str:

@@ -271,7 +271,7 @@ def _pairs(
     if not matched:
       pairs[seed] = one, other
     elif by_tau is not None:
-      pairs[seed] = one, compare.matched(one, other, by_tau)
+      pairs[seed] = one, choices.matched(one, other, by_tau)
   return pairs
 
 

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import adjust
 from behaviorlm_jax.io import files
 from behaviorlm_jax.report import blocks, plots
-from behaviorlm_jax.sweep import few_shot
+from behaviorlm_jax.sweep import drawing, few_shot
 from behaviorlm_jax.sweep import rows as rows_lib
 from behaviorlm_jax.sweep.rows import Row
 
@@ -27,7 +27,8 @@ _SCORES = (
     ('all', 'nll'),
   ),
   'mean and, of several seeds, standard deviation; other seeds have other test '
-  'events. nll: mean -log p of what happened, in nats; lower is better.',
+  'events. Tail macro-F1 grows with n: compare it only where n is the same. nll: mean '
+  '-log p of what happened, in nats; lower is better.',
 )
 _FEW = (
   (rows_lib.FEW_SHOT, rows_lib.FEW_TARGETS),
@@ -95,7 +96,7 @@ def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> No
     methods: names in the order of the tables; others follow.
     drawn: names of those that have a curve in the figure.
   """
-  rows = rows_lib.read_folder(folder)
+  rows, other = rows_lib.without_other_n(rows_lib.read_folder(folder))
   by_log = _grouped(rows.of('results.csv'), 'data')
   if not by_log:
     raise InputError(
@@ -106,6 +107,7 @@ def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> No
   for log, scores in by_log.items():
     content += [
       blocks.Heading(2, log),
+      *_refused(other, log),
       *_tables(scores, methods, *_SCORES),
       *(_tables(scores, methods, *_FEW) if _shots(scores) else ()),
       _differences(differences.get(log, [])),
@@ -114,6 +116,17 @@ def write_page(folder: Path, methods: Sequence[str], drawn: Sequence[str]) -> No
     ]
   content += _figures(folder, rows, methods, drawn)
   files.write_text(folder / 'tables.md', blocks.markdown(content))
+
+
+def _refused(other: Mapping[tuple[str, int, str], int], log: str) -> list[blocks.Text]:
+  """A sentence on what has another n than the rest of a log."""
+  named = [
+    f'{method} of seed {seed} (n = {n:,})'
+    for (data, seed, method), n in sorted(other.items())
+    if data == log
+  ]
+  text = 'Not compared with the rest, which has another n: '
+  return [blocks.Text(f'{text}{", ".join(named)}.')] * bool(named)
 
 
 def _grouped(rows: Iterable[Row], *columns: str) -> dict[object, list[Row]]:
@@ -139,19 +152,19 @@ def _figures(
       partial(_curves, drawn=drawn),
       partial(plots.trade_off_curves, taus=adjust.TAUS),
     ),
-    (_FEW_SHOT, scores, _shots, plots.few_shot),
-    (_DECILES, scores, partial(_deciles, drawn=drawn), plots.deciles),
+    (_FEW_SHOT, scores, _shots, drawing.few_shot),
+    (_DECILES, scores, partial(_deciles, drawn=drawn), drawing.deciles),
     (
       _RETENTION,
       scores,
       partial(marks, column=rows_lib.RETENTION[0]),
-      partial(plots.marks, x='perplexity, over that of the untuned model', line=1),
+      partial(drawing.marks, x='perplexity, over that of the untuned model', line=1),
     ),
     (
       _COST,  # Seconds of steps; targets are in the table alone.
       scores,
       partial(marks, column=rows_lib.COST[0], unit=60),
-      partial(plots.marks, x='minutes'),
+      partial(drawing.marks, x='minutes'),
     ),
   )
   content = []

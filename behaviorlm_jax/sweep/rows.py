@@ -9,9 +9,10 @@ that its config changes, so that a row of other settings is not taken for it; in
 differences those of method/control, none of what any run brings along.
 Predictors that are fitted on the validation split are named after what they
 stand on: `one_stage_adjusted`. In differences `NAME_matched` is NAME at the
-anchor macro-F1 of its control (compare.matched), and `seeds` says which: `0 1`.
+anchor macro-F1 of its control (choices.matched), and `seeds` says which: `0 1`.
 """
 
+import collections
 import csv
 import dataclasses
 import io
@@ -65,6 +66,35 @@ class Rows:
       for key, row in self.tables['differences.csv'].items()
       if row | named == row
     }
+
+
+def without_other_n(rows: Rows) -> tuple[Rows, dict[tuple[str, int, str], int]]:
+  """Rows of methods with as many test events as most of their log and seed.
+
+  Macro-F1 of the tail grows with n, so the others cannot stand beside them.
+
+  Returns:
+    (rows, {(log, seed, method): n} of those that are left out).
+  """
+  n = {
+    (row['data'], row['seed'], row['method']): row['n']
+    for row in rows.of('results.csv')
+    if (row['group'], row['metric']) == ('all', 'accuracy@1')
+  }
+  found = collections.defaultdict(collections.Counter)
+  for (*place, _), count in n.items():
+    found[tuple(place)][count] += 1
+  # Of two that are equally common the larger.
+  usual = {
+    place: max((m, c) for c, m in many.items())[1] for place, many in found.items()
+  }
+  other = {key: count for key, count in n.items() if count != usual[key[:2]]}
+  key_of = lambda row: (row['data'], row.get('seed'), row.get('method'))
+  kept = {
+    name: {key: row for key, row in table.items() if key_of(row) not in other}
+    for name, table in rows.tables.items()
+  }
+  return Rows(kept), other
 
 
 def read_folder(folder: Path) -> Rows:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from behaviorlm_jax.evaluate import adjust, metrics
+from behaviorlm_jax.evaluate import metrics
 from behaviorlm_jax.report import compare, run_files
 
 
@@ -229,29 +229,6 @@ def test_log_p_is_compared_over_the_samples_of_a_group():
     # Samples are independent here, so users are as good as samples.
     error = (log_p[1] - log_p[0])[part].std() / len(log_p[0, part]) ** 0.5
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.3)
-
-
-def test_matched_arms_have_equally_good_anchors():
-  rng, anchor = np.random.default_rng(2), np.arange(6) < 2
-  prior = np.log(np.where(anchor, 0.4, 0.05))
-  true = rng.choice(6, size=800, p=np.exp(prior))
-  log_p = rng.normal(size=(800, 6)) + 1.5 * np.eye(6)[true] + prior
-  as_is = compare.Arm(true, log_p.argmax(1), np.arange(800) // 4, anchor)
-  goal = compare.Arm(true, (log_p - 0.7 * prior).argmax(1), as_is.user, anchor)
-  chosen = adjust.first_choices(log_p, prior)
-  found = compare.matched(goal, as_is, chosen)
-  np.testing.assert_array_equal(found.predicted, goal.predicted)
-  assert as_is.value('tail macro-F1') < found.value('tail macro-F1') - 0.05
-  # Out of reach: the best anchors there are.
-  perfect = dataclasses.replace(goal, predicted=true)
-  found = compare.matched(perfect, as_is, chosen)
-  anchors = [
-    dataclasses.replace(as_is, predicted=(log_p - tau * prior).argmax(1)).value(
-      'anchor macro-F1'
-    )
-    for tau in adjust.TAUS
-  ]
-  assert found.value('anchor macro-F1') == max(anchors)
 
 
 def test_intervals_cover_the_true_change_at_about_their_rate():

@@ -11,13 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behaviorlm_jax.evaluate import baselines, metrics
+from behaviorlm_jax.evaluate import baselines, metrics, probabilities
 from behaviorlm_jax.report import report, run_files
 from behaviorlm_jax.score import label_tree
 
 ATTACK = '<script>alert(1)</script>'
 CONTROL = '<|im_end|> #'
-SCORES = ('accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@5', 'f1_weighted', 'f1_macro')
+SCORES = ('log_p', 'map', 'coverage@5', 'accuracy@1', 'accuracy@3', 'accuracy@5')
+SCORES = (*SCORES, 'ndcg@5', 'f1_weighted', 'f1_macro')
+POINTS = {'accuracy': 0.0, 'macro_f1': 0.3, 'tail': 0.6}  # Each one's tau.
 
 
 class Work:
@@ -37,6 +39,7 @@ class Work:
     self.samples = np.arange(n) * 7
     self.behavior[self.samples] = self.true
     counts = np.bincount(self.behavior, minlength=count)
+    self.log_pi = np.log((counts + 1) / (counts + 1).sum())
     behaviors = [
       {'name': name, 'train_count': int(c), 'group': 'anchor' if a else 'tail'}
       for name, c, a in zip(self.names, counts, self.anchor, strict=True)
@@ -76,25 +79,57 @@ class Work:
   def evaluation(self, stage):
     return json.loads((self.folder / stage / 'evaluation.json').read_text())
 
-  def ranked(self, skill):
-    """Ids, best first; the truth gets a start of `skill`."""
-    score = self.rng.random((len(self.true), len(self.names)))
-    score[np.arange(len(self.true)), self.true] += skill
-    return np.argsort(-score, 1)[:, :5]
+  def log_p(self, skill):
+    """Of every behavior; the truth gets a start of `skill`."""
+    score = 3 * self.rng.random((len(self.true), len(self.names)))
+    score[np.arange(len(self.true)), self.true] += 3 * skill
+    return label_tree.log_softmax(score)
+
+  def judged(self, log_p):
+    """(evaluation, columns of what was chosen), as they are written of log p."""
+    names, top = np.array(self.names), label_tree.best(log_p)
+    found = metrics.by_group(self.true, top, self.anchor)
+    for group, more in probabilities.by_group(self.true, log_p, self.anchor).items():
+      found[group] |= more
+    table = probabilities.reliability(self.true, log_p)
+    found |= {
+      'ece': probabilities.calibration_error(table),
+      'reliability': table.tolist(),
+      'calibration': {'a': 1.0, 'b': 0.0, 'validation_samples': 250},
+      'points': {},
+    }
+    own = log_p[np.arange(len(self.true)), self.true]
+    columns = {'log_prob': pa.array(own, pa.float32())}
+    for point, tau in POINTS.items():
+      ranked = label_tree.best(log_p - tau * self.log_pi)
+      scores = metrics.by_group(self.true, ranked, self.anchor)
+      found['points'][point] = {'how': f'tau {tau}', **scores}
+      columns[f'point_{point}'] = names[ranked[:, 0]]
+    return found, columns
 
   def add_baselines(self):
     counts, found = baselines.Counts(self.events, history=9, seed=11), {}
+    table = {'sample': self.samples}
     for name in baselines.NAMES:
-      top = label_tree.best(counts.scores(name, self.samples))
-      found[name] = metrics.by_group(self.true, top, self.anchor)
+      log_p = label_tree.log_softmax(counts.scores(name, self.samples))
+      found[name], columns = self.judged(log_p)
+      table |= {f'{name}_{column}': values for column, values in columns.items()}
     self.json('baselines.json', found)
+    pq.write_table(pa.table(table), self.folder / 'baselines.parquet')
 
-  def add_predictions(self, stage, skill):
-    ranked, n = self.ranked(skill), len(self.true)
-    self.json(
-      f'{stage}/evaluation.json', metrics.by_group(self.true, ranked, self.anchor)
-    )
-    names = np.array(self.names)
+  def add_predictions(self, stage, skill, old=False):
+    """`old`: as versions before operating points wrote them."""
+    log_p, n = self.log_p(skill), len(self.true)
+    names, top = np.array(self.names), label_tree.best(log_p)
+    found, chosen = self.judged(log_p)
+    found['fitted'] = {'mixed': {'a': 1.0, 'b': 0.5}}
+    mixed, more = self.judged(label_tree.log_softmax(1.2 * log_p))
+    found['fitted']['mixed'] |= mixed
+    chosen |= {f'mixed_{column}': values for column, values in more.items()}
+    if old:
+      found = metrics.by_group(self.true, top, self.anchor)
+      chosen = {'log_prob': chosen['log_prob']}
+    self.json(f'{stage}/evaluation.json', found)
     hours = [datetime.timedelta(hours=i) for i in range(n)]
     start = datetime.datetime(2012, 4, 3, 18, 5)
     columns = {
@@ -103,12 +138,12 @@ class Work:
       'time': pa.array([start + hour for hour in hours], pa.timestamp('s')),
       'group': np.where(self.anchor[self.true], 'anchor', 'tail'),
       'behavior': names[self.true],
-      'predicted': names[ranked[:, 0]],
-      'log_prob': pa.array(-2 * self.rng.random(n), pa.float32()),
-      'top5': names[ranked].tolist(),
-      'top5_log_prob': [np.log([0.5, 0.2, 0.1, 0.05, 0.01]).tolist()] * n,
+      'predicted': names[top[:, 0]],
+      'top5': names[top].tolist(),
+      'top5_log_prob': np.take_along_axis(log_p, top, axis=1).tolist(),
       'prompt_tokens': [[i, 7] for i in range(n)],
       'in_context': self.rng.random(n) < 0.6,
+      **chosen,
     }
     pq.write_table(pa.table(columns), self.folder / stage / 'predictions.parquet')
 
@@ -233,13 +268,13 @@ def row_of(text, head, name):
 def test_whole_run_shows_every_section_and_plot(done):
   text = done.text
   images = sorted(path.name for path in (done.folder / 'report').iterdir())
-  names = ('changes', 'f1', 'loss', 'stages', 'targets', 'trade_off')
+  names = ('f1', 'loss', 'predictors', 'reliability', 'targets', 'trade_off')
   assert images == [f'{name}.png' for name in names]
   for name in images:
     assert f'(report/{name})' in text
     assert (done.folder / 'report' / name).read_bytes()[:4] == b'\x89PNG'
   assert text.startswith('# A run\n')
-  assert text.count('\n### ') == 10
+  assert text.count('\n## ') == 10
   assert row_of(text, 'stage', 'A-Tuning')[0] == 'A-Tuning'
   assert '| rejected | 3 |' in text and '1 behavior occurs only' in text
   for row in (
@@ -252,10 +287,14 @@ def test_whole_run_shows_every_section_and_plot(done):
 def test_tables_hold_the_numbers_of_the_files(done):
   text, scores = done.text, done.work.evaluation('b_tuning')
   results = row_of(text, 'all behaviors', 'B-Tuning')
-  assert results[1:] == [f'{scores["all"][key]:.3f}' for key in SCORES]
+  shown = [*(scores['all'][key] for key in SCORES), scores['ece']]
+  assert results[1:] == ['120', *(f'{value:.3f}' for value in shown)]
   group = row_of(text, 'by group', 'B-Tuning')
-  assert group[5] == str(scores['tail']['n'])
-  assert group[8] == f'{scores["tail"]["f1_macro"]:.3f}'
+  assert group[8] == str(scores['tail']['n'])
+  assert group[9] == f'{scores["tail"]["log_p"]:.3f}'
+  assert group[14] == f'{scores["tail"]["f1_macro"]:.3f}'
+  mixed = row_of(text, 'all behaviors', 'B-Tuning, with counts')
+  assert mixed[2] == f'{scores["fitted"]["mixed"]["all"]["log_p"]:.3f}'
   table = pq.read_table(done.folder / 'b_tuning/predictions.parquet')
   inside = [r for r in table.to_pylist() if r['in_context']]
   want = np.mean([r['behavior'] == r['predicted'] for r in inside])
@@ -263,9 +302,59 @@ def test_tables_hold_the_numbers_of_the_files(done):
   assert '| A-Tuning | 60 | 12.000 | 3.000 | 300 | 10.000 | 0.250 |' in text
 
 
-def test_verdict_and_summary_stand_first_and_agree_with_the_files(done):
-  verdict, summary = done.text.split('\n\n')[1:3]
-  assert verdict.startswith('**Verdict.** On 120 test events of 30 users, B-Tun')
+def test_each_predictor_has_a_row_for_each_operating_point(done):
+  lines = [
+    line for line in done.text.splitlines() if line.startswith('| B-Tuning, with')
+  ]
+  rows = [line.strip('| ').split(' | ') for line in lines]
+  rows = {row[1]: row for row in rows if 'tau' in row[2]}
+  points = done.work.evaluation('b_tuning')['fitted']['mixed']['points']
+  assert list(rows) == ['accuracy', 'macro f1', 'tail']
+  for point, scores in points.items():
+    row = rows[point.replace('_', ' ')]
+    assert row[2:4] == [scores['how'], '120']
+    assert row[4] == f'{scores["all"]["accuracy@1"]:.3f}'
+    assert row[8:] == [str(scores['tail']['n']), f'{scores["tail"]["f1_macro"]:.3f}']
+  assert ', adjusted |' not in done.text
+  assert 'Tail macro-F1 grows with the number n of test events' in done.text
+
+
+def test_the_first_screen_is_a_sentence_a_figure_and_an_example(done):
+  sentence, figure, caption, example, lines, table = done.text.split('\n\n')[1:7]
+  scores = {
+    name: one['all']['log_p']
+    for stage in run_files.STAGES
+    for found in [done.work.evaluation(stage)]
+    for name, one in ((stage, found), (f'{stage} mixed', found['fitted']['mixed']))
+  }
+  assert max(scores, key=scores.get) == 'b_tuning mixed'
+  assert 'is the model after stage 2 mixed with counts: it names' in sentence
+  counted = json.loads((done.folder / 'baselines.json').read_text())['markov']
+  gain = scores['b_tuning mixed'] - counted['all']['log_p']
+  assert f'{gain:.3f} nats higher' in sentence and 'so it beats counting' in sentence
+  right = 100 * counted['points']['accuracy']['all']['accuracy@1']
+  assert f'counting (markov) in {right:.1f} %' in sentence
+  assert '(report/predictors.png)' in figure
+  assert 'n = 120 test events of 30 users' in caption
+  assert example.startswith('A test event drawn at random') and 'line 5' in lines
+  assert table.count('\n| ') == 6 and table.count('✓') <= 1  # Head, rule and five.
+  rest = done.text.split('\n\n')[7]
+  assert rest.startswith('<details>')
+
+
+def test_the_figure_has_the_best_count_baseline_that_is_not_markov(done):
+  found = json.loads((done.folder / 'baselines.json').read_text())
+  others = [name for name in found if not name.startswith('markov')]
+  best = max(others, key=lambda name: found[name]['all']['log_p'])
+  (alt,) = re.findall(r'!\[(.*)\]\(report/predictors', done.text)
+  assert f' {best} {found[best]["all"]["log_p"]:.3f}' in alt
+  assert not any(f'{name} ' in alt for name in {*others, 'markov_adjusted'} - {best})
+
+
+def test_verdict_and_summary_agree_with_the_files(done):
+  place = done.text.index('<summary>The verdict in numbers')
+  verdict, summary = done.text[place:].split('\n\n')[1:3]
+  assert verdict.startswith('On 120 test events of 30 users, B-Tuning reaches')
   scores = [done.work.evaluation(stage) for stage in run_files.STAGES]
   for group, key, name in (
     ('all', 'accuracy@1', 'accuracy'),
@@ -277,8 +366,8 @@ def test_verdict_and_summary_stand_first_and_agree_with_the_files(done):
     assert f'{name} {b - a:+.3f}' in verdict.split('Against')[2]
     order = f'{base:.3f} → {a:.3f} → {b:.3f}'
     assert f'{name}: {order} (best free baseline'.lower() in summary.lower()
-  assert '3,100 events of 40 users' in summary and 'n = 120' in summary
-  assert 'The model is hf://tiny.' in summary
+  assert 'n = 120' in summary and '3,100 events of 40 users' in done.text
+  assert 'The model is hf://tiny.' in done.text
 
 
 def test_changes_stand_beside_the_best_baseline_of_the_file(done):
@@ -293,12 +382,9 @@ def test_changes_stand_beside_the_best_baseline_of_the_file(done):
 
 def test_both_files_say_the_same(done):
   page = Page(done.folder)
-  headings = [
-    line.lstrip('#').strip()
-    for line in done.text.splitlines()
-    if line.startswith(('# ', '## '))
-  ]
-  assert page.all('h1') + page.all('h2') == headings
+  folds = re.findall('<summary>(.*)</summary>', done.text)
+  assert page.all('h1') == ['A run'] and page.all('summary') == folds
+  assert len(folds) == 10 == page.tags.count('details')
   assert page.tags.count('table') == done.text.count('| --- |\n')
   assert len(page.images) == done.text.count('![') == 6
   assert all(len(image['alt']) > 30 for image in page.images)
@@ -313,8 +399,8 @@ def test_page_needs_no_other_file(done):
 
 
 def test_many_behaviors_fold_away_most_frequent_first(done):
-  start = done.text.index('<details>')
-  rows = done.text[start : done.text.index('</details>')].splitlines()
+  start = done.text.index('<summary>Scores of all 20 behaviors')
+  rows = done.text[start : done.text.index('</details>', start)].splitlines()
   counts = [
     int(row.split(' | ')[-8].replace(',', ''))
     for row in rows
@@ -348,8 +434,45 @@ def test_absent_stages_leave_no_rows(tmp_path):
 
 def test_a_directory_with_events_alone_still_reports(tmp_path):
   text = write_report(Work(tmp_path))
-  headings = [line for line in text.splitlines() if line.startswith('## ')]
-  assert headings == ['## Data']
+  assert re.findall('<summary>(.*)</summary>', text) == ['Data']
+  assert 'Nothing has been evaluated yet.' in text
+
+
+def test_an_older_directory_is_shown_and_said_to_lack_points(tmp_path):
+  work = Work(tmp_path)
+  work.add_predictions('base', 0.1, old=True)
+  work.add_predictions('b_tuning', 0.6, old=True)
+  text = write_report(work)
+  assert 'Operating points are missing of untuned; B-Tuning: the files are' in text
+  assert 'predictors.png' not in text and 'beats counting' not in text
+  row = row_of(text, 'all behaviors', 'B-Tuning')
+  assert row[2:5] == ['-'] * 3 and row[-1] == '-'
+  assert 'B-Tuning reaches accuracy' in text
+
+
+def test_what_has_another_n_is_refused_in_one_sentence(tmp_path):
+  work = Work(tmp_path)
+  work.add_baselines()
+  work.add_predictions('b_tuning', 0.6)
+  for stage in ('base', 'sasrec'):
+    other = Work(tmp_path, n=90)
+    other.add_predictions(stage, 0.1)
+  text = write_report(work)
+  assert (
+    'Not compared with B-Tuning (n = 120), for tail macro-F1 grows with n: ' in text
+  )
+  assert 'untuned (n = 90), SASRec (n = 90).' in text
+  assert '| untuned' not in text and '| SASRec' not in text
+
+
+def test_a_log_without_a_tail_is_reported_too(tmp_path):
+  work = Work(tmp_path, count=4)
+  assert work.anchor.all()
+  work.add_baselines()
+  work.add_predictions('b_tuning', 0.6)
+  text = write_report(work)
+  assert '(120 anchor, 0 tail)' in text and '(report/predictors.png)' in text
+  assert 'nothing is known of the tail' in text
 
 
 def test_one_stage_run_is_named_so(tmp_path):
@@ -385,7 +508,7 @@ def test_every_row_of_a_table_has_the_columns_of_its_head(done):
 
 
 def test_decoded_prompt_shows_its_last_six_lines(done):
-  assert done.text.count('    line 4\n    line 5\n') == 10
+  assert done.text.count('    line 4\n    line 5\n') == 1 + 10  # One stands first.
   assert 'line 3' not in done.text
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from behaviorlm_jax.report.verdict import Change, Outcome, verdict
+from behaviorlm_jax.report.verdict import Change, headline, Outcome, verdict
 
 
 def change(score, before, after, interval, other='untuned'):
@@ -114,3 +114,23 @@ def test_three_to_six_sentences():
     contrasts={name: [BETTER, WORSE, WITHIN] for name in ('X', 'Y', 'Z')},
   )
   assert verdict(fullest).count('. ') + 1 == 6
+
+
+def test_the_headline_claims_only_what_its_interval_allows():
+  def said(before, after, interval):
+    found = change('log p', before, after, interval, 'markov')
+    return headline('the tuned model', (0.412, 0.3), 1234, found)
+
+  assert said(-2.5, -2.25, (0.2, 0.3)) == (
+    'By log p on 1,234 test events the best predictor that does more than count is the '
+    'tuned model: it names the next behavior in 41.2 % of them, counting (markov) in '
+    '30.0 %, and '
+    'its mean log p is 0.250 nats higher (95 % interval +0.200 to +0.300, by users), '
+    'so it beats counting.'
+  )
+  assert '0.250 nats higher (95 % interval -0.' in said(-2.5, -2.25, (-0.1, 0.6))
+  for interval in ((-0.1, 0.6), None):
+    assert said(-2.5, -2.25, interval).endswith('so it is not shown to beat counting.')
+  text = said(-2.0, -2.5, (-0.6, -0.4))
+  assert '0.500 nats lower' in text and text.endswith('so it is worse than counting.')
+  assert 'there is a single user' in said(-2.5, -2.25, None)
