@@ -7,6 +7,8 @@
   coverage@5  share of the names that stand among some event's five likeliest
   ece         expected calibration error of the likeliest name (Guo et al., ICML
               2017)
+
+A group's log_p is of its own events, map and coverage are of its own names.
 """
 
 import numpy as np

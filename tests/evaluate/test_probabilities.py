@@ -35,7 +35,9 @@ def test_log_p_is_scikit_learns_log_loss():
 
 def test_groups_have_their_own_events_and_names():
   log_p = np.log([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
-  scores = probabilities.by_group(np.array([0, 1]), log_p, np.array([True, False, False]))
+  scores = probabilities.by_group(
+    np.array([0, 1]), log_p, np.array([True, False, False])
+  )
   assert scores['anchor']['log_p'] == pytest.approx(np.log(0.7))
   assert scores['tail']['log_p'] == pytest.approx(np.log(0.3))
   assert scores['tail']['map'] == 1.0  # Of name 1 alone: name 2 has no event.
@@ -55,9 +57,7 @@ def test_calibration_error_by_hand():
   log_p = np.log([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
   table = probabilities.reliability(np.array([0, 1, 0, 1]), log_p)
   # Half of the events at 0.9 are right half of the time, the others always.
-  assert probabilities.calibration_error(table) == pytest.approx(
-    0.5 * 0.4 + 0.5 * 0.4
-  )
+  assert probabilities.calibration_error(table) == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
   assert table[:, 2].sum() == 1
 
 
