@@ -24,7 +24,10 @@ def evaluate_base(setup: Setup) -> None:
     workspace.keep(ownership.claim, folder, config, setup.fingerprints)
   path = workspace.folder / 'baselines.json'
   if not workspace.exists(path):
-    workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
+    tolerance = config.eval.anchor_tolerance
+    workspace.keep(
+      evaluation.write_baselines, path, setup.counts, setup.samples, tolerance
+    )
   evaluate(setup, folder, None)
   if config.sasrec.steps:
     evaluate_sasrec(setup)
@@ -77,7 +80,13 @@ def _write_arm(setup, folder, score):
   if len(samples.validation):
     validation = score(samples.validation, f'{folder.name}: validation')
   setup.workspace.keep(
-    evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
+    evaluation.write_arm,
+    folder,
+    setup.prompts,
+    setup.counts,
+    test,
+    validation,
+    setup.config.eval.anchor_tolerance,
   )
 
 
