@@ -40,7 +40,7 @@ _ROUNDS, _DAMPING = 60, 0.5
 # without end, and one that knows nothing turned around by chance.
 _BOUNDS = (0.0, 10.0), (-10.0, 10.0)
 _PRECISION = {'ftol': 1e-14, 'gtol': 1e-8}
-_FLOOR = 1e4  # Not less, for scores may be places in a long list.
+_FLOOR = 100.0  # Nats; exp(-100) is 0 in float32.
 _TAUS = np.linspace(0, 1.5, 31)
 # Shares of the anchors in the mean, as powers: the smaller the more tail.
 _OMEGAS = np.linspace(0, 1, 21)
