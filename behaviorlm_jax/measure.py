@@ -34,7 +34,10 @@ def evaluate_base(setup: Setup) -> None:
     workspace.keep(ownership.claim, folder, config, setup.fingerprints)
   path = workspace.folder / 'baselines.json'
   if not workspace.exists(path):
-    workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
+    tolerance = config.eval.anchor_tolerance
+    workspace.keep(
+      evaluation.write_baselines, path, setup.counts, setup.samples, tolerance
+    )
   evaluate(setup, folder, None)
   if config.sasrec.steps:
     evaluate_sasrec(setup)
@@ -84,7 +87,13 @@ def _write_arm(setup, folder, scored):
   if len(samples.validation):
     validation = scored.of(samples.validation)
   setup.workspace.keep(
-    evaluation.write_arm, folder, setup.prompts, setup.counts, test, validation
+    evaluation.write_arm,
+    folder,
+    setup.prompts,
+    setup.counts,
+    test,
+    validation,
+    setup.config.eval.anchor_tolerance,
   )
 
 

@@ -186,5 +186,6 @@ def _base():
   config.checkpoint.every = 100
   config.score.batch = 2
   config.eval.max_samples = 400
+  config.eval.validation_samples = 200  # As of the committed rows.
   config.eval.validation_rows = 8
   return config

@@ -24,5 +24,4 @@ def get_config():
   config.b.steps = 48
   config.checkpoint.every = 100
   config.score.batch = 2  # Faster on CPU, as above.
-  config.eval.max_samples = 500
   return config

@@ -26,5 +26,4 @@ def get_config():
   config.a.steps = 505
   config.b.steps = 48
   config.checkpoint.every = 100
-  config.eval.max_samples = 500
   return config

@@ -473,6 +473,9 @@ def test_old_names_in_a_config_file_are_explained(tmp_path):
       '  return mine\n'
     )
     assert new in explained(name=path)
+  assert explained('--config.eval.fit=False').endswith(
+    'no field eval.fit: eval.validation_samples=0 says it now.'
+  )
   assert explained('--config.train.loss=names').endswith(
     'no field train.loss: a.softmax and a.prior, b.softmax and b.prior say it now.'
   )

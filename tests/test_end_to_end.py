@@ -17,7 +17,7 @@ from behaviorlm_jax import setup
 from behaviorlm_jax.cluster import workspace
 from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
-from behaviorlm_jax.evaluate import adjust, baselines, evaluation
+from behaviorlm_jax.evaluate import adjust, baselines, decisions, evaluation, metrics
 from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.train import sharding
 
@@ -34,6 +34,7 @@ SCORES = (
   }
   | {'accuracy@1', 'accuracy@3', 'accuracy@5', 'ndcg@3', 'ndcg@5'}
 )
+OF_P = {'log_p', 'map', 'coverage@5'}
 
 
 @pytest.fixture(scope='module')
@@ -122,15 +123,27 @@ def test_events_folder(finished):
   assert (folder / 'user.npy').exists()
 
 
+def assert_measured(found):
+  """Whether evaluation.json says all of a predictor, fitted ones aside."""
+  assert {'ece', 'reliability', *metrics.GROUPS} <= set(found)
+  for name in metrics.GROUPS:
+    assert set(found[name]) == SCORES | OF_P and found[name]['log_p'] <= 0
+    unit = {k: v for k, v in found[name].items() if k not in ('n', 'log_p')}
+    assert all(0 <= value <= 1 for value in unit.values())
+  assert 0 <= found['ece'] <= 1 and np.shape(found['reliability']) == (15, 3)
+  assert set(found['calibration']) == {'a', 'b', 'validation_samples'}
+  assert tuple(found['points']) == decisions.POINTS
+  for point in found['points'].values():
+    assert isinstance(point['how'], str) and set(point['all']) == SCORES
+
+
 @pytest.mark.parametrize('arm', ARMS)
 def test_evaluation_has_all_scores_of_every_group(finished, arm):
   found = read_json(finished / arm / 'evaluation.json')
   fitted = found.pop('fitted')
-  assert list(found) == ['all', 'anchor', 'tail']
-  for group in found.values():
-    assert set(group) == SCORES
-    assert all(0 <= v <= 1 for k, v in group.items() if k != 'n')
-  sizes = {name: group['n'] for name, group in found.items()}
+  assert_measured(found)
+  groups = {name: found[name] for name in metrics.GROUPS}
+  sizes = {name: group['n'] for name, group in groups.items()}
   assert sizes['all'] == 60 == sizes['anchor'] + sizes['tail']
   assert sizes['tail'] > 0
   rows = predictions(finished, arm)
@@ -138,7 +151,11 @@ def test_evaluation_has_all_scores_of_every_group(finished, arm):
   assert math.isclose(found['all']['accuracy@1'], hits)
   assert list(fitted) == list(adjust.NAMES)
   for name, scores in fitted.items():
-    assert set(scores['all']) == SCORES and scores['validation_samples'] > 0
+    if name == 'mixed':
+      assert_measured(scores)
+    else:
+      assert set(scores['all']) == SCORES
+    assert scores['validation_samples'] > 0
     hits = np.mean([row[name] == row['behavior'] for row in rows])
     assert math.isclose(scores['all']['accuracy@1'], hits)
 
@@ -161,7 +178,8 @@ def test_sasrec_is_trained_and_evaluated_as_the_others_are(copy_run, run_stages)
   fields = {'stages': (), 'sasrec.steps': 2, 'sasrec.width': 8}
   run_stages(fields, workdir)
   found = read_json(workdir / 'sasrec' / 'evaluation.json')
-  assert set(found['all']) == SCORES and found['all']['n'] == 60
+  assert_measured(found)
+  assert found['all']['n'] == 60
   assert set(found['fitted']) == set(adjust.NAMES)
   assert [row['sample'] for row in predictions(workdir, 'sasrec')] == [
     row['sample'] for row in predictions(workdir, 'base')
@@ -205,8 +223,41 @@ def test_baselines_have_the_same_scores_on_the_same_samples(finished):
   found = read_json(finished / 'baselines.json')
   assert tuple(found) == baselines.NAMES
   for name, one in found.items():
-    assert set(one['all']) == SCORES, name
-    assert one['all']['n'] == 60
+    assert_measured(one)
+    assert one['all']['n'] == 60, name
+
+
+@pytest.mark.parametrize('arm', [*ARMS, 'baselines'])
+def test_choices_and_log_p_of_each_event_have_the_scores_of_the_evaluation(
+  finished, arm
+):
+  rows = predictions(finished, ARMS[0])
+  behaviors = [row['behavior'] for row in rows]
+  if arm == 'baselines':
+    rows = parquet.read_table(finished / 'baselines.parquet').to_pylist()
+    evaluations = read_json(finished / 'baselines.json')
+    found = {f'{name}_': one for name, one in evaluations.items()}
+  else:
+    rows = predictions(finished, arm)
+    evaluation = read_json(finished / arm / 'evaluation.json')
+    found = {'': evaluation, 'mixed_': evaluation['fitted']['mixed']}
+  for prefix, one in found.items():
+    log_p = np.mean([row[f'{prefix}log_prob'] for row in rows])
+    assert math.isclose(log_p, one['all']['log_p'], rel_tol=1e-5)
+    for point, scores in one['points'].items():
+      chosen = [row[f'{prefix}point_{point}'] for row in rows]
+      hits = np.mean([x == y for x, y in zip(chosen, behaviors, strict=True)])
+      assert math.isclose(scores['all']['accuracy@1'], hits)
+
+
+def test_no_validation_samples_are_drawn_where_none_are_wanted(
+  prompts, make_run_config
+):
+  config = make_run_config({'eval.validation_samples': 0})
+  drawn = evaluation.draw_splits(
+    prompts.events, config.eval, config.plan.min_context, config.seed
+  )
+  assert len(drawn.test) == 60 and not len(drawn.validation)
 
 
 @pytest.mark.parametrize('arm', ARMS)
@@ -379,7 +430,7 @@ def test_difficulty_is_that_of_the_stage_a_model(by_nll, prompts, brute):
 
 def test_report_shows_tables_plots_and_examples(finished):
   text = (finished / 'report.md').read_text()
-  for image in ('trade_off', 'f1', 'targets'):
+  for image in ('trade_off', 'f1', 'targets', 'predictors', 'reliability'):
     assert f'(report/{image}.png)' in text
     data = (finished / 'report' / f'{image}.png').read_bytes()
     assert data.startswith(b'\x89PNG') and len(data) > 5000

@@ -52,7 +52,7 @@ FIELDS = {
   'plan.neighbours': 0.0,
   'checkpoint.every': 100,
   'eval.max_samples': 0,
-  'eval.fit': False,
+  'eval.validation_samples': 0,
   'eval.validation_rows': 8,
 }
 

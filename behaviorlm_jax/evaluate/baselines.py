@@ -211,7 +211,11 @@ def _mix(parts, weights):
 
 
 def _order(counts, frequency):
-  """Counts as float32 places, ties broken by frequency, then by lower id."""
+  """-log float32 of the place from 1 on, ties broken by frequency, then by lower id.
+
+  Of these calibration makes probabilities that fall as in Zipf's law; of places
+  themselves they would fall too fast behind the first few.
+  """
   known = len(frequency)
   tie = np.empty(known, np.int64)
   # lexsort's last key counts first; the more frequent gets the larger number.
@@ -219,7 +223,7 @@ def _order(counts, frequency):
   # tie < known, so it decides between equal counts alone. Places (the argsort of
   # an argsort) and not these numbers: float32 could not tell large ones apart.
   places = np.argsort(np.argsort(counts * known + tie, axis=1), axis=1)
-  return places.astype(np.float32)
+  return -np.log(known - places).astype(np.float32)
 
 
 def _blocks(n: int, overlap: int = 0) -> Iterator[slice]:

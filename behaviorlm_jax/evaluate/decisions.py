@@ -8,7 +8,8 @@
 All of them choose argmax_y gain_y p_y + offset_y, event by event, with numbers
 that the validation split has settled. p is calibrated first: the softmax of
 a log p + b log pi, a and b by the likelihood of validation labels, pi the
-training frequencies.
+training frequencies (temperature and bias of Guo et al., ICML 2017). Scores that
+are no log-probabilities are calibrated in the same way.
 
 Macro-F1 is not a mean over events, so the best choice of one event depends on
 what is chosen of the others. With F_y the F1 of name y, N_y how frequent it is
@@ -35,6 +36,11 @@ from behaviorlm_jax.score.label_tree import log_softmax
 POINTS = ('accuracy', 'macro_f1', 'tail')
 PLUG_IN_SAMPLES = 2000  # Validation contexts that the plug-in rule needs.
 _ROUNDS, _DAMPING = 60, 0.5
+# Of a and b. A predictor that is right about every label would be sharpened
+# without end, and one that knows nothing turned around by chance.
+_BOUNDS = (0.0, 10.0), (-10.0, 10.0)
+_PRECISION = {'ftol': 1e-14, 'gtol': 1e-8}
+_FLOOR = 100.0  # Nats; exp(-100) is 0 in float32.
 _TAUS = np.linspace(0, 1.5, 31)
 # Shares of the anchors in the mean, as powers: the smaller the more tail.
 _OMEGAS = np.linspace(0, 1, 21)
@@ -48,16 +54,20 @@ class Calibration:
   b: float
   log_pi: np.ndarray  # float [Y]
 
-  def __call__(self, log_p: np.ndarray) -> np.ndarray:
-    """Probabilities float64 [n, Y] of scores [n, Y]."""
-    return np.exp(log_softmax(self.a * np.asarray(log_p) + self.b * self.log_pi))
+  def log(self, scores: np.ndarray) -> np.ndarray:
+    """log p float64 [n, Y] of scores [n, Y]."""
+    return log_softmax(self.a * _floored(scores) + self.b * self.log_pi)
+
+  def __call__(self, scores: np.ndarray) -> np.ndarray:
+    """p float64 [n, Y] of scores [n, Y]."""
+    return np.exp(self.log(scores))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """Chooses argmax_y gain_y p_y + offset_y."""
 
-  how: str  # In words: 'argmax', 'tau 0.3', 'plug-in 0.14'
+  how: str  # In words: 'argmax', 'tau 0.30', 'plug-in'
   gain: np.ndarray  # float [Y]
   offset: np.ndarray | float = 0.0
 
@@ -70,10 +80,15 @@ class Rule:
     return np.argmax(self.values(p), axis=1)
 
 
-def calibrate(log_p: np.ndarray, log_pi: np.ndarray, true: np.ndarray) -> Calibration:
-  """Fits a and b to labels int [n] of validation scores float [n, Y]."""
-  rows = np.arange(len(true))
-  columns = np.stack([log_p, np.broadcast_to(log_pi, log_p.shape)])
+def calibrate(scores: np.ndarray, log_pi: np.ndarray, true: np.ndarray) -> Calibration:
+  """Fits a and b to labels int [n] of validation scores float [n, Y].
+
+  Fewer than two labels leave them at 1 and 0, with which log p stays what it is.
+  """
+  rows, start = np.arange(len(true)), np.array([1.0, 0.0])
+  if len(true) < 2:
+    return Calibration(*start.tolist(), np.asarray(log_pi))
+  columns = np.stack([_floored(scores), np.broadcast_to(log_pi, scores.shape)])
 
   def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
     log_q = log_softmax(np.tensordot(weights, columns, 1))
@@ -82,8 +97,18 @@ def calibrate(log_p: np.ndarray, log_pi: np.ndarray, true: np.ndarray) -> Calibr
     gradient = (expected - observed) / len(true)
     return -log_q[rows, true].mean(), gradient
 
-  found = optimize.minimize(loss, np.array([1.0, 0.0]), jac=True, method='BFGS')
-  return Calibration(float(found.x[0]), float(found.x[1]), np.asarray(log_pi))
+  # The loss is convex: what is found does not depend on where it starts.
+  found = optimize.minimize(
+    loss, start, jac=True, method='L-BFGS-B', bounds=_BOUNDS, options=_PRECISION
+  )
+  return Calibration(*found.x.tolist(), np.asarray(log_pi))
+
+
+def _floored(scores):
+  """Scores float64 [n, Y], none of them _FLOOR below the best of its row."""
+  # An infinite one has no gradient, and 0 times it is no number.
+  scores = np.asarray(scores, np.float64)
+  return np.maximum(scores, scores.max(axis=1, keepdims=True) - _FLOOR)
 
 
 def expected_f1(p: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -96,29 +121,33 @@ def expected_f1(p: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 def plug_in(p: np.ndarray, weights: np.ndarray) -> Rule:
   """The rule of the most expected F1, averaged by weights float [Y].
 
+  No worse than argmax, which is the first that is tried.
+
   Args:
     p: float [n, Y] of contexts like those to come.
     weights: of each name's F1 in the mean.
   """
-  rows, count = np.arange(len(p)), p.shape[1]
   frequent = p.mean(axis=0)
-  chosen = np.argmax(p, axis=1)
-  f1, claimed = np.zeros(count), np.zeros(count)
-  best, most = None, -1.0
+  best = rule = argmax(len(frequent))
+  most, f1, claimed = -1.0, 0.0, 0.0
   for round_ in range(_ROUNDS):
-    share = np.bincount(chosen, minlength=count) / len(p)
-    hits = np.bincount(chosen, p[rows, chosen], count) / len(p)
-    new = 2 * hits / np.maximum(frequent + share, 1e-12)
+    chosen = rule.choose(p)
+    new = expected_f1(p, chosen)
+    if weights @ new > most:
+      best, most = rule, weights @ new
     # Damped: two names could change places for ever.
     keep = _DAMPING if round_ else 0.0
+    share = np.bincount(chosen, minlength=len(frequent)) / len(p)
     f1 = keep * f1 + (1 - keep) * new
     claimed = keep * claimed + (1 - keep) * share
     slope = weights / np.maximum(frequent + claimed, 1e-12)
     rule = Rule('plug-in', 2 * slope, -slope * f1)
-    chosen = rule.choose(p)
-    if (value := weights @ expected_f1(p, chosen)) > most:
-      best, most = rule, value
   return best
+
+
+def argmax(count: int) -> Rule:
+  """The likeliest of so many names."""
+  return Rule('argmax', np.ones(count))
 
 
 def of_tau(tau: float, log_pi: np.ndarray) -> Rule:
@@ -142,7 +171,7 @@ def fit_rules(
     anchor: bool [Y].
     tolerance: of anchor F1, see the module.
   """
-  argmax = Rule('argmax', np.ones(len(log_pi)))
+  likeliest = argmax(len(log_pi))
   by_tau = [of_tau(tau, log_pi) for tau in _TAUS]
   every = np.full(len(anchor), 1 / len(anchor))
   if len(p) >= PLUG_IN_SAMPLES:
@@ -152,9 +181,9 @@ def fit_rules(
     macro = max(by_tau, key=lambda rule: every @ expected_f1(p, rule.choose(p)))
     tried = []
   return {
-    'accuracy': argmax,
+    'accuracy': likeliest,
     'macro_f1': macro,
-    'tail': _most_tail([argmax, *by_tau, *tried], p, true, anchor, tolerance),
+    'tail': _most_tail([likeliest, *by_tau, *tried], p, true, anchor, tolerance),
   }
 
 

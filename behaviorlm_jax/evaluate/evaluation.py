@@ -1,9 +1,10 @@
-"""Scores samples of a split and writes evaluation.json and predictions.parquet.
+"""Draws samples, and writes what each arm predicts and how good that is.
 
 Every arm (base model, stages, baselines) is evaluated on the same samples: a
 uniform draw of the test split, by seed. Samples whose true behavior was never
-seen before the test split cannot be answered and are left out. What may be
-fitted on top of a predictor is fitted on samples of the validation split.
+seen before the test split cannot be answered and are left out. What is calibrated,
+decided or fitted on top of a predictor is settled on samples of the validation
+split, the same for all, too.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from behaviorlm_jax.data import events as events_lib
 from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.errors import InputError
-from behaviorlm_jax.evaluate import adjust, baselines, metrics
+from behaviorlm_jax.evaluate import adjust, baselines, predictor
 from behaviorlm_jax.evaluate.scored import Scored
 from behaviorlm_jax.io import files
 from behaviorlm_jax.score import label_tree
@@ -51,9 +52,8 @@ def draw_splits(
       f'{min_context} events before it; give users more events '
       'or lower plan.min_context.'
     )
-  validation = np.zeros(0, np.int64)
-  if settings['fit']:
-    most = settings['validation_samples']
+  most, validation = settings['validation_samples'], np.zeros(0, np.int64)
+  if most:  # 0 draws all, but means none here.
     validation = draw_samples(events, 'validation', most, min_context, seed)
   return Drawn(test, validation)
 
@@ -71,12 +71,15 @@ def draw_samples(
   return found.at(np.sort(rng.choice(size, most, replace=False)))
 
 
-def summarize(
-  events: events_lib.Events, samples: np.ndarray, scores: np.ndarray
-) -> dict[str, dict[str, int | float]]:
-  """metrics.by_group of scores [n, Y]."""
-  return metrics.by_group(
-    events.behavior[samples], label_tree.best(scores), events.anchors
+def task_of(counts: baselines.Counts, drawn: Drawn, tolerance: float) -> predictor.Task:
+  """What the predictors of drawn samples are measured by."""
+  events = counts.events
+  return predictor.Task(
+    events.behavior[drawn.test],
+    events.behavior[drawn.validation],
+    events.anchors,
+    counts.log_prior,
+    tolerance,
   )
 
 
@@ -86,66 +89,94 @@ def write_arm(
   counts: baselines.Counts,
   test: Scored,
   validation: Scored | None,
+  tolerance: float,
 ) -> None:
   """Writes what one arm predicted, and how good that is.
 
-  `validation`: None where nothing is fitted, with `counts` or without.
+  `validation`: None where nothing is fitted, with `counts` or without;
+  `tolerance`: see predictor.Task.
   """
-  events = prompts.events
-  summary = summarize(events, test.samples, test.scores)
-  table = _predictions(prompts, test)
+  events, none = prompts.events, np.zeros(0, np.int64)
+  drawn = Drawn(test.samples, none if validation is None else validation.samples)
+  task = task_of(counts, drawn, tolerance)
+  held = None if validation is None else validation.scores
+  own = predictor.measure(task, test.scores, held)
+  summary, columns = own.summary, _predictions(prompts, test) | _columns(events, own)
   if validation is not None:
-    summary['fitted'] = {}
-    for name, (numbers, scores) in fitted(counts, test, validation).items():
-      summary['fitted'][name] = {
-        'validation_samples': len(validation.samples),
-        **numbers,
-        **summarize(events, test.samples, scores),
-      }
-      first = _names(events, label_tree.best(scores, 1)[:, 0])
-      table = table.append_column(name, pa.array(first))
-  files.write_parquet(folder / 'predictions.parquet', table)
+    summary['fitted'], more = _fitted(task, counts, test, validation)
+    columns |= more
+  files.write_parquet(folder / 'predictions.parquet', pa.table(columns))
   # Last, because its presence says that the stage is finished.
   files.write_json(folder / 'evaluation.json', summary)
 
 
+def _fitted(task, counts, test, validation):
+  """The part `fitted` of evaluation.json, and its columns of predictions."""
+  summary, columns = {}, {}
+  for name, (numbers, *scores) in fitted(counts, test, validation).items():
+    if name == 'mixed':
+      mixed = predictor.measure(task, *scores)
+      found, more = mixed.summary, _columns(counts.events, mixed, 'mixed_')
+    else:  # What is adjusted is no distribution, and tau is its point.
+      found, more = predictor.rank(task, scores[0]), {}
+    summary[name] = {'validation_samples': len(task.validation), **numbers, **found}
+    best = label_tree.best(scores[0], 1)[:, 0]
+    columns |= {name: _names(counts.events, best), **more}
+  return summary, columns
+
+
+def _columns(events, measured, prefix=''):
+  """Columns of a predictor: log p of the true name, and what its points choose."""
+  columns = {
+    f'{prefix}point_{point}': _names(events, chosen)
+    for point, chosen in measured.chosen.items()
+  }
+  if measured.log_prob is not None:
+    columns[f'{prefix}log_prob'] = pa.array(measured.log_prob, pa.float32())
+  return columns
+
+
 def fitted(
   counts: baselines.Counts, test: Scored, validation: Scored
-) -> dict[str, tuple[dict[str, float], np.ndarray]]:
-  """{name: (numbers, scores of the test samples)} of adjust.NAMES."""
+) -> dict[str, tuple[dict[str, float], np.ndarray, np.ndarray]]:
+  """{name: (numbers, scores of test and of validation samples)} of adjust.NAMES."""
   # markov: of the count models the one whose scores are log-probabilities.
-  counted = [counts.scores('markov', part.samples) for part in (validation, test)]
-  log_p = [label_tree.log_softmax(part.scores) for part in (validation, test)]
-  true = counts.events.behavior[validation.samples]
-  numbers = adjust.fit(log_p[0], counted[0], counts.log_prior, true)
+  counted = [counts.scores('markov', part.samples) for part in (test, validation)]
+  log_p = [label_tree.log_softmax(part.scores) for part in (test, validation)]
+  true, prior = counts.events.behavior[validation.samples], counts.log_prior
+  numbers = adjust.fit(log_p[1], counted[1], prior, true)
+  apply = lambda found, split: adjust.apply(found, log_p[split], counted[split], prior)
   return {
-    name: (found, adjust.apply(found, log_p[1], counted[1], counts.log_prior))
-    for name, found in numbers.items()
+    name: (found, apply(found, 0), apply(found, 1)) for name, found in numbers.items()
   }
 
 
-def _predictions(prompts: prompts_lib.Prompts, test: Scored) -> pa.Table:
+def _lists(rows):
+  """Arrow lists float32 of an array [n, k]; by way of Python's they take memory."""
+  ends = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+  return pa.ListArray.from_arrays(ends, pa.array(rows.ravel(), pa.float32()))
+
+
+def _predictions(prompts, test):
+  """{column: values} of what stands there of any arm."""
   events, samples = prompts.events, test.samples
   true, top = events.behavior[samples], label_tree.best(test.scores)
   log_p = label_tree.log_softmax(test.scores)
   top_log_p = np.take_along_axis(log_p, top, axis=1)
   asked = list(zip(test.starts, samples, strict=True))
   tokens = [prompts.question(p, start).tolist() for start, p in asked]
-  return pa.table(
-    {
-      'sample': pa.array(samples, pa.int64()),
-      'user': [events.users[u] for u in events.user[samples]],
-      'time': pa.array(events.time[samples], pa.timestamp('s')),
-      'group': [events.behaviors[b].group for b in true],
-      'behavior': _names(events, true),
-      'predicted': _names(events, top[:, 0]),
-      'log_prob': pa.array(log_p[np.arange(len(true)), true], pa.float32()),
-      'top5': [_names(events, row) for row in top],
-      'top5_log_prob': pa.array(top_log_p.tolist(), pa.list_(pa.float32())),
-      'prompt_tokens': pa.array(tokens, pa.list_(pa.int32())),
-      'in_context': [_in_context(events, start, p) for start, p in asked],
-    }
-  )
+  return {
+    'sample': pa.array(samples, pa.int64()),
+    'user': [events.users[u] for u in events.user[samples]],
+    'time': pa.array(events.time[samples], pa.timestamp('s')),
+    'group': [events.behaviors[b].group for b in true],
+    'behavior': _names(events, true),
+    'predicted': _names(events, top[:, 0]),
+    'top5': [_names(events, row) for row in top],
+    'top5_log_prob': _lists(top_log_p),
+    'prompt_tokens': pa.array(tokens, pa.list_(pa.int32())),
+    'in_context': [_in_context(events, start, p) for start, p in asked],
+  }
 
 
 def _names(events: events_lib.Events, behaviors: np.ndarray) -> list[str]:
@@ -158,13 +189,24 @@ def _in_context(events: events_lib.Events, start: int, position: int) -> bool:
   return bool((events.behavior[start:position] == events.behavior[position]).any())
 
 
-def write_baselines(path: Path, counts: baselines.Counts, samples: np.ndarray) -> None:
-  """Writes the metrics of every free baseline on the same samples."""
-  result = {
-    name: summarize(counts.events, samples, counts.scores(name, samples))
-    for name in baselines.NAMES
-  }
-  files.write_json(path, result)
+def write_baselines(
+  path: Path, counts: baselines.Counts, drawn: Drawn, tolerance: float
+) -> None:
+  """Writes the free baselines' scores on the same samples, and their choices.
+
+  The choices and log p stand beside `path`, baselines.json, in baselines.parquet.
+  """
+  task, summaries = task_of(counts, drawn, tolerance), {}
+  columns = {'sample': pa.array(drawn.test, pa.int64())}
+  for name in baselines.NAMES:
+    held = counts.scores(name, drawn.validation) if len(drawn.validation) else None
+    scores, likely = counts.scores(name, drawn.test), name == 'markov'
+    found = predictor.measure(task, scores, held, likely)
+    summaries[name] = found.summary
+    columns |= _columns(counts.events, found, f'{name}_')
+  files.write_parquet(path.with_suffix('.parquet'), pa.table(columns))
+  # Last, because its presence says that both are there.
+  files.write_json(path, summaries)
 
 
 def write_labels(path: Path, prompts: prompts_lib.Prompts) -> None:

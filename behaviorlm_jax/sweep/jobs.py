@@ -29,7 +29,12 @@ from behaviorlm_jax.sweep import rows as rows_lib
 from behaviorlm_jax.sweep.job import Job
 
 # What runs of one log and seed have in common, by the file that is written last.
-_SHARED = ('events/behaviors.json', 'base/evaluation.json', 'baselines.json')
+_SHARED = (
+  'events/behaviors.json',
+  'base/evaluation.json',
+  'baselines.parquet',
+  'baselines.json',
+)
 # Sections that a method may not change if it is to take what is shared.
 _FIXED = ('data', 'model', 'lora', 'score', 'eval')
 

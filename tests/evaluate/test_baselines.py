@@ -57,6 +57,9 @@ def test_counts_of_the_past_order_the_candidates(name, reach):
   samples = test_samples(events)
   result = baselines.Counts(events, history=5).scores(name, samples)
   assert result.shape == (len(samples), 6) and result.dtype == np.float32
+  # Minus the logs of the places 1 to 6.
+  places = np.broadcast_to(np.arange(1, 7), result.shape)
+  np.testing.assert_allclose(np.sort(np.exp(-result), axis=1), places, rtol=1e-6)
   frequency = [train_frequency(events)[y] for y in range(6)]
   for row, p in zip(result, samples, strict=True):
     past = events.behavior[max(events.first[p], p - reach) : p].tolist()

@@ -56,6 +56,23 @@ def test_the_plug_in_rule_beats_argmax_and_tau_on_events_to_come():
   assert found > max(others) > others[0]
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_the_plug_in_rule_is_never_worse_than_argmax(seed):
+  """Whatever is weighted, of contexts however few."""
+  rng = np.random.default_rng(seed)
+  for n in (1, 3, 50):
+    p, _ = draw(n, 6, seed, sharp=4.0)
+    weights = rng.dirichlet(np.full(6, 0.3))
+    rule = decisions.plug_in(p, weights)
+    value = lambda chosen, p=p, w=weights: w @ decisions.expected_f1(p, chosen)
+    assert value(rule.choose(p)) >= value(p.argmax(axis=1))
+
+
+def test_what_is_certain_is_chosen_by_argmax():
+  rule = decisions.plug_in(np.eye(4)[[0, 1, 2, 3, 0]], np.full(4, 0.25))
+  assert rule.how == 'argmax'
+
+
 def test_calibration_finds_what_was_done_to_log_p():
   p, true = draw(20_000, 6)
   log_pi = np.log(p.mean(axis=0))
@@ -67,6 +84,66 @@ def test_calibration_finds_what_was_done_to_log_p():
   # What is calibrated stays so.
   again = decisions.calibrate(np.log(p), log_pi, true)
   assert (again.a, again.b) == pytest.approx((1, 0), abs=0.05)
+
+
+def test_calibration_has_the_least_loss():
+  """Of a grid around it."""
+  p, true = draw(300, 6)
+  log_pi = np.log(p.mean(axis=0))
+  scores = 3 * p  # Neither normalised nor logs.
+  found = decisions.calibrate(scores, log_pi, true)
+
+  def loss(a, b):
+    log_p = log_softmax(a * scores + b * log_pi)
+    return -log_p[np.arange(len(true)), true].mean()
+
+  near = [
+    (found.a + x, found.b + y) for x in (-0.01, 0, 0.01) for y in (-0.01, 0, 0.01)
+  ]
+  assert loss(found.a, found.b) == min(loss(*pair) for pair in near)
+  np.testing.assert_allclose(np.exp(found.log(scores)), found(scores))
+
+
+@pytest.mark.parametrize('n', [0, 1])
+def test_too_few_labels_leave_log_p_as_it_is(n):
+  log_p = np.log([[0.7, 0.2, 0.1]])[:n].reshape(n, 3)
+  found = decisions.calibrate(log_p, np.log([0.5, 0.3, 0.2]), np.zeros(n, int))
+  assert (found.a, found.b) == (1, 0)
+  np.testing.assert_allclose(found.log(log_p), log_p)
+
+
+def test_one_name_alone_is_certain():
+  found = decisions.calibrate(np.zeros((5, 1)), np.zeros(1), np.zeros(5, int))
+  np.testing.assert_array_equal(found(np.zeros((2, 1))), 1)
+
+
+def test_constant_scores_become_the_frequencies_of_the_labels():
+  log_pi, true = np.log([0.75, 0.25]), np.repeat([0, 1], [75, 25])
+  found = decisions.calibrate(np.zeros((100, 2)), log_pi, true)
+  np.testing.assert_allclose(found(np.zeros((1, 2))), [[0.75, 0.25]], atol=1e-6)
+
+
+@pytest.mark.parametrize('lowest', [-np.inf, -1e30, -300.0])
+def test_a_true_name_of_no_probability_breaks_nothing(lowest):
+  p, true = draw(200, 4)
+  log_p, log_pi = np.log(p), np.log(p.mean(axis=0))
+  log_p[0, true[0]] = lowest
+  found = decisions.calibrate(log_p, log_pi, true)
+  # It was far too sure, and is trusted less; what it cannot tell pi says.
+  assert 0 <= found.a < 0.5
+  q = found(log_p)
+  np.testing.assert_allclose(q.sum(axis=1), 1)
+  assert -np.log(q[np.arange(200), true]).mean() < np.log(4)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_calibration_stays_in_its_bounds(sign):
+  """Where a predictor is right, or wrong, about every label."""
+  true = np.arange(20) % 4
+  log_p = log_softmax(sign * np.eye(4)[true])
+  found = decisions.calibrate(log_p, np.log(np.full(4, 0.25)), true)
+  assert found.a == (10 if sign > 0 else 0) and abs(found.b) <= 10
+  assert np.isfinite(found.log(log_p)).all()
 
 
 def fitted(n, tolerance=0.01, seed=3):
