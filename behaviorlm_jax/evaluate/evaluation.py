@@ -71,10 +71,12 @@ def draw_samples(
   return found.at(np.sort(rng.choice(size, most, replace=False)))
 
 
-def task_of(counts: baselines.Counts, drawn: Drawn, tolerance: float) -> predictor.Task:
-  """What the predictors of drawn samples are measured by."""
+def truth_of(
+  counts: baselines.Counts, drawn: Drawn, tolerance: float
+) -> predictor.Truth:
+  """What the predictors of drawn samples are assessed by."""
   events = counts.events
-  return predictor.Task(
+  return predictor.Truth(
     events.behavior[drawn.test],
     events.behavior[drawn.validation],
     events.anchors,
@@ -94,45 +96,45 @@ def write_arm(
   """Writes what one arm predicted, and how good that is.
 
   `validation`: None where nothing is fitted, with `counts` or without;
-  `tolerance`: see predictor.Task.
+  `tolerance`: see predictor.Truth.
   """
   events, none = prompts.events, np.zeros(0, np.int64)
   drawn = Drawn(test.samples, none if validation is None else validation.samples)
-  task = task_of(counts, drawn, tolerance)
+  truth = truth_of(counts, drawn, tolerance)
   held = None if validation is None else validation.scores
-  own = predictor.measure(task, test.scores, held)
+  own = predictor.assess(truth, test.scores, held)
   summary, columns = own.summary, _predictions(prompts, test) | _columns(events, own)
   if validation is not None:
-    summary['fitted'], more = _fitted(task, counts, test, validation)
+    summary['fitted'], more = _fitted(truth, counts, test, validation)
     columns |= more
   files.write_parquet(folder / 'predictions.parquet', pa.table(columns))
   # Last, because its presence says that the stage is finished.
   files.write_json(folder / 'evaluation.json', summary)
 
 
-def _fitted(task, counts, test, validation):
+def _fitted(truth, counts, test, validation):
   """The part `fitted` of evaluation.json, and its columns of predictions."""
   summary, columns = {}, {}
   for name, (numbers, *scores) in fitted(counts, test, validation).items():
     if name == 'mixed':
-      mixed = predictor.measure(task, *scores)
+      mixed = predictor.assess(truth, *scores)
       found, more = mixed.summary, _columns(counts.events, mixed, 'mixed_')
     else:  # What is adjusted is no distribution, and tau is its point.
-      found, more = predictor.rank(task, scores[0]), {}
-    summary[name] = {'validation_samples': len(task.validation), **numbers, **found}
+      found, more = predictor.rank(truth, scores[0]), {}
+    summary[name] = {'validation_samples': len(truth.validation), **numbers, **found}
     best = label_tree.best(scores[0], 1)[:, 0]
     columns |= {name: _names(counts.events, best), **more}
   return summary, columns
 
 
-def _columns(events, measured, prefix=''):
+def _columns(events, assessed, prefix=''):
   """Columns of a predictor: log p of the true name, and what its points choose."""
   columns = {
     f'{prefix}point_{point}': _names(events, chosen)
-    for point, chosen in measured.chosen.items()
+    for point, chosen in assessed.chosen.items()
   }
-  if measured.log_prob is not None:
-    columns[f'{prefix}log_prob'] = pa.array(measured.log_prob, pa.float32())
+  if assessed.log_prob is not None:
+    columns[f'{prefix}log_prob'] = pa.array(assessed.log_prob, pa.float32())
   return columns
 
 
@@ -196,12 +198,12 @@ def write_baselines(
 
   The choices and log p stand beside `path`, baselines.json, in baselines.parquet.
   """
-  task, summaries = task_of(counts, drawn, tolerance), {}
+  truth, summaries = truth_of(counts, drawn, tolerance), {}
   columns = {'sample': pa.array(drawn.test, pa.int64())}
   for name in baselines.NAMES:
     held = counts.scores(name, drawn.validation) if len(drawn.validation) else None
     scores, likely = counts.scores(name, drawn.test), name == 'markov'
-    found = predictor.measure(task, scores, held, likely)
+    found = predictor.assess(truth, scores, held, likely)
     summaries[name] = found.summary
     columns |= _columns(counts.events, found, f'{name}_')
   files.write_parquet(path.with_suffix('.parquet'), pa.table(columns))

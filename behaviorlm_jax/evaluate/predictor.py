@@ -17,8 +17,8 @@ from behaviorlm_jax.score import label_tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """What all predictors of a run are measured by."""
+class Truth:
+  """What happened, by which all predictors of a run are assessed."""
 
   true: np.ndarray  # Ids int [n] of the test samples.
   validation: np.ndarray  # Ids int [m]; of none nothing is calibrated.
@@ -28,7 +28,7 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Assessed:
   """What is known of one predictor."""
 
   summary: dict[str, Any]  # As in evaluation.json, without what is fitted on top.
@@ -36,13 +36,13 @@ class Measured:
   chosen: dict[str, np.ndarray]  # {point: ids int64 [n]}; empty: not calibrated.
 
 
-def measure(
-  task: Task,
+def assess(
+  truth: Truth,
   scores: np.ndarray,
   validation: np.ndarray | None = None,
   likely: bool = True,
-) -> Measured:
-  """Measures a predictor by its scores float [n, Y], higher is better.
+) -> Assessed:
+  """Assesses a predictor by its scores float [n, Y], higher is better.
 
   Args:
     validation: the same of validation samples, float [m, Y]; None where nothing is
@@ -53,40 +53,44 @@ def measure(
   log_p = label_tree.log_softmax(scores) if likely else None
   decided, chosen = {}, {}
   if validation is not None:
-    calibration = decisions.calibrate(validation, task.log_pi, task.validation)
-    decided, chosen = _decide(task, calibration, scores, validation)
+    calibration = decisions.calibrate(validation, truth.log_pi, truth.validation)
+    decided, chosen = _decide(truth, calibration, scores, validation)
     if log_p is None:
       log_p = calibration.log(scores)
-  summary = rank(task, scores)
+  summary = rank(truth, scores)
   if log_p is None:
-    return Measured(summary | decided, None, chosen)
-  for group, found in probabilities.by_group(task.true, log_p, task.anchor).items():
+    return Assessed(summary | decided, None, chosen)
+  for group, found in probabilities.by_group(truth.true, log_p, truth.anchor).items():
     summary[group] |= found
-  table = probabilities.reliability(task.true, log_p)
+  table = probabilities.reliability(truth.true, log_p)
   summary['ece'] = probabilities.calibration_error(table)
   summary['reliability'] = table.tolist()
-  log_prob = log_p[np.arange(len(log_p)), task.true]
-  return Measured(summary | decided, log_prob, chosen)
+  log_prob = log_p[np.arange(len(log_p)), truth.true]
+  return Assessed(summary | decided, log_prob, chosen)
 
 
-def rank(task: Task, scores: np.ndarray) -> dict[str, dict[str, int | float]]:
+def rank(truth: Truth, scores: np.ndarray) -> dict[str, dict[str, int | float]]:
   """metrics.by_group of scores [n, Y]."""
-  return metrics.by_group(task.true, label_tree.best(scores), task.anchor)
+  return metrics.by_group(truth.true, label_tree.best(scores), truth.anchor)
 
 
-def _decide(task, calibration, scores, validation):
+def _decide(truth, calibration, scores, validation):
   """The parts `calibration` and `points` of a summary, and {point: ids [n]}."""
   p = calibration(scores)
   rules = decisions.fit_rules(
-    calibration(validation), task.validation, task.log_pi, task.anchor, task.tolerance
+    calibration(validation),
+    truth.validation,
+    truth.log_pi,
+    truth.anchor,
+    truth.tolerance,
   )
   numbers = {
     'a': calibration.a,
     'b': calibration.b,
-    'validation_samples': len(task.validation),
+    'validation_samples': len(truth.validation),
   }
   points = {
-    name: {'how': rule.how, **rank(task, rule.values(p))}
+    name: {'how': rule.how, **rank(truth, rule.values(p))}
     for name, rule in rules.items()
   }
   chosen = {name: rule.choose(p) for name, rule in rules.items()}

@@ -23,22 +23,22 @@ def draw(n, seed, sharp=1.5):
 
 @pytest.fixture(scope='module')
 def drawn():
-  """(task, test scores, validation scores)."""
+  """(truth, test scores, validation scores)."""
   (test, true), (held, labels) = draw(500, 0), draw(400, 1)
-  return predictor.Task(true, labels, ANCHOR, LOG_PI, 0.01), test, held
+  return predictor.Truth(true, labels, ANCHOR, LOG_PI, 0.01), test, held
 
 
 def test_each_group_has_scores_of_ranks_and_of_probabilities(drawn):
-  task, test, held = drawn
-  found = predictor.measure(task, 2 * test, 2 * held).summary  # Too sure by half.
+  truth, test, held = drawn
+  found = predictor.assess(truth, 2 * test, 2 * held).summary  # Too sure by half.
   assert list(found) == [
     *metrics.GROUPS,
     *('ece', 'reliability', 'calibration', 'points'),
   ]
   p = np.exp(log_softmax(2 * test))
-  loss = sklearn_metrics.log_loss(task.true, p, labels=range(NAMES))
+  loss = sklearn_metrics.log_loss(truth.true, p, labels=range(NAMES))
   assert found['all']['log_p'] == pytest.approx(-loss)
-  f1 = sklearn_metrics.f1_score(task.true, p.argmax(axis=1), average='macro')
+  f1 = sklearn_metrics.f1_score(truth.true, p.argmax(axis=1), average='macro')
   assert found['all']['f1_macro'] == pytest.approx(f1)
   confidence, accuracy, share = np.transpose(found['reliability'])
   assert found['ece'] == pytest.approx(share @ abs(confidence - accuracy))
@@ -48,14 +48,14 @@ def test_each_group_has_scores_of_ranks_and_of_probabilities(drawn):
 
 
 def test_a_point_has_the_scores_of_what_it_chooses(drawn):
-  found = predictor.measure(*drawn)
-  task, points = drawn[0], found.summary['points']
+  found = predictor.assess(*drawn)
+  truth, points = drawn[0], found.summary['points']
   assert tuple(points) == tuple(found.chosen) == decisions.POINTS
   for name, chosen in found.chosen.items():
-    assert points[name]['all']['accuracy@1'] == np.mean(chosen == task.true)
+    assert points[name]['all']['accuracy@1'] == np.mean(chosen == truth.true)
     for group, members in (('anchor', ANCHOR), ('tail', ~ANCHOR)):
       f1 = sklearn_metrics.f1_score(
-        task.true, chosen, labels=np.flatnonzero(members), average='macro'
+        truth.true, chosen, labels=np.flatnonzero(members), average='macro'
       )
       assert points[name][group]['f1_macro'] == pytest.approx(f1)
   assert points['accuracy']['how'] == 'argmax'
@@ -66,12 +66,12 @@ def test_a_point_has_the_scores_of_what_it_chooses(drawn):
 
 def test_points_are_frozen_and_decide_event_by_event(drawn):
   """Neither labels nor other events of the test split change a choice."""
-  task, test, held = drawn
-  chosen = predictor.measure(task, test, held).chosen
-  other = dataclasses.replace(task, true=np.roll(task.true, 1))
-  shuffled = predictor.measure(other, test, held).chosen
-  few = dataclasses.replace(task, true=task.true[:7])
-  alone = predictor.measure(few, test[:7], held).chosen
+  truth, test, held = drawn
+  chosen = predictor.assess(truth, test, held).chosen
+  other = dataclasses.replace(truth, true=np.roll(truth.true, 1))
+  shuffled = predictor.assess(other, test, held).chosen
+  few = dataclasses.replace(truth, true=truth.true[:7])
+  alone = predictor.assess(few, test[:7], held).chosen
   for point in decisions.POINTS:
     np.testing.assert_array_equal(shuffled[point], chosen[point])
     np.testing.assert_array_equal(alone[point], chosen[point][:7])
@@ -79,31 +79,31 @@ def test_points_are_frozen_and_decide_event_by_event(drawn):
 
 def test_scores_that_are_no_probabilities_become_some(drawn):
   """Places in the order of the list; the best a and b of a grid."""
-  task, *both = drawn
+  truth, *both = drawn
   test, held = (np.argsort(np.argsort(scores, axis=1), axis=1) for scores in both)
-  found = predictor.measure(task, test, held, likely=False)
+  found = predictor.assess(truth, test, held, likely=False)
   a, b = (found.summary['calibration'][name] for name in 'ab')
 
   def loss(a, b):
     log_p = log_softmax(a * held + b * LOG_PI)
-    return -log_p[np.arange(len(held)), task.validation].mean()
+    return -log_p[np.arange(len(held)), truth.validation].mean()
 
   grid = [loss(x, y) for x in np.linspace(0, 2, 21) for y in np.linspace(-1, 2, 31)]
   assert min(grid) - 0.01 < loss(a, b) <= min(grid)
-  expected = log_softmax(a * test + b * LOG_PI)[np.arange(len(test)), task.true]
+  expected = log_softmax(a * test + b * LOG_PI)[np.arange(len(test)), truth.true]
   np.testing.assert_allclose(found.log_prob, expected)
   assert found.summary['all']['log_p'] == pytest.approx(expected.mean())
   assert found.summary['ece'] < 0.1
 
 
 def test_without_validation_samples_nothing_is_calibrated_or_decided(drawn):
-  task, test, _ = drawn
-  task = dataclasses.replace(task, validation=np.zeros(0, int))
-  found = predictor.measure(task, test)
+  truth, test, _ = drawn
+  truth = dataclasses.replace(truth, validation=np.zeros(0, int))
+  found = predictor.assess(truth, test)
   assert not found.chosen and not {'calibration', 'points'} & set(found.summary)
-  own = test[np.arange(len(test)), task.true]
+  own = test[np.arange(len(test)), truth.true]
   np.testing.assert_allclose(found.log_prob, own)
   # Scores that are no probabilities have none then.
-  other = predictor.measure(task, test, likely=False)
+  other = predictor.assess(truth, test, likely=False)
   assert other.log_prob is None and list(other.summary) == list(metrics.GROUPS)
   assert 'log_p' not in other.summary['all']
