@@ -24,10 +24,12 @@ def evaluate_base(setup: Setup) -> None:
     workspace.keep(ownership.claim, folder, config, setup.fingerprints)
   path = workspace.folder / 'baselines.json'
   if not workspace.exists(path):
-    workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
+    with setup.part('baselines'):
+      workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
   evaluate(setup, folder, None)
   if config.sasrec.steps:
-    evaluate_sasrec(setup)
+    with setup.part('sasrec'):
+      evaluate_sasrec(setup)
 
 
 def evaluate_sasrec(setup: Setup) -> None:
@@ -66,8 +68,10 @@ def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
   if setup.workspace.exists(folder / 'evaluation.json'):
     return
   # Before the scores: whatever stops those, this is kept.
-  measure_retention(setup, folder, adapter)
-  _write_arm(setup, folder, functools.partial(score, setup, adapter))
+  with setup.part(f'{folder.name}: retention'):
+    measure_retention(setup, folder, adapter)
+  with setup.part(f'{folder.name}: evaluation'):
+    _write_arm(setup, folder, functools.partial(score, setup, adapter))
 
 
 def _write_arm(setup, folder, score):

@@ -1,7 +1,10 @@
 """All that a run is given, opened and checked: log, model, conversations."""
 
+import contextlib
 import dataclasses
 import functools
+import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +40,17 @@ class Setup:
   model: trainer.Model  # in model.dtype
   scorer: scorer_lib.Scorer  # in score.dtype
   retention: retention_lib.Retention
+  # That parts of the run took so far.
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @contextlib.contextmanager
+  def part(self, name: str) -> Iterator[None]:
+    """Adds the time inside to `seconds`, without that of parts inside of it."""
+    begin, before = time.monotonic(), sum(self.seconds.values())
+    yield
+    inner = sum(self.seconds.values()) - before
+    took = time.monotonic() - begin - inner
+    self.seconds[name] = self.seconds.get(name, 0.0) + took
 
   @property
   def events(self) -> events_lib.Events:
@@ -79,6 +93,7 @@ def open_setup(
 
   `shapes_only`: weights are not read, and can be compiled for but not run.
   """
+  begin = time.monotonic()
   base = weights.open_base(config.model.address)
   layout = layout.of(base.config)  # Heads stay whole.
   shapes = lora.shapes(base.config, config.lora.rank, config.lora.targets)
@@ -110,7 +125,9 @@ def open_setup(
   retention = retention_lib.Retention(
     scored.attach, scored.params, layout, held, config.score.batch
   )
-  return Setup(config, workspace, base, prompts, talks, model, scorer, retention)
+  setup = Setup(config, workspace, base, prompts, talks, model, scorer, retention)
+  setup.seconds['inputs'] = time.monotonic() - begin
+  return setup
 
 
 def _prompts(config, workspace, base):

@@ -16,6 +16,7 @@ LAYERS = (
   ('evaluate',),
   ('report',),
   ('setup',),
+  ('timing',),
   ('measure',),
   ('curriculum',),
   ('run',),
