@@ -38,7 +38,7 @@ def make_plan(setup: Setup, stage: Stage, folder: Path, adapter: dict) -> Plan:
   # A stream of its own: what is drawn elsewhere does not move a plan.
   rng = seeds.stream(config.seed, stage.name, 'plan')
   rows, length = stage.steps * config.train.batch, config.train.length
-  with setup.part(f'{folder.name}: plan'):
+  with setup.clock.part(f'{folder.name}: plan'):
     stream = segments(setup, stage, 'train', rng, adapter)
     plan = plan_lib.take(stream, rows, length, made_from)
   logging.info('%s: plan of %s.', folder.name, plan_lib.summary(plan, length))
@@ -182,7 +182,7 @@ def _score_difficulty(setup, adapter, samples):
     setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
   if not setup.workspace.exists(path):
-    with setup.part(f'{folder.name}: difficulty'):
+    with setup.clock.part(f'{folder.name}: difficulty'):
       scored = measure.score(setup, adapter, samples, f'{folder.name}: difficulty')
     values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
     setup.workspace.keep(

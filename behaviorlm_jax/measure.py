@@ -24,11 +24,11 @@ def evaluate_base(setup: Setup) -> None:
     workspace.keep(ownership.claim, folder, config, setup.fingerprints)
   path = workspace.folder / 'baselines.json'
   if not workspace.exists(path):
-    with setup.part('baselines'):
+    with setup.clock.part('baselines'):
       workspace.keep(evaluation.write_baselines, path, setup.counts, setup.samples.test)
   evaluate(setup, folder, None)
   if config.sasrec.steps:
-    with setup.part('sasrec'):
+    with setup.clock.part('sasrec'):
       evaluate_sasrec(setup)
 
 
@@ -68,9 +68,9 @@ def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
   if setup.workspace.exists(folder / 'evaluation.json'):
     return
   # Before the scores: whatever stops those, this is kept.
-  with setup.part(f'{folder.name}: retention'):
+  with setup.clock.part(f'{folder.name}: retention'):
     measure_retention(setup, folder, adapter)
-  with setup.part(f'{folder.name}: evaluation'):
+  with setup.clock.part(f'{folder.name}: evaluation'):
     _write_arm(setup, folder, functools.partial(score, setup, adapter))
 
 

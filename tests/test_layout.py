@@ -16,7 +16,7 @@ LAYERS = (
   ('evaluate',),
   ('report',),
   ('setup',),
-  ('timing',),
+  ('estimate',),
   ('measure',),
   ('curriculum',),
   ('run',),

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 _TIMED = 0.05  # Seconds of products that tell a speed.
+_ROWS, _FEW = 2048, 64  # Of a product: a short one tells less, a long one takes long.
+_LONG = 2e10  # Operations of a long one, for a CPU.
 CPU_INFO = Path('/proc/cpuinfo')
 
 
@@ -36,7 +38,9 @@ def product_speed(width: int, inner: int, dtype: str) -> float:
   Timed on one device, for a fraction of a second.
   """
   on_cpu = jax.default_backend() == 'cpu'
-  rows = 256 if on_cpu else 2048
+  rows = _ROWS
+  if on_cpu:
+    rows = min(rows, max(_FEW, int(_LONG / (4 * width * inner))))
   x = jnp.ones((rows, width), dtype)
   # Means of ones are ones, however often they are taken.
   up = jnp.full((width, inner), 1 / width, dtype)

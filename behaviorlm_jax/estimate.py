@@ -1,22 +1,16 @@
-"""How long a run takes: about, before its first step, and part by part at its end.
+"""What a run will do and about how long that takes, before its first step.
 
-What is ahead is counted in tokens that pass all layers once, with 2 operations
+Work is counted in tokens that pass all layers once, with 2 operations
 for each of the layers' parameters. Its seconds are those operations over the
 speed of this machine's products, and over the share of it that passes reach.
 """
 
-import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from behaviorlm_jax.cluster import processor
 from behaviorlm_jax.config import stage_of
 from behaviorlm_jax.data import samples as samples_lib
-from behaviorlm_jax.io import files
 from behaviorlm_jax.score import scorer
 from behaviorlm_jax.setup import Setup
 
@@ -29,7 +23,7 @@ _UNITS = (('days', 86400), ('h', 3600), ('min', 60), ('s', 1))
 
 
 class Part(NamedTuple):
-  """What is ahead, under the name that Setup.part will measure."""
+  """What is ahead, under the name that setup.Clock will measure."""
 
   name: str
   what: str
@@ -38,14 +32,13 @@ class Part(NamedTuple):
 
 def parts_ahead(setup: Setup) -> list[Part]:
   """What the work directory does not have yet, in the order of a run."""
-  parts = [] if _has(setup, 'base') else _arm(setup, 'base')
-  steps = setup.config.sasrec.steps
+  parts, steps = _arm(setup, 'base'), setup.config.sasrec.steps
   if steps and not _has(setup, 'sasrec'):
     parts.append(Part('sasrec', f'{steps:,} steps'))
   for stage in (stage_of(setup.config, name) for name in setup.config.stages):
     if not _has(setup, stage.folder):
       parts += [*_difficulty(setup, stage), *_training(setup, stage)]
-      parts += _arm(setup, stage.folder)
+    parts += _arm(setup, stage.folder)
   return [*parts, Part('report', 'tables and figures')]
 
 
@@ -53,16 +46,29 @@ def _has(setup, folder, name='evaluation.json'):
   return (setup.workspace.folder / folder / name).exists()
 
 
+def _arm(setup, folder):
+  """What measure.evaluate does for a model."""
+  held, parts = setup.retention.conversations, []
+  if _has(setup, folder):
+    return parts
+  if held and not _has(setup, folder, 'retention.json'):
+    tokens = sum(len(conversation.tokens) for conversation in held)
+    parts.append(Part(f'{folder}: retention', f'{len(held):,} conversations', tokens))
+  tests, validation = len(setup.samples.test), len(setup.samples.validation)
+  what = f'{tests:,} test events, {validation:,} validation events'
+  tokens = (tests + validation) * event_tokens(setup)
+  return [*parts, Part(f'{folder}: evaluation', what, tokens)]
+
+
 def _difficulty(setup, stage):
-  config, folder = setup.config, stage.folder
+  config, name = setup.config, f'{stage.folder}: difficulty'
   scored = stage.content == 'subset' and config.difficulty.score != 'random'
-  if not scored or _has(setup, folder, 'difficulty.parquet'):
+  if not scored or _has(setup, stage.folder, 'difficulty.parquet'):
     return []
   samples = samples_lib.of_split(setup.events, 'train', config.plan.min_context)
   most = max(config.difficulty.candidates, config.plan.per_behavior)
-  count = int(np.minimum(samples.counts, most).sum())
-  what = f'{count:,} training events'
-  return [Part(f'{folder}: difficulty', what, count * event_tokens(setup))]
+  count = int(samples.counts.clip(max=most).sum())
+  return [Part(name, f'{count:,} training events', count * event_tokens(setup))]
 
 
 def _training(setup, stage):
@@ -78,25 +84,14 @@ def _training(setup, stage):
   return [Part(f'{stage.folder}: training', what, tokens)] if steps else []
 
 
-def _arm(setup, folder):
-  """What measure.evaluate does for a model."""
-  held, parts = setup.retention.conversations, []
-  if held and not _has(setup, folder, 'retention.json'):
-    tokens = sum(len(conversation.tokens) for conversation in held)
-    parts.append(Part(f'{folder}: retention', f'{len(held):,} conversations', tokens))
-  tests, validation = len(setup.samples.test), len(setup.samples.validation)
-  what = f'{tests:,} test events, {validation:,} validation events'
-  tokens = (tests + validation) * event_tokens(setup)
-  return [*parts, Part(f'{folder}: evaluation', what, tokens)]
-
-
 def event_tokens(setup: Setup) -> float:
   """Tokens that scoring one event takes: a padded question and the label tree."""
   samples = setup.samples.test
   some = samples[:: -(-len(samples) // _QUESTIONS)]
   lengths = [len(setup.prompts.question(sample)) for sample in some]
   padded = [scorer.round_up(length, scorer.WIDTH) for length in lengths]
-  return float(np.mean(padded)) + sum(len(tree.tokens) for tree in setup.scorer.trees)
+  nodes = sum(len(tree.tokens) for tree in setup.scorer.trees)
+  return sum(padded) / len(padded) + nodes
 
 
 def ahead(setup: Setup) -> str:
@@ -105,11 +100,10 @@ def ahead(setup: Setup) -> str:
   layers = [x.shape for name, x in params.items() if name.startswith('layers.')]
   speed = processor.product_speed(base.embed, base.mlp, setup.config.model.dtype)
   seconds = 2 * sum(map(math.prod, layers)) / speed / _REACHED  # Of a token.
-  lines = [
+  return '\n'.join(
     f'  {name:<22}{what:<45}{about(tokens * seconds) if tokens else ""}'.rstrip()
     for name, what, tokens in parts_ahead(setup)
-  ]
-  return '\n'.join(lines)
+  )
 
 
 def about(seconds: float) -> str:
@@ -117,19 +111,3 @@ def about(seconds: float) -> str:
   unit, size = next((u for u in _UNITS if seconds > 1.5 * u[1]), _UNITS[-1])
   step = (1 if seconds < 10 * size else 5) * size
   return f'about {max(1, math.ceil(seconds / step) * step // size)} {unit}'
-
-
-def behind(seconds: Mapping[str, float]) -> str:
-  """Lines on where the time went, {part: seconds}, and each part's share."""
-  lines = [
-    f'  {part:<22}{took:9.1f} s{took / sum(seconds.values()):6.0%}'
-    for part, took in seconds.items()
-  ]
-  return '\n'.join(lines)
-
-
-def write(path: Path, seconds: Mapping[str, float]) -> None:
-  """Writes timing.json; what an earlier call did keeps its seconds."""
-  before = json.loads(path.read_text()) if path.exists() else {}
-  now = {part: round(took, 1) for part, took in seconds.items()}
-  files.write_json(path, before | now)
