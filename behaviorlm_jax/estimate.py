@@ -1,8 +1,8 @@
 """What a run will do and about how long that takes, before its first step.
 
-Work is counted in tokens that pass all layers once, with 2 operations
-for each of the layers' parameters. Its seconds are those operations over the
-speed of this machine's products, and over the share of it that passes reach.
+Work is counted in tokens that pass all layers once, of 2 operations a parameter; its
+seconds are those over the share that passes reach of the speed of this machine's
+products. Compiling is not counted.
 """
 
 import math
@@ -14,11 +14,12 @@ from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.score import scorer
 from behaviorlm_jax.setup import Setup
 
-_REACHED = 0.5
+# SmolLM2-135M in bfloat16 on two CPU cores reached 0.8 where it scored and 0.3 where it
+# trained: batches of configs/quickstart.py and products, timed in turn. So a step is
+# worth 3 passes; `full` goes forward once more. Not measured on accelerators.
+_REACHED = 0.75
+_PASSES = {'none': 3, 'products': 3, 'full': 4}
 _QUESTIONS = 200  # So many tell how long a question is.
-# Passes that a training step is worth: forward, the gradient of activations (the
-# base's weights get none), and with full what is computed a second time.
-_PASSES = {'none': 2, 'products': 2, 'full': 3}
 _UNITS = (('days', 86400), ('h', 3600), ('min', 60), ('s', 1))
 
 
@@ -48,11 +49,13 @@ def _has(setup, folder, name='evaluation.json'):
 
 def _arm(setup, folder):
   """What measure.evaluate does for a model."""
-  held, parts = setup.retention.conversations, []
   if _has(setup, folder):
-    return parts
+    return []
+  held, parts = setup.retention.conversations, []
   if held and not _has(setup, folder, 'retention.json'):
-    tokens = sum(len(conversation.tokens) for conversation in held)
+    # At an answer three products go over the vocabulary, one of them for p0.
+    head = 3 * 2 * setup.model.params['embed'].size / token_operations(setup)
+    tokens = sum(len(c.tokens) + head * int(c.answers.sum()) for c in held)
     parts.append(Part(f'{folder}: retention', f'{len(held):,} conversations', tokens))
   tests, validation = len(setup.samples.test), len(setup.samples.validation)
   what = f'{tests:,} test events, {validation:,} validation events'
@@ -61,14 +64,15 @@ def _arm(setup, folder):
 
 
 def _difficulty(setup, stage):
-  config, name = setup.config, f'{stage.folder}: difficulty'
+  config = setup.config
   scored = stage.content == 'subset' and config.difficulty.score != 'random'
   if not scored or _has(setup, stage.folder, 'difficulty.parquet'):
     return []
   samples = samples_lib.of_split(setup.events, 'train', config.plan.min_context)
   most = max(config.difficulty.candidates, config.plan.per_behavior)
   count = int(samples.counts.clip(max=most).sum())
-  return [Part(name, f'{count:,} training events', count * event_tokens(setup))]
+  name, what = f'{stage.folder}: difficulty', f'{count:,} training events'
+  return [Part(name, what, count * event_tokens(setup))]
 
 
 def _training(setup, stage):
@@ -86,20 +90,23 @@ def _training(setup, stage):
 
 def event_tokens(setup: Setup) -> float:
   """Tokens that scoring one event takes: a padded question and the label tree."""
-  samples = setup.samples.test
-  some = samples[:: -(-len(samples) // _QUESTIONS)]
-  lengths = [len(setup.prompts.question(sample)) for sample in some]
-  padded = [scorer.round_up(length, scorer.WIDTH) for length in lengths]
-  nodes = sum(len(tree.tokens) for tree in setup.scorer.trees)
-  return sum(padded) / len(padded) + nodes
+  some = setup.samples.test[:: -(-len(setup.samples.test) // _QUESTIONS)]
+  questions = map(setup.prompts.question, some)
+  padded = sum(scorer.round_up(len(tokens), scorer.WIDTH) for tokens in questions)
+  return padded / len(some) + sum(len(tree.tokens) for tree in setup.scorer.trees)
+
+
+def token_operations(setup: Setup) -> int:
+  """Of a token that passes all layers once."""
+  params = setup.model.params.items()
+  return 2 * sum(math.prod(x.shape) for name, x in params if name.startswith('layers.'))
 
 
 def ahead(setup: Setup) -> str:
   """Lines on what a run has left to do, and about how long that takes."""
-  params, base = setup.model.params, setup.base.config
-  layers = [x.shape for name, x in params.items() if name.startswith('layers.')]
+  base = setup.base.config
   speed = processor.product_speed(base.embed, base.mlp, setup.config.model.dtype)
-  seconds = 2 * sum(map(math.prod, layers)) / speed / _REACHED  # Of a token.
+  seconds = token_operations(setup) / speed / _REACHED
   return '\n'.join(
     f'  {name:<22}{what:<45}{about(tokens * seconds) if tokens else ""}'.rstrip()
     for name, what, tokens in parts_ahead(setup)

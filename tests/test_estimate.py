@@ -86,7 +86,20 @@ def test_scored_tokens_are_those_that_the_scorer_is_given(opened, tmp_path):
   assert estimate.event_tokens(this) == pytest.approx(np.mean(padded) + nodes)
 
 
-@pytest.mark.parametrize('remat, passes', [('products', 2), ('none', 2), ('full', 3)])
+def test_retention_is_ahead_by_its_products(opened, tmp_path):
+  this = opened(tmp_path)
+  base, held = this.base.config, this.retention.conversations
+  params = dict(this.model.params)
+  layers = sum(x.size for name, x in params.items() if name.startswith('layers.'))
+  operations = 0
+  for conversation in held:
+    for answer in conversation.answers:
+      operations += 2 * layers + answer * 3 * 2 * base.vocab * base.embed
+  expected = operations / (2 * layers)
+  assert tokens_of(this)['base: retention'] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('remat, passes', [('products', 3), ('none', 3), ('full', 4)])
 def test_trained_tokens_are_those_of_plan_and_validation(
   opened, tmp_path, remat, passes
 ):
