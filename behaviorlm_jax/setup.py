@@ -78,7 +78,7 @@ class Setup:
   model: trainer.Model  # in model.dtype
   scorer: scorer_lib.Scorer  # in score.dtype
   retention: retention_lib.Retention
-  clock: Clock
+  clock: Clock = dataclasses.field(default_factory=Clock)
 
   @property
   def events(self) -> events_lib.Events:

@@ -170,6 +170,19 @@ def test_a_clock_counts_a_part_without_those_inside_of_it(monkeypatch):
   assert clock.seconds == {'difficulty': 4, 'plan': 15 - 4 + 3}
 
 
+def test_what_an_earlier_call_measured_stays(tmp_path):
+  place = workspace.local(tmp_path)
+  for seconds in ({'log': 30.04, 'report': 10.0}, {'report': 99.0, 'sasrec': 1.0}):
+    clock = setup.Clock()
+    clock.seconds = seconds
+    clock.keep(place)
+  assert json.loads((tmp_path / 'timing.json').read_text()) == {
+    'log': 30.0,
+    'report': 10.0,
+    'sasrec': 1.0,
+  }
+
+
 def test_speed_is_operations_over_seconds(monkeypatch):
   set_times(processor, [0, 1], monkeypatch)
   # Two rounds of two products, in one second.
