@@ -1,5 +1,10 @@
-"""What the commands share: logs, one sentence for what is wrong, exit codes."""
+"""What the commands share: logs, one sentence for what is wrong, exit codes.
 
+Imported before anything that imports transformers, which asks for its setting.
+"""
+
+import logging as std_logging
+import os
 import re
 import sys
 import traceback
@@ -14,6 +19,9 @@ from behaviorlm_jax.cluster import preemption, processes
 from behaviorlm_jax.config import FIELDS, RENAMED
 from behaviorlm_jax.errors import InputError, nearest
 from behaviorlm_jax.io import addresses, bucket
+
+# No torch is needed, so transformers need not say at its import what it lacks.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 # Fields of earlier versions, and what took their place.
 _LOSSES = 'a.softmax and a.prior, b.softmax and b.prior say it now'
@@ -137,6 +145,8 @@ def run_command(argv: list[str], work: Callable[[], None]) -> None:
   """Calls `work()`; wrong input and SIGTERM end the process with its codes."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_readable_log)
+  # Of every kind of device that is not there; its warnings are of one that is.
+  std_logging.getLogger('jax._src.xla_bridge').setLevel(std_logging.WARNING)
   if len(argv) > 1:
     fail(f'{argv[1]!r} is not a flag; every option starts with --.')
   preemption.install()

@@ -37,9 +37,10 @@ def make_plan(setup: Setup, stage: Stage, folder: Path, adapter: dict) -> Plan:
     return plan_lib.load(path, made_from)
   # A stream of its own: what is drawn elsewhere does not move a plan.
   rng = seeds.stream(config.seed, stage.name, 'plan')
-  stream = segments(setup, stage, 'train', rng, adapter)
   rows, length = stage.steps * config.train.batch, config.train.length
-  plan = plan_lib.take(stream, rows, length, made_from)
+  with setup.clock.part(f'{folder.name}: plan'):
+    stream = segments(setup, stage, 'train', rng, adapter)
+    plan = plan_lib.take(stream, rows, length, made_from)
   logging.info('%s: plan of %s.', folder.name, plan_lib.summary(plan, length))
   processes.assert_same({f'the plan of {folder.name}': plan_lib.content_hash(plan)})
   setup.workspace.keep(plan_lib.save, path, plan, config.train.batch)
@@ -181,7 +182,8 @@ def _score_difficulty(setup, adapter, samples):
     setup, 'difficulty', adapter, ('data', 'plan', 'difficulty', 'seed', 'score')
   )
   if not setup.workspace.exists(path):
-    scored = measure.score(setup, adapter, samples, folder / 'difficulty')
+    with setup.clock.part(f'{folder.name}: difficulty'):
+      scored = measure.score(setup, adapter, samples, folder / 'difficulty')
     values = difficulty.compute(name, scored.scores, setup.events.behavior[samples])
     setup.workspace.keep(
       difficulty.write_difficulty, path, setup.events, samples, values, made_from

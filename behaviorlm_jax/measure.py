@@ -35,12 +35,14 @@ def evaluate_base(setup: Setup) -> None:
   path = workspace.folder / 'baselines.json'
   if not workspace.exists(path):
     tolerance = config.eval.anchor_tolerance
-    workspace.keep(
-      evaluation.write_baselines, path, setup.counts, setup.samples, tolerance
-    )
+    with setup.clock.part('baselines'):
+      workspace.keep(
+        evaluation.write_baselines, path, setup.counts, setup.samples, tolerance
+      )
   evaluate(setup, folder, None)
   if config.sasrec.steps:
-    evaluate_sasrec(setup)
+    with setup.clock.part('sasrec'):
+      evaluate_sasrec(setup)
 
 
 def evaluate_sasrec(setup: Setup) -> None:
@@ -76,8 +78,11 @@ def evaluate(setup: Setup, folder: Path, adapter: dict | None) -> None:
   if setup.workspace.exists(folder / 'evaluation.json'):
     return
   # Before the scores: whatever stops those, this is kept.
-  measure_retention(setup, folder, adapter)
-  _write_arm(setup, folder, score(setup, adapter, setup.samples.every, folder / LOG_P))
+  with setup.clock.part(f'{folder.name}: retention'):
+    measure_retention(setup, folder, adapter)
+  with setup.clock.part(f'{folder.name}: evaluation'):
+    scored = score(setup, adapter, setup.samples.every, folder / LOG_P)
+    _write_arm(setup, folder, scored)
 
 
 def _write_arm(setup, folder, scored):

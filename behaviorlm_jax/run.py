@@ -17,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from behaviorlm_jax import config as config_lib
-from behaviorlm_jax import curriculum, measure
+from behaviorlm_jax import curriculum, estimate, measure
 from behaviorlm_jax import setup as setup_lib
 from behaviorlm_jax.cluster import ownership, preemption, processes
 from behaviorlm_jax.cluster import workspace as workspace_lib
@@ -45,12 +45,15 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
   preemption.share()
   with workspace_lib.opened(workdir) as workspace:
     setup = open_run(config, workspace)
+    logging.info('to do, and how long without compiling:\n%s', estimate.ahead(setup))
     measure.evaluate_base(setup)
     for name in setup.config.stages:
       run_stage(setup, config_lib.stage_of(setup.config, name))
     title = 'BehaviorLM: ' + PurePosixPath(config.data.events).name
     decode = setup.base.tokenizer.decode
-    workspace.keep(report.write_report, workspace.folder, title, decode)
+    with setup.clock.part('report'):
+      workspace.keep(report.write_report, workspace.folder, title, decode)
+    setup.clock.keep(workspace)
     logging.info('report: %s', workspace.folder / 'report.html')
 
 
@@ -87,7 +90,8 @@ def run_stage(setup: setup_lib.Setup, stage: config_lib.Stage) -> None:
     logging.info('%s is finished.', folder)
     return
   workspace.keep(ownership.claim, folder, config, setup.fingerprints, stage.name)
-  adapter = train(setup, stage, plan, adapter)
+  with setup.clock.part(f'{folder.name}: training'):
+    adapter = train(setup, stage, plan, adapter)
   workspace.keep(
     lora.export,
     folder / 'adapter',

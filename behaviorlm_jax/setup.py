@@ -1,11 +1,19 @@
-"""All that a run is given, opened and checked: log, model, conversations."""
+"""All that a run is given, opened and checked: log, model, conversations.
 
+And a clock, which all that do its parts tell the time.
+"""
+
+import contextlib
 import dataclasses
 import functools
+import json
+import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from behaviorlm_jax.cluster import ownership, processes
@@ -17,12 +25,45 @@ from behaviorlm_jax.data import prompts as prompts_lib
 from behaviorlm_jax.errors import InputError
 from behaviorlm_jax.evaluate import baselines, evaluation
 from behaviorlm_jax.evaluate import retention as retention_lib
-from behaviorlm_jax.io import addresses
+from behaviorlm_jax.io import addresses, files
 from behaviorlm_jax.model import lora, weights
 from behaviorlm_jax.score import label_tree
 from behaviorlm_jax.score import scorer as scorer_lib
 from behaviorlm_jax.train import sharding, trainer
 from behaviorlm_jax.train import step as step_lib
+
+
+class Clock:
+  """Where the time of a run goes."""
+
+  def __init__(self):
+    self.seconds = {}  # Of each part, in the order in which they ended.
+
+  @contextlib.contextmanager
+  def part(self, name: str) -> Iterator[None]:
+    """Counts the time inside for a part, but for that of parts inside of it."""
+    begin, before = time.monotonic(), sum(self.seconds.values())
+    yield
+    inner = sum(self.seconds.values()) - before
+    took = time.monotonic() - begin - inner
+    self.seconds[name] = self.seconds.get(name, 0.0) + took
+
+  def keep(self, workspace: Workspace) -> None:
+    """Logs where the time went, and writes it to timing.json."""
+    workspace.keep(self._write, workspace.folder / 'timing.json')
+    total = sum(self.seconds.values())
+    lines = [
+      f'  {name:<22}{took:9.1f} s{took / total:6.0%}'
+      for name, took in self.seconds.items()
+    ]
+    logging.info('where the time went:\n%s', '\n'.join(lines))
+
+  def _write(self, path):
+    before = json.loads(path.read_text()) if path.exists() else {}
+    # What stands there was measured when it was done, and not only read again.
+    new = {k: round(took, 1) for k, took in self.seconds.items() if k not in before}
+    if new:
+      files.write_json(path, before | new)
 
 
 @dataclasses.dataclass
@@ -37,6 +78,7 @@ class Setup:
   model: trainer.Model  # in model.dtype
   scorer: scorer_lib.Scorer  # in score.dtype
   retention: retention_lib.Retention
+  clock: Clock = dataclasses.field(default_factory=Clock)
 
   @property
   def events(self) -> events_lib.Events:
@@ -82,8 +124,9 @@ def open_setup(
   base = weights.open_base(config.model.address)
   layout = layout.of(base.config)  # Heads stay whole.
   shapes = lora.shapes(base.config, config.lora.rank, config.lora.targets)
-  talks = _conversations(config, base)
-  prompts = _prompts(config, workspace, base)
+  talks, clock = _conversations(config, base), Clock()
+  with clock.part('log'):
+    prompts = _prompts(config, workspace, base)
   processes.assert_same(
     ownership.facts(config)
     | {
@@ -93,10 +136,10 @@ def open_setup(
     }
   )
   # After all that can be wrong: weights take the longest to read.
-  model = _model(config, base, layout, shapes, shapes_only)
-  scored = model
-  if config.score.dtype != config.model.dtype:
-    scored = _model(config, base, layout, shapes, shapes_only, scores=True)
+  with clock.part('weights'):
+    model = scored = _model(config, base, layout, shapes, shapes_only)
+    if config.score.dtype != config.model.dtype:
+      scored = _model(config, base, layout, shapes, shapes_only, scores=True)
   scorer = scorer_lib.Scorer(
     scored.attach, scored.params, prompts.labels, config.score, layout
   )
@@ -110,7 +153,7 @@ def open_setup(
   retention = retention_lib.Retention(
     scored.attach, scored.params, layout, held, config.score.batch
   )
-  return Setup(config, workspace, base, prompts, talks, model, scorer, retention)
+  return Setup(config, workspace, base, prompts, talks, model, scorer, retention, clock)
 
 
 def _prompts(config, workspace, base):

@@ -1,12 +1,17 @@
-"""How a command ends: exit codes, also under a burst of SIGTERMs."""
+"""What a command says, and how it ends, also under a burst of SIGTERMs."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import behaviorlm_jax
+
+PACKAGE = Path(behaviorlm_jax.__file__).parent
 PROGRAM = """
 import time
 from absl import app
@@ -48,3 +53,20 @@ def test_a_burst_of_sigterms_ends_with_the_code_of_one(wait):
   _, said = child.communicate()
   assert child.returncode == 75, said
   assert said.splitlines()[-1].startswith('stopped by SIGTERM')
+
+
+def test_a_run_without_torch_says_nothing_of_what_it_does_not_need(
+  run_command, tmp_path
+):
+  program = (
+    'import runpy, sys; sys.modules["torch"] = None; '
+    'runpy.run_module("behaviorlm_jax.main", run_name="__main__", alter_sys=True)'
+  )
+  fields = {'stages': (), 'data.conversations': '', 'eval.max_samples': 5}
+  done = run_command(tmp_path / 'work', fields, program=('-c', program))
+  assert done.returncode == 0, done.stderr[-3000:]
+  said = re.findall(r'^[IWE]\d{4} .* (\w+\.py):\d+\]', done.stderr, re.MULTILINE)
+  own = {path.name for path in PACKAGE.rglob('*.py')}
+  assert 'run.py' in said and set(said) <= own
+  assert not re.search('transformers|pytorch|tpu', done.stderr, re.IGNORECASE)
+  assert 'conversations 9 left out' in done.stderr  # A warning stays.

@@ -17,6 +17,7 @@ LAYERS = (
   ('report',),
   ('setup',),
   ('measure',),
+  ('estimate',),
   ('curriculum',),
   ('run',),
   ('sweep', 'cost'),
