@@ -111,7 +111,7 @@ FIELDS = {
   'data.anchor_share': _F(
     0.01, 'Anchors are above this share of the training events.', 0, 1
   ),
-  'data.history': _F(24, 'Events before the one asked for, at most.', 1),
+  'data.history': _F(24, 'Events that a question shows, or more of its window.', 1),
   'data.weekday': _F(True, 'Lines of a prompt start with the weekday.'),
   'data.instruction': _F(
     'Continue the activity log of one person. Each line holds the local time and '
@@ -233,7 +233,7 @@ FIELDS = {
   'score.dtype': _F(
     'auto', 'Of the model that scores; auto: that of model.dtype.', choices=_DTYPES
   ),
-  'score.batch': _F(8, 'Prompts per pass.', 1),
+  'score.batch': _F(8, 'Rows per pass.', 1),
   'score.softmax': _F(
     'names', 'Over what scores are normalised, as a.softmax.', choices=_SOFTMAXES
   ),

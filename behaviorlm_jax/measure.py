@@ -23,7 +23,7 @@ from behaviorlm_jax.setup import Setup
 LOG_P = 'log_p'  # Folder of an arm's scores.
 # Tokens of a row, and rows of a batch of a part, which is the same on any machine;
 # more rows are in it until so many events are asked for.
-_LENGTH, _ROWS, _PART = 1024, 8, 512
+_LENGTH, _ROWS, _PART = 512, 8, 512
 
 
 def evaluate_base(setup: Setup) -> None:

@@ -23,5 +23,5 @@ def get_config():
   config.a.steps = 400
   config.b.steps = 48
   config.checkpoint.every = 100
-  config.score.batch = 2  # Faster on CPU, as above.
+  config.score.batch = 4  # Faster on CPU, as above.
   return config

@@ -85,6 +85,7 @@ def test_scored_tokens_are_those_that_the_model_is_given(opened, tmp_path, monke
   nodes = sum(len(tree.tokens) for tree in this.scorer.trees)
   read = note(this.scorer._read, lambda given: np.count_nonzero(given[2]['segments']))
   monkeypatch.setattr(this.scorer, '_read', read)
+  (tmp_path / 'base').mkdir()
   scored = measure.score(this, None, this.samples.every, tmp_path / 'base' / 'log_p')
   expected = given + nodes * len(scored.samples)
   # Rows are not quite full.
