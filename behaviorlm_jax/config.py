@@ -256,7 +256,6 @@ FIELDS = {
   ),
   'sasrec.steps': _F(0, 'Of the baseline evaluate.sasrec; 0: it is not trained.', 0),
   'sasrec.width': _F(64, 'Of its hidden states; even, for two heads.', 2),
-  'sasrec.layers': _F(2, 'How many.', 1),
   'retention.conversations': _F(
     0.1, 'Share of conversations held out, to measure what is still known.', 0, 0.9
   ),

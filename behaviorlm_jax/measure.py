@@ -4,6 +4,7 @@ Scores of samples, retention, predictions: what stands in the work directory
 already is not measured again.
 """
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -58,12 +59,7 @@ def evaluate_sasrec(setup: Setup) -> None:
     min_context=config.plan.min_context,
     seed=config.seed,
   )
-  with tqdm.tqdm(total=recipe.steps, desc='sasrec', unit='step') as bar:
-
-    def progress(done: int) -> None:
-      bar.update(done)
-      preemption.check()
-
+  with _progress(recipe.steps, 'sasrec', 'step') as progress:
     model = sasrec.fit_model(events, recipe, progress)
   samples = setup.samples.every
   log_p = sasrec.predict_log_p(model, events, samples, recipe)
@@ -107,15 +103,9 @@ def measure_retention(setup: Setup, folder: Path, adapter: dict | None) -> None:
   path, rows = folder / 'retention.json', setup.retention.rows(adapter)
   if setup.workspace.exists(path) or not rows:
     return
-  with tqdm.tqdm(total=rows, desc=f'{folder.name}: retention') as bar:
-
-    def progress(done: int) -> None:
-      bar.update(done)
-      preemption.check()
-
-    setup.workspace.keep(
-      files.write_json, path, setup.retention.measure(adapter, progress)
-    )
+  with _progress(rows, f'{folder.name}: retention', 'row') as progress:
+    found = setup.retention.measure(adapter, progress)
+  setup.workspace.keep(files.write_json, path, found)
 
 
 def score(
@@ -128,23 +118,30 @@ def score(
   """
   length, rows = packed(setup, np.sort(samples))
   weights, tables = _digest(setup, adapter), []
-  with tqdm.tqdm(total=len(samples), desc=f'{folder.parent.name}: score') as bar:
-
-    def progress(done: int) -> None:
-      bar.update(done)
-      preemption.check()
-
+  with _progress(len(samples), f'{folder.parent.name}: score', 'event') as progress:
     for number, part in enumerate(_parts(rows)):
       asked = [questions.row_of(setup.prompts, row, length) for row in part]
       path, made_from = folder / f'{number:05d}.parquet', _made_from(weights, asked)
       if _kept_from(setup.workspace, path) == made_from:
-        bar.update(sum(len(row.targets) for row in asked))
+        progress(sum(len(row.targets) for row in asked))
       else:
         scores = setup.scorer(adapter, asked, progress)
         table = _together(asked, scores).table(setup.events)
         setup.workspace.keep(_write_part, path, table, made_from)
       tables.append(parquet.read_table(path))
   return read_scored(pa.concat_tables(tables)).of(samples)
+
+
+@contextlib.contextmanager
+def _progress(total, what, unit):
+  """Yields what is told how much is done; it stops there if SIGTERM came."""
+  with tqdm.tqdm(total=total, desc=what, unit=unit) as bar:
+
+    def progress(done: int) -> None:
+      bar.update(done)
+      preemption.check()
+
+    yield progress
 
 
 def packed(

@@ -42,7 +42,7 @@ _BOUNDS = (0.0, 10.0), (-10.0, 10.0)
 _PRECISION = {'ftol': 1e-14, 'gtol': 1e-8}
 _FLOOR = 100.0  # Nats; exp(-100) is 0 in float32.
 _TAUS = np.linspace(0, 1.5, 31)
-# Shares of the anchors in the mean, as powers: the smaller the more tail.
+# How far from none of the anchors to their share, and from there to all of them.
 _OMEGAS = np.linspace(0, 1, 21)
 
 

@@ -36,10 +36,10 @@ class Recipe:
 
   steps: int
   width: int  # Of its hidden states.
-  layers: int
   weekday: bool  # Whether it is told of it, as prompts are.
   min_context: int  # Events before every target, at least.
   seed: int
+  layers: int = 2
   heads: int = 2  # They divide the width.
   history: int = 48  # Events of a window.
   batch: int = 64  # Windows per step.
