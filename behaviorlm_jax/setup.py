@@ -60,7 +60,7 @@ class Clock:
 
   def _write(self, path):
     before = json.loads(path.read_text()) if path.exists() else {}
-    # What stands there was measured when it was done, and not only read again.
+    # What stands there was measured by the call that finished it.
     new = {k: round(took, 1) for k, took in self.seconds.items() if k not in before}
     if new:
       files.write_json(path, before | new)

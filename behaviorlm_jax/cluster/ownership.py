@@ -28,6 +28,8 @@ from behaviorlm_jax.io import addresses, bucket, files, hub
 SHARED = ('data', 'model.address', 'model.dtype', 'lora', 'seed')
 # Where a run runs, which may change from call to call.
 _WHERE = ('mesh', 'distributed')
+# What decides the untuned model's scores; questions show up to plan.window events.
+_BASE = (*SHARED, 'eval', 'score', 'retention', 'plan.min_context', 'plan.window')
 # What decides each folder that no stage owns.
 DECIDES = {
   'events': (
@@ -43,7 +45,8 @@ DECIDES = {
     'data.anchor_share',
     'seed',
   ),
-  'base': (*SHARED, 'eval', 'score', 'plan.min_context'),
+  'base': _BASE,
+  'sasrec': (*_BASE, 'sasrec'),
 }
 # Fields that take hf://, and where to look for what it was: `events` last, as
 # events serve any model.
@@ -159,7 +162,7 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
   """
   mine = as_dict(config)
   ran = {config_lib.FOLDERS[stage] for stage in config.stages}
-  for folder in ('events', 'base', 'a_tuning', 'b_tuning'):
+  for folder in (*DECIDES, 'a_tuning', 'b_tuning'):
     theirs = read_config(workdir / folder)
     if theirs is None:
       continue

@@ -1,9 +1,9 @@
 """SIGTERM becomes a flag, looked at where stopping is safe.
 
 A machine that is taken away sends SIGTERM some seconds before. The train loop
-saves and stops; scoring stops between two batches and is done again. The
-process then exits with EXIT_CODE, so that a launcher can tell "run me again"
-from an error.
+saves and stops; scoring stops between two batches and goes on behind the last part
+that was kept. The process then exits with EXIT_CODE, so that a launcher can tell
+"run me again" from an error.
 
 Where several hosts run, JAX takes the signal, of one of them or of all, and
 they stop at the same call of `requested`.

@@ -26,7 +26,8 @@ class Workspace:
 
   def exists(self, path: Path) -> bool:
     """Whether process 0 sees the path: all hosts then do the same."""
-    return processes.shared(path.exists())
+    # The others do not look: a folder on a network may tell them no for a while yet.
+    return processes.shared(processes.is_primary() and path.exists())
 
   def keep(self, write: Callable[..., object], path: Path, *arguments: object) -> None:
     """write(path, *arguments) on process 0, while the others wait; then all see it.

@@ -95,8 +95,8 @@ def write_arm(
 ) -> None:
   """Writes what one arm predicted, and how good that is.
 
-  `validation`: None where nothing is fitted, with `counts` or without;
-  `tolerance`: see predictor.Truth.
+  `validation`: None where nothing is calibrated or fitted; `tolerance`: see
+  predictor.Truth.
   """
   events, none = prompts.events, np.zeros(0, np.int64)
   drawn = Drawn(test.samples, none if validation is None else validation.samples)
@@ -166,7 +166,7 @@ def _predictions(prompts, test):
   log_p = label_tree.log_softmax(test.scores)
   top_log_p = np.take_along_axis(log_p, top, axis=1)
   asked = list(zip(test.starts, samples, strict=True))
-  tokens = [prompts.question(p, start).tolist() for start, p in asked]
+  tokens = [prompts.question(p, start) for start, p in asked]
   return {
     'sample': pa.array(samples, pa.int64()),
     'user': [events.users[u] for u in events.user[samples]],

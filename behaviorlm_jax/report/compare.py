@@ -6,8 +6,8 @@ users show, and a behavior that is missing counts as F1 of zero: the draws of a
 macro-F1 lie below the score, all of them where many behaviors are rare.
 
 Two predictors are compared on the same samples under the same redrawn users, so
-the interval of a change is a paired one. Baselines leave scores alone behind;
-what the best one predicted is counted again from the events.
+the interval of a change is a paired one. What a baseline ranks first, before it is
+calibrated, is counted again from the events.
 """
 
 import dataclasses
@@ -53,6 +53,11 @@ class Arm:
       return float(np.average(self.log_p[part], weights=weight))
     members = ~self.anchor if score.startswith('tail') else self.anchor
     return self.macro_f1(members, weight)
+
+  def has(self, score: str) -> bool:
+    """Whether there is a behavior of the score's group."""
+    anchor = score.startswith('anchor')
+    return not score.endswith('macro-F1') or bool((self.anchor == anchor).any())
 
   def macro_f1(self, members: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Of the behaviors bool[Y], of which there is one at least."""
@@ -164,7 +169,7 @@ def _contrasts(run: RunFiles, last: Arm, scores: list[str]) -> dict[str, list[Ch
     # Of other samples there is no paired interval.
     if np.array_equal(stage.column('sample'), final.column('sample'))
   }
-  # Baselines keep scores alone; history and seed are needed to count their choices.
+  # History and seed are needed to count what baselines rank first.
   if run.baselines and final.config:
     best = {score: run.best_baseline(*SCORES[score])[1] for score in scores}
     names = sorted(set(best.values()))

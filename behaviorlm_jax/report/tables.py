@@ -106,7 +106,7 @@ def changes(outcome: Outcome | None) -> Table:
 def context(run: RunFiles) -> Table:
   """How much of each stage's skill is copying from its context."""
   rows = []
-  # Not the baselines: of these scores alone are kept, no predictions.
+  # Not the baselines: they have no context.
   for stage in run.predicting:
     inside, log_prob = stage.column('in_context'), stage.column('log_prob')
     row = [stage.name]

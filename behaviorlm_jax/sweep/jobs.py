@@ -35,8 +35,9 @@ _SHARED = (
   'baselines.parquet',
   'baselines.json',
 )
-# Sections that a method may not change if it is to take what is shared.
-_FIXED = ('data', 'model', 'lora', 'score', 'eval')
+# What a method may not change if it is to take what is shared.
+_FIXED = ('data', 'model', 'lora', 'score', 'eval', 'retention')
+_FIXED_OF_PLAN = ('min_context', 'window')
 
 
 def jobs(config: ConfigDict, workdir: str | Path) -> list[Job]:
@@ -138,7 +139,8 @@ def run_all(config: ConfigDict, workdir: str | Path) -> None:
 def run_job(job: Job) -> None:
   """Runs one job, beginning with what its siblings have."""
   job.folder.mkdir(parents=True, exist_ok=True)
-  if not set(job.method.fields) & set(_FIXED):
+  fields = job.method.fields
+  if not {*fields, *fields.get('plan', {})} & {*_FIXED, *_FIXED_OF_PLAN}:
     for last in _SHARED:
       _take(job.folder, last)
   # A sibling of as many shots may have brought them along.

@@ -26,12 +26,6 @@ METRICS = ('accuracy@1', 'precision_weighted', 'f1_weighted', 'f1_macro', 'ndcg@
 _MATCHED = '_matched'
 
 
-# Defaults that committed rows were hashed with, where today's are others; and how
-# often DEFAULTS was raised for these, which leave the hash of a setting as it was.
-_DEFAULTS = {'eval.max_samples': 1000, 'eval.validation_samples': 200}
-_MAPPED = 1
-
-
 def settings_hash(
   config: ConfigDict, origin: str = '', shots: int | None = None
 ) -> str:
@@ -40,42 +34,19 @@ def settings_hash(
   `origin`: the hash of the run whose stage a it starts from, if any; `shots`: of
   a thinned log.
   """
-  default = _as_hashed(config_lib.default()) | _DEFAULTS
-  changed = _as_hashed(config)
+  flat = lambda config: ownership.flat(ownership.as_dict(config))
+  default, changed = flat(config_lib.default()), flat(config)
   # Rows tell seeds and logs apart themselves; where another stage a lies says
   # less of it than `origin`.
   for name in ('seed', 'init_from', 'data.events'):
     del changed[name]
   # Not the whole config: a field that is new leaves the rows of old runs valid.
-  different = {
-    name: value for name, value in changed.items() if value != default.get(name)
-  }
+  different = {name: value for name, value in changed.items() if value != default[name]}
   if shots is not None:
     different['plan.shots'] = shots
-  text = (
-    json.dumps(different, sort_keys=True)
-    + origin
-    + f'defaults {config_lib.DEFAULTS - _MAPPED}'
-  )
+  text = json.dumps(different, sort_keys=True) + origin
+  text += f'defaults {config_lib.DEFAULTS}'
   return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-# What a prior within names was called, beside `answers`, over the vocabulary.
-_LOSSES = {'drawn': 'names', 'natural': 'natural', 'uniform': 'balanced'}
-
-
-def _as_hashed(config):
-  """{name: value} under the names of when committed rows were hashed."""
-  values = ownership.flat(ownership.as_dict(config))
-  for old, new in config_lib.RENAMED.items():
-    values[old] = values.pop(new)
-  for stage, old in (('a', 'train.loss'), ('b', 'train.balanced_loss')):
-    softmax, prior = values.pop(f'{stage}.softmax'), values.pop(f'{stage}.prior')
-    values[old] = 'answers' if softmax == 'vocabulary' else _LOSSES[prior]
-  alone = values['plan.content'] == 'anchors' and values['train.loss'] != 'answers'
-  if alone and 'a' in config.stages:
-    values['plan.content'] = 'anchors among anchors'  # Once, among all names.
-  return values
 
 
 class Finished:
@@ -279,7 +250,7 @@ def _pairs(
     one, other, by_tau = before[seed].arm, after[seed].arm, after[seed].by_tau
     if not matched:
       pairs[seed] = one, other
-    elif by_tau is not None:
+    elif by_tau is not None and one.anchor.any():
       pairs[seed] = one, choices.matched(one, other, by_tau)
   return pairs
 
@@ -323,6 +294,8 @@ def _add_differences(
   """Adds what differs in {seed: (before, after)}; `named`: what names its rows."""
   seeds, arms = set(pairs), list(pairs.values())
   for score in (*compare.SCORES, *compare.LOG_P):
+    if not all(one.has(score) for one, _ in arms):
+      continue
     if score in compare.LOG_P and not all(
       one.log_p is not None and other.log_p is not None and one.counted(score).any()
       for one, other in arms
