@@ -149,7 +149,12 @@ class Scorer:
     abstract = lambda width: self.layout.abstract_rows((self.batch, width), np.int32)
     rows = dict.fromkeys(('tokens', 'positions', 'segments'), abstract(length))
     read = self._read.lower(adapter, self.params, rows)
-    state = jax.eval_shape(self._read, adapter, self.params, rows)
+    # Where the compiler leaves what was read decides how it is asked.
+    state = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      jax.eval_shape(self._read, adapter, self.params, rows),
+      read.compile().output_shardings,
+    )
     return read, self._ask.lower(adapter, self.params, state, abstract(self.asked))
 
 
