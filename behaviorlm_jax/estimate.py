@@ -14,9 +14,10 @@ from behaviorlm_jax.config import stage_of
 from behaviorlm_jax.data import samples as samples_lib
 from behaviorlm_jax.setup import Setup
 
-# SmolLM2-135M in bfloat16 on two CPU cores reached 0.8 where it scored and 0.3 where it
-# trained: batches of configs/quickstart.py and products, timed in turn. So a step is
-# worth 3 passes; `full` goes forward once more. Not measured on accelerators.
+# SmolLM2-135M in bfloat16 on two CPU cores reached 0.8 where it scored one question a
+# row and 0.3 where it trained: batches of configs/quickstart.py and products, timed in
+# turn. So a step is worth 3 passes; `full` goes forward once more. Not measured on
+# accelerators, nor with many questions a row.
 _REACHED = 0.75
 _PASSES = {'none': 3, 'products': 3, 'full': 4}
 _UNITS = (('days', 86400), ('h', 3600), ('min', 60), ('s', 1))
@@ -32,13 +33,14 @@ class Part(NamedTuple):
 
 def parts_ahead(setup: Setup) -> list[Part]:
   """What the work directory does not have yet, in the order of a run."""
-  parts, steps = _arm(setup, 'base'), setup.config.sasrec.steps
+  each, steps = event_tokens(setup), setup.config.sasrec.steps
+  parts = _arm(setup, 'base', each)
   if steps and not _has(setup, 'sasrec'):
     parts.append(Part('sasrec', f'{steps:,} steps'))
   for stage in (stage_of(setup.config, name) for name in setup.config.stages):
     if not _has(setup, stage.folder):
-      parts += [*_difficulty(setup, stage), *_training(setup, stage)]
-    parts += _arm(setup, stage.folder)
+      parts += [*_difficulty(setup, stage, each), *_training(setup, stage)]
+    parts += _arm(setup, stage.folder, each)
   return [*parts, Part('report', 'tables and figures')]
 
 
@@ -46,8 +48,8 @@ def _has(setup, folder, name='evaluation.json'):
   return (setup.workspace.folder / folder / name).exists()
 
 
-def _arm(setup, folder):
-  """What measure.evaluate does for a model."""
+def _arm(setup, folder, each):
+  """What measure.evaluate does for a model; `each`: tokens of an event."""
   if _has(setup, folder):
     return []
   held, parts = setup.retention.conversations, []
@@ -58,11 +60,11 @@ def _arm(setup, folder):
     parts.append(Part(f'{folder}: retention', f'{len(held):,} conversations', tokens))
   tests, validation = len(setup.samples.test), len(setup.samples.validation)
   what = f'{tests:,} test events, {validation:,} validation events'
-  tokens = (tests + validation) * event_tokens(setup)
+  tokens = (tests + validation) * each
   return [*parts, Part(f'{folder}: evaluation', what, tokens)]
 
 
-def _difficulty(setup, stage):
+def _difficulty(setup, stage, each):
   config = setup.config
   scored = stage.content == 'subset' and config.difficulty.score != 'random'
   if not scored or _has(setup, stage.folder, 'difficulty.parquet'):
@@ -71,7 +73,7 @@ def _difficulty(setup, stage):
   most = max(config.difficulty.candidates, config.plan.per_behavior)
   count = int(samples.counts.clip(max=most).sum())
   name, what = f'{stage.folder}: difficulty', f'{count:,} training events'
-  return [Part(name, what, count * event_tokens(setup))]
+  return [Part(name, what, count * each)]
 
 
 def _training(setup, stage):

@@ -163,7 +163,7 @@ def packed(
 
 
 def _parts(rows):
-  """Rows of each part: whole batches, of some minutes on a CPU."""
+  """Rows of each part: whole batches, of _PART questions or a few more."""
   parts = []
   for begin in range(0, len(rows), _ROWS):
     batch = rows[begin : begin + _ROWS]
